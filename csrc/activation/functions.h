@@ -1,0 +1,84 @@
+// functions.h: activations of one fp32 value, with their derivatives.
+//
+//   silu       x sigmoid(x)
+//   gelu       x Phi(x), Phi by erf
+//   gelu_tanh  x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh z), without its cancellation
+//   relu       max(x, 0), derivative 0 at 0;  squared_relu  max(x, 0)^2
+//   NaN stays NaN everywhere.
+#pragma once
+
+#include <cmath>
+
+#include "common/host_device.h"
+#include "sparse24/activation.h"
+
+namespace sparse24 {
+
+struct ValueAndSlope {
+  float value;
+  float slope;
+};
+
+/// 1 / (1 + exp(-x)), to a few ulp.
+SP24_HD float sigmoid(float x) {
+  const float denominator = 1.0f + expf(-x);
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, denominator);  // one instruction and 2 ulp; 0 past 2^126, as wanted
+#else
+  return 1.0f / denominator;
+#endif
+}
+
+/// The activation and its derivative at x. Callers that need one of them leave the other to the optimizer.
+template <Activation kKind>
+SP24_HD ValueAndSlope activate(float x) {
+  if constexpr (kKind == Activation::kSilu) {
+    const float s = sigmoid(x);
+    // Where s underflows to 0, x * 0 is the limit; -inf would give NaN.
+    const float value = s == 0.0f ? 0.0f : x * s;
+    return {value, s + value * (1.0f - s)};
+  } else if constexpr (kKind == Activation::kGelu) {
+    constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
+    const float phi = 0.5f * erfcf(-x * kInvSqrt2);
+    const float density = kInvSqrt2Pi * expf(-0.5f * x * x);
+    return {phi == 0.0f ? 0.0f : x * phi, phi + (density == 0.0f ? 0.0f : x * density)};
+  } else if constexpr (kKind == Activation::kGeluTanh) {
+    constexpr float kSqrt2OverPi = 0.79788456080286536f, kCubic = 0.044715f;
+    const float square = x * x;
+    const float s = sigmoid(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
+    const float dz = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * square);
+    const float value = s == 0.0f ? 0.0f : x * s;
+    const float tail = value * (1.0f - s);
+    return {value, s + (tail == 0.0f ? 0.0f : tail * dz)};
+  } else if constexpr (kKind == Activation::kRelu) {
+    return {x > 0.0f ? x : (x == x ? 0.0f : x), x > 0.0f ? 1.0f : 0.0f};
+  } else {
+    const float positive = x > 0.0f ? x : (x == x ? 0.0f : x);
+    return {positive * positive, 2.0f * positive};
+  }
+}
+
+/// Gated: d_gate and d_up of h = act(gate) * up, and h itself.
+struct GatedBackward {
+  float d_gate, d_up, h;
+};
+
+template <Activation kKind>
+SP24_HD GatedBackward gated_backward(float d_h, float gate, float up) {
+  const ValueAndSlope act = activate<kKind>(gate);
+  return {d_h * up * act.slope, d_h * act.value, act.value * up};
+}
+
+/// Calls function.template operator()<kind>() for the given kind.
+template <typename Function>
+void with_activation(Activation kind, Function&& function) {
+  switch (kind) {
+    case Activation::kSilu: return function.template operator()<Activation::kSilu>();
+    case Activation::kGelu: return function.template operator()<Activation::kGelu>();
+    case Activation::kGeluTanh: return function.template operator()<Activation::kGeluTanh>();
+    case Activation::kRelu: return function.template operator()<Activation::kRelu>();
+    case Activation::kSquaredRelu: return function.template operator()<Activation::kSquaredRelu>();
+  }
+}
+
+}  // namespace sparse24

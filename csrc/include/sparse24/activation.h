@@ -1,0 +1,39 @@
+// activation.h: activations of a feed-forward layer, gated and plain, forward and backward.
+#pragma once
+
+#include <cstdint>
+
+#include "sparse24/types.h"
+
+namespace sparse24 {
+
+/// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2.
+enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSquaredRelu = 4 };
+
+/// Gated: gate_up [tokens, 2*d_ff] holds [gate | up] and h = act(gate) * up, [tokens, d_ff].
+/// Plain (`gated` false): gate_up is [tokens, d_ff] and h = act(gate_up).
+/// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic inside.
+struct ActivationArgs {
+  Activation kind = Activation::kSilu;
+  bool gated = true;
+  ConstMatrix gate_up;
+  Matrix h;
+};
+SP24_API void activation_forward(const ActivationArgs& args, const Context& context);
+
+/// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass. With `packed` and
+/// `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to mvue_compress(d_gate_up, seed).
+struct ActivationBackwardArgs {
+  Activation kind = Activation::kSilu;
+  bool gated = true;
+  ConstMatrix d_h;
+  ConstMatrix gate_up;
+  Matrix d_gate_up;
+  Matrix h;                       // optional
+  const int64_t* seed = nullptr;  // int64[2] on the device; with packed
+  void* packed = nullptr;         // optional: [padded_tokens/2, d_gate_up.cols]
+  uint8_t* E = nullptr;
+};
+SP24_API void activation_backward(const ActivationBackwardArgs& args, const Context& context);
+
+}  // namespace sparse24

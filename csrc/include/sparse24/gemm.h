@@ -1,0 +1,48 @@
+// gemm.h: the sparse GEMM, out(m, n) = lhs(m, k) rhs(k, n), where lhs is 2:4 sparse along k.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "sparse24/types.h"
+
+namespace sparse24 {
+
+/// The three products of a linear layer; they fix the layouts (ld = leading dimension, in elements):
+///
+///   kForward     m = out_features, n = tokens, k = in_features
+///                packed [m, k/2] row-major; rhs x [n, k], ld = rhs_ld; out y [n, m], ld = out_ld
+///   kGradInput   m = in_features, n = tokens, k = out_features
+///                packed_t [k/2, m] row-major; rhs dy [n, k], ld = rhs_ld; out dx [n, m], ld = out_ld
+///   kGradWeight  m = out_features, n = in_features, k = tokens
+///                packed_dy [padded_tokens(k)/2, m] row-major; rhs x [k, n], ld = rhs_ld; out dW [m, n], ld = out_ld
+enum class GemmPass : int { kForward = 0, kGradInput = 1, kGradWeight = 2 };
+
+struct SparseGemmArgs {
+  GemmPass pass = GemmPass::kForward;
+  int64_t m = 0;
+  int64_t n = 0;
+  int64_t k = 0;
+  DType dtype = DType::kBFloat16;      // of packed, rhs and bias
+  DType out_dtype = DType::kBFloat16;  // dtype, or kFloat32
+  const void* packed = nullptr;
+  const uint8_t* E = nullptr;
+  const void* rhs = nullptr;
+  int64_t rhs_ld = 0;
+  void* out = nullptr;
+  int64_t out_ld = 0;
+  const void* bias = nullptr;  // [m] or null; forward only
+  bool accumulate = false;     // out += product, instead of out = product
+  void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 256-byte aligned
+};
+
+/// Why the GPU kernels cannot take these arguments ("" if they can): alignment, dtype, architecture. The caller then
+/// multiplies densely over the decompressed operand; the function that a layer computes does not change.
+SP24_API std::string sparse_gemm_unsupported(const SparseGemmArgs& args, const Context& context);
+SP24_API int64_t sparse_gemm_workspace_bytes(const SparseGemmArgs& args, const Context& context);
+SP24_API void sparse_gemm(const SparseGemmArgs& args, const Context& context);
+
+/// The kernel that sparse_gemm would launch, as text: tile, cluster, schedule and splits.
+SP24_API std::string sparse_gemm_config(const SparseGemmArgs& args, const Context& context);
+
+}  // namespace sparse24

@@ -1,0 +1,9 @@
+// sparse24.h: the whole public C++ API.
+#pragma once
+
+#include "sparse24/activation.h"
+#include "sparse24/compress.h"
+#include "sparse24/device.h"
+#include "sparse24/gemm.h"
+#include "sparse24/recipe.h"
+#include "sparse24/types.h"

@@ -1,0 +1,42 @@
+// types.h: the plain types of the public C++ API. No torch, no CUDA header, no CUTLASS.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define SP24_API __attribute__((visibility("default")))
+
+namespace sparse24 {
+
+/// A bad argument or a failed launch. The message names the argument, the rule, the value and the remedy.
+class SP24_API Error : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Backend : int { kCpu = 0, kCuda = 1 };
+
+/// Where the work runs. `stream` is a cudaStream_t (nullptr: the legacy default stream); unused on the CPU.
+struct Context {
+  Backend backend = Backend::kCpu;
+  int device = 0;
+  void* stream = nullptr;
+};
+
+/// A 2-D view of memory that somebody else owns; strides count elements. Row-major has col_stride == 1, column-major
+/// has row_stride == 1; every op says which it takes.
+template <typename Pointer>
+struct MatrixView {
+  Pointer data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+};
+using Matrix = MatrixView<void*>;
+using ConstMatrix = MatrixView<const void*>;
+
+}  // namespace sparse24

@@ -1,0 +1,17 @@
+"""Errors of sparse24. Every message names the argument, the rule, the value and the remedy."""
+
+
+class Sparse24Error(ValueError):
+    """A bad argument, shape, setting or file."""
+
+
+class Sparse24DtypeError(Sparse24Error, TypeError):
+    """A dtype that the op does not take, or two dtypes that do not fit together."""
+
+
+class Sparse24BuildError(Sparse24Error, RuntimeError):
+    """The compiled library is missing, of another version, or lacks kernels for this GPU."""
+
+
+class Sparse24Warning(UserWarning):
+    """Something works, but not as fast or not as one may expect."""
