@@ -1,0 +1,287 @@
+"""Differentiable functions on packed weights, straight-through to the dense master weights.
+
+Each autograd function says, line by line, which of the sparse products it runs; it saves what its backward needs and
+nothing else, and computes only gradients that somebody asked for. None can be differentiated twice.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .errors import Sparse24DtypeError, Sparse24Error
+from .layout import as_rows
+
+
+class PackedWeight(NamedTuple):
+    """A weight (out_features, in_features) packed both ways, as `ops.compress` returns it."""
+
+    packed: Tensor
+    E: Tensor
+    packed_t: Tensor
+    E_t: Tensor
+
+
+def _cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, inputs and biases in its dtype, as `F.linear` would cast them."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def _constant(values: Tensor) -> Tensor:
+    """Packed values made from a recording weight: their gradient is the straight-through one, not this path."""
+    return values.detach() if values.requires_grad else values
+
+
+def _check_bias(x: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and bias.dtype != x.dtype:
+        raise Sparse24DtypeError(
+            f"x and bias must have the same dtype, got {x.dtype} and {bias.dtype}; cast one, or run under autocast"
+        )
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
+    """dW (out, in) in `dtype` from dy (tokens, out) and x (tokens, in): sparse with a seed, dense without.
+
+    Sums are fp32; a fp32 master weight gets them unrounded.
+    """
+    if seed is None:
+        return (dy.T @ x).to(dtype)
+    packed_dy, E_dy = ops.mvue_compress(dy, seed)
+    wide = torch.float32 if dtype == torch.float32 else x.dtype
+    return ops.sparse_mm_grad_weight(packed_dy, E_dy, x, dy.shape[1], out_dtype=wide).to(dtype)
+
+
+def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.sum(0, dtype=torch.float32 if dtype == torch.float32 else None).to(dtype)
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, E, packed_t, E_t, mvue, seed, rank):
+        # y = x (M.W)^T: W is K-major, x row-major, y row-major.
+        y = ops.sparse_mm(x, packed, E, weight.shape[0], bias=bias)
+        needs_x = weight.requires_grad
+        ctx.save_for_backward(x if needs_x else None, packed_t, E_t, seed)
+        ctx.in_features, ctx.weight_dtype = weight.shape[1], weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mvue, ctx.rank = mvue, rank
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, packed_t, E_t, seed = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
+        if need_x:
+            # dx = dy (M.W): packed along out_features, so W^T is an MN-major operand and nothing is transposed.
+            dx = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.in_features)
+        if need_weight or need_bias:
+            dy = as_rows(dy)
+        if need_weight:
+            # dW = MVUE(dy^T) x, for every entry of the dense weight: straight-through.
+            if ctx.mvue and seed is None:
+                seed = ops.draw_seed(dy, ctx.rank)
+            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None)
+        if need_bias:
+            db = _bias_gradient(dy, ctx.bias_dtype)
+        return dx, dw, db, None, None, None, None, None, None, None
+
+
+def sparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor,
+    E: Tensor,
+    packed_t: Tensor,
+    E_t: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mvue: bool = True,
+    seed: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """y = x W^T + bias with W 2:4 sparse; gradients of W go, unmasked, to the dense `weight`.
+
+    x                       (..., in_features); under autocast it is cast as `F.linear` casts it
+    weight                  (out_features, in_features), the dense master; only its gradient is computed, not its value
+    packed, E, packed_t, E_t  from `ops.compress` of it
+    bias                    (out_features,) or None
+    mvue                    draw the output gradient's 2:4 form for dW (three sparse products); False: dense dW
+    seed                    int64 (2,), or None: drawn in backward from torch's generator, fresh for every call
+    rank                    of this process: mixed into a drawn seed, so that ranks draw different noise
+
+    Source: arXiv 2404.01847. Not differentiable twice.
+    """
+    if weight.dim() != 2:
+        raise Sparse24Error(f"weight must be 2-D, (out_features, in_features), got shape {tuple(weight.shape)}")
+    x, bias = _cast_as_autocast_does(x, bias)
+    _check_bias(x, bias)
+    packed, packed_t = _constant(packed), _constant(packed_t)
+    return _SparseLinear.apply(x, weight, bias, packed, E, packed_t, E_t, mvue, seed, rank)
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gu, kind, gated):
+        ctx.save_for_backward(gu)
+        ctx.kind, ctx.gated = kind, gated
+        return ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh):
+        (gu,) = ctx.saved_tensors
+        backward = ops.gated_activation_backward if ctx.gated else ops.activation_backward
+        return backward(dh, gu, ctx.kind), None, None
+
+
+def gated_activation(gu: Tensor, kind: str = "silu") -> Tensor:
+    """h = act(gate) * up for gu = [gate | up] (..., 2*d_ff); saves gu alone. Kinds as `ops.gated_activation`."""
+    return _Activation.apply(gu, kind, True)
+
+
+def activation(x: Tensor, kind: str = "gelu_tanh") -> Tensor:
+    """act(x), saving x alone; kinds as `ops.gated_activation`, "squared_relu" among them."""
+    return _Activation.apply(x, kind, False)
+
+
+class _FeedForward(torch.autograd.Function):
+    """Up product, activation, down product: nine kernels a micro-batch, each array read once by its consumer.
+
+    `up_weights` are one parameter, or two (gate and up) whose rows lie one after the other in one packed buffer.
+    """
+
+    @staticmethod
+    def forward(ctx, x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights):
+        gu = ops.sparse_mm(x, up.packed, up.E, up.packed.shape[0], bias=bias_up)  # [gate | up] = x (M.W_up)^T
+        h = ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
+        y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
+        # h is recomputed in backward from gu, in the pass that needs gu anyway.
+        ctx.save_for_backward(x, gu, up.packed_t, up.E_t, down.packed_t, down.E_t, seed)
+        ctx.kind, ctx.gated, ctx.mvue, ctx.rank = kind, gated, mvue, rank
+        ctx.d_ff, ctx.down_dtype = h.shape[-1], down_weight.dtype
+        ctx.up_rows, ctx.up_dtypes = [w.shape[0] for w in up_weights], [w.dtype for w in up_weights]
+        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gu, up_t, up_E_t, down_t, down_E_t, seed = ctx.saved_tensors
+        need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
+        need_up = any(ctx.needs_input_grad[11:])
+        x_rows, gu_rows, dy = as_rows(x), as_rows(gu), as_rows(dy)
+        if ctx.mvue and seed is None and (need_down or need_up):
+            seed = ops.draw_seeds(dy, 2, ctx.rank)
+        seed_down, seed_up = (seed[0], seed[1]) if ctx.mvue and seed is not None else (None, None)
+
+        dh = ops.sparse_mm_grad_input(dy, down_t, down_E_t, ctx.d_ff)  # dh = dy (M.W_down)
+        fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
+        plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
+        packed_dgu = E_dgu = h = None
+        if seed_up is not None and need_up:
+            d_gu, packed_dgu, E_dgu, h = fused(dh, gu_rows, ctx.kind, seed_up, recompute_h=True)
+        else:
+            d_gu, h = plain(dh, gu_rows, ctx.kind, recompute_h=True)
+
+        dx = d_down = db_up = db_down = None
+        if need_down:
+            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down)  # dW_down = MVUE(dy^T) h
+        d_ups = [None] * len(ctx.up_rows)
+        if need_up:
+            wide = ctx.up_dtypes[0]
+            if packed_dgu is not None:  # dW_up = MVUE(d_gu^T) x
+                out_dtype = torch.float32 if wide == torch.float32 else x.dtype
+                d_up = ops.sparse_mm_grad_weight(packed_dgu, E_dgu, x_rows, d_gu.shape[1], out_dtype=out_dtype).to(wide)
+            else:
+                d_up = (d_gu.T @ x_rows).to(wide)
+            d_ups = list(d_up.split(ctx.up_rows))
+        if need_x:
+            dx = ops.sparse_mm_grad_input(d_gu, up_t, up_E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
+        if need_bias_up:
+            db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
+        if need_bias_down:
+            db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
+        return dx, db_up, db_down, d_down, None, None, None, None, None, None, None, *d_ups
+
+
+def _check_seed_pairs(seed: Tensor | None) -> None:
+    if seed is not None and (seed.dtype != torch.int64 or tuple(seed.shape) != (2, 2)):
+        raise Sparse24DtypeError(
+            f"seed must be int64 of shape (2, 2), one pair for each weight gradient, got {seed.dtype} "
+            f"{tuple(seed.shape)}; ops.draw_seeds(x, 2) makes one"
+        )
+
+
+def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bias_down, mvue, seed, rank) -> Tensor:
+    x, bias_up, bias_down = _cast_as_autocast_does(x, bias_up, bias_down)
+    _check_bias(x, bias_up)
+    _check_bias(x, bias_down)
+    _check_seed_pairs(seed)
+    up, down = (PackedWeight(*(_constant(part) for part in weight)) for weight in (up, down))
+    rows = sum(w.shape[0] for w in up_weights)
+    if up.packed.shape[0] != rows:
+        raise Sparse24Error(f"packed weights of the up product have {up.packed.shape[0]} rows, the parameters {rows}")
+    return _FeedForward.apply(
+        x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights
+    )
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_up: Tensor | tuple[Tensor, Tensor],
+    packed_gate_up: PackedWeight,
+    down: Tensor,
+    packed_down: PackedWeight,
+    activation: str = "silu",
+    *,
+    bias_gate_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    mvue: bool = True,
+    seed: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """A whole gated feed-forward layer, (act(x Wg^T) * (x Wu^T)) Wd^T, with both weights 2:4 sparse.
+
+    x               (..., d_model)
+    gate_up         dense master (2*d_ff, d_model), gate rows first, or the pair (gate, up) of (d_ff, d_model) each
+    packed_gate_up  its (2*d_ff, d_model) packed both ways; one buffer for both halves
+    down            dense master (d_model, d_ff), and packed_down its packed form
+    seed            int64 (2, 2): one pair for each weight gradient, or None to draw them in backward
+
+    Fewer passes than three `sparse_linear` and an activation: gate and up are one product, backward computes the
+    activation's gradient and its MVUE form in one read, and h is not saved.
+    """
+    weights = gate_up if isinstance(gate_up, tuple) else (gate_up,)
+    return _feed_forward(
+        x, weights, packed_gate_up, down, packed_down, activation, True, bias_gate_up, bias_down, mvue, seed, rank
+    )
+
+
+def mlp(
+    x: Tensor,
+    up: Tensor,
+    packed_up: PackedWeight,
+    down: Tensor,
+    packed_down: PackedWeight,
+    activation: str = "gelu_tanh",
+    *,
+    bias_up: Tensor | None = None,
+    bias_down: Tensor | None = None,
+    mvue: bool = True,
+    seed: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """A whole plain feed-forward layer, act(x Wu^T + bu) Wd^T + bd; arguments as `gated_mlp`, up (d_ff, d_model)."""
+    return _feed_forward(
+        x, (up,), packed_up, down, packed_down, activation, False, bias_up, bias_down, mvue, seed, rank
+    )

@@ -1,0 +1,78 @@
+"""Shapes and orders of the data that ops exchange. Plain integers and torch, no compiled code.
+
+Terms: `mask` has one uint16 per 4x4 block, bit 4*i + j set when element (i, j) is kept. `packed` is the kept half of the
+values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same formulas).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+BLOCK = 4  # a mask block is 4x4
+META_BLOCK = 64  # E is written in blocks of 64 (m) x 64 (k) elements, 512 bytes each
+PADDING_NIBBLE = 0x4  # positions 0 and 1
+
+#: dtype codes of the C++ library (csrc/include/sparse24/types.h)
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def round_up(value: int, step: int) -> int:
+    return (value + step - 1) // step * step
+
+
+def metadata_bytes(m: int, k: int) -> int:
+    """Bytes of E for a sparse operand of m rows and k dense columns: both padded to 64, one bit an element."""
+    return round_up(m, META_BLOCK) * round_up(k, META_BLOCK) // 8
+
+
+def padded_tokens(tokens: int) -> int:
+    """Rows of a gradient after padding for MVUE: a multiple of 8, one byte of metadata."""
+    return round_up(tokens, 8)
+
+
+def is_row_major(t: Tensor) -> bool:
+    return t.dim() == 2 and (t.stride(1) == 1 or t.shape[1] <= 1) and t.stride(0) >= t.shape[1]
+
+
+def is_column_major(t: Tensor) -> bool:
+    return t.dim() == 2 and (t.stride(0) == 1 or t.shape[0] <= 1) and t.stride(1) >= t.shape[0]
+
+
+def as_major(t: Tensor) -> Tensor:
+    """`t` itself where it is row- or column-major, else a row-major copy (sliced, expanded, overlapping views)."""
+    return t if is_row_major(t) or is_column_major(t) else t.contiguous()
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., n] as a row-major [-1, n] that GEMMs can read: unit column stride, 16-byte aligned rows where possible."""
+    rows = t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
+    aligned = rows.stride(0) * rows.element_size() % 16 == 0 or rows.shape[0] <= 1
+    if is_row_major(rows) and aligned:
+        return rows
+    return rows.contiguous()
+
+
+def mask_as_uint16(mask: Tensor) -> Tensor:
+    """A mask as ops take it, from either form: uint16 [rows/4, cols/4], or its uint8 view [rows/4, cols/2]."""
+    return mask.view(torch.uint16) if mask.dtype == torch.uint8 else mask
+
+
+@lru_cache(maxsize=64)
+def metadata_order(m: int, k: int) -> Tensor:
+    """int64 [m64, k64 // 8]: the offset in E of the byte for elements (row, 8*col .. 8*col + 7); m64, k64 padded to 64."""
+    rows = torch.arange(round_up(m, META_BLOCK)).unsqueeze(1)
+    cols = torch.arange(0, round_up(k, META_BLOCK), 8).unsqueeze(0)
+    return (
+        (cols // 64) * 8 * rows.shape[0]
+        + (rows // 64) * 512
+        + (rows % 64 // 16) * 128
+        + (cols // 16 % 2) * 64
+        + (rows % 8) * 8
+        + (cols // 32 % 2) * 4
+        + (rows // 8 % 2) * 2
+        + (cols % 16) // 8
+    )

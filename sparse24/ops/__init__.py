@@ -1,0 +1,61 @@
+"""The ops of sparse24: masks, packing, sparse products, activations and what the recipe does to weights and gradients.
+
+Each is a `torch.library` op with an implementation for CPU and CUDA and a fake one for `torch.compile`. None is
+differentiable: outputs that depend on a tensor with `requires_grad` raise when backward reaches them, and name the
+differentiable function in `sparse24.functional`. Layouts and data formats: docs/design.md, section "Data".
+"""
+
+from ..layout import metadata_bytes, padded_tokens
+from .activation import (
+    activation,
+    activation_backward,
+    activation_backward_mvue,
+    gated_activation,
+    gated_activation_backward,
+    gated_activation_backward_mvue,
+)
+from .compress import (
+    compress,
+    compress_,
+    decompress,
+    empty_packed,
+    is_valid_metadata,
+    prune_compress,
+    prune_compress_,
+)
+from .gemm import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight
+from .mask import is_transposable, mask_flips, foreach_mask_flips, mask_gap, transposable_mask, unpack_mask
+from .mvue import draw_seed, draw_seeds, mvue_compress
+from .recipe import foreach_masked_decay_, masked_decay_
+
+__all__ = [
+    "activation",
+    "activation_backward",
+    "activation_backward_mvue",
+    "compress",
+    "compress_",
+    "decompress",
+    "draw_seed",
+    "draw_seeds",
+    "empty_packed",
+    "foreach_mask_flips",
+    "foreach_masked_decay_",
+    "gated_activation",
+    "gated_activation_backward",
+    "gated_activation_backward_mvue",
+    "is_transposable",
+    "is_valid_metadata",
+    "mask_flips",
+    "mask_gap",
+    "masked_decay_",
+    "metadata_bytes",
+    "mvue_compress",
+    "padded_tokens",
+    "prune_compress",
+    "prune_compress_",
+    "sparse_mm",
+    "sparse_mm_grad_input",
+    "sparse_mm_grad_weight",
+    "transposable_mask",
+    "unpack_mask",
+]

@@ -1,0 +1,211 @@
+"""Activations of a feed-forward layer: gated (`act(gate) * up`) and plain, forward, backward, backward with MVUE."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import Sparse24Error
+from ..layout import DTYPE_CODE, as_major
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+from .mvue import check_seed, empty_mvue
+
+#: names of activations -> codes of the C++ library
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
+
+
+def _check(gu: Tensor, kind: str, gated: bool) -> int:
+    """Rules on the input; returns the width of h."""
+    if kind not in KINDS:
+        raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if gu.dim() == 0:
+        raise Sparse24Error("the activation's input must have at least one dimension, got a scalar")
+    check_weight_dtype(gu, "gu" if gated else "x")
+    width = gu.shape[-1]
+    if gated and width % 2:
+        raise Sparse24Error(f"gu must hold two halves, [gate | up], in its last dimension, got an odd width {width}")
+    return width // 2 if gated else width
+
+
+def _as_matrix(t: Tensor) -> Tensor:
+    """[..., n] as a 2-D row- or column-major matrix; a copy only where strides allow neither."""
+    return as_major(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]))
+
+
+def _empty_h(gu: Tensor, width: int, column_major: bool) -> Tensor:
+    if column_major:
+        return gu.new_empty((width, *gu.shape[:-1])).movedim(0, -1)
+    return gu.new_empty((*gu.shape[:-1], width))
+
+
+def _forward(gu: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
+    width = _check(gu, kind, gated)
+    library, *place = where(gu)
+    if library is None:
+        h = reference.gated_activation(gu, kind, gated)
+        return _empty_h(gu, width, column_major).copy_(h)
+    h = _empty_h(gu, width, column_major)
+    if h.numel() == 0:
+        return h
+    matrix = _as_matrix(gu)
+    rows = h.reshape(-1, width) if h.dim() != 2 else h  # a view: h's leading dimensions are dense
+    library.activation_forward(
+        KINDS[kind], gated, matrix.data_ptr(), DTYPE_CODE[gu.dtype], *matrix.shape, *matrix.stride(),
+        rows.data_ptr(), *rows.stride(), *place,
+    )  # fmt: skip
+    return h
+
+
+def _forward_fake(gu: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
+    return _empty_h(gu, _check(gu, kind, gated), column_major)
+
+
+_op_forward = define_op(
+    "activation", "(Tensor gu, str kind, bool gated, bool column_major) -> Tensor", _forward, _forward_fake
+)
+
+
+def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = False) -> Tensor:
+    """h = act(gate) * up, with gu = [gate | up] in this order.
+
+    gu            (..., 2*d_ff) fp32, bf16 or fp16; a 2-D gu may be row- or column-major, others are read as rows
+    kind          "silu" (SwiGLU), "gelu" (erf), "gelu_tanh", "relu", "squared_relu"
+    column_major  lay h out with tokens contiguous instead of features
+    returns       (..., d_ff) in gu's dtype; fp32 arithmetic inside
+
+    Differentiable form: `functional.gated_activation`.
+    """
+    return call_without_grad(
+        "gated_activation", "functional.gated_activation", _op_forward, (gu, kind, True, column_major)
+    )
+
+
+def activation(x: Tensor, kind: str = "gelu_tanh", *, column_major: bool = False) -> Tensor:
+    """act(x) without a gate, for feed-forward layers such as GPT-2's; arguments as `gated_activation`."""
+    return call_without_grad("activation", "functional.activation", _op_forward, (x, kind, False, column_major))
+
+
+def _check_backward(dh: Tensor, gu: Tensor, kind: str, gated: bool) -> int:
+    width = _check(gu, kind, gated)
+    if tuple(dh.shape) != (*gu.shape[:-1], width) or dh.dtype != gu.dtype:
+        raise Sparse24Error(
+            f"dh must have shape {(*gu.shape[:-1], width)} and dtype {gu.dtype}, got {tuple(dh.shape)} and {dh.dtype}"
+        )
+    check_same_device(gu, "gu", dh=dh)
+    return width
+
+
+def _backward(dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool) -> tuple[Tensor, Tensor]:
+    width = _check_backward(dh, gu, kind, gated)
+    library, *place = where(gu)
+    if library is None:
+        d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
+        return d_gu.contiguous(), h.contiguous() if recompute_h else gu.new_empty(0)
+    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
+    h = gu.new_empty((*gu.shape[:-1], width) if recompute_h else 0)
+    if d_gu.numel() == 0:
+        return d_gu, h
+    _run_backward(library, place, kind, gated, dh, gu, d_gu, h if recompute_h else None)
+    return d_gu, h
+
+
+def _run_backward(library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None) -> None:
+    dh, gu = _as_matrix(dh), _as_matrix(gu)
+    width = dh.shape[-1]
+    mvue = (seed.data_ptr(), packed.data_ptr(), E.data_ptr()) if seed is not None else (0, 0, 0)
+    library.activation_backward(
+        KINDS[kind], gated, dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gu.data_ptr(), *gu.stride(),
+        d_gu.data_ptr(), gu.shape[-1], 1, h.data_ptr() if h is not None else 0, width, 1, *mvue, *place,
+    )  # fmt: skip
+
+
+def _backward_fake(dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool) -> tuple[Tensor, Tensor]:
+    width = _check_backward(dh, gu, kind, gated)
+    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
+    return d_gu, gu.new_empty((*gu.shape[:-1], width) if recompute_h else 0)
+
+
+_op_backward = define_op(
+    "activation_backward",
+    "(Tensor dh, Tensor gu, str kind, bool gated, bool recompute_h) -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def gated_activation_backward(dh: Tensor, gu: Tensor, kind: str = "silu", *, recompute_h: bool = False):
+    """d_gu = [d_gate | d_up] from dh and gu; with `recompute_h`, the pair (d_gu, h) from the same read.
+
+    dh       (..., d_ff), gu (..., 2*d_ff), one dtype; each row- or column-major where 2-D
+    returns  d_gu (..., 2*d_ff), and h (..., d_ff), row-major
+    """
+    args = (dh, gu, kind, True, recompute_h)
+    d_gu, h = call_without_grad("gated_activation_backward", "functional.gated_activation", _op_backward, args)
+    return (d_gu, h) if recompute_h else d_gu
+
+
+def activation_backward(dh: Tensor, x: Tensor, kind: str = "gelu_tanh", *, recompute_h: bool = False):
+    """dx of `activation`; arguments and results as `gated_activation_backward`."""
+    args = (dh, x, kind, False, recompute_h)
+    d_x, h = call_without_grad("activation_backward", "functional.activation", _op_backward, args)
+    return (d_x, h) if recompute_h else d_x
+
+
+def _check_backward_mvue(dh: Tensor, gu: Tensor, kind: str, gated: bool, seed: Tensor) -> int:
+    if gu.dim() != 2:
+        raise Sparse24Error(f"gu must be 2-D, (tokens, width), got shape {tuple(gu.shape)}; flatten it first")
+    check_seed(seed, gu)
+    return _check_backward(dh, gu, kind, gated)
+
+
+def _backward_mvue(dh, gu, kind, gated, seed, recompute_h) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = _check_backward_mvue(dh, gu, kind, gated, seed)
+    library, *place = where(gu)
+    if library is None:
+        d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
+        packed, E = reference.mvue_compress(d_gu, seed)
+        return d_gu.contiguous(), packed, E, h.contiguous() if recompute_h else gu.new_empty(0)
+    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
+    packed, E = empty_mvue(*gu.shape, gu.dtype, gu.device)
+    h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
+    if d_gu.numel():
+        _run_backward(library, place, kind, gated, dh, gu, d_gu, h if recompute_h else None, seed, packed, E)
+    return d_gu, packed, E, h
+
+
+def _backward_mvue_fake(dh, gu, kind, gated, seed, recompute_h) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    width = _check_backward_mvue(dh, gu, kind, gated, seed)
+    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
+    h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
+    return d_gu, *empty_mvue(*gu.shape, gu.dtype, gu.device), h
+
+
+_op_backward_mvue = define_op(
+    "activation_backward_mvue",
+    "(Tensor dh, Tensor gu, str kind, bool gated, Tensor seed, bool recompute_h) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_mvue,
+    _backward_mvue_fake,
+)
+
+
+def gated_activation_backward_mvue(
+    dh: Tensor, gu: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False
+) -> tuple[Tensor, ...]:
+    """(d_gu, packed_dgu, E_dgu): the gradient twice from one read, dense and MVUE-packed for the weight gradient.
+
+    dh (tokens, d_ff), gu (tokens, 2*d_ff), seed int64 (2,). packed and E are equal, bit for bit, to
+    `mvue_compress(d_gu, seed)`. With `recompute_h` the fourth result is h (tokens, d_ff).
+    """
+    args = (dh, gu, kind, True, seed, recompute_h)
+    out = call_without_grad("gated_activation_backward_mvue", "functional.gated_mlp", _op_backward_mvue, args)
+    return out if recompute_h else out[:3]
+
+
+def activation_backward_mvue(
+    dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False
+) -> tuple[Tensor, ...]:
+    """The same for a plain activation: (d_x, packed, E[, h])."""
+    args = (dh, x, kind, False, seed, recompute_h)
+    out = call_without_grad("activation_backward_mvue", "functional.mlp", _op_backward_mvue, args)
+    return out if recompute_h else out[:3]

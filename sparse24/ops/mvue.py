@@ -1,0 +1,109 @@
+"""MVUE: 2:4 pruning of a gradient without bias, and the seeds that govern it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import Sparse24DtypeError, Sparse24Error
+from ..layout import DTYPE_CODE, as_major, metadata_bytes, padded_tokens
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+
+
+def check_seed(seed: Tensor, like: Tensor) -> None:
+    if seed.dtype != torch.int64 or tuple(seed.shape) != (2,) or not seed.is_contiguous():
+        raise Sparse24DtypeError(
+            f"seed must be an int64 tensor of two numbers, got {seed.dtype} of shape {tuple(seed.shape)}; "
+            "ops.draw_seed makes one"
+        )
+    check_same_device(like, "dy", seed=seed)
+
+
+def _check_mvue(dy: Tensor, seed: Tensor) -> None:
+    if dy.dim() != 2:
+        raise Sparse24Error(f"dy must be 2-D, (tokens, features), got shape {tuple(dy.shape)}; flatten it first")
+    check_weight_dtype(dy, "dy")
+    check_seed(seed, dy)
+
+
+def empty_mvue(tokens: int, features: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+    padded = padded_tokens(tokens)
+    return (
+        torch.empty((padded // 2, features), dtype=dtype, device=device),
+        torch.empty(metadata_bytes(features, padded), dtype=torch.uint8, device=device),
+    )
+
+
+def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    _check_mvue(dy, seed)
+    library, *place = where(dy)
+    if library is None:
+        return reference.mvue_compress(dy, seed)
+    dy = as_major(dy)
+    packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
+    library.mvue_compress(
+        dy.data_ptr(), DTYPE_CODE[dy.dtype], *dy.shape, *dy.stride(), seed.data_ptr(), packed.data_ptr(), E.data_ptr(),
+        *place,
+    )  # fmt: skip
+    return packed, E
+
+
+def _mvue_compress_fake(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    _check_mvue(dy, seed)
+    return empty_mvue(*dy.shape, dy.dtype, dy.device)
+
+
+_op_mvue_compress = define_op(
+    "mvue_compress", "(Tensor dy, Tensor seed) -> (Tensor, Tensor)", _mvue_compress, _mvue_compress_fake
+)
+
+
+def mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Prune `dy` to 2:4 along tokens, unbiased and with the least variance, packed for the weight gradient.
+
+    dy      (tokens, features) fp32, bf16 or fp16, row- or column-major (other strides are copied); any extents
+    seed    int64 (2,) on dy's device; the result is a pure function of dy and seed, equal on CPU and GPU
+    packed  (padded_tokens/2, features) in dy's dtype; tokens are padded with zero rows to a multiple of 8
+    E       metadata for (features, padded_tokens)
+
+    Groups are 4 consecutive tokens of one feature: two are kept, scaled by 1/probability, so that the expected value
+    is dy. Arithmetic is fp32, each value rounded once; what leaves fp16's range becomes Inf. Inf and NaN survive.
+    Source: arXiv 2404.01847 (MVUE); csrc/compress/mvue_group.h has the exact draw.
+    """
+    return call_without_grad("mvue_compress", "functional.sparse_linear", _op_mvue_compress, (dy, seed))
+
+
+def _draw_seeds(like: Tensor, count: int, rank: int) -> Tensor:
+    seeds = torch.empty((count, 2), dtype=torch.int64, device=like.device)
+    seeds.random_(-(2**63), None)
+    if rank:
+        seeds[:, 1] += rank  # the upper half of Philox' counter: another rank, another stream
+    return seeds
+
+
+def _draw_seeds_fake(like: Tensor, count: int, rank: int) -> Tensor:
+    return torch.empty((count, 2), dtype=torch.int64, device=like.device)
+
+
+_op_draw_seeds = define_op(
+    "draw_seeds",
+    "(Tensor like, int count, int rank) -> Tensor",
+    _draw_seeds,
+    _draw_seeds_fake,
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+def draw_seeds(like: Tensor, count: int, rank: int = 0) -> Tensor:
+    """`count` fresh seeds, int64 (count, 2) on `like`'s device, from that device's torch generator.
+
+    `torch.manual_seed` therefore governs them, CUDA graph replay advances them, and nothing is read back to the host.
+    rank  of this process: ranks that share a torch seed draw different noise
+    """
+    return _op_draw_seeds(like, count, rank)
+
+
+def draw_seed(like: Tensor, rank: int = 0) -> Tensor:
+    """One fresh seed, int64 (2,); see `draw_seeds`."""
+    return draw_seeds(like, 1, rank)[0]

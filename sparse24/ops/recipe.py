@@ -1,0 +1,95 @@
+"""Masked decay: what pulls pruned weights towards zero, through their gradient."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..errors import Sparse24DtypeError, Sparse24Error
+from ..layout import DTYPE_CODE, is_column_major, is_row_major, mask_as_uint16
+from ._common import check_mask, check_same_device, check_weight, define_op, where
+
+
+def check_decay(decay: float) -> None:
+    if not (math.isfinite(decay) and decay >= 0):
+        raise Sparse24Error(f"decay must be a finite number >= 0, got {decay}; 0 trains without masked decay (STE)")
+
+
+def _check(grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], decay: float, grad_scale) -> None:
+    if not grads or not len(grads) == len(weights) == len(masks):
+        raise Sparse24Error(
+            "grads, weights and masks must be non-empty lists of one length, got "
+            f"{len(grads)}, {len(weights)} and {len(masks)}"
+        )
+    check_decay(decay)
+    for grad, w, mask in zip(grads, weights, masks):
+        check_weight(w)
+        check_weight(grad, "grad")
+        check_mask(mask, *w.shape)
+        if grad.shape != w.shape:
+            raise Sparse24Error(f"grad must have w's shape {tuple(w.shape)}, got {tuple(grad.shape)}")
+        check_same_device(grads[0], "grads[0]", grad=grad, w=w, mask=mask)
+    if grad_scale is not None:
+        if grad_scale.dtype != torch.float32 or grad_scale.numel() != 1:
+            raise Sparse24DtypeError(f"grad_scale must be one float32, got {grad_scale.dtype} {tuple(grad_scale.shape)}")
+        check_same_device(grads[0], "grads[0]", grad_scale=grad_scale)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return t.dtype in DTYPE_CODE and (is_row_major(t) or is_column_major(t))
+
+
+def _foreach_masked_decay_(grads, weights, masks, decay, grad_scale) -> None:
+    _check(grads, weights, masks, decay, grad_scale)
+    library, *place = where(grads[0])
+    items = []
+    for grad, w, mask in zip(grads, weights, masks):
+        if library is None or not _is_plain(grad) or not _is_plain(w):
+            grad.copy_(reference.masked_decay(grad, w, mask, decay, grad_scale))
+            continue
+        items.append((
+            grad.data_ptr(), DTYPE_CODE[grad.dtype], *grad.shape, *grad.stride(), w.data_ptr(), DTYPE_CODE[w.dtype],
+            *w.stride(), mask.data_ptr(), decay, 0 if grad_scale is None else grad_scale.data_ptr(),
+        ))  # fmt: skip
+    if items:
+        library.masked_decay(items, *place)
+
+
+_op_foreach_masked_decay_ = define_op(
+    "foreach_masked_decay_",
+    "(Tensor(a!)[] grads, Tensor[] weights, Tensor[] masks, float decay, Tensor? grad_scale) -> ()",
+    _foreach_masked_decay_,
+    _check,
+)
+
+
+@torch.no_grad()
+def foreach_masked_decay_(
+    grads: list[Tensor],
+    weights: list[Tensor],
+    masks: list[Tensor],
+    decay: float,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """grad += decay * (1 - mask) * w for many tensors in place, in few launches.
+
+    grads, weights  lists of (rows, cols), fp32, bf16 or fp16, each row- or column-major
+    masks           list of (rows/4, cols/4) uint16
+    decay           finite, >= 0; not multiplied by any learning rate
+    grad_scale      one float32 on the device that multiplies decay: for optimizers that un-scale gradients themselves
+
+    Call it after clipping and before the optimizer's moments see the gradient (arXiv 2404.01847, masked decay).
+    """
+    _op_foreach_masked_decay_(
+        list(grads), [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], float(decay), grad_scale
+    )
+    torch.autograd.graph.increment_version(list(grads))
+
+
+def masked_decay_(grad: Tensor, w: Tensor, mask: Tensor, decay: float, *, grad_scale: Tensor | None = None) -> Tensor:
+    """grad += decay * (1 - mask) * w in place; returns grad. Arguments as `foreach_masked_decay_`."""
+    foreach_masked_decay_([grad], [w], [mask], decay, grad_scale)
+    return grad
