@@ -19,24 +19,30 @@ struct ValueAndSlope {
   float slope;
 };
 
-/// 1 / (1 + exp(-x)), to a few ulp.
-SP24_HD float sigmoid(float x) {
-  const float denominator = 1.0f + expf(-x);
+struct Sigmoid {
+  float value;
+  float complement;  // 1 - value, without cancellation where value is close to 1
+};
+
+/// 1 / (1 + exp(-x)) and 1 minus it, to a few ulp.
+SP24_HD Sigmoid sigmoid(float x) {
+  const float decayed = expf(-x);
 #if defined(__CUDA_ARCH__)
-  return __fdividef(1.0f, denominator);  // one instruction and 2 ulp; 0 past 2^126, as wanted
+  const float value = __fdividef(1.0f, 1.0f + decayed);  // one instruction and 2 ulp; 0 past 2^126, as wanted
 #else
-  return 1.0f / denominator;
+  const float value = 1.0f / (1.0f + decayed);
 #endif
+  return {value, value == 0.0f ? 1.0f : decayed * value};
 }
 
 /// The activation and its derivative at x. Callers that need one of them leave the other to the optimizer.
 template <Activation kKind>
 SP24_HD ValueAndSlope activate(float x) {
   if constexpr (kKind == Activation::kSilu) {
-    const float s = sigmoid(x);
-    // Where s underflows to 0, x * 0 is the limit; -inf would give NaN.
-    const float value = s == 0.0f ? 0.0f : x * s;
-    return {value, s + value * (1.0f - s)};
+    const Sigmoid s = sigmoid(x);
+    // Where the sigmoid underflows to 0, so does the product; -inf * 0 would give NaN.
+    const float value = s.value == 0.0f ? 0.0f : x * s.value;
+    return {value, s.value + value * s.complement};
   } else if constexpr (kKind == Activation::kGelu) {
     constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
     const float phi = 0.5f * erfcf(-x * kInvSqrt2);
@@ -45,11 +51,11 @@ SP24_HD ValueAndSlope activate(float x) {
   } else if constexpr (kKind == Activation::kGeluTanh) {
     constexpr float kSqrt2OverPi = 0.79788456080286536f, kCubic = 0.044715f;
     const float square = x * x;
-    const float s = sigmoid(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
+    const Sigmoid s = sigmoid(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
     const float dz = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * square);
-    const float value = s == 0.0f ? 0.0f : x * s;
-    const float tail = value * (1.0f - s);
-    return {value, s + (tail == 0.0f ? 0.0f : tail * dz)};
+    const float value = s.value == 0.0f ? 0.0f : x * s.value;
+    const float tail = value * s.complement;
+    return {value, s.value + (tail == 0.0f ? 0.0f : tail * dz)};
   } else if constexpr (kKind == Activation::kRelu) {
     return {x > 0.0f ? x : (x == x ? 0.0f : x), x > 0.0f ? 1.0f : 0.0f};
   } else {

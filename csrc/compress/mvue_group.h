@@ -135,8 +135,9 @@ SP24_HD MvuePick mvue_group(const float (&a)[4], float u) {
   pick.first_value *= down;
   pick.second_value *= down;
   // What 2^-8 sent to zero beside a huge neighbour is kept as it was.
-  if (pick.first_value == 0.0f) pick.first_value = pick_of_four(a, pick.nibble & 3u);
-  if (pick.second_value == 0.0f) pick.second_value = pick_of_four(a, pick.nibble >> 2);
+  const float first_a = pick_of_four(a, pick.nibble & 3u), second_a = pick_of_four(a, pick.nibble >> 2);
+  if (pick.first_value == 0.0f && first_a != 0.0f) pick.first_value = first_a;
+  if (pick.second_value == 0.0f && second_a != 0.0f) pick.second_value = second_a;
   return pick;
 }
 

@@ -253,11 +253,10 @@ def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate) -> None
         )  # fmt: skip
         return
     dy = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, x.dtype)[:tokens]
-    product = _matmul(dy.T, rows, out.dtype)
     if accumulate:
-        out.add_(product)
+        out.add_(_matmul(dy.T, rows, torch.float32 if x.dtype in HALF_DTYPES else x.dtype))  # one rounding, at the end
     else:
-        out.copy_(product)
+        out.copy_(_matmul(dy.T, rows, out.dtype))
 
 
 def _sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype):

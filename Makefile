@@ -1,0 +1,86 @@
+# make demo     environment, installation, then a small model trained dense and sparse on this machine (CPU is enough)
+# make test     environment, installation, C++ and Python tests
+# make build    environment and installation only
+# make bench    benchmarks of the kernels and of a training step (they want a GPU)
+# make format   clang-format and ruff over the tree
+# make clean    removes what was built; `make distclean` the environment too
+#
+#   PYTHON=python3        the interpreter of the environment
+#   TORCH=torch==2.13.0   installed only where PYTHON has no torch of its own; '' leaves the choice to pip
+#   SPARSE24_CUDA=auto    1, 0 or auto (CMakeLists.txt)
+#   VENV=.venv            where the environment goes
+#   PYTEST_ARGS=          for example: make test PYTEST_ARGS='-k mask'
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+SPARSE24_CUDA ?= auto
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+export SPARSE24_CUDA
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The folder that setup.py builds libsparse24 in.
+BUILD := build/$(if $(filter 0,$(SPARSE24_CUDA)),cpu,$(if $(filter 1,$(SPARSE24_CUDA)),cuda,auto))
+
+BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(shell find cmake csrc -type f)
+
+.PHONY: demo test build env bench format clean distclean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m sparse24 pretrain --preset tiny --compare --out runs/demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed-for-tests
+	$(BIN)/cmake -S . -B $(BUILD) -DSPARSE24_TESTS=ON >/dev/null
+	$(BIN)/cmake --build $(BUILD)
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+build: $(VENV)/.installed
+env: $(VENV)/.environment
+
+# ---- the environment ---------------------------------------------------------------------------------------------------
+# torch comes first and alone: asked for together with the rest, pip might pick another build of it, of gigabytes.
+HAS_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
+
+$(VENV)/.environment:
+	@if $(PYTHON) -c '$(HAS_TORCH)' 2>/dev/null; then \
+	  echo "using the torch that $(PYTHON) has"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV); \
+	  $(PIP) install $(or $(TORCH),torch); \
+	fi
+	$(PIP) install 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.20' ninja
+	@touch $@
+
+# ---- the package, editable: Python changes need no reinstallation ------------------------------------------------------
+$(VENV)/.installed: $(VENV)/.environment $(BUILD_FILES)
+	$(PIP) install --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(VENV)/.installed-for-tests: $(VENV)/.environment $(BUILD_FILES)
+	$(PIP) install --no-build-isolation -e '.[train,test]'
+	@touch $(VENV)/.installed $@
+
+# ---- everything else ---------------------------------------------------------------------------------------------------
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+format: $(VENV)/.environment
+	@$(BIN)/python -c 'import ruff' 2>/dev/null && test -x $(BIN)/clang-format || $(PIP) install 'clang-format>=18' 'ruff>=0.6'
+	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info sparse24/_C*.so sparse24/libsparse24.so
+	rm -f $(VENV)/.installed $(VENV)/.installed-for-tests
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,69 @@
+# The CUDA part of libsparse24, for Hopper (sm_90a: wgmma and TMA need the `a`).
+
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # given below, in full
+enable_language(CUDA)
+if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.3)
+  message(FATAL_ERROR "sparse24 needs CUDA 12.3 or later, got ${CMAKE_CUDA_COMPILER_VERSION}; "
+    "install a newer toolkit, or build for the CPU with SPARSE24_CUDA=0")
+endif()
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+
+include(cmake/Cutlass.cmake)
+sparse24_find_cutlass(cutlass_include)
+
+# Serialised wgmma (ptxas message C7510) costs more than all tuning gains: the build fails on it.
+set(strict_nvcc ${CMAKE_CURRENT_SOURCE_DIR}/cmake/strict_nvcc.sh)
+
+add_library(sparse24_cuda_options INTERFACE)
+target_link_libraries(sparse24_cuda_options INTERFACE sparse24_options)
+target_include_directories(sparse24_cuda_options INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
+target_compile_options(sparse24_cuda_options INTERFACE
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3;-gencode=arch=compute_90a,code=sm_90a;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off>)
+
+# Kernels around the GEMM: the same rounding as on the CPU, so no a*b + c in one step.
+file(GLOB kernel_sources CONFIGURE_DEPENDS
+  csrc/mask/*.cu csrc/compress/*.cu csrc/activation/*.cu csrc/fused/*.cu)
+# Host code of the GEMM (heuristics) and its kernels, one instantiation a file.
+file(GLOB gemm_host_sources CONFIGURE_DEPENDS csrc/gemm/*.cpp)
+file(GLOB gemm_sources CONFIGURE_DEPENDS csrc/gemm/*.cu csrc/gemm/instantiations/*.cu)
+
+target_link_libraries(sparse24_host PRIVATE sparse24_cuda_options)
+target_sources(sparse24_host PRIVATE ${gemm_host_sources})
+set_source_files_properties(${gemm_host_sources} PROPERTIES INCLUDE_DIRECTORIES "${cutlass_include}")
+
+if(kernel_sources)
+  add_library(sparse24_kernels OBJECT ${kernel_sources})
+  target_link_libraries(sparse24_kernels PRIVATE sparse24_cuda_options)
+  target_compile_options(sparse24_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+  set_target_properties(sparse24_kernels PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
+  list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
+endif()
+
+if(gemm_sources)
+  add_library(sparse24_gemm OBJECT ${gemm_sources})
+  target_link_libraries(sparse24_gemm PRIVATE sparse24_cuda_options)
+  target_include_directories(sparse24_gemm SYSTEM PRIVATE ${cutlass_include})
+  set_target_properties(sparse24_gemm PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
+  list(APPEND objects $<TARGET_OBJECTS:sparse24_gemm>)
+endif()
+
+# A GEMM kernel takes about 5 GiB to compile: as many at a time as memory holds.
+include(cmake/GemmJobs.cmake)
+sparse24_gemm_jobs(gemm_jobs)
+if(CMAKE_GENERATOR MATCHES "Ninja")
+  set_property(GLOBAL PROPERTY JOB_POOLS gemm=${gemm_jobs})
+  if(gemm_sources)
+    set_target_properties(sparse24_gemm PROPERTIES JOB_POOL_COMPILE gemm)
+  endif()
+  list(LENGTH gemm_sources gemm_count)
+  message(STATUS "sparse24: ${gemm_count} GEMM files, ${gemm_jobs} at a time")
+else()
+  message(WARNING "Only the Ninja generator limits how many GEMM kernels compile at a time (5 GiB each); "
+    "with ${CMAKE_GENERATOR} build with -j${gemm_jobs}, or configure with -G Ninja")
+endif()
+
+# Static, and no libcuda: the library must load where there is no driver.
+set(SPARSE24_CUDA_LIBRARIES CUDA::cudart_static)

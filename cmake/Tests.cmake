@@ -1,0 +1,34 @@
+# C++ tests: one program a file of tests/cpp. They link the library's objects, not the library, so
+# that they reach what it hides.
+
+add_library(sparse24_test_objects STATIC ${objects})
+set_target_properties(sparse24_test_objects PROPERTIES LINKER_LANGUAGE CXX)
+target_link_libraries(sparse24_test_objects PUBLIC
+  sparse24_options Threads::Threads ${SPARSE24_CUDA_LIBRARIES})
+
+file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/*_test.cpp)
+foreach(source ${test_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name} ${source})
+  target_link_libraries(${name} PRIVATE sparse24_test_objects)
+  add_test(NAME ${name} COMMAND ${name})
+endforeach()
+
+# The choice of a GEMM config is host code without CUDA: tested in CPU builds too.
+file(GLOB gemm_config CONFIGURE_DEPENDS csrc/gemm/config.cpp)
+if(gemm_config AND NOT SPARSE24_WITH_CUDA AND TARGET gemm_config_test)
+  target_sources(gemm_config_test PRIVATE ${gemm_config})
+endif()
+
+if(SPARSE24_WITH_CUDA)
+  file(GLOB gpu_test_sources CONFIGURE_DEPENDS tests/cpp/*_gpu_test.cu)
+  foreach(source ${gpu_test_sources})
+    get_filename_component(name ${source} NAME_WE)
+    add_executable(${name} ${source})
+    target_link_libraries(${name} PRIVATE sparse24_test_objects sparse24_cuda_options)
+    target_include_directories(${name} SYSTEM PRIVATE ${cutlass_include})
+    set_target_properties(${name} PROPERTIES JOB_POOL_COMPILE gemm)
+    add_test(NAME ${name} COMMAND ${name})
+    set_tests_properties(${name} PROPERTIES LABELS gpu SKIP_RETURN_CODE 77)  # 77: no GPU here
+  endforeach()
+endif()

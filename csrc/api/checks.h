@@ -1,0 +1,83 @@
+// checks.h: the rules that arguments of the public API must keep, whichever backend runs.
+//
+// Python has checked with kinder words before; here is what would otherwise read or write outside
+// of somebody's memory.
+#pragma once
+
+#include <cstdint>
+
+#include "common/check.h"
+#include "common/convert.h"
+#include "sparse24/types.h"
+
+namespace sparse24::api {
+
+template <typename Pointer>
+bool is_empty(const MatrixView<Pointer>& view) {
+  return view.rows == 0 || view.cols == 0;
+}
+
+template <typename Pointer>
+bool is_row_major(const MatrixView<Pointer>& view) {
+  return (view.col_stride == 1 || view.cols <= 1) &&
+         (view.row_stride >= view.cols || view.rows <= 1);
+}
+
+template <typename Pointer>
+bool is_column_major(const MatrixView<Pointer>& view) {
+  return (view.row_stride == 1 || view.rows <= 1) &&
+         (view.col_stride >= view.rows || view.cols <= 1);
+}
+
+inline void check_pointer(const void* pointer, const char* name) {
+  SP24_CHECK(pointer != nullptr, name, " must not be null");
+}
+
+inline void check_extent(int64_t extent, const char* name) {
+  SP24_CHECK(extent >= 0, name, " must not be negative, got ", extent);
+}
+
+template <typename Pointer>
+void check_extents(const MatrixView<Pointer>& view, const char* name) {
+  SP24_CHECK(view.rows >= 0 && view.cols >= 0, name, " must have extents of at least 0, got [",
+             view.rows, ", ", view.cols, "]");
+}
+
+/// A row- or column-major matrix in memory; call for non-empty ones.
+template <typename Pointer>
+void check_major(const MatrixView<Pointer>& view, const char* name) {
+  check_pointer(view.data, name);
+  SP24_CHECK(is_row_major(view) || is_column_major(view), name,
+             " must be row- or column-major, got strides (", view.row_stride, ", ", view.col_stride,
+             ") for extents [", view.rows, ", ", view.cols, "]; make it contiguous");
+}
+
+template <typename Pointer>
+void check_blocks(const MatrixView<Pointer>& view, const char* name) {
+  SP24_CHECK(view.rows % 4 == 0 && view.cols % 4 == 0, name,
+             " must have extents that are multiples of 4, got [", view.rows, ", ", view.cols,
+             "]; leave this layer dense");
+}
+
+inline void check_gpu_packed_dtype(DType dtype, const char* name) {
+  SP24_CHECK(dtype != DType::kFloat32, name,
+             " must be bfloat16 or float16 on a GPU, got float32; the sparse tensor cores multiply "
+             "16-bit values");
+}
+
+template <typename A, typename B>
+void check_same_extents(const MatrixView<A>& a, const char* a_name, const MatrixView<B>& b,
+                        const char* b_name) {
+  SP24_CHECK(a.rows == b.rows && a.cols == b.cols, a_name, " and ", b_name,
+             " must have the same extents, got [", a.rows, ", ", a.cols, "] and [", b.rows, ", ",
+             b.cols, "]");
+}
+
+template <typename A, typename B>
+void check_same_dtype(const MatrixView<A>& a, const char* a_name, const MatrixView<B>& b,
+                      const char* b_name) {
+  SP24_CHECK(a.dtype == b.dtype, a_name, " and ", b_name, " must have the same dtype, got ",
+             name_of(a.dtype), " and ", name_of(b.dtype));
+}
+
+}  // namespace sparse24::api

@@ -1,0 +1,73 @@
+// device.cpp: public functions of device.h.
+#include "sparse24/device.h"
+
+#include "common/check.h"
+#include "cpu/parallel.h"
+
+#ifdef SPARSE24_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace sparse24 {
+namespace {
+
+#ifdef SPARSE24_WITH_CUDA
+
+/// Fills in what the driver says. Attributes are read without creating a context on the device.
+void ask_driver(int device, DeviceInfo& info) {
+  const auto failed = [&](cudaError_t status, const char* what) {
+    if (status == cudaSuccess) return false;
+    cudaGetLastError();  // a missing driver is an answer, not an error that a later launch should
+                         // see
+    info.reason = concat(what, ": ", cudaGetErrorString(status));
+    return true;
+  };
+  if (failed(cudaGetDeviceCount(&info.device_count), "no usable NVIDIA driver or GPU")) {
+    info.device_count = 0;
+    return;
+  }
+  if (device >= info.device_count) {
+    info.reason =
+        concat("there is no CUDA device ", device, "; the driver shows ", info.device_count);
+    return;
+  }
+  const auto attribute = [&](int* value, cudaDeviceAttr which) {
+    return !failed(cudaDeviceGetAttribute(value, which, device), "cudaDeviceGetAttribute");
+  };
+  if (!attribute(&info.capability_major, cudaDevAttrComputeCapabilityMajor) ||
+      !attribute(&info.capability_minor, cudaDevAttrComputeCapabilityMinor) ||
+      !attribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount)) {
+    return;
+  }
+  if (info.capability_major != 9 || info.capability_minor != 0) {
+    info.reason = concat("sparse kernels are built for ", info.gemm_archs, ", and this GPU is sm_",
+                         info.capability_major, info.capability_minor);
+  }
+}
+
+#endif
+
+}  // namespace
+
+const char* version() { return SPARSE24_VERSION; }
+
+DeviceInfo device_info(int device) {
+  DeviceInfo info;
+#ifdef SPARSE24_WITH_CUDA
+  info.cuda_built = true;
+  info.gemm_archs = "sm_90a";
+  if (device >= 0) {
+    ask_driver(device, info);
+  } else {
+    info.reason = "no device was named";
+  }
+#else
+  static_cast<void>(device);
+  info.reason = "libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1";
+#endif
+  return info;
+}
+
+void set_cpu_threads(int threads) { cpu::set_threads(threads); }
+
+}  // namespace sparse24

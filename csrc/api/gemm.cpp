@@ -1,0 +1,87 @@
+// gemm.cpp: public functions of gemm.h: check, then dispatch.
+#include "sparse24/gemm.h"
+
+#include "api/checks.h"
+#include "api/dispatch.h"
+
+#ifdef SPARSE24_WITH_CUDA
+#include "gemm/sparse_gemm.h"
+#endif
+
+namespace sparse24 {
+namespace {
+
+using namespace api;
+
+/// Shapes, dtypes and leading dimensions: all that needs no pointer.
+void check_problem(const SparseGemmArgs& args) {
+  const bool weight_grad = args.pass == GemmPass::kGradWeight;
+  check_extent(args.m, "m");
+  check_extent(args.n, "n");
+  check_extent(args.k, "k");
+  SP24_CHECK(weight_grad || args.k % 4 == 0, "k must be a multiple of 4, got ", args.k);
+  SP24_CHECK(args.out_dtype == args.dtype || args.out_dtype == DType::kFloat32,
+             "out_dtype must be that of the operands (", name_of(args.dtype), ") or float32, got ",
+             name_of(args.out_dtype));
+  const int64_t rhs_cols = weight_grad ? args.n : args.k, out_cols = weight_grad ? args.n : args.m;
+  SP24_CHECK(args.rhs_ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs_ld);
+  SP24_CHECK(args.out_ld >= out_cols, "out_ld must be at least ", out_cols, ", got ", args.out_ld);
+}
+
+#ifndef SPARSE24_WITH_CUDA
+const char* const kWithoutCuda = "libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1";
+#endif
+
+}  // namespace
+
+std::string sparse_gemm_unsupported(const SparseGemmArgs& args, const Context& context) {
+  check_problem(args);
+  if (context.backend == Backend::kCpu) return "";
+#ifdef SPARSE24_WITH_CUDA
+  return gemm::unsupported(args, context.device);
+#else
+  return kWithoutCuda;
+#endif
+}
+
+int64_t sparse_gemm_workspace_bytes(const SparseGemmArgs& args, const Context& context) {
+  check_problem(args);
+  if (context.backend == Backend::kCpu) return 0;
+#ifdef SPARSE24_WITH_CUDA
+  return gemm::workspace_bytes(args, context.device);
+#else
+  throw_without_cuda("sparse_gemm_workspace_bytes");
+#endif
+}
+
+std::string sparse_gemm_config(const SparseGemmArgs& args, const Context& context) {
+  check_problem(args);
+  if (context.backend == Backend::kCpu) return "cpu: plain loops";
+#ifdef SPARSE24_WITH_CUDA
+  return gemm::config_text(args, context.device);
+#else
+  throw_without_cuda("sparse_gemm_config");
+#endif
+}
+
+void sparse_gemm(const SparseGemmArgs& args, const Context& context) {
+  check_problem(args);
+  if (args.m == 0 || args.n == 0) return;
+  check_pointer(args.out, "out");
+  if (args.k > 0) {
+    check_pointer(args.packed, "packed");
+    check_pointer(args.E, "E");
+    check_pointer(args.rhs, "rhs");
+  }
+  SP24_CHECK(args.bias == nullptr || args.pass == GemmPass::kForward,
+             "bias belongs to the forward product only");
+  if (context.backend == Backend::kCpu) return cpu::sparse_gemm(args);
+#ifdef SPARSE24_WITH_CUDA
+  const DeviceGuard guard(context.device);
+  gemm::run(args, context.device, stream(context));
+#else
+  throw_without_cuda("sparse_gemm");
+#endif
+}
+
+}  // namespace sparse24

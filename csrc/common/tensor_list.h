@@ -1,0 +1,42 @@
+// tensor_list.h: many tensors in one launch. The list travels in the kernel's parameters, so nothing is allocated or
+// copied, and a graph captures it by value.
+//
+// Tiles of all tensors are numbered through; a block finds its tensor by bisecting the numbers of their first tiles.
+#pragma once
+
+#include <cstdint>
+
+#include "common/host_device.h"
+
+namespace sparse24 {
+
+constexpr int kTensorsPerLaunch = 32;
+constexpr int kKernelParameterBytes = 4096;
+
+template <typename Tensor>
+struct TensorList {
+  int count = 0;
+  uint32_t first_tile[kTensorsPerLaunch + 1] = {};  // and one past the last: the number of tiles
+  Tensor tensor[kTensorsPerLaunch];
+
+  uint32_t tiles() const { return first_tile[count]; }
+  bool full() const { return count == kTensorsPerLaunch; }
+
+  void add(const Tensor& added, uint32_t added_tiles) {
+    tensor[count] = added;
+    first_tile[count + 1] = first_tile[count] + added_tiles;
+    ++count;
+  }
+
+  /// The tensor that a tile belongs to.
+  SP24_HD int find(uint32_t tile) const {
+    int found = 0;
+    SP24_UNROLL
+    for (int step = kTensorsPerLaunch / 2; step > 0; step /= 2) {
+      if (found + step < count && first_tile[found + step] <= tile) found += step;
+    }
+    return found;
+  }
+};
+
+}  // namespace sparse24

@@ -1,0 +1,16 @@
+// compress_cuda.h: packing and unpacking on the GPU. Arguments have been checked by csrc/api; the device of the tensors
+// is current. Semantics: include/sparse24/compress.h.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "sparse24/compress.h"
+
+namespace sparse24::cuda {
+
+void pack_by_mask(const PackArgs* weights, int count, cudaStream_t stream);
+void mvue_compress(const MvueArgs& args, cudaStream_t stream);
+void decompress(const DecompressArgs& args, cudaStream_t stream);
+void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad, cudaStream_t stream);
+
+}  // namespace sparse24::cuda

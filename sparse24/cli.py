@@ -1,0 +1,141 @@
+"""The command line: `python -m sparse24 env | pretrain | tune`.
+
+The options of `pretrain` are the fields of `pretrain.settings.Settings`, so that names, defaults and help are written
+once. A bad value, input or checkpoint is told in one line, and the exit status is 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from click.core import ParameterSource
+
+from .errors import Sparse24Error
+
+app = typer.Typer(
+    name="sparse24",
+    help="2:4 sparse training of transformer feed-forward layers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line on stderr and exit status 2."""
+    try:
+        app(prog_name="python -m sparse24")
+    except Sparse24Error as e:
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.callback()
+def commands() -> None:
+    """2:4 sparse training of transformer feed-forward layers."""
+
+
+@app.command()
+def env() -> None:
+    """Versions, devices, and whether sparse training is available here."""
+    import platform
+
+    import torch
+
+    import sparse24
+
+    print(f"sparse24      {sparse24.__version__}")
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    print(f"torch         {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    for package in ("transformers", "tokenizers", "safetensors"):
+        print(f"{package:13s} {installed_version(package)}")
+    devices: list[Any] = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    for device in devices:
+        found = sparse24.is_available(device)
+        name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
+        state = "available" if found else "not available"
+        print(f"{device:13s} {name}: {state}, backend {found.backend}, arch {found.arch}{f' ({found.reason})' if found.reason else ''}")
+
+
+def installed_version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# ---- pretrain ------------------------------------------------------------------------------------------------------
+
+
+def options_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[inspect.Parameter]:
+    """A command-line option for each field of a dataclass; its help is in the field's metadata."""
+    hints = typing.get_type_hints(settings)
+    parameters = []
+    for field in dataclasses.fields(settings):
+        if field.name in leave_out:
+            continue
+        kind, default = hints[field.name], field.default
+        if typing.get_origin(kind) is tuple:
+            kind, default = list[str], []
+        elif isinstance(kind, types.UnionType):
+            kind = typing.Optional[next(t for t in typing.get_args(kind) if t is not type(None))]  # noqa: UP045
+        name = f"--{field.name.replace('_', '-')}"
+        if kind is bool and default:
+            name = f"{name}/--no-{field.name.replace('_', '-')}"
+        annotation = Annotated[kind, typer.Option(name, help=field.metadata["help"])]
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+    return parameters
+
+
+def with_options(settings: type, *more: inspect.Parameter, leave_out: tuple[str, ...] = ()) -> Callable:
+    """Give a function `(context, **values)` the options of a dataclass, in the way typer reads them."""
+
+    def decorate(function: Callable) -> Callable:
+        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+        parameters = [context, *options_of(settings, leave_out), *more]
+        function.__signature__ = inspect.Signature(parameters)
+        function.__annotations__ = {p.name: p.annotation for p in parameters}
+        return function
+
+    return decorate
+
+
+def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """The values that the user wrote, lists as tuples."""
+    written = {k: v for k, v in values.items() if context.get_parameter_source(k) is ParameterSource.COMMANDLINE}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
+
+
+from .pretrain.settings import Settings  # noqa: E402
+
+
+@app.command()
+@with_options(Settings)
+def pretrain(context: typer.Context, **values: Any) -> None:
+    """Pre-train a GPT-2 or Llama on text, with dense or 2:4 sparse FFNs."""
+    from pathlib import Path
+
+    from .pretrain import Stopped, pretrain
+    from .pretrain.settings import from_json, load_config
+
+    asked = given(context, values)
+    start = Settings()
+    if asked.get("resume") and asked.get("out"):
+        start = from_json(load_config(Path(asked["out"]).expanduser())["settings"])
+    try:
+        pretrain(dataclasses.replace(start, **asked))
+    except Stopped as e:
+        print(f"stopped; saved {e.path}; go on with: python -m sparse24 pretrain --resume --out {e.out}", file=sys.stderr)
+        raise typer.Exit(128 + e.signal) from None

@@ -1,0 +1,25 @@
+"""SparseConv1D: the sparse form of transformers' Conv1D, the linear layer of GPT-2, whose weight is [in, out].
+
+Kernels see the transposed view, a column-major [out, in] weight; the mask of the transpose is the transposed mask, so
+nothing else differs. A file of its own, since it imports transformers; `sparsify` imports it when it meets a Conv1D.
+"""
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from .modules import DENSE, SparseLayer
+
+
+class SparseConv1D(SparseLayer, Conv1D):
+    """transformers' Conv1D with a transposable 2:4 mask; made by `sparsify`. x [..., nx] -> [..., nf]."""
+
+    def as_kernel_sees(self, tensor: Tensor) -> Tensor:
+        return tensor.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.phase == DENSE:
+            return Conv1D.forward(self, x)
+        return self._sparse_forward(x, self.weight.t(), self.bias)
+
+    def __repr__(self) -> str:
+        return f"SparseConv1D(nf={self.nf}, nx={self.nx}, 2:4, phase={self.phase}, mvue={self.mvue})"

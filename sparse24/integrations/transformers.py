@@ -1,0 +1,95 @@
+"""Hugging Face Trainer: one callback converts the model, makes the recipe, logs, saves and resumes.
+
+    trainer = Trainer(model, args, ..., callbacks=[Sparse24Callback(decay=6e-5)])
+
+Order of a step in Trainer: accumulate, un-scale, clip, optimizer.step(); the recipe's hooks run inside the last one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from ..convert import sparsify
+from ..errors import Sparse24Error
+from ..files import write_atomically
+from ..recipe import Recipe
+
+STATE_FILE = "sparse24.pt"
+
+
+class Sparse24Callback(TrainerCallback):
+    """Trains the FFNs of a Trainer's model 2:4 sparse.
+
+    include, exclude, backend   as in `sparse24.sparsify`
+    total_steps                 optimizer steps; default: the Trainer's max_steps
+    recipe settings             decay, mask_interval, dense_fraction, mvue, method, ... as in `sparse24.Recipe`
+
+    The model is converted when the Trainer is made, before its optimizer. Checkpoints get a file sparse24.pt beside the
+    Trainer's own; `trainer.train(resume_from_checkpoint=...)` reads it. `report` and `recipe` are there to look at.
+    """
+
+    def __init__(
+        self, include="auto", exclude=(), backend: str = "auto", *, total_steps: int | None = None, tokens=None, **settings
+    ):
+        self.include, self.exclude, self.backend, self.tokens = include, exclude, backend, tokens
+        self.total_steps, self.settings = total_steps, settings
+        self.report = None
+        self.recipe: Recipe | None = None
+
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        # With fp16/bf16 the Trainer runs under autocast: pack for what the products will take.
+        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+        self.report = sparsify(
+            model,
+            self.include,
+            self.exclude,
+            self.backend,
+            dtype=dtype if args.device.type == "cuda" else None,
+            tokens=self.tokens,
+            mvue=self.settings.get("mvue", True),
+        )
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if self.report is None:
+            raise Sparse24Error(
+                "Sparse24Callback was added after the Trainer was made; pass it as Trainer(..., callbacks=[...]), so that "
+                "the model is converted before its optimizer is made"
+            )
+        self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.settings)
+        if state.global_step > 0:
+            self._resume(args, state)
+
+    def _resume(self, args, state) -> None:
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        for folder in folders:
+            if (folder / STATE_FILE).is_file():
+                # The Trainer restores the generators itself, per rank.
+                self.recipe.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True), rng=False)
+                return
+        raise Sparse24Error(
+            f"resuming at step {state.global_step}, but there is no {STATE_FILE} in {folders[0]}: without it the masks are "
+            "lost. Set args.resume_from_checkpoint to the checkpoint's folder, or train from the start"
+        )
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.recipe is not None and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                write_atomically(folder / STATE_FILE, lambda path: torch.save(self.recipe.state_dict(), path))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.recipe is None or logs is None:
+            return
+        metrics = {f"sparse24/{name}": value for name, value in self.recipe.metrics().items()}
+        logs.update(metrics)
+        if state.log_history:  # the Trainer has copied the logs into its history already
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.recipe is not None:
+            self.recipe.detach()

@@ -1,0 +1,367 @@
+"""Layers whose weight is 2:4 sparse in training: SparseLinear and SparseGatedMLP.
+
+A sparse layer is its dense class plus five buffers and a few constants. The dense weight stays the only truth: the
+state_dict is that of the dense layer, and the buffers (mask and packed forms) are non-persistent. Whoever changes the
+weight re-packs it: the recipe after each optimizer step; the hooks below after load_state_dict, a move, a copy or a
+new Parameter; `sparse24.refresh(model)` after anything else. Forward only reads, so it compiles without graph breaks,
+replays in CUDA graphs and may be run twice by activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import functional, ops, packing, reference
+from .errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+
+SPARSE, DENSE = "sparse", "dense"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def packed_dtype(weight: Tensor, compute_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of packed values: `compute_dtype` if given; else the weight's, but 16 bits on a GPU.
+
+    The sparse tensor cores multiply 16-bit values. A float32 weight on a GPU is a master weight for autocast, whose
+    usual dtype there is bfloat16; on a CPU it is packed as it is and cast like any other weight when autocast is on.
+    """
+    if compute_dtype is not None:
+        return compute_dtype
+    if weight.device.type == "cuda" and weight.dtype not in (torch.bfloat16, torch.float16):
+        return torch.bfloat16
+    return weight.dtype
+
+
+def distributed_rank() -> int:
+    """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+class _MaskedWeight(torch.autograd.Function):
+    """weight * mask forward, the gradient straight through to every entry of the weight."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, bits: Tensor) -> Tensor:
+        return torch.where(ops.unpack_mask(bits), weight, 0)
+
+    @staticmethod
+    def backward(ctx, d_weight: Tensor):
+        return d_weight, None
+
+
+class _SoftWeight(torch.autograd.Function):
+    """The soft-thresholded weight forward (S-STE), the gradient straight through."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, soft: Tensor) -> Tensor:
+        return soft.to(weight.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx, d_weight: Tensor):
+        return d_weight, None
+
+
+class SparseLayer:
+    """What the sparse classes add to a dense layer that has one 2-D weight. A mixin, left of the dense class.
+
+    Buffers, all non-persistent, for a weight seen by the kernels as [rows, cols] = [out_features, in_features]:
+      mask          uint8 [rows/4, cols/2], the bytes of a uint16 mask of 4x4 blocks
+      packed, E     kept values [rows, cols/2] and their metadata (forward)
+      packed_t, E_t the same weight packed along rows, [rows/2, cols], and its metadata (input gradient)
+    Constants that forward reads:
+      phase         "sparse" or "dense" (the plain dense layer)
+      mvue          prune the output gradient without bias for the weight gradient
+      rank          mixed into the noise of MVUE
+    """
+
+    phase: str
+    mvue: bool
+    rank: int
+
+    # -- life cycle ---------------------------------------------------------------------------------------------
+
+    def _init_sparse(
+        self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        self.phase = SPARSE
+        self.mvue = mvue
+        self.rank = distributed_rank()
+        self.compute_dtype = compute_dtype
+        # Once training has advanced the mask it belongs to the training state: loading weights then keeps it.
+        self.mask_is_state = False
+        self._stamp = None
+        for name in packing.SPARSE_BUFFERS:
+            self.register_buffer(name, None, persistent=False)
+        # S-STE trains this instead of the packed forms: the thresholded, scaled weight, [rows, cols].
+        self.register_buffer("soft", None, persistent=False)
+        self._repack()
+
+    def _drop_sparse(self) -> None:
+        """Forget everything that `_init_sparse` added; the class is the caller's business."""
+        for name in (*packing.SPARSE_BUFFERS, "soft"):
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "_stamp"):
+            self.__dict__.pop(name, None)
+
+    def as_kernel_sees(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape, such as its gradient, as [out_features, in_features]."""
+        return tensor
+
+    def kernel_weight(self) -> Tensor:
+        """The weight as kernels see it: [out_features, in_features], detached."""
+        return self.as_kernel_sees(self.weight.detach())
+
+    def set_soft_weight(self, soft: Tensor) -> None:
+        """S-STE: from now on multiply with `soft` [out_features, in_features] instead of the packed forms."""
+        if self.soft is None or self.soft.shape != soft.shape or self.soft.dtype != soft.dtype:
+            self.soft = soft.contiguous()
+        else:
+            self.soft.copy_(soft)
+        self.mask.copy_(packing.mask_bytes(reference.pack_bits(reference.to_blocks(soft != 0))))
+        self.note_packed()
+
+    def _fit_buffers(self) -> bool:
+        """Give the buffers the shapes, dtype and device that the weight asks for; keep those that fit already.
+
+        True when there is no mask yet that belongs to this weight: it must be searched.
+        """
+        weight = self.kernel_weight()
+        rows, cols = weight.shape
+        if rows % 4 or cols % 4 or rows == 0 or cols == 0:
+            raise Sparse24Error(
+                f"a 2:4 weight needs rows and columns that are positive multiples of 4, got {rows} x {cols}; "
+                "keep this layer dense or change its width"
+            )
+        device, dtype = weight.device, packed_dtype(weight, self.compute_dtype)
+        mask = self.mask
+        no_mask = mask is None or mask.shape != (rows // 4, cols // 2) or (mask.is_meta and device.type != "meta")
+        if no_mask:
+            self.mask = packing.empty_mask(rows, cols, device)
+        elif mask.device != device:
+            self.mask = mask.to(device)
+        packed = self.packed
+        if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
+            for name, tensor in zip(
+                packing.PACKED_NAMES, ops.empty_packed(rows, cols, dtype, device), strict=True
+            ):
+                setattr(self, name, tensor)
+        return no_mask
+
+    def _repack(self, *, search: bool = False) -> None:
+        """After the weight has changed behind the recipe's back: fit the buffers, pack, and search a missing mask."""
+        search |= self._fit_buffers()
+        packing.pack([self], search=search)
+
+    def note_packed(self) -> None:
+        """Remember which weight was packed last, for the alarm in forward."""
+        weight = self._parameters["weight"]
+        self._stamp = _stamp(weight) if type(weight) is nn.Parameter else None
+
+    # -- hooks: whatever changes the weight behind the recipe's back ----------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers are
+        # taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
+        buffers = {name: self._buffers[name] for name in (*packing.SPARSE_BUFFERS, "soft")}
+        for name in buffers:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, tensor in buffers.items():
+                self._buffers[name] = tensor
+        if self.soft is not None:
+            self.soft = self.soft.to(self.weight.device)
+        self._repack()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self._repack(search=not self.mask_is_state)
+
+    def __setattr__(self, name, value):
+        old = self._parameters.get("weight") if name == "weight" and "_parameters" in self.__dict__ else None
+        super().__setattr__(name, value)
+        if old is None or value is old or not isinstance(value, nn.Parameter) or "phase" not in self.__dict__:
+            return
+        # FSDP2 swaps sharded and gathered parameters at each use; the recipe packs for it.
+        if packing.is_dtensor(old) or packing.is_dtensor(value):
+            return
+        self._repack()
+
+    def __getstate__(self):
+        # Copies and pickles carry the mask; packed forms are rebuilt, since their layout may differ where they wake up.
+        state = self.__dict__.copy()
+        state["_buffers"] = state["_buffers"].copy()
+        for name in packing.PACKED_NAMES:
+            state["_buffers"][name] = None
+        state["_stamp"] = None
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._repack()
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def _alarm(self) -> None:
+        """Eager only: say so when the weight is no longer the one that was packed.
+
+        An alarm, not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
+        """
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter:
+            if self._stamp is not None and self._stamp != _stamp(weight):
+                self._stamp = None  # once per layer
+                warnings.warn(
+                    "the weight of a sparse layer has changed since it was packed, and the packed form is what the layer "
+                    "multiplies with; train with sparse24.Recipe, which re-packs after each optimizer step, or call "
+                    "sparse24.refresh(model) after writing weights yourself",
+                    Sparse24Warning,
+                    stacklevel=4,
+                )
+        elif weight is not None and packing.is_dtensor(weight):
+            raise Sparse24Error(
+                f"the weight of this sparse layer is a DTensor with placements {tuple(weight.placements)} in forward; "
+                "tensor-parallel plans on sparse layers are not supported: exclude the layer from the plan, or use "
+                "FSDP2 (fully_shard), which gathers the weight"
+            )
+
+    def _sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient."""
+        if not torch.compiler.is_compiling():
+            self._alarm()
+        device = x.device.type
+        if x.device != weight.device:
+            raise Sparse24Error(
+                f"x is on {x.device} and the weight on {weight.device}; move one of them (x.to(weight.device))"
+            )
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+            bias = bias.to(x.dtype) if bias is not None else None
+        elif x.dtype != weight.dtype:
+            raise Sparse24DtypeError(
+                f"mat1 and mat2 must have the same dtype, but x is {x.dtype} and the weight {weight.dtype}; "
+                "cast one of them or run under torch.autocast"
+            )
+        if self.soft is not None:
+            return F.linear(x, _SoftWeight.apply(weight, self.soft).to(x.dtype), bias)
+        packed = self.packed
+        # Packed float32 values, a CPU's, serve every dtype; 16-bit ones serve their own.
+        if packed.dtype != x.dtype and packed.dtype not in (torch.float32, torch.float64):
+            return self._masked_forward(x, weight, bias)
+        return functional.sparse_linear(
+            x, weight, packed, self.E, self.packed_t, self.E_t, bias, mvue=self.mvue, rank=self.rank
+        )
+
+    def _masked_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same 2:4 function by a dense product, where the packed dtype is not that of the product."""
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"packed for {self.packed.dtype} but called in {x.dtype}: dense products over the masked weight, right but "
+                f"not fast; run under torch.autocast(dtype={self.packed.dtype}) or sparsify(..., dtype={x.dtype})",
+                Sparse24Warning,
+                stacklevel=3,
+            )
+        return F.linear(x, _MaskedWeight.apply(weight, packing.mask_bits(self.mask)).to(x.dtype), bias)
+
+
+def _stamp(weight: Tensor):
+    return None if weight.is_inference() else (weight.data_ptr(), weight._version)
+
+
+class SparseLinear(SparseLayer, nn.Linear):
+    """nn.Linear with a transposable 2:4 mask on its weight; the same parameters, state_dict and call.
+
+    in_features, out_features  multiples of 4
+    bias           a bias as in nn.Linear
+    mvue           prune the output gradient to 2:4 without bias, so that the weight gradient is a sparse product too
+    compute_dtype  dtype of the packed values; default: that of the weight, and bfloat16 for float32 weights on a GPU
+
+    The weight is dense and all of it is trained (straight-through); what multiplies is its masked, packed form. Train it
+    with `sparse24.Recipe`, which re-packs it after each optimizer step.
+
+    Raises Sparse24Error for sizes that are not multiples of 4; Sparse24DtypeError for dtypes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        mvue: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_sparse(mvue=mvue, compute_dtype=compute_dtype)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "phase" in self.__dict__:
+            self._repack(search=True)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.phase == DENSE:
+            return F.linear(input, self.weight, self.bias)
+        return self._sparse_forward(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, 2:4, phase={self.phase}, mvue={self.mvue}"
+
+
+class SparseGatedMLP(nn.Module):
+    """A gated feed-forward block with 2:4 weights: down_proj(act(gate_proj(x)) * up_proj(x)).
+
+    d_model, d_ff  multiples of 4;  x [..., d_model] -> [..., d_model]
+    bias           biases on all three layers
+    activation     "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" (ReGLU); applied to the gate, first of the two
+
+    Parameters are named as in Llama: gate_proj, up_proj, down_proj.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        bias: bool = False,
+        activation: str = "silu",
+        device=None,
+        dtype=None,
+        *,
+        mvue: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise Sparse24Error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype)
+        self.activation = activation
+        self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)
+        self.up_proj = SparseLinear(d_model, d_ff, bias, **options)
+        self.down_proj = SparseLinear(d_ff, d_model, bias, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if getattr(self.gate_proj, "phase", DENSE) == DENSE:
+            hidden = ACTIVATIONS[self.activation](gate) * up
+        else:
+            hidden = functional.gated_activation(torch.cat([gate, up], dim=-1), self.activation)
+        return self.down_proj(hidden)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"

@@ -1,0 +1,79 @@
+"""Packing the weights of many sparse layers at once: one multi-tensor op a group, in place.
+
+A layer's mask and packed forms live in buffers of fixed address, so that compiled code and CUDA graphs that read
+them stay valid. Everything that changes a weight ends here: the recipe after each optimizer step, and the modules'
+own hooks after a load, a move or a copy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+# The packed forms of a layer, by buffer name, in the order in which every op takes and gives them.
+PACKED_NAMES = ("packed", "E", "packed_t", "E_t")
+SPARSE_BUFFERS = ("mask", *PACKED_NAMES)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor, without importing torch.distributed for plain tensors."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def full_weight(layer) -> Tensor:
+    """The weight as kernels see it, [out_features, in_features], gathered where FSDP2 has sharded it."""
+    weight = layer.kernel_weight()
+    return weight.full_tensor() if is_dtensor(weight) else weight
+
+
+def mask_bits(mask: Tensor) -> Tensor:
+    """The uint16 [rows/4, cols/4] form that ops take of a module's uint8 [rows/4, cols/2] mask; shares memory."""
+    return mask.view(torch.uint16)
+
+
+def mask_bytes(mask: Tensor) -> Tensor:
+    """The uint8 [rows/4, cols/2] form in which modules and states keep a mask; shares memory."""
+    return mask.view(torch.uint8)
+
+
+def empty_mask(rows: int, cols: int, device: torch.device) -> Tensor:
+    """Room for the mask of a [rows, cols] weight, uint8 [rows/4, cols/2]; the contents are not a mask yet."""
+    return torch.zeros(rows // 4, cols // 2, dtype=torch.uint8, device=device)
+
+
+@torch.no_grad()
+def pack(layers: Iterable, *, search: bool) -> None:
+    """Write the packed forms of `layers` from their weights, in place.
+
+    search  True: find each layer's mask anew from the magnitudes of its weight; False: keep the mask
+
+    Layers on the meta device are left alone: there is nothing to read.
+    """
+    groups = defaultdict(list)
+    for layer in layers:
+        weight = layer.weight
+        if weight.device.type != "meta":
+            # One call of a multi-tensor op takes weights of one device, dtype, packed dtype and order of memory.
+            groups[weight.device, weight.dtype, layer.packed.dtype, type(layer)].append(layer)
+    for group in groups.values():
+        run = ops.prune_compress_ if search else ops.compress_
+        run(
+            [full_weight(layer) for layer in group],
+            [mask_bits(layer.mask) for layer in group],
+            *([getattr(layer, name) for layer in group] for name in PACKED_NAMES),
+        )
+        for layer in group:
+            layer.note_packed()
+
+
+@torch.no_grad()
+def search_masks(layers: Iterable) -> list[Tensor]:
+    """The masks that a search would find now, as new uint16 tensors; the layers stay as they are."""
+    return [ops.transposable_mask(full_weight(layer)) for layer in layers]

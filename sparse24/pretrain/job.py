@@ -1,0 +1,191 @@
+"""The main job: prepare the text, train each arm, write tables and plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..errors import Sparse24Error
+from . import metrics, plots, summary, tokens
+from .interrupt import StopRequest
+from .settings import Settings, differences, load_config, resolve
+from .train import Trainer
+
+OURS = ("config.json", "metrics.csv", "summary.json", "summary.md", "samples.txt", "loss.png", "flip_rate.png")
+OUR_FOLDERS = ("checkpoint", "tensorboard")
+
+
+def pretrain(
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    on_step: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Run the job; returns what summary.json holds.
+
+    settings  as the user gave them; what is left out comes from the preset
+    say       takes a line of progress
+    on_step   is called after each optimizer step with the number of finished ones
+
+    Raises Sparse24Error for bad values, input or checkpoints, TrainingDiverged for a loss that is not finite, and
+    Stopped after Ctrl-C or SIGTERM, when all is saved.
+    """
+    s = resolve(settings)
+    out = Path(s.out).expanduser() if s.out else new_run_folder(s)
+    occupied(out, s)
+    with StopRequest() as stop, determinism(s.deterministic), writable(out):
+        data = tokens.prepare(s, say)
+        begin(out, s, data)
+        results = summary.finished_results(out)
+        for arm in s.arms:
+            if arm in results:
+                say(f"{arm}: finished before")
+            else:
+                results[arm] = run_arm(arm, s, data, out, stop, say, on_step)
+            written = summary.write_summary(out, s, results, machine(s))
+    say("")
+    say(summary.table(results))
+    say("")
+    say(f"pictures: {out / 'loss.png'}, {out / 'flip_rate.png'}; tables: {out / 'summary.md'}, {out / 'metrics.csv'}")
+    return written
+
+
+# ---- the output folder ---------------------------------------------------------------------------------------------
+
+
+def new_run_folder(s: Settings) -> Path:
+    """runs/gpt2-tiny-<time>: a run without --out never meets another one."""
+    return Path("runs") / f"{s.model}-{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+
+
+def occupied(out: Path, s: Settings) -> None:
+    """Refuse to write over a run, or to go on with none."""
+    there = (out / "config.json").exists() or (out / "checkpoint").exists()
+    if there and not s.resume and not s.overwrite:
+        raise Sparse24Error(f"--out {out} already holds a run; --resume goes on with it, --overwrite replaces it, or name another folder")
+    if s.resume:
+        changed = differences(load_config(out)["settings"], s.to_json())
+        if changed:
+            raise Sparse24Error(
+                f"--resume: the run in {out} has other settings: {'; '.join(changed)}; leave these options out to take the saved ones, or use another --out"
+            )
+
+
+@contextlib.contextmanager
+def writable(out: Path):
+    """Make the folder and try it, before any work is done; take it away again if the run ends before writing to it."""
+    fresh = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as e:
+        raise Sparse24Error(f"--out {out} cannot be written ({e.strerror or e}); name a folder that can") from e
+    try:
+        yield
+    finally:
+        if fresh and not any(out.iterdir()):
+            out.rmdir()
+
+
+def begin(out: Path, s: Settings, data: tokens.TokenData) -> None:
+    """Clear what --overwrite replaces (and nothing that is not ours), and write config.json."""
+    if s.overwrite:
+        for name in OURS:
+            (out / name).unlink(missing_ok=True)
+        for name in OUR_FOLDERS:
+            shutil.rmtree(out / name, ignore_errors=True)
+    if s.resume and (before := load_config(out)["data"]) != data.digest:
+        raise Sparse24Error(
+            f"--resume: the text has changed since the run in {out} began (digest {before}, now {data.digest}); "
+            f"give the same --data and --valid, or start a run in another --out"
+        )
+    asked = s.to_json() | {"resume": False, "overwrite": False}
+    about = {"sparse24": __version__, "data": data.digest, "settings": asked}
+    summary.replace(out / "config.json", json.dumps(about, indent=2) + "\n")
+
+
+# ---- the arms ------------------------------------------------------------------------------------------------------
+
+
+def run_arm(
+    arm: str,
+    s: Settings,
+    data: tokens.TokenData,
+    out: Path,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    on_step: Callable[[int], None] | None,
+) -> summary.Result:
+    """Train one arm, or the rest of it; pictures are drawn whatever ends it."""
+    trainer = Trainer(s, arm, data, out, say, on_step)
+    introduce(trainer, say)
+    try:
+        with stop.deferred():
+            trainer.run(stop)
+    finally:
+        draw(out, s)
+    rows = metrics.read_rows(out / "metrics.csv", arm)
+    return summary.arm_result(
+        arm, rows, s, parameters=trainer.parameters, seconds=trainer.seconds,
+        peak_memory_mib=peak_memory_mib(s.device), samples=trainer.samples(),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def determinism(wanted: bool):
+    """Deterministic kernels within the context, where torch has them."""
+    import torch
+
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def introduce(trainer: Trainer, say: Callable[[str], None]) -> None:
+    s = trainer.settings
+    say(f"{trainer.arm}: {s.model}, {trainer.parameters / 1e6:.2f} M parameters, on {s.device} in {s.dtype}")
+    if trainer.report is not None:
+        converted, skipped = list(trainer.report.converted), list(trainer.report.skipped)
+        say(f"{trainer.arm}: {len(converted)} FFN layers are 2:4 for {trainer.recipe.phases.sparse_steps} of {s.steps} steps, {len(skipped)} skipped")
+
+
+def draw(out: Path, s: Settings) -> None:
+    """Both plots from what has been measured so far; also of a run that stopped."""
+    rows = metrics.read_rows(out / "metrics.csv")
+    with contextlib.suppress(OSError):
+        plots.plot_loss(rows, out / "loss.png", summary.title(s))
+        plots.plot_flip_rate(rows, out / "flip_rate.png", summary.title(s), s.mask_interval)
+
+
+def peak_memory_mib(device: str) -> float | None:
+    import torch
+
+    if not device.startswith("cuda"):
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 2**20
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def machine(s: Settings) -> dict[str, Any]:
+    import torch
+
+    device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return {"device": device, "dtype": s.dtype, "torch": torch.__version__, "sparse24": __version__}
+

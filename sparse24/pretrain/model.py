@@ -1,0 +1,72 @@
+"""The model: a real GPT-2 or Llama made from a Hugging Face config, with nothing downloaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .settings import Settings
+
+VOCAB_MULTIPLE = 64  # the head's GEMM wants round extents; the ids beyond the tokenizer's are never seen
+
+
+def padded_vocab(vocab_size: int) -> int:
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int) -> Any:
+    """The transformers config of an arm; "half" has half the FFN width."""
+    quiet_transformers()
+    s = settings
+    ffn_width = s.ffn_width // 2 if arm == "half" else s.ffn_width
+    shared = dict(vocab_size=padded_vocab(vocab_size), bos_token_id=end_of_text, eos_token_id=end_of_text, use_cache=False)
+    if s.model == "gpt2":
+        from transformers import GPT2Config
+
+        return GPT2Config(
+            n_layer=s.layers, n_embd=s.width, n_head=s.heads, n_positions=s.ctx, n_inner=ffn_width,
+            resid_pdrop=s.dropout, embd_pdrop=s.dropout, attn_pdrop=s.dropout, **shared,
+        )  # fmt: skip
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=s.layers, hidden_size=s.width, num_attention_heads=s.heads, num_key_value_heads=s.heads,
+        max_position_embeddings=s.ctx, intermediate_size=ffn_width, tie_word_embeddings=True, **shared,
+    )  # fmt: skip
+
+
+def build_model(config: Any, seed: int) -> nn.Module:
+    """Random weights of fp32 on the CPU, a function of config and seed alone: the same on every device."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return model.float()
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices, none on biases and norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    fused = settings.device.startswith("cuda")
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), fused=fused)
+
+
+def next_token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats; inputs and targets int64 [sequences, ctx]."""
+    logits = model(input_ids=inputs).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def quiet_transformers() -> None:
+    """Keep its advice about pretrained checkpoints out of the log of a run that uses none."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -1,0 +1,239 @@
+"""Settings of a pre-training run: one dataclass, from which the command line is made too.
+
+A field left at None takes the value of the preset; `resolve` fills it in and checks everything, so that the rest of
+the job reads plain numbers and a bad value is told before any work is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Sparse24Error
+
+ARMS = ("dense", "sparse", "half")  # what the feed-forward layers are
+METHODS = ("fst", "ste", "sr-ste", "step", "s-ste")
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Sizes as published for GPT-2; decay factors as the paper's code has them for these sizes. "tiny" is made for two CPU
+# cores: some five minutes for both arms. Its run is short, so masks are searched more often and pressed harder.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(
+        layers=4, width=192, heads=4, ctx=256, vocab_size=2048, batch=8, micro_batch=8, steps=400, lr=2e-3,
+        warmup=40, decay=2e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
+    ),
+    "124m": dict(
+        layers=12, width=768, heads=12, ctx=1024, vocab_size=50_304, batch=64, micro_batch=32, steps=2000, lr=6e-4,
+        warmup=None, decay=6e-5, mask_interval=40, eval_interval=100, eval_tokens=524_288, save_interval=500,
+    ),
+    "350m": dict(
+        layers=24, width=1024, heads=16, ctx=1024, vocab_size=50_304, batch=64, micro_batch=16, steps=2000, lr=3e-4,
+        warmup=None, decay=2e-4, mask_interval=40, eval_interval=100, eval_tokens=524_288, save_interval=500,
+    ),
+}  # fmt: skip
+
+
+def option(default: Any, text: str, *, free: bool = False) -> Any:
+    """A field with its help text. `free`: may differ when a run is resumed, for it changes no weight."""
+    return dataclasses.field(default=default, metadata={"help": text, "free": free})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a run. Sizes are in elements, tokens or optimizer steps unless named otherwise."""
+
+    # input and output
+    data: tuple[str, ...] = option((), "Text files or folders (UTF-8). Default: the Python standard library's sources.")
+    valid: tuple[str, ...] = option((), "Validation text. Default: a part of the data, split by file or at the tail.")
+    valid_fraction: float = option(0.05, "Part of the data set aside when --valid is not given.")
+    max_bytes: int | None = option(None, "Read at most this many bytes of text. Default: 8 MB of the default input, else all.")
+    out: str | None = option(None, "Output folder. Default: a new folder under runs/.", free=True)
+    cache_dir: str | None = option(None, "Where tokens are cached. Default: ~/.cache/sparse24.", free=True)
+    resume: bool = option(False, "Go on with the run in --out, bit for bit.", free=True)
+    overwrite: bool = option(False, "Replace the run in --out.", free=True)
+    # model
+    model: str = option("gpt2", "gpt2 or llama.")
+    preset: str = option("tiny", "Sizes and rates to start from: tiny, 124m or 350m.")
+    layers: int | None = option(None, "Transformer layers.")
+    width: int | None = option(None, "Model width.")
+    heads: int | None = option(None, "Attention heads.")
+    ctx: int | None = option(None, "Context length in tokens.")
+    ffn_width: int | None = option(None, "Hidden width of the FFN. Default: 4x width (GPT-2), 8/3x rounded up to 64 (Llama).")
+    dropout: float = option(0.0, "Dropout of GPT-2 (Llama has none).")
+    # tokenizer
+    tokenizer: str = option("bpe", "bpe (byte-level, trained on the training text) or bytes.")
+    vocab_size: int | None = option(None, "Tokens of the BPE.")
+    tokenizer_bytes: int = option(32_000_000, "Train the BPE on at most this many bytes.")
+    # arms
+    ffn: tuple[str, ...] = option((), "dense, sparse (2:4) or half (dense, half as wide); may be repeated. Default: sparse.", free=True)
+    compare: bool = option(False, "Run dense and sparse, same seed and data order, and print the table.", free=True)
+    # the 2:4 recipe
+    decay: float | None = option(None, "Masked decay of pruned weights. `python -m sparse24 tune` finds it.")
+    mask_interval: int | None = option(None, "Optimizer steps between mask searches.")
+    dense_fraction: float = option(1 / 6, "Part of the steps at the end that is dense.")
+    mvue: bool = option(True, "2:4 pruning of the output gradient, without bias.")
+    method: str = option("fst", "fst, ste, sr-ste, step or s-ste.")
+    backend: str = option("auto", "auto or sparse: passed to sparse24.sparsify.")
+    # optimization
+    steps: int | None = option(None, "Optimizer steps.")
+    batch: int | None = option(None, "Sequences in an optimizer step.")
+    micro_batch: int | None = option(None, "Sequences in a forward pass; gradients are accumulated.")
+    lr: float | None = option(None, "Peak learning rate.")
+    min_lr: float | None = option(None, "Last learning rate. Default: a tenth of the peak.")
+    warmup: int | None = option(None, "Steps of linear warm-up. Default: a tenth.")
+    weight_decay: float = option(0.1, "Weight decay of AdamW (matrices only).")
+    beta1: float = option(0.9, "AdamW.")
+    beta2: float = option(0.95, "AdamW.")
+    clip: float = option(1.0, "Largest norm of the gradient; 0: no clipping.")
+    seed: int = option(0, "Seed of the weights, the data order and the draws.")
+    # machine
+    device: str = option("auto", "auto, cpu or cuda.")
+    dtype: str | None = option(None, "float32, bfloat16 or float16 (autocast). Default: bfloat16 on a GPU, else float32.")
+    compile: bool = option(False, "torch.compile the model.")
+    deterministic: bool = option(False, "Deterministic kernels, for bit-for-bit runs on a GPU.")
+    # watching
+    eval_interval: int | None = option(None, "Steps between evaluations.", free=True)
+    eval_tokens: int | None = option(None, "Validation tokens used at most (a fixed slice).")
+    log_interval: int | None = option(None, "Steps between reads of the loss. Default: 10 on a GPU, else 1.", free=True)
+    save_interval: int | None = option(None, "Steps between checkpoints.", free=True)
+    samples: int = option(3, "Texts to write at the end; 0: none.", free=True)
+    sample_tokens: int = option(120, "Tokens in each.", free=True)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The FFN kinds to train, in order."""
+        wanted = (("dense", "sparse") if self.compare else ()) + self.ffn
+        return tuple(dict.fromkeys(wanted)) or ("sparse",)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def resolve(settings: Settings) -> Settings:
+    """Fill in the preset and the defaults that depend on the machine, then check every value.
+
+    Raises Sparse24Error, naming the option, its rule, the value and what to do.
+    """
+    require_choice("--preset", settings.preset, PRESETS)
+    require_choice("--device", settings.device.split(":")[0], ("auto", "cpu", "cuda"))
+    filled = {k: v for k, v in PRESETS[settings.preset].items() if getattr(settings, k) is None}
+    if "micro_batch" in filled and settings.batch:  # the preset's may not divide the batch that was asked for
+        filled["micro_batch"] = math.gcd(filled["micro_batch"], settings.batch)
+    if "steps" not in filled and "warmup" in filled:
+        filled["warmup"] = None
+    s = dataclasses.replace(settings, **filled)
+    device = resolve_device(s.device)
+    s = dataclasses.replace(
+        s,
+        device=device,
+        dtype=s.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+        warmup=s.warmup if s.warmup is not None else s.steps // 10,
+        min_lr=s.min_lr if s.min_lr is not None else s.lr / 10,
+        log_interval=s.log_interval or (10 if device.startswith("cuda") else 1),
+        max_bytes=s.max_bytes if s.max_bytes is not None or s.data else 8_000_000,
+        ffn_width=s.ffn_width or default_ffn_width(s.model, s.width),
+    )
+    check(s)
+    return s
+
+
+def default_ffn_width(model: str, width: int) -> int:
+    return 4 * width if model == "gpt2" else -(-(8 * width // 3) // 64) * 64
+
+
+def resolve_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Sparse24Error(f"--device is {name}, but torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return name
+
+
+def check(s: Settings) -> None:
+    """Every rule on the values, one line each."""
+    require_choice("--model", s.model, ("gpt2", "llama"))
+    require_choice("--tokenizer", s.tokenizer, ("bpe", "bytes"))
+    require_choice("--method", s.method, METHODS)
+    require_choice("--dtype", s.dtype, DTYPES)
+    require_choice("--backend", s.backend, ("auto", "sparse"))
+    for arm in s.arms:
+        require_choice("--ffn", arm, ARMS)
+    for name in ("layers", "width", "heads", "ctx", "ffn_width", "steps", "batch", "micro_batch", "mask_interval",
+                 "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes"):  # fmt: skip
+        require(getattr(s, name) >= 1, name, "must be at least 1", getattr(s, name), "give a positive number")
+    for name in ("samples", "sample_tokens", "seed", "warmup"):
+        require(getattr(s, name) >= 0, name, "must not be negative", getattr(s, name), "give 0 or more")
+    require(s.max_bytes is None or s.max_bytes >= 1, "max_bytes", "must be at least 1", s.max_bytes, "leave it out to read all")
+    require(s.ctx >= 2, "ctx", "must be at least 2", s.ctx, "give the context length in tokens")
+    require(s.width % s.heads == 0, "width", f"must be a multiple of --heads ({s.heads})", s.width,
+            f"use --width {-(-s.width // s.heads) * s.heads}")  # fmt: skip
+    require(s.model != "llama" or (s.width // s.heads) % 2 == 0, "width", "over --heads must be even for llama (rotary embedding)",
+            f"{s.width}/{s.heads}", "change --width or --heads")  # fmt: skip
+    require("half" not in s.arms or s.ffn_width % 2 == 0, "ffn_width", "must be even for --ffn half", s.ffn_width, "use an even width")
+    require(s.tokenizer == "bytes" or s.vocab_size >= 257, "vocab_size", "must be at least 257 (256 bytes and the end of text)",
+            s.vocab_size, "use a larger one, or --tokenizer bytes")  # fmt: skip
+    require(s.batch % s.micro_batch == 0, "micro_batch", f"must divide --batch ({s.batch})", s.micro_batch,
+            f"use --micro-batch {math.gcd(s.batch, s.micro_batch)}")  # fmt: skip
+    require(s.warmup < s.steps, "warmup", f"must be below --steps ({s.steps})", s.warmup, "shorten it or train longer")
+    for name in ("lr", "min_lr"):
+        require_positive(name, getattr(s, name))
+    require(s.min_lr <= s.lr, "min_lr", f"must not exceed --lr ({s.lr})", s.min_lr, "lower it")
+    for name in ("decay", "weight_decay", "clip"):
+        value = getattr(s, name)
+        require(math.isfinite(value) and value >= 0, name, "must be finite and not negative", value, "give 0 or a small positive number")
+    for name in ("dropout", "beta1", "beta2"):
+        require(0 <= getattr(s, name) < 1, name, "must be in [0, 1)", getattr(s, name), "give a smaller one")
+    require(0 <= s.dense_fraction <= 1, "dense_fraction", "must be in [0, 1]", s.dense_fraction, "the paper has 1/6")
+    require(0 < s.valid_fraction <= 0.5, "valid_fraction", "must be in (0, 0.5]", s.valid_fraction, "0.05 is usual")
+    require(not (s.resume and s.overwrite), "overwrite", "cannot go with --resume", s.overwrite, "give one of them")
+    require(not s.resume or s.out, "resume", "needs --out", s.resume, "name the folder of the run to go on with")
+
+
+def require(ok: bool, name: str, rule: str, value: Any, remedy: str) -> None:
+    if not ok:
+        raise Sparse24Error(f"--{name.replace('_', '-')} {rule}, got {value}; {remedy}")
+
+
+def require_positive(name: str, value: float) -> None:
+    require(math.isfinite(value) and value > 0, name, "must be finite and above 0", value, "give a positive number")
+
+
+def require_choice(name: str, value: Any, choices: Any) -> None:
+    if value not in choices:
+        raise Sparse24Error(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def load_config(out: Path) -> dict[str, Any]:
+    """config.json of a run: `sparse24` (version), `data` (digest) and `settings`.
+
+    Raises Sparse24Error when it is missing or not of this kind.
+    """
+    path = out / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        _ = config["data"], config["settings"]["steps"]
+    except OSError as e:
+        raise Sparse24Error(f"--out {out} holds no run ({path}: {e.strerror}); check the path, or leave --resume out to start one") from e
+    except (ValueError, KeyError, TypeError) as e:
+        raise Sparse24Error(f"{path} is not the config.json of a run ({e!r}); name another --out") from e
+    return config
+
+
+def from_json(values: dict[str, Any]) -> Settings:
+    """Settings as `to_json` gave them; names that this version does not know are left out."""
+    names = {f.name for f in dataclasses.fields(Settings)}
+    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+
+
+def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Settings that decide the weights and are not equal, each as 'name was a, is b'."""
+    free = {f.name for f in dataclasses.fields(Settings) if f.metadata["free"]}
+    plain = json.loads(json.dumps(wanted))  # tuples become lists, as in the saved ones
+    saved = json.loads(json.dumps(saved))
+    return [f"{k} was {saved.get(k)!r}, is {v!r}" for k, v in plain.items() if k not in free and saved.get(k) != v]

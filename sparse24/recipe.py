@@ -1,0 +1,473 @@
+"""Recipe: everything that 2:4 training does around the optimizer's step.
+
+    backward over all micro-batches -> unscale -> clip -> [masked decay -> optimizer step -> masks, packing, phase]
+
+The bracket is one call of `optimizer.step()`; the recipe hooks in before and after it, so the training loop stays as it
+was. Nothing counts in forward: accumulation, evaluation and skipped steps change nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from . import methods, monitor, ops, packing, sharding
+from .convert import sparse_layers
+from .errors import Sparse24Error
+from .modules import DENSE, SPARSE, SparseLayer, distributed_rank
+from .phases import PLACES, SCHEDULES, Phases, check_decay, scheduled_decay
+from .recipe_state import check_state, restore_rng, rng_state
+
+_owners: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[Recipe]] = weakref.WeakKeyDictionary()
+
+
+class Recipe:
+    """Trains the sparse layers of `model` with `optimizer`, from here to `total_steps` optimizer steps.
+
+    model          a model that `sparsify` has converted, wrapped (DDP, FSDP2, torch.compile) or not; make the recipe after
+                   wrapping, since wrapping may overwrite weights
+    optimizer      any torch optimizer over its parameters; only `.grad` is touched, so fused, foreach, capturable and
+                   8-bit ones work. Of a list, the one that holds the sparse weights is taken
+    total_steps    optimizer steps of the whole run
+    decay          masked decay, added to gradients as decay * (1 - mask) * weight; see `tune_decay`
+    mask_interval  optimizer steps between two searches of the masks
+    dense_fraction part of the steps that is dense (the last ones, for the paper's method); 0 leaves a 2:4 model
+    mvue           weight gradients from output gradients pruned to 2:4 without bias
+    method         "fst", "ste", "sr-ste", "step", "s-ste", or "dense": see sparse24/methods.py
+    decay_schedule "constant", "linear" (rising from 0) or "cosine" (falling to 0), over the sparse steps
+    dense_at       "end", "start", "none", or "auto": where the method has its dense steps
+    check_ranks_every  every so many steps all ranks compare their masks; 0: never (a debugging aid)
+
+    Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse layers, an
+    optimizer without their weights, and settings out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | list[torch.optim.Optimizer],
+        total_steps: int,
+        decay: float = 6e-5,
+        mask_interval: int = 40,
+        dense_fraction: float = 1 / 6,
+        mvue: bool = True,
+        method: str = "fst",
+        *,
+        decay_schedule: str = "constant",
+        dense_at: str = "auto",
+        check_ranks_every: int = 0,
+    ):
+        if not isinstance(model, nn.Module):
+            raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self.layers = sparse_layers(model)
+        if not self.layers:
+            raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
+        self.method = methods.get_method(method)
+        self.mask_interval = _positive("mask_interval", mask_interval)
+        self.check_ranks_every = _positive("check_ranks_every", check_ranks_every, least=0)
+        if decay_schedule not in SCHEDULES:
+            raise Sparse24Error(f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {decay_schedule!r}")
+        if dense_at not in PLACES:
+            raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {dense_at!r}")
+        self.decay_schedule = decay_schedule
+        self.phases = Phases.plan(total_steps, dense_fraction, self.method.dense_at if dense_at == "auto" else dense_at)
+        self.decay = decay
+        self.optimizer = _holder(optimizer, self.layers)
+        if self.method.freezes_second_moment:
+            methods.FrozenSecondMoment.check(self.optimizer, [])
+
+        self.step = 0  # optimizer steps taken
+        self.masks_frozen = False
+        self.last_refresh = 0
+        self.monitor = monitor.FlipMonitor(
+            self.layers, (math.prod(layer.kernel_weight().shape) for layer in self.layers.values())
+        )
+        self._unfinished: int | None = None  # the step that an interrupt has left half done
+        self._frozen_moment: methods.FrozenSecondMoment | None = None
+        self._gaps: tuple[int, list[float]] | None = None
+        self._take_over()
+        rank = distributed_rank()
+        for layer in self.layers.values():
+            layer.mvue, layer.rank, layer.mask_is_state = bool(mvue), rank, False
+        self._before = [layer.mask.clone() for layer in self.layers.values()]
+        self._scales: list[Tensor] | None = None
+        self._start_phase(self.phase, search=True)
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(self._pre_hook),
+            self.optimizer.register_step_post_hook(self._post_hook),
+        ]
+
+    # -- what users read and set ----------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> str:
+        """ "sparse" or "dense": the phase of the next step."""
+        return DENSE if self.method.probes else self.phases.at(self.step)
+
+    @property
+    def decay(self) -> float:
+        """The decay factor before its schedule; may be set during a run. 0 for methods without decay."""
+        return self._decay if self.method.decay_on else 0.0
+
+    @decay.setter
+    def decay(self, value: float) -> None:
+        self._decay = check_decay(value)
+
+    @property
+    def current_decay(self) -> float:
+        """The factor that the next step uses."""
+        if self.phase == DENSE:
+            return 0.0
+        progress = (self.step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
+        return scheduled_decay(self.decay, self.decay_schedule, progress)
+
+    @property
+    def events(self) -> list[dict]:
+        """What the flip-rate monitor has noticed: exploding and frozen masks, with the names of the layers."""
+        return self.monitor.events
+
+    def on_event(self, listener: Callable[[dict], None]) -> None:
+        """Call `listener(event)` on each; it may set `recipe.decay`, which nothing else ever changes."""
+        self.monitor.listeners.append(listener)
+
+    def metrics(self) -> dict[str, float]:
+        """Floats for a log. Reading the flip rate and the gaps waits for the device, so call it when you log.
+
+        flip_rate, flip_rate_per_step  part of the weights whose mask changed at the last refresh; that by its steps
+        decay      the factor that the next step uses       phase     0 sparse, 1 dense
+        mask_age   steps since the masks were searched      step      optimizer steps taken
+        gap_q10, gap_q50, gap_q90  quantiles over 4x4 blocks of the magnitude between the best and the next pattern
+        """
+        gaps = self._gap_quantiles()
+        return {
+            "flip_rate": self.monitor.rate(),
+            "flip_rate_per_step": self.monitor.rate_per_step(),
+            "decay": float(self.current_decay),
+            "phase": float(self.phase == DENSE),
+            "mask_age": float(self.step - self.last_refresh),
+            "step": float(self.step),
+            **{f"gap_q{int(100 * q)}": gap for q, gap in zip((0.1, 0.5, 0.9), gaps, strict=True)},
+        }
+
+    def freeze_masks(self) -> None:
+        """Search no more; values are still re-packed after each step."""
+        self.masks_frozen = True
+
+    def unfreeze_masks(self) -> None:
+        self.masks_frozen = False
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer. The layers stay as they are, in their current phase."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for layer in self.layers.values():
+            _owners.pop(layer, None)
+
+    # -- around the optimizer's step ------------------------------------------------------------------------------
+
+    def _pre_hook(self, optimizer, args, kwargs):
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._before_step()
+            return None
+
+        def closure_then_decay():  # the gradients exist only once the closure has run
+            loss = closure()
+            self._before_step()
+            return loss
+
+        if kwargs.get("closure") is not None:
+            return args, {**kwargs, "closure": closure_then_decay}
+        return (args[0], closure_then_decay, *args[2:]), kwargs
+
+    def _post_hook(self, optimizer, args, kwargs) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise Sparse24Error(
+                "optimizer.step() is being captured in a CUDA graph, whose replays the recipe could not count; capture "
+                "forward and backward, and leave the optimizer's step outside"
+            )
+        if self._frozen_moment is not None:
+            self._frozen_moment.after_step()
+        # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            return
+        self._finish_step(self.step + 1)
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Masked decay, on gradients that are final: accumulated, un-scaled (or fused), clipped."""
+        if self._frozen_moment is not None:
+            self._frozen_moment.before_step()
+        decay = self.current_decay
+        if decay == 0:
+            return
+        if self.method.decay_on == "gradient":
+            # A fused optimizer un-scales inside its kernel: what is added before must be scaled too.
+            self._add_decay(self._trained_layers(), decay, getattr(self.optimizer, "grad_scale", None))
+        else:
+            self._decay_weights(decay)
+
+    def _trained_layers(self) -> list[SparseLayer]:
+        # Two layers may share a weight (allow_tied): its gradient gets the decay once.
+        unique = {id(layer.weight): layer for layer in self.layers.values()}
+        return [layer for layer in unique.values() if layer.weight.grad is not None]
+
+    def _add_decay(self, layers: list[SparseLayer], factor: float, scale: Tensor | None, into=None) -> None:
+        """into[i] (default: the gradient) += factor * (1 - mask) * weight, times `scale` where given."""
+        into = [layer.weight.grad for layer in layers] if into is None else into
+        plain = []
+        for layer, target in zip(layers, into, strict=True):
+            if packing.is_dtensor(layer.weight):
+                sharding.decay_shard(layer, target, factor, scale)
+            else:
+                plain.append((layer, layer.as_kernel_sees(target)))
+        if plain:
+            ops.foreach_masked_decay_(
+                [target for _, target in plain],
+                [layer.kernel_weight() for layer, _ in plain],
+                [packing.mask_bits(layer.mask) for layer, _ in plain],
+                factor,
+                scale,
+            )
+
+    def _decay_weights(self, decay: float) -> None:
+        """weight -= lr * decay * (1 - mask) * weight: the baseline that decays weights (SR-STE)."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        keep = None if found_inf is None else 1.0 - (found_inf > 0).float()  # a skipped step must not decay either
+        layers = {id(layer.weight): layer for layer in self._trained_layers()}
+        for group in self.optimizer.param_groups:
+            chosen = [layers[id(p)] for p in group["params"] if id(p) in layers]
+            if chosen:
+                terms = [torch.zeros_like(layer.weight) for layer in chosen]
+                self._add_decay(chosen, float(group["lr"]) * decay, keep, terms)
+                torch._foreach_sub_([sharding.local(layer.weight) for layer in chosen], [*map(sharding.local, terms)])
+
+    # -- after the optimizer's step -------------------------------------------------------------------------------
+
+    def _finish_step(self, step: int) -> None:
+        """All that belongs to optimizer step number `step`; the count moves last.
+
+        An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is harmless:
+        masks and packed forms depend on the weights alone.
+        """
+        self._unfinished = step
+        phase_before = self.phase
+        phase = DENSE if self.method.probes else self.phases.at(step)
+        if phase != phase_before:
+            self.step = step
+            self._start_phase(phase, search=True)
+        elif phase == SPARSE or self.method.probes:
+            if step % self.mask_interval == 0 and not self.masks_frozen:
+                self._refresh(step)
+            elif phase == SPARSE:
+                self._pack(search=False)
+            for layer in self.layers.values():
+                layer.mask_is_state = True
+        if self.check_ranks_every and step % self.check_ranks_every == 0:
+            check_ranks(self.layers)
+        self.step, self._unfinished = step, None
+
+    def _refresh(self, step: int) -> None:
+        """Search the masks, pack, and count the flips since the masks before."""
+        layers = self.layers.values()
+        if step != self.last_refresh:
+            for before, layer in zip(self._before, layers, strict=True):
+                before.copy_(layer.mask)
+        if self.method.probes:
+            for layer, mask in zip(layers, packing.search_masks(layers), strict=True):
+                layer.mask.copy_(packing.mask_bytes(mask))
+        else:
+            self._pack(search=True)
+        flips = ops.foreach_mask_flips(
+            [packing.mask_bits(before) for before in self._before], [packing.mask_bits(layer.mask) for layer in layers]
+        )
+        if step != self.last_refresh:
+            progress = (step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
+            self.monitor.push(flips, step, step - self.last_refresh, progress)
+        self.last_refresh, self._gaps = step, None
+
+    def _pack(self, *, search: bool) -> None:
+        if self.method.soft:
+            self._pack_soft()
+        else:
+            packing.pack(self.layers.values(), search=search)
+
+    @torch.no_grad()
+    def _pack_soft(self) -> None:
+        """S-STE: the thresholded weight times the scale of the start; the mask says where it is not zero."""
+        weights = [packing.full_weight(layer) for layer in self.layers.values()]
+        if self._scales is None:
+            self._scales = [methods.soft_scale(w) for w in weights]
+        for layer, w, scale in zip(self.layers.values(), weights, self._scales, strict=True):
+            layer.set_soft_weight(methods.soft_threshold(w) * scale.to(w))
+
+    def _start_phase(self, phase: str, *, search: bool) -> None:
+        """Set the phase of every layer; entering the sparse one packs, and searches the masks unless told otherwise."""
+        if phase == SPARSE:
+            self._pack(search=search)
+            self.last_refresh = self.step if search else self.last_refresh
+            if self.method.freezes_second_moment:
+                weights = [layer.weight for layer in self._unique_layers()]
+                self._frozen_moment = methods.FrozenSecondMoment(self.optimizer, weights)
+        elif self.method.probes and search:
+            for layer, mask in zip(self.layers.values(), packing.search_masks(self.layers.values()), strict=True):
+                layer.mask.copy_(packing.mask_bytes(mask))
+        for layer in self.layers.values():
+            layer.phase = phase
+
+    def _unique_layers(self) -> list[SparseLayer]:
+        return list({id(layer.weight): layer for layer in self.layers.values()}.values())
+
+    def _gap_quantiles(self) -> list[float]:
+        if self._gaps is None or self._gaps[0] != self.last_refresh:
+            weights = [packing.full_weight(layer) for layer in self.layers.values()]
+            self._gaps = (self.last_refresh, monitor.gap_quantiles([ops.mask_gap(w) for w in weights]))
+        return self._gaps[1]
+
+    def _take_over(self) -> None:
+        """One recipe a layer, or the decay would be added twice."""
+        for layer in self.layers.values():
+            other = _owners.get(layer, lambda: None)()
+            if other is not None and other._hooks:
+                if other.optimizer is self.optimizer:
+                    raise Sparse24Error(
+                        "this model and optimizer have a recipe already; use that one, or call its detach() first"
+                    )
+                other.detach()  # a new optimizer: the old pair is out of use
+            _owners[layer] = weakref.ref(self)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """What must survive beside the model and the optimizer: plain numbers, strings and tensors.
+
+        Step, settings, masks, flip history, and the states of torch's generators that MVUE draws from. With it a resumed run
+        equals the uninterrupted one bit for bit; save it between two optimizer steps.
+        """
+        if self._unfinished is not None:
+            self._finish_step(self._unfinished)
+        return {
+            "version": 1,
+            "step": self.step,
+            "phase": self.phase,
+            "settings": self._settings(),
+            "decay": self._decay,
+            "last_refresh": self.last_refresh,
+            "masks_frozen": self.masks_frozen,
+            "masks": {name: layer.mask.clone() for name, layer in self.layers.items()},
+            "monitor": self.monitor.state_dict(),
+            "scales": [scale.clone() for scale in self._scales or []],
+            "frozen_moment": [t.clone() for t in self._frozen_moment.frozen] if self._frozen_moment else [],
+            "rng": rng_state(next(iter(self.layers.values())).weight.device),
+        }
+
+    def load_state_dict(self, state: dict, *, override: bool = False, rng: bool = True) -> None:
+        """Take up a saved state; everything is checked before anything changes.
+
+        override  accept a state whose settings (method, total steps, interval, ...) differ from this recipe's, which rule;
+                  the phase is then the one that this recipe has for the state's step
+        rng       also restore torch's generators; False leaves them to the caller
+
+        Load the model's weights before or after: either order gives the same masks and packed forms. Raises Sparse24Error,
+        changing nothing, for a state that is corrupt, of another model or of other settings.
+        """
+        masks = check_state(state, self._settings(), {n: layer.mask for n, layer in self.layers.items()}, override)
+        planned = DENSE if self.method.probes else self.phases.at(state["step"])
+        if state["phase"] != planned and not override:
+            raise Sparse24Error(
+                f"the state was saved in the {state['phase']} phase, but step {state['step']} of this recipe is {planned}; "
+                "make the recipe with the same settings, or pass override=True to follow this recipe"
+            )
+        self.monitor.check_state(state["monitor"])
+        self.step, self._unfinished = state["step"], None
+        self._decay = check_decay(state["decay"])
+        self.last_refresh, self.masks_frozen = state["last_refresh"], state["masks_frozen"]
+        self._gaps = self._frozen_moment = None
+        for name, layer in self.layers.items():
+            layer.mask.copy_(masks[name])
+            layer.mask_is_state = True
+        self.monitor.load_state_dict(state["monitor"])
+        device = next(iter(self.layers.values())).weight.device
+        self._scales = [scale.to(device) for scale in state["scales"]] or None
+        # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
+        self._start_phase(planned, search=planned != state["phase"])
+        if self._frozen_moment is not None and state["frozen_moment"]:
+            weights = [layer.weight for layer in self._unique_layers()]
+            self._frozen_moment = methods.FrozenSecondMoment(self.optimizer, weights, state["frozen_moment"])
+        if rng:
+            restore_rng(state["rng"], device)
+
+    def _settings(self) -> dict:
+        return {
+            "method": self.method.name,
+            "total_steps": self.phases.total_steps,
+            "sparse_from": self.phases.sparse_from,
+            "sparse_until": self.phases.sparse_until,
+            "mask_interval": self.mask_interval,
+            "decay_schedule": self.decay_schedule,
+        }
+
+    def __repr__(self) -> str:
+        return (
+            f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay {self.decay:g}, "
+            f"mask_interval {self.mask_interval}, {len(self.layers)} layers)"
+        )
+
+
+def check_ranks(layers: dict[str, SparseLayer]) -> None:
+    """All ranks must hold the same masks. Raises Sparse24Error, naming the layers, where they do not."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    sums = torch.stack([_checksum(layer.mask) for layer in layers.values()])
+    low, high = sums.clone(), sums
+    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
+    differing = [name for name, same in zip(layers, (low == high).tolist(), strict=True) if not same]
+    if differing:
+        raise Sparse24Error(
+            f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given the same "
+            "weights before the recipe was made?"
+        )
+
+
+def _checksum(mask: Tensor) -> Tensor:
+    """64 bits that depend on every byte and its place."""
+    bits = packing.mask_bits(mask).to(torch.int64).flatten()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return ((bits + 1) * (places * -7046029254386353131 ^ (places >> 7))).sum()
+
+
+def _positive(name: str, value: int, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise Sparse24Error(f"{name} must be an integer, {least} or more, got {value!r}")
+    return value
+
+
+def _holder(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
+    """The optimizer, of one or several, that holds the sparse weights; unwraps accelerate's and Lightning's."""
+    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    unwrapped = []
+    for one in several:
+        while not hasattr(one, "_optimizer_step_pre_hooks") and isinstance(
+            inner := getattr(one, "optimizer", None), torch.optim.Optimizer
+        ):
+            one = inner
+        if not isinstance(one, torch.optim.Optimizer):
+            raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+        unwrapped.append(one)
+    wanted = {id(layer.weight) for layer in layers.values() if layer.weight.requires_grad}
+    held = [one for one in unwrapped if wanted & {id(p) for group in one.param_groups for p in group["params"]}]
+    if len(held) > 1:
+        raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")
+    if not held:
+        raise Sparse24Error(
+            "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before the "
+            "weights were replaced?"
+        )
+    return held[0]

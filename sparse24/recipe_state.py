@@ -1,0 +1,97 @@
+"""Checking and restoring what `Recipe.state_dict` saves: plain ints, floats, strings and tensors, nothing pickled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import Sparse24Error
+from .modules import DENSE, SPARSE
+
+VERSION = 1
+KEYS = {
+    "version": int,
+    "step": int,
+    "phase": str,
+    "settings": dict,
+    "decay": float,
+    "last_refresh": int,
+    "masks_frozen": bool,
+    "masks": dict,
+    "monitor": dict,
+    "scales": list,
+    "frozen_moment": list,
+    "rng": dict,
+}
+
+
+def check_state(state: dict, settings: dict, masks: dict[str, Tensor], override: bool) -> dict[str, Tensor]:
+    """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error."""
+    if not isinstance(state, dict):
+        raise Sparse24Error(f"a recipe state is a dict, got {type(state).__name__}")
+    missing = sorted(KEYS.keys() - state.keys())
+    if missing:
+        raise Sparse24Error(f"the recipe state lacks {', '.join(missing)}: it is truncated, or not of sparse24")
+    if state["version"] != VERSION:
+        raise Sparse24Error(f"the recipe state has version {state['version']!r}, this sparse24 reads {VERSION}")
+    for key, kind in KEYS.items():
+        if not isinstance(state[key], kind):
+            raise Sparse24Error(f"{key!r} of the recipe state must be {kind.__name__}, got {type(state[key]).__name__}")
+    if state["phase"] not in (SPARSE, DENSE) or state["step"] < 0 or not 0 <= state["last_refresh"] <= state["step"]:
+        raise Sparse24Error(
+            f"the recipe state is corrupt: phase {state['phase']!r}, step {state['step']}, "
+            f"last_refresh {state['last_refresh']}"
+        )
+    if not 0 <= state["decay"] < math.inf:
+        raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
+    differing = [
+        f"{key} was {state['settings'].get(key)!r}, is {value!r}"
+        for key, value in settings.items()
+        if state["settings"].get(key) != value
+    ]
+    if differing and not override:
+        raise Sparse24Error(
+            f"the recipe state was saved with other settings: {'; '.join(differing)}; make the recipe with the same "
+            "settings, or pass override=True to go on with this one's"
+        )
+    for key in ("steps", "intervals", "flips", "reported"):
+        if key not in state["monitor"]:
+            raise Sparse24Error(f"the recipe state is corrupt: its flip history lacks {key!r}")
+    return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
+
+
+def _check_masks(saved: dict, masks: dict[str, Tensor], soft: bool) -> dict[str, Tensor]:
+    lacking, extra = sorted(masks.keys() - saved.keys()), sorted(saved.keys() - masks.keys())
+    if lacking or extra:
+        raise Sparse24Error(
+            f"the recipe state is of another model: it lacks masks of {lacking[:4]} and has masks of {extra[:4]}"
+        )
+    moved = {}
+    for name, mask in masks.items():
+        other = saved[name]
+        if not isinstance(other, Tensor) or other.dtype != torch.uint8 or other.shape != mask.shape:
+            what = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
+            raise Sparse24Error(f"the saved mask of {name} must be uint8 {tuple(mask.shape)}, got {what}")
+        moved[name] = other.to(mask.device).contiguous()
+        if not soft and not ops.is_transposable(moved[name]):
+            raise Sparse24Error(f"the saved mask of {name} is corrupt: a block does not keep two of each row and column")
+    return moved
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that MVUE draws its seeds from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Take `state` up; a state of another kind of device leaves this device's generator alone."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,0 +1,116 @@
+"""Finding the feed-forward blocks of a transformer by their structure.
+
+An FFN is recognised by the names of a module's children together with how their sizes chain: the up projections take
+what the down projection gives, and the down projection takes what the (gated) activation of the up projections gives.
+Names alone would also find attention projections and classification heads; sizes alone would find anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How one family of models names the layers of an FFN; a dot steps into a child's child."""
+
+    up: tuple[str, ...]  # one layer, or gate and up
+    down: str
+    fused_gate: bool = False  # gate and up are the two halves of one layer
+    family: str = ""
+
+
+SHAPES = (
+    Shape(("gate_proj", "up_proj"), "down_proj", family="Llama, Mistral, Qwen, Gemma; SparseGatedMLP"),
+    Shape(("gate_up_proj",), "down_proj", fused_gate=True, family="Phi-3, GLM-4"),
+    Shape(("up_proj",), "down_proj", family="MPT, Nemotron"),
+    Shape(("c_fc",), "c_proj", family="GPT-2, GPT-Neo, StarCoder"),
+    Shape(("fc1",), "fc2", family="OPT, BART, Whisper, ViT, CLIP, timm's Mlp"),
+    Shape(("fc1_g", "fc1_x"), "fc2", family="timm's SwiGLU"),
+    Shape(("fc_in",), "fc_out", family="GPT-J, CodeGen"),
+    Shape(("dense_h_to_4h",), "dense_4h_to_h", family="GPT-NeoX, BLOOM, Falcon"),
+    Shape(("intermediate.dense",), "output.dense", family="BERT, RoBERTa, ELECTRA"),
+    Shape(("wi",), "wo", family="T5"),
+    Shape(("wi_0", "wi_1"), "wo", family="T5 v1.1, mT5, UL2"),
+    Shape(("Wi",), "Wo", fused_gate=True, family="ModernBERT"),
+    Shape(("w1", "w3"), "w2", family="Llama as published, Mistral"),
+    Shape(("lin1",), "lin2", family="DistilBERT, SAM"),
+    Shape(("linear1",), "linear2", family="torch.nn.TransformerEncoderLayer"),
+    Shape(("weights_in",), "weights_out", fused_gate=True, family="DINOv2's SwiGLU"),
+)
+EXPERT_NAMES = {"expert", "experts"}
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """One FFN found in a model: the full names of its layers, up projections first."""
+
+    name: str  # of the module that holds the layers
+    layers: tuple[str, ...]
+    shape: Shape
+    is_expert: bool
+
+    @property
+    def is_gated(self) -> bool:
+        return self.shape.fused_gate or len(self.shape.up) == 2
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' Conv1D, or a subclass, told without importing transformers."""
+    return any(
+        cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A layer y = x W^T + b with a weight of its own: nn.Linear or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer."""
+    return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
+
+
+def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
+    """The FFNs of `model`, in the order of its modules. Experts of mixtures are found too, and marked."""
+    found, taken = [], set()
+    for name, module in model.named_modules():
+        for shape in SHAPES:
+            layers = _match(module, shape)
+            # Of two shapes that share layers the first in the table wins (gate, up, down before up, down).
+            if layers and not taken & {id(layer) for layer in layers}:
+                taken |= {id(layer) for layer in layers}
+                prefix = f"{name}." if name else ""
+                names = tuple(prefix + path for path in (*shape.up, shape.down))
+                found.append(FeedForward(name, names, shape, bool(EXPERT_NAMES & set(name.split(".")))))
+    return found
+
+
+def find_fused_experts(model: nn.Module) -> list[str]:
+    """Names of modules that hold all experts in 3-D parameters: nothing here converts them, the report names them."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in EXPERT_NAMES
+        and any(p is not None and p.dim() == 3 for p in module._parameters.values())
+    ]
+
+
+def _match(module: nn.Module, shape: Shape) -> tuple[nn.Module, ...] | None:
+    """The layers of `module` if it is an FFN of this shape."""
+    try:
+        ups = [attrgetter(path)(module) for path in shape.up]
+        down = attrgetter(shape.down)(module)
+    except AttributeError:
+        return None
+    if not all(isinstance(layer, nn.Module) and is_linear(layer) for layer in (*ups, down)):
+        return None
+    hidden, out = features(down)
+    widths = {features(up) for up in ups}
+    # ModernBERT-style fused gates also exist without a gate: then Wi is as wide as Wo reads.
+    allowed = {(out, 2 * hidden), (out, hidden)} if shape.fused_gate else {(out, hidden)}
+    return (*ups, down) if len(widths) == 1 and widths <= allowed else None

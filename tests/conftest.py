@@ -1,0 +1,32 @@
+"""Fixtures of all tests. Tests that take `device` run on the CPU and, where there is one, on the GPU (marker `gpu`)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU with sparse kernels; skipped and counted elsewhere")
+    config.addinivalue_line("markers", "multigpu: needs two GPUs")
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+    config.addinivalue_line("markers", "fault(*rows): rows of docs/faults.md that the test holds")
+
+
+def pytest_collection_modifyitems(items):
+    gpus = torch.cuda.device_count()
+    for item in items:
+        if item.get_closest_marker("multigpu") and gpus < 2:
+            item.add_marker(pytest.mark.skip(reason="needs two GPUs"))
+        elif item.get_closest_marker("gpu") and gpus < 1:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(1234)

@@ -1,0 +1,175 @@
+// The CPU's sparse GEMM against a dense product of the decompressed operand, in all three passes.
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "matrices.h"
+#include "testing.h"
+
+using namespace testing;
+
+namespace {
+
+const Context kCpu{};
+
+/// A packed operand of each kind, and the dense matrix lhs(m, k) that it stands for.
+struct Operand {
+  std::vector<uint8_t> packed, E;
+  TestMatrix dense;  // [m, k]
+};
+
+/// W [out_features, in_features], pruned by its mask: the lhs of forward (rows) and dx (columns).
+Operand make_weight(GemmPass pass, int64_t m, int64_t k, DType dtype, std::mt19937& random) {
+  const bool transposed = pass == GemmPass::kGradInput;
+  const int64_t rows = transposed ? k : m, cols = transposed ? m : k;
+  TestMatrix w(rows, cols, dtype);
+  w.fill_integers(random, 7);
+  Packed packed(rows, cols, dtype);
+  const PackArgs args = packed.args(w, dtype);
+  search_and_pack(&args, 1, kCpu);
+
+  TestMatrix dense(m, k, dtype);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) {
+      const uint16_t mask = packed.mask[static_cast<size_t>(r / 4 * (cols / 4) + c / 4)];
+      const float value = mask >> (4 * (r % 4) + c % 4) & 1 ? w.get(r, c) : 0.0f;
+      transposed ? dense.set(c, r, value) : dense.set(r, c, value);
+    }
+  return {transposed ? packed.values_t : packed.values, transposed ? packed.E_t : packed.E, dense};
+}
+
+/// dy [tokens, features] pruned by MVUE: the lhs of dW is its transpose.
+Operand make_gradient(int64_t features, int64_t tokens, DType dtype, std::mt19937& random) {
+  const int64_t padded = padded_tokens(tokens), seed[2] = {3, 4};
+  TestMatrix dy(tokens, features, dtype), dense_t(padded, features, dtype);
+  dy.fill_integers(random, 7);
+  std::vector<uint8_t> packed(static_cast<size_t>(padded / 2 * features * bytes_of(dtype)));
+  std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(features, padded)));
+  MvueArgs args;
+  args.dy = dy.const_view();
+  args.seed = seed;
+  args.packed = packed.data();
+  args.E = E.data();
+  mvue_compress(args, kCpu);
+
+  DecompressArgs back;
+  back.packed = packed.data();
+  back.E = E.data();
+  back.transposed = true;
+  back.out = dense_t.view();
+  decompress(back, kCpu);
+  TestMatrix dense(features, tokens, dtype);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t f = 0; f < features; ++f) dense.set(f, t, dense_t.get(t, f));
+  return {packed, E, dense};
+}
+
+struct Problem {
+  int64_t m, n, k;
+};
+
+/// Small integers: every sum is exact, so results must be equal.
+void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype, bool with_bias,
+                   bool accumulate, std::mt19937& random) {
+  const bool weight_grad = pass == GemmPass::kGradWeight;
+  Operand lhs = weight_grad ? make_gradient(p.m, p.k, dtype, random)
+                            : make_weight(pass, p.m, p.k, dtype, random);
+  // rhs(k, n): x [k, n] for dW, [n, k] otherwise; the output [m, n] or [n, m]. Both with gaps.
+  TestMatrix rhs(weight_grad ? p.k : p.n, weight_grad ? p.n : p.k, dtype, Layout::kRowMajor, 8);
+  TestMatrix out(weight_grad ? p.m : p.n, weight_grad ? p.n : p.m, out_dtype, Layout::kRowMajor, 4);
+  rhs.fill_integers(random, 3);
+  out.fill_integers(random, 9);
+  const TestMatrix before = out;
+  TestMatrix bias(1, p.m, dtype);
+  bias.fill_integers(random, 5);
+
+  SparseGemmArgs args;
+  args.pass = pass;
+  args.m = p.m, args.n = p.n, args.k = p.k;
+  args.dtype = dtype;
+  args.out_dtype = out_dtype;
+  args.packed = lhs.packed.data();
+  args.E = lhs.E.data();
+  args.rhs = rhs.data();
+  args.rhs_ld = rhs.ld();
+  args.out = out.data();
+  args.out_ld = out.ld();
+  args.bias = with_bias ? bias.data() : nullptr;
+  args.accumulate = accumulate;
+  CHECK_EQ(sparse_gemm_unsupported(args, kCpu), std::string());
+  CHECK_EQ(sparse_gemm_workspace_bytes(args, kCpu), 0);
+  sparse_gemm(args, kCpu);
+
+  TestMatrix rounded(1, 1, out_dtype);
+  for (int64_t m = 0; m < p.m; ++m)
+    for (int64_t n = 0; n < p.n; ++n) {
+      double sum = with_bias ? bias.get(0, m) : 0.0;
+      for (int64_t k = 0; k < p.k; ++k)
+        sum += static_cast<double>(lhs.dense.get(m, k)) *
+               (weight_grad ? rhs.get(k, n) : rhs.get(n, k));
+      const auto at = [&](const TestMatrix& t) { return weight_grad ? t.get(m, n) : t.get(n, m); };
+      if (accumulate) sum += at(before);
+      rounded.set(0, 0, static_cast<float>(sum));
+      CHECK_EQ(at(out), rounded.get(0, 0));
+    }
+}
+
+}  // namespace
+
+TEST(products_of_small_integers_are_exact) {
+  std::mt19937 random(1);
+  for (GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight})
+    for (const Problem& p :
+         {Problem{4, 1, 4}, Problem{64, 8, 64}, Problem{68, 31, 132}, Problem{12, 65, 8}})
+      for (DType dtype : kDTypes)
+        for (DType out_dtype : {dtype, DType::kFloat32})
+          for (bool accumulate : {false, true})
+            check_product(pass, p, dtype, out_dtype, pass == GemmPass::kForward && p.n > 1,
+                          accumulate, random);
+}
+
+TEST(tokens_need_not_be_a_multiple_of_anything) {
+  std::mt19937 random(2);
+  for (int64_t tokens : {1, 2, 3, 5, 7, 9, 63, 65})
+    check_product(GemmPass::kGradWeight, {16, 12, tokens}, DType::kBFloat16, DType::kFloat32, false,
+                  true, random);
+}
+
+TEST(no_tokens_leave_zero_or_what_was_there) {
+  float out[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  SparseGemmArgs args;
+  args.pass = GemmPass::kGradWeight;
+  args.m = 4, args.n = 2, args.k = 0;
+  args.dtype = args.out_dtype = DType::kFloat32;
+  args.rhs_ld = 2, args.out_ld = 2;
+  args.out = out;
+  args.accumulate = true;
+  sparse_gemm(args, kCpu);
+  CHECK_EQ(out[7], 8.0f);
+  args.accumulate = false;
+  sparse_gemm(args, kCpu);
+  for (float x : out) CHECK_EQ(x, 0.0f);
+}
+
+TEST(bad_gemm_arguments_are_named) {
+  SparseGemmArgs good;
+  good.m = 4, good.n = 4, good.k = 8;
+  good.rhs_ld = 8, good.out_ld = 4;
+  const auto changed = [&](auto change) {
+    SparseGemmArgs args = good;
+    change(args);
+    return args;
+  };
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.k = 6; }), kCpu),
+               "k must be a multiple of 4, got 6");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.rhs_ld = 7; }), kCpu),
+               "rhs_ld must be at least 8");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_ld = 3; }), kCpu),
+               "out_ld must be at least 4");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_dtype = DType::kFloat16; }), kCpu),
+               "out_dtype must be that of the operands (bfloat16)");
+  CHECK_THROWS(sparse_gemm(good, kCpu), "out must not be null");
+}
+
+TEST_MAIN()

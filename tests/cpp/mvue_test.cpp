@@ -1,0 +1,158 @@
+// One group of MVUE: what it keeps, at both ends of the uniform number and on average.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <string>
+
+#include "compress/mvue_group.h"
+#include "testing.h"
+
+using namespace sparse24;
+
+namespace {
+
+struct Group {
+  float a[4];
+};
+
+int nonzeros(const Group& group) {
+  return static_cast<int>(std::count_if(group.a, group.a + 4, [](float x) { return x != 0; }));
+}
+
+constexpr uint32_t kLowest = 0x00000000u, kHighest = 0xffffffffu;
+
+/// What holds for any group of finite values and any uniform number.
+void check_pick(const Group& group, float u) {
+  const MvuePick pick = mvue_group(group.a, u);
+  const uint32_t first = pick.nibble & 3u, second = pick.nibble >> 2;
+  CHECK(first < second && second < 4);
+  CHECK_EQ((pick.first_value != 0) + (pick.second_value != 0), std::min(2, nonzeros(group)));
+  const float values[2] = {pick.first_value, pick.second_value};
+  const uint32_t places[2] = {first, second};
+  for (int i = 0; i < 2; ++i) {
+    const float original = group.a[places[i]];
+    CHECK((values[i] == 0) == (original == 0));
+    if (original != 0) CHECK(std::signbit(values[i]) == std::signbit(original));
+    // Nothing is scaled down: 1/p >= 1, up to rounding of the sum.
+    CHECK(std::fabs(values[i]) >= std::fabs(original) * (1 - 1e-6f));
+  }
+}
+
+Group random_group(std::mt19937& random, int kind) {
+  std::normal_distribution<float> normal;
+  Group group;
+  for (float& x : group.a) {
+    switch (kind) {
+      case 0: x = normal(random); break;
+      case 1: x = std::exp(4 * normal(random)) * (random() % 2 ? 1.0f : -1.0f); break;
+      case 2: x = random() % 2 ? normal(random) : 0.0f; break;
+      case 3: x = static_cast<float>(static_cast<int>(random() % 5) - 2); break;
+      case 4: x = 1e-44f * static_cast<float>(random() % 4); break;
+      default: x = 3e38f * (static_cast<float>(random() % 2001) / 1000.0f - 1.0f); break;
+    }
+  }
+  return group;
+}
+constexpr int kKinds = 6;
+
+}  // namespace
+
+TEST(uniform_stays_inside_its_interval) {
+  CHECK_EQ(mvue_uniform(kLowest), std::ldexp(1.0f, -23));
+  CHECK_EQ(mvue_uniform(kHighest), 1.0f - std::ldexp(1.0f, -23));
+  CHECK(mvue_uniform(kHighest) + 1.0f < 2.0f);
+  CHECK(mvue_uniform(kLowest) + 1.0f > 1.0f);
+  CHECK_EQ(mvue_uniform(0x3ff), mvue_uniform(0));  // the lower ten bits do not count
+}
+
+TEST(two_are_picked_wherever_two_are_nonzero) {
+  std::mt19937 random(1);
+  for (int n = 0; n < 300000; ++n) {
+    const Group group = random_group(random, n % kKinds);
+    for (uint32_t bits : {kLowest, kHighest, static_cast<uint32_t>(random())})
+      check_pick(group, mvue_uniform(bits));
+  }
+}
+
+TEST(picks_are_unbiased) {
+  // All uniforms of a coarse grid: the mean over the grid differs from the value by less than one
+  // cell of the grid times the largest jump of the estimate.
+  std::mt19937 random(2);
+  for (int n = 0; n < 200; ++n) {
+    const Group group = random_group(random, n % kKinds);
+    constexpr int kDraws = 1 << 14;
+    double mean[4] = {};
+    double sum = 0;
+    for (float x : group.a) sum += std::fabs(x);
+    for (uint32_t draw = 0; draw < kDraws; ++draw) {
+      const MvuePick pick = mvue_group(group.a, mvue_uniform((draw << 18) | (1u << 17)));
+      mean[pick.nibble & 3u] += static_cast<double>(pick.first_value) / kDraws;
+      mean[pick.nibble >> 2] += static_cast<double>(pick.second_value) / kDraws;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const double error = std::fabs(mean[i] - group.a[i]);
+      if (error > 3.0 / kDraws * sum) {
+        testing::fail(__FILE__, __LINE__,
+                      "mean " + testing::show(mean[i]) + " of element " +
+                          testing::show(group.a[i]) + ", kind " + testing::show(n % kKinds));
+      }
+    }
+  }
+}
+
+TEST(a_level_group_keeps_half_its_sum) {
+  const Group group{{1.0f, -2.0f, 3.0f, 4.0f}};
+  for (uint32_t bits = 0; bits < 1024; ++bits) {
+    const MvuePick pick = mvue_group(group.a, mvue_uniform(bits << 22));
+    CHECK_EQ(std::fabs(pick.first_value), 5.0f);
+    CHECK_EQ(std::fabs(pick.second_value), 5.0f);
+  }
+}
+
+TEST(a_dominating_element_is_kept_as_it_is) {
+  const Group group{{0.5f, -100.0f, 0.25f, 0.25f}};
+  for (uint32_t bits = 0; bits < 1024; ++bits) {
+    const MvuePick pick = mvue_group(group.a, mvue_uniform(bits << 22));
+    const bool is_first = (pick.nibble & 3u) == 1u;
+    CHECK(is_first || (pick.nibble >> 2) == 1u);
+    CHECK_EQ(is_first ? pick.first_value : pick.second_value, -100.0f);
+    CHECK_EQ(is_first ? pick.second_value : pick.first_value, 1.0f);
+  }
+}
+
+TEST(zeros_keep_the_padding_positions) {
+  for (uint32_t bits : {kLowest, kHighest}) {
+    for (float zero : {0.0f, -0.0f}) {
+      const Group group{{zero, zero, zero, zero}};
+      const MvuePick pick = mvue_group(group.a, mvue_uniform(bits));
+      CHECK_EQ(pick.nibble, 0x4u);
+      CHECK_EQ(pick.first_value, 0.0f);
+      CHECK_EQ(pick.second_value, 0.0f);
+    }
+  }
+}
+
+TEST(inf_and_nan_survive) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  for (float special : {inf, -inf, nan})
+    for (int at = 0; at < 4; ++at)
+      for (uint32_t bits : {kLowest, kHighest}) {
+        Group group{{1.0f, 2.0f, 3e38f, 0.0f}};
+        group.a[at] = special;
+        const MvuePick pick = mvue_group(group.a, mvue_uniform(bits));
+        const bool is_first = static_cast<int>(pick.nibble & 3u) == at;
+        CHECK(is_first || static_cast<int>(pick.nibble >> 2) == at);
+        const float kept = is_first ? pick.first_value : pick.second_value;
+        CHECK(std::isnan(special) ? std::isnan(kept) : kept == special);
+      }
+}
+
+TEST(neighbouring_features_draw_different_numbers) {
+  const PhiloxKey key = philox_key(7, 8);
+  const Philox4 a = mvue_random(key, 0, 0), b = mvue_random(key, 0, 1), c = mvue_random(key, 1, 0);
+  for (int i = 0; i < 4; ++i) CHECK(a.word[i] != b.word[i] && a.word[i] != c.word[i]);
+}
+
+TEST_MAIN()

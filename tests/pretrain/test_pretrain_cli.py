@@ -1,0 +1,104 @@
+"""The command line: options, exit codes, one-line errors."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+pytest.importorskip("typer")
+
+from sparse24 import cli  # noqa: E402
+from sparse24.pretrain.metrics import read_rows  # noqa: E402
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """run_cli(*arguments) -> (exit status, stdout, stderr), in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparse24", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def arguments(text_file, cache_dir, tmp_path):
+    return ["pretrain", "--data", text_file, "--cache-dir", cache_dir, "--out", tmp_path / "run", "--device", "cpu", "--layers", 1,
+            "--width", 32, "--heads", 2, "--ctx", 32, "--vocab-size", 300, "--batch", 4, "--steps", 6, "--warmup", 1,
+            "--mask-interval", 2, "--eval-interval", 3, "--eval-tokens", 256, "--samples", 1, "--sample-tokens", 4]  # fmt: skip
+
+
+def test_pretrain_prints_the_table_and_exits_with_0(run_cli, arguments, tmp_path):
+    status, out, _ = run_cli(*arguments, "--ffn", "dense", "--ffn", "half", "--no-mvue")
+    assert status == 0 and "| dense" in out and "| half" in out and "loss.png" in out
+    assert read_rows(tmp_path / "run" / "metrics.csv", "half")[-1]["step"] == 6
+
+
+def test_resume_takes_the_saved_settings(run_cli, arguments, tmp_path, cache_dir):
+    assert run_cli(*arguments, "--ffn", "dense")[0] == 0
+    status, out, err = run_cli("pretrain", "--resume", "--out", tmp_path / "run")
+    assert status == 0 and "dense: finished before" in out
+    status, out, err = run_cli("pretrain", "--resume", "--out", tmp_path / "run", "--width", 64)
+    assert status == 2 and "width was 32, is 64" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--width", 33], "error: --width must be a multiple of --heads (2), got 33; use --width 34"),
+        (["--data", "absent.txt"], "error: --data absent.txt does not exist; name UTF-8 text files or folders of them"),
+        (["--ffn", "thin"], "error: --ffn must be one of dense, sparse, half, got 'thin'"),
+        (["--resume"], "holds no run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_status_2(run_cli, arguments, more, message):
+    status, out, err = run_cli(*arguments, *more)
+    assert status == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_value_of_the_wrong_type_exits_with_2(run_cli, arguments):
+    status, _, err = run_cli(*arguments, "--steps", "many")
+    assert status == 2 and "--steps" in err
+
+
+def test_help_lists_every_setting_with_its_meaning(run_cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    status, out, _ = run_cli("pretrain", "--help")
+    assert status == 0
+    for name in ("--data", "--valid", "--preset", "--compare", "--no-mvue", "--mask-interval", "--resume", "--deterministic"):
+        assert name in out
+
+
+def test_env_tells_versions_and_devices(run_cli):
+    status, out, _ = run_cli("env")
+    assert status == 0 and "torch" in out and "cpu" in out and "backend" in out
+
+
+def test_importing_sparse24_imports_none_of_the_job():
+    code = (
+        "import sys, sparse24; "
+        "print([m for m in ('transformers', 'tokenizers', 'typer', 'tqdm', 'matplotlib', 'tensorboard', 'safetensors', "
+        "'sparse24.pretrain') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
+def test_sigterm_saves_and_exits_with_143(arguments, tmp_path):
+    command = [sys.executable, "-m", "sparse24", *map(str, arguments), "--ffn", "dense", "--steps", "100000", "--warmup", "10"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 60
+    while len(read_rows(tmp_path / "run" / "metrics.csv")) < 5 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143, err
+    assert "stopped; saved" in err and "--resume --out" in err
+    (saved,) = (tmp_path / "run" / "checkpoint" / "dense").iterdir()
+    assert int(saved.name.removeprefix("step-")) == read_rows(tmp_path / "run" / "metrics.csv")[-1]["step"]

@@ -1,0 +1,167 @@
+"""Activations: as accurate as eager PyTorch, every layout, backward equal to autograd, the fused form bit-equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
+from sparse24.testing import assert_as_accurate, assert_same_bits, column_major
+
+KINDS = ["silu", "gelu", "gelu_tanh", "relu", "squared_relu"]
+SHAPES = [(1, 1), (3, 5), (8, 8), (31, 24), (65, 64), (64, 65), (130, 136), (256, 512), (7, 1000)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def laid_out(t, layout):
+    return column_major(t) if layout == "column" else t
+
+
+def eager(gu, kind, gated):
+    """What a PyTorch user writes, in gu's own dtype."""
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+        "relu": torch.relu,
+        "squared_relu": lambda t: torch.relu(t) ** 2,
+    }
+    if not gated:
+        return functions[kind](gu)
+    gate, up = gu.chunk(2, -1)
+    return functions[kind](gate) * up
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_is_as_accurate_as_eager_in_every_layout(device, kind, gated, shape):
+    tokens, d_ff = shape
+    for dtype in DTYPES:
+        gu = (3 * torch.randn(tokens, (2 if gated else 1) * d_ff)).to(device, dtype)
+        exact = eager(gu.double(), kind, gated)
+        plain = eager(gu, kind, gated)
+        op = ops.gated_activation if gated else ops.activation
+        first = op(gu, kind)
+        assert first.shape == exact.shape and first.is_contiguous()
+        assert_as_accurate(first, plain, exact)
+        for layout in ("row", "column"):
+            for column_major_out in (False, True):
+                h = op(laid_out(gu, layout), kind, column_major=column_major_out)
+                assert_same_bits(h, first, f"{layout} in, column_major={column_major_out} out, {dtype}")
+                if column_major_out:
+                    assert h.t().is_contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward_is_as_accurate_as_eager_in_every_layout(device, kind, gated, shape):
+    tokens, d_ff = shape
+    for dtype in DTYPES:
+        gu = (3 * torch.randn(tokens, (2 if gated else 1) * d_ff)).to(device, dtype)
+        dh = torch.randn(tokens, d_ff).to(device, dtype)
+        leaf, leaf64 = gu.clone().requires_grad_(), gu.double().requires_grad_()
+        (plain,) = torch.autograd.grad(eager(leaf, kind, gated), leaf, dh)
+        (exact,) = torch.autograd.grad(eager(leaf64, kind, gated), leaf64, dh.double())
+        backward = ops.gated_activation_backward if gated else ops.activation_backward
+        first, h = backward(dh, gu, kind, recompute_h=True)
+        assert_as_accurate(first, plain, exact)
+        assert_same_bits(h, (ops.gated_activation if gated else ops.activation)(gu, kind), "recomputed h")
+        for layout_dh in ("row", "column"):
+            for layout_gu in ("row", "column"):
+                again = backward(laid_out(dh, layout_dh), laid_out(gu, layout_gu), kind)
+                assert_same_bits(again, first, f"dh {layout_dh}, gu {layout_gu}, {dtype}")
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "squared_relu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_backward_and_mvue_equal_the_two_apart(device, kind, gated, shape):
+    tokens, d_ff = shape
+    seed = torch.tensor([11, -5], device=device)
+    for dtype in (torch.bfloat16, torch.float16):
+        gu = torch.randn(tokens, (2 if gated else 1) * d_ff).to(device, dtype)
+        dh = torch.randn(tokens, d_ff).to(device, dtype)
+        fused = ops.gated_activation_backward_mvue if gated else ops.activation_backward_mvue
+        apart = ops.gated_activation_backward if gated else ops.activation_backward
+        for layout in ("row", "column"):
+            d_gu, packed, E, h = fused(laid_out(dh, layout), laid_out(gu, layout), kind, seed, recompute_h=True)
+            expected, expected_h = apart(dh, gu, kind, recompute_h=True)
+            assert_same_bits(d_gu, expected, "d_gu")
+            assert_same_bits(h, expected_h, "h")
+            expected_packed, expected_E = ops.mvue_compress(expected, seed)
+            assert_same_bits(packed, expected_packed, "packed")
+            assert_same_bits(E, expected_E, "E")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradcheck_of_the_reference(kind, gated):
+    gu = torch.randn(6, 8, dtype=torch.float64)
+    gu = torch.where(gu.abs() < 0.05, 0.3, gu).requires_grad_()  # away from ReLU's corner
+    assert torch.autograd.gradcheck(lambda t: reference.gated_activation(t, kind, gated), gu)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_and_inf_pass_through(device, kind):
+    gu = torch.ones(4, 16, device=device)
+    gu[1, 3], gu[2, 12] = float("nan"), float("inf")
+    h = ops.gated_activation(gu, kind)
+    assert h[1, 3].isnan() and h[2, 4].isinf() and h[0].isfinite().all()
+    big = torch.tensor([[-1e30, -100.0, 1e30 if kind != "squared_relu" else 1e15, 0.0]], device=device)
+    assert ops.activation(big, kind).isfinite().all()
+    assert ops.activation_backward(torch.ones_like(big), big, kind).isfinite().all()
+
+
+@pytest.mark.fault(19, 22)
+def test_any_strides_and_leading_dimensions(device):
+    base = torch.randn(6, 10, 40, device=device, dtype=torch.bfloat16)
+    expected = ops.gated_activation(base.contiguous(), "silu")
+    assert expected.shape == (6, 10, 20)
+    assert_same_bits(ops.gated_activation(base[0], "silu"), expected[0], "2-D")
+    assert_same_bits(ops.gated_activation(base[0, 0], "silu"), expected[0, 0], "1-D")
+    shifted = torch.zeros(6, 10, 43, device=device, dtype=torch.bfloat16)
+    shifted[..., 1:41] = base
+    assert_same_bits(ops.gated_activation(shifted[..., 1:41], "silu"), expected, "misaligned")
+    swapped = base.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_same_bits(ops.gated_activation(swapped, "silu"), expected, "permuted")
+    row = base[:1, 0].expand(5, 40)
+    assert_same_bits(ops.gated_activation(row, "silu"), ops.gated_activation(row.contiguous(), "silu"), "expanded")
+
+
+@pytest.mark.fault(16)
+def test_empty_inputs_give_empty_outputs(device):
+    gu = torch.empty(0, 16, device=device)
+    assert ops.gated_activation(gu, "silu").shape == (0, 8)
+    assert ops.gated_activation_backward(torch.empty(0, 8, device=device), gu, "silu").shape == (0, 16)
+
+
+@pytest.mark.fault(27)
+def test_odd_widths_and_wrong_gradients_are_named(device):
+    with pytest.raises(Sparse24Error, match="two halves"):
+        ops.gated_activation(torch.randn(4, 7, device=device), "silu")
+    with pytest.raises(Sparse24Error, match="dh must have shape"):
+        ops.gated_activation_backward(torch.randn(4, 5, device=device), torch.randn(4, 8, device=device), "silu")
+    with pytest.raises(Sparse24Error, match="kind must be one of"):
+        ops.gated_activation(torch.randn(4, 8, device=device), "swish")
+
+
+@pytest.mark.fault(29)
+def test_integers_are_refused(device):
+    with pytest.raises(Sparse24DtypeError, match="gu must be float32"):
+        ops.gated_activation(torch.zeros(4, 8, dtype=torch.int32, device=device), "silu")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autograd_functions_match_eager(device, kind):
+    gu = torch.randn(12, 16, device=device, requires_grad=True)
+    other = gu.detach().clone().requires_grad_()
+    functional.gated_activation(gu, kind).square().sum().backward()
+    eager(other, kind, True).square().sum().backward()
+    torch.testing.assert_close(gu.grad, other.grad)
+    gu.grad = other.grad = None
+    functional.activation(gu, kind).square().sum().backward()
+    eager(other, kind, False).square().sum().backward()
+    torch.testing.assert_close(gu.grad, other.grad)

@@ -1,0 +1,259 @@
+"""Differentiable functions: the right gradients, only those asked for, and honest refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
+from sparse24.testing import assert_same_bits
+
+
+@pytest.fixture
+def dtype(device):
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def make_layer(device, dtype, in_features=64, out_features=48, tokens=24, bias=True):
+    x = torch.randint(-3, 4, (tokens, in_features)).to(device, dtype).requires_grad_()
+    w = torch.randint(-3, 4, (out_features, in_features)).to(device, dtype).requires_grad_()
+    b = torch.randint(-3, 4, (out_features,)).to(device, dtype).requires_grad_() if bias else None
+    mask, *packed = ops.prune_compress(w.detach(), dtype)
+    masked = w.detach().masked_fill(~ops.unpack_mask(mask), 0)
+    return x, w, b, packed, masked
+
+
+def test_gradients_are_straight_through_and_exact_without_mvue(device, dtype):
+    x, w, b, packed, masked = make_layer(device, dtype)
+    y = functional.sparse_linear(x, w, *packed, b, mvue=False)
+    assert torch.equal(y, torch.nn.functional.linear(x, masked, b))
+    dy = torch.randint(-3, 4, y.shape).to(device, dtype)
+    y.backward(dy)
+    assert torch.equal(x.grad, dy @ masked)
+    assert torch.equal(w.grad, (dy.T @ x.detach()))  # every entry, pruned ones too
+    assert torch.equal(b.grad, dy.sum(0))
+
+
+def test_mvue_gradient_is_that_of_the_seed(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    seed = torch.tensor([5, 6], device=device)
+    y = functional.sparse_linear(x, w, *packed, b, seed=seed)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected = ops.sparse_mm_grad_weight(*ops.mvue_compress(dy, seed), x.detach(), w.shape[0])
+    assert_same_bits(w.grad, expected, "dW")
+
+
+@pytest.mark.fault(78)
+def test_noise_follows_the_torch_generator(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    dy = torch.randn(x.shape[0], w.shape[0], device=device, dtype=dtype)
+
+    def gradient(manual_seed, rank=0):
+        torch.manual_seed(manual_seed)
+        return torch.autograd.grad(functional.sparse_linear(x, w, *packed, b, rank=rank), w, dy)[0]
+
+    assert torch.equal(gradient(1), gradient(1))
+    assert not torch.equal(gradient(1), gradient(2))
+    assert not torch.equal(gradient(1), gradient(1, rank=1))
+
+
+@pytest.mark.fault(55)
+def test_each_backward_draws_new_noise(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    y = functional.sparse_linear(x, w, *packed, b)
+    dy = torch.randn_like(y)
+    first = torch.autograd.grad(y, w, dy, retain_graph=True)[0]
+    assert not torch.equal(first, torch.autograd.grad(y, w, dy)[0])
+
+
+@pytest.mark.fault(20)
+def test_broadcast_gradients_keep_their_scale(device, dtype):
+    x, w, b, packed, masked = make_layer(device, dtype)
+    (3.0 * functional.sparse_linear(x, w, *packed, b, mvue=False).sum()).backward()
+    assert torch.equal(x.grad, (3 * masked.float().sum(0)).to(dtype).expand_as(x))
+    assert torch.equal(b.grad, torch.full_like(b, 3.0 * x.shape[0]))
+    x.grad = None
+    loss = functional.sparse_linear(x, w, *packed, b).mean() * 1024.0
+    loss.backward()
+    expected = (masked.double().sum(0) * 1024.0 / (x.shape[0] * w.shape[0])).expand(x.shape)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.fault(21)
+def test_gradients_that_are_not_contiguous_are_read_right(device, dtype):
+    x, w, b, packed, masked = make_layer(device, dtype)
+    y = functional.sparse_linear(x.view(2, 12, 64), w, *packed, b, mvue=False)
+    dy = torch.randint(-3, 4, (12, 2, 48)).to(device, dtype).transpose(0, 1)
+    y.backward(dy)
+    assert torch.equal(x.grad, dy.reshape(24, 48) @ masked)
+    assert torch.equal(w.grad, dy.reshape(24, 48).T @ x.detach())
+
+
+@pytest.mark.fault(48)
+@pytest.mark.parametrize("wanted", [(), ("x",), ("w",), ("b",), ("x", "b"), ("w", "b"), ("x", "w", "b")])
+def test_only_gradients_that_are_needed_are_computed(device, dtype, wanted, monkeypatch):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    for name, tensor in (("x", x), ("w", w), ("b", b)):
+        tensor.requires_grad_(name in wanted)
+    calls = []
+    for op in ("mvue_compress", "sparse_mm_grad_input", "sparse_mm_grad_weight"):
+        original = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda *a, _op=op, _f=original, **k: (calls.append(_op), _f(*a, **k))[1])
+    y = functional.sparse_linear(x, w, *packed, b)
+    assert y.requires_grad == bool(wanted)
+    if wanted:
+        y.sum().backward()
+    assert ("sparse_mm_grad_input" in calls) == ("x" in wanted)
+    assert ("mvue_compress" in calls) == ("sparse_mm_grad_weight" in calls) == ("w" in wanted)
+    for name, tensor in (("x", x), ("w", w), ("b", b)):
+        assert (tensor.grad is not None) == (name in wanted)
+
+
+@pytest.mark.fault(28)
+def test_repacking_between_forward_and_backward_is_reported_by_autograd(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    mask = ops.transposable_mask(w)
+    y = functional.sparse_linear(x, w, *packed, b)
+    ops.compress_([w], [mask], *([part] for part in packed))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.fault(51)
+def test_double_backward_is_refused(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    y = functional.sparse_linear(x, w, *packed, b, mvue=False)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+@pytest.mark.fault(52)
+def test_vmap_and_forward_mode_are_refused(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(lambda row: functional.sparse_linear(row, w, *packed, b))(x)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda t: functional.sparse_linear(t, w, *packed, b), (x.detach(),), (x.detach(),))
+
+
+@pytest.mark.fault(30)
+def test_autocast_casts_as_linear_does_and_mismatches_are_named(device):
+    x = torch.randn(24, 64, device=device, requires_grad=True)
+    w = torch.randn(48, 64, device=device, requires_grad=True)
+    b = torch.randn(48, device=device, requires_grad=True)
+    mask, *packed = ops.prune_compress(w.detach(), torch.bfloat16)
+    with torch.autocast(device, torch.bfloat16):
+        y = functional.sparse_linear(x, w, *packed, b)
+    assert y.dtype == torch.bfloat16
+    y.float().square().mean().backward()
+    assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
+    with pytest.raises(Sparse24DtypeError, match="same dtype"):
+        functional.sparse_linear(x, w, *packed)
+    with pytest.raises(Sparse24DtypeError, match="x and bias"):
+        functional.sparse_linear(x.bfloat16(), w, *packed, b)
+
+
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same_gradients(device, dtype, reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    x, w, b, packed, _ = make_layer(device, dtype)
+    dy = torch.randn(x.shape[0], w.shape[0], device=device, dtype=dtype)
+    seed = torch.tensor([1, 2], device=device)
+
+    def run(t):
+        return functional.sparse_linear(t, w, *packed, b, seed=seed)
+
+    plain = torch.autograd.grad(run(x), (x, w), dy)
+    y = checkpoint(run, x, use_reentrant=reentrant)
+    y.backward(dy)
+    assert torch.equal(x.grad, plain[0]) and torch.equal(w.grad, plain[1])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mvue", [True, False])
+def test_whole_feed_forward_equals_its_parts(device, gated, mvue):
+    dtype = torch.bfloat16
+    d_model, d_ff, tokens = 32, 64, 40
+    up_rows = 2 * d_ff if gated else d_ff
+    x = torch.randn(2, tokens // 2, d_model, device=device, dtype=dtype, requires_grad=True)
+    up = torch.randn(up_rows, d_model, device=device, requires_grad=True)
+    down = torch.randn(d_model, d_ff, device=device, requires_grad=True)
+    b_up = torch.randn(up_rows, device=device, dtype=dtype, requires_grad=True)
+    b_down = torch.randn(d_model, device=device, dtype=dtype, requires_grad=True)
+    packed_up, packed_down = (ops.prune_compress(w.detach(), dtype)[1:] for w in (up, down))
+    seeds = torch.tensor([[1, 2], [3, 4]], device=device)
+    leaves = (x, up, down, b_up, b_down)
+    dy = torch.randn(2, tokens // 2, d_model, device=device, dtype=dtype)
+
+    if gated:
+        whole = functional.gated_mlp(
+            x, up, packed_up, down, packed_down, "silu", bias_gate_up=b_up, bias_down=b_down, mvue=mvue, seed=seeds
+        )
+    else:
+        whole = functional.mlp(
+            x, up, packed_up, down, packed_down, "gelu_tanh", bias_up=b_up, bias_down=b_down, mvue=mvue, seed=seeds
+        )
+    ours = torch.autograd.grad(whole, leaves, dy)
+
+    gu = functional.sparse_linear(x, up, *packed_up, b_up, mvue=mvue, seed=seeds[1])
+    h = functional.gated_activation(gu, "silu") if gated else functional.activation(gu, "gelu_tanh")
+    parts = functional.sparse_linear(h, down, *packed_down, b_down, mvue=mvue, seed=seeds[0])
+    theirs = torch.autograd.grad(parts, leaves, dy)
+    assert_same_bits(whole, parts, "y")
+    for name, a, b in zip(("dx", "d_up", "d_down", "db_up", "db_down"), ours, theirs):
+        assert_same_bits(a, b, name)
+
+
+def test_two_parameters_share_one_packed_buffer(device):
+    dtype = torch.bfloat16
+    x = torch.randn(16, 32, device=device, dtype=dtype)
+    gate, up = (torch.randn(64, 32, device=device, requires_grad=True) for _ in range(2))
+    down = torch.randn(32, 64, device=device, requires_grad=True)
+    joined = torch.cat([gate, up]).detach().requires_grad_()
+    packed = ops.prune_compress(joined.detach(), dtype)[1:]
+    packed_down = ops.prune_compress(down.detach(), dtype)[1:]
+    seeds = torch.tensor([[1, 2], [3, 4]], device=device)
+    one = functional.gated_mlp(x, joined, packed, down, packed_down, seed=seeds)
+    two = functional.gated_mlp(x, (gate, up), packed, down, packed_down, seed=seeds)
+    assert_same_bits(one, two, "y")
+    d_joined = torch.autograd.grad(one.float().sum(), joined)[0]
+    d_gate, d_up = torch.autograd.grad(two.float().sum(), (gate, up))
+    assert_same_bits(torch.cat([d_gate, d_up]), d_joined, "gradients")
+
+
+def test_training_on_a_fixed_mask_follows_the_reference_for_32_steps(device):
+    """A linear layer with MVUE, by our functions and by the plain PyTorch reference, step by step."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    torch.manual_seed(3)
+    data, target = torch.randn(64, 32).to(dtype), torch.randn(64, 16).to(dtype)
+    start = torch.randn(16, 32) * 0.1
+    mask = reference.transposable_mask(start)
+    ours, plain = start.clone().to(device).requires_grad_(), start.clone()
+    for step in range(32):
+        seed = torch.tensor([step, 9])
+        packed = ops.compress(ours.detach(), mask.to(device), dtype)
+        y = functional.sparse_linear(data.to(device), ours, *packed, seed=seed.to(device))
+        (dy,) = torch.autograd.grad((y.float() - target.to(device).float()).square().mean(), y, retain_graph=True)
+        (grad,) = torch.autograd.grad(y, ours, dy)
+        ours.data -= 0.5 * grad
+
+        values = reference.decompress(*reference.compress(plain, mask, dtype)[:2], 16, 32)
+        y = data @ values.T
+        dy = (2 * (y.float() - target.float()) / y.numel()).to(dtype)
+        packed_dy, E_dy = reference.mvue_compress(dy, seed)
+        pruned = reference.decompress(packed_dy, E_dy, 64, 16, transposed=True)
+        plain -= 0.5 * (pruned.float().T @ data.float())
+    tolerance = 1e-4 if device == "cpu" else 3e-2
+    torch.testing.assert_close(ours.detach().cpu(), plain, rtol=tolerance, atol=tolerance)
+
+
+def test_wrong_arguments_are_named(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    with pytest.raises(Sparse24Error, match="weight must be 2-D"):
+        functional.sparse_linear(x, w.view(-1), *packed, b)
+    with pytest.raises(Sparse24DtypeError, match=r"seed must be int64 of shape \(2, 2\)"):
+        functional.mlp(x, w, packed, w, packed, seed=torch.tensor([1, 2], device=device))

@@ -1,0 +1,446 @@
+"""SparseLinear, SparseConv1D, SparseGatedMLP: the function they compute, and what may happen to a module.
+
+Numbers after "fault" are rows of the project's catalogue of bad input.
+"""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import MLP
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import sparse24
+from sparse24 import SparseGatedMLP, SparseLinear, ops
+from sparse24.errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+
+
+def masked(layer):
+    """weight * mask, as the kernels see it: [out, in]."""
+    return torch.where(ops.unpack_mask(layer.mask), layer.kernel_weight(), 0)
+
+
+def sparse_linear(width=16, out=24, seed=0, **settings):
+    torch.manual_seed(seed)
+    return SparseLinear(width, out, **settings)
+
+
+def sparse_conv1d(width=16, out=24):
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(out, width))
+    sparse24.sparsify(model, include=("0",))
+    return model[0]
+
+
+def assert_packed_is_current(layer):
+    report = sparse24.verify(nn.Sequential(layer))
+    assert report, str(report)
+
+
+# -- the function ---------------------------------------------------------------------------------------------------
+
+
+def test_forward_is_linear_with_masked_weight():
+    layer, x = sparse_linear(), torch.randn(5, 16)
+    torch.testing.assert_close(layer(x), F.linear(x, masked(layer), layer.bias), rtol=0, atol=1e-6)
+
+
+def test_conv1d_forward_and_gradients_are_those_of_the_masked_transpose():
+    layer, x = sparse_conv1d(), torch.randn(6, 16, requires_grad=True)
+    layer.mvue = False
+    dy = torch.randn(6, 24)
+    y = layer(x)
+    y.backward(dy)
+    torch.testing.assert_close(y, F.linear(x, masked(layer), layer.bias), rtol=0, atol=1e-6)
+    torch.testing.assert_close(x.grad, dy @ masked(layer), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, x.detach().t() @ dy, rtol=0, atol=1e-5)
+    assert layer.weight.grad.shape == layer.weight.shape == (16, 24)
+
+
+def test_gradients_are_straight_through_to_every_weight():
+    layer, x, dy = sparse_linear(mvue=False), torch.randn(8, 16, requires_grad=True), torch.randn(8, 24)
+    layer(x).backward(dy)
+    torch.testing.assert_close(x.grad, dy @ masked(layer), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.weight.grad, dy.t() @ x.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(layer.bias.grad, dy.sum(0), rtol=0, atol=1e-5)
+
+
+def test_dense_phase_is_exactly_the_dense_layer():
+    layer, x = sparse_linear(), torch.randn(5, 16)
+    layer.phase = "dense"
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    conv = sparse_conv1d()
+    conv.phase = "dense"
+    assert torch.equal(conv(x), Conv1D.forward(conv, x))
+
+
+def test_module_is_a_linear_with_the_same_state_dict():
+    layer = sparse_linear()
+    assert isinstance(layer, nn.Linear)
+    assert list(layer.state_dict()) == ["weight", "bias"]
+    nn.Linear(16, 24).load_state_dict(layer.state_dict())
+    assert layer.mask.dtype == torch.uint8 and layer.mask.shape == (6, 8)
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (3, 2, 16), (2, 2, 2, 16), (31, 16), (0, 16), (2, 0, 16)], ids=str)
+def test_any_number_of_leading_dimensions_and_tokens(shape):
+    """faults 15, 16, 17, 18: odd token counts, none, one; 1-D to 4-D input."""
+    layer, x = sparse_linear(), torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 24)
+    torch.testing.assert_close(y, F.linear(x, masked(layer), layer.bias), rtol=0, atol=1e-6)
+    y.sum().backward()
+    assert x.grad.shape == x.shape and layer.weight.grad.shape == layer.weight.shape
+    if 0 in shape:
+        assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("scale", [3.0, 64 / 3])
+def test_gradient_of_a_scaled_sum_keeps_its_scale(scale):
+    """fault 20: autograd hands over a gradient of stride 0 that holds the scale, not ones."""
+    layer, x = sparse_linear(mvue=False), torch.randn(8, 16)
+    (layer(x).sum() * scale).backward()
+    expected = scale * x.sum(0).expand(24, 16)
+    torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradient_that_is_not_contiguous():
+    """fault 21: a transposed loss gives a gradient that cannot be viewed flat."""
+    layer, x = sparse_linear(mvue=False), torch.randn(4, 6, 16, requires_grad=True)
+    weights = torch.randn(24, 6, 4)
+    (layer(x).permute(2, 1, 0) * weights).sum().backward()
+    dy = weights.permute(2, 1, 0)
+    torch.testing.assert_close(x.grad, dy @ masked(layer), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_a_dense_linear(dtype):
+    """fault 30: under autocast the layer takes and gives the dtypes that F.linear would."""
+    layer, x = sparse_linear(), torch.randn(8, 16, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, plain = layer(x), F.linear(x, masked(layer), layer.bias)
+    assert y.dtype == plain.dtype == dtype
+    torch.testing.assert_close(y, plain)
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
+
+
+def test_mismatched_dtypes_and_devices_are_refused_by_name():
+    """faults 30, 32: no autocast, no silent cast; two devices are both named."""
+    layer = sparse_linear()
+    with pytest.raises(Sparse24DtypeError, match="same dtype.*bfloat16.*float32"):
+        layer(torch.randn(2, 16, dtype=torch.bfloat16))
+    with pytest.raises(TypeError):
+        layer(torch.randn(2, 16, dtype=torch.float64))
+    with pytest.raises(Sparse24Error, match="meta.*cpu"):
+        layer(torch.empty(2, 16, device="meta"))
+
+
+@pytest.mark.parametrize("sizes", [(3, 8), (8, 3), (6, 8), (8, 1), (2, 2)], ids=str)
+def test_sizes_that_are_not_multiples_of_four_are_refused(sizes):
+    """faults 13, 25: no 4x4 block fits."""
+    with pytest.raises(Sparse24Error, match="multiples of 4, got"):
+        SparseLinear(*sizes)
+
+
+def test_values_packed_in_16_bits_serve_another_dtype_by_the_same_function():
+    layer, x = sparse_linear(compute_dtype=torch.bfloat16, mvue=False), torch.randn(4, 16, requires_grad=True)
+    with pytest.warns(Sparse24Warning, match="packed for torch.bfloat16 but called in torch.float32"):
+        y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, masked(layer), layer.bias))
+    y.sum().backward()
+    assert layer.weight.grad.ne(0).all()  # straight-through here too
+
+
+# -- autograd -------------------------------------------------------------------------------------------------------
+
+
+def test_noise_follows_torch_seeds_and_is_fresh_in_each_backward():
+    """faults 55, 78: the same seed gives the same gradient, another backward gives another."""
+    layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
+
+    def gradient(seed=None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        layer.weight.grad = None
+        layer(x).backward(dy)
+        return layer.weight.grad
+
+    first, again, next_one = gradient(3), gradient(3), gradient()
+    assert torch.equal(first, again)
+    assert not torch.equal(again, next_one)
+
+
+def test_backward_twice_on_a_retained_graph_draws_new_noise():
+    """fault 55: noise belongs to a backward call, not to the graph."""
+    layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
+    y = layer(x)
+    (first,) = torch.autograd.grad(y, layer.weight, dy, retain_graph=True)
+    (second,) = torch.autograd.grad(y, layer.weight, dy)
+    assert not torch.equal(first, second)
+
+
+def test_ranks_draw_different_noise_from_the_same_seed():
+    """fault 65: data-parallel ranks share the torch seed and must not share the noise."""
+    layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
+    gradients = []
+    for rank in (0, 1):
+        torch.manual_seed(0)
+        layer.rank = rank
+        gradients.append(torch.autograd.grad(layer(x), layer.weight, dy)[0])
+    assert not torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "none", "all"])
+def test_only_the_gradients_asked_for_are_computed(wanted):
+    """fault 48: a frozen weight draws no noise."""
+    layer, x = sparse_linear(), torch.randn(8, 16)
+    named = {"x": x, "weight": layer.weight, "bias": layer.bias}
+    for name, tensor in named.items():
+        tensor.requires_grad_(wanted in (name, "all"))
+    before = torch.get_rng_state()
+    y = layer(x)
+    assert y.requires_grad == (wanted != "none")
+    if wanted != "none":
+        y.backward(torch.ones_like(y))
+    for name, tensor in named.items():
+        assert (tensor.grad is not None) == (wanted in (name, "all"))
+    drawn = not torch.equal(before, torch.get_rng_state())
+    assert drawn == (wanted in ("weight", "all"))
+
+
+def test_no_bias():
+    """fault 49: bias None."""
+    layer, x = sparse_linear(bias=False), torch.randn(4, 16)
+    torch.testing.assert_close(layer(x), F.linear(x, masked(layer)), rtol=0, atol=1e-6)
+    assert list(layer.state_dict()) == ["weight"]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_reads_masks_and_changes_nothing(mode):
+    """fault 50: evaluation uses the current mask and never refreshes it."""
+    layer, x = sparse_linear().eval(), torch.randn(4, 16)
+    with torch.no_grad():
+        layer.weight[:, :2] *= 100  # a search now would find other masks
+    sparse24.refresh(nn.Sequential(layer))
+    before, rng = {name: b.clone() for name, b in layer.named_buffers()}, torch.get_rng_state()
+    with mode():
+        y = layer(x)
+    torch.testing.assert_close(y, F.linear(x, masked(layer), layer.bias), rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in layer.named_buffers())
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_double_backward_is_refused():
+    """fault 51: second derivatives are not supported, and say so."""
+    layer, x = sparse_linear(), torch.randn(4, 16, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_function_transforms_are_refused():
+    """fault 52: vmap and forward-mode raise instead of giving something."""
+    layer, x = sparse_linear(), torch.randn(4, 16)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(layer)(x)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(layer, (x,), (x,))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_gradients(reentrant):
+    """fault 54: recomputing forward is harmless, since noise is drawn in backward only."""
+    model = MLP()
+    sparse24.sparsify(model)
+    x, gradients = torch.randn(8, 16), []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=reentrant)):
+        torch.manual_seed(1)
+        model.zero_grad()
+        run(x.clone().requires_grad_()).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_input_changed_in_place_before_backward_is_autograds_error():
+    """fault 28: as for a dense layer."""
+    layer, x = sparse_linear(), torch.randn(4, 16)
+    y = layer(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_weight_written_behind_autograd_leaves_the_gradients_of_that_forward():
+    """fault 28: backward uses the packed weight of its own forward."""
+    layer, x = sparse_linear(), torch.randn(4, 16, requires_grad=True)
+    dy, before = torch.randn(4, 24), masked(layer)
+    y = layer(x)
+    layer.weight.data.mul_(5)
+    y.backward(dy)
+    torch.testing.assert_close(x.grad, dy @ before, rtol=0, atol=1e-5)
+
+
+# -- what may happen to a module ------------------------------------------------------------------------------------
+
+
+def test_new_parameter_is_packed_and_keeps_the_mask():
+    """fault 57: an EMA swap or merge puts another Parameter in; its values count, the mask stays."""
+    layer = sparse_linear()
+    mask = layer.mask.clone()
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    assert torch.equal(layer.mask, mask)
+    assert_packed_is_current(layer)
+
+
+def test_new_parameter_of_another_shape_gets_a_new_mask():
+    """fault 57: a mask of the old shape would be nonsense."""
+    layer = sparse_linear()
+    layer.weight = nn.Parameter(torch.randn(8, 16))
+    assert layer.mask.shape == (2, 8)
+    assert_packed_is_current(layer)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("make", [sparse_linear, sparse_conv1d])
+def test_loading_weights_packs_them(make, assign):
+    """fault 56: load_state_dict, by copy and by assignment."""
+    layer = make()
+    state = {name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=assign)
+    assert torch.equal(layer.weight, state["weight"])
+    assert_packed_is_current(layer)
+    assert torch.equal(ops.transposable_mask(layer.kernel_weight()).view(torch.uint8), layer.mask)
+
+
+def test_loading_weights_keeps_a_mask_that_belongs_to_the_training_state():
+    """fault 61: after the recipe has restored a mask, loading weights must not search another."""
+    layer = sparse_linear()
+    layer.mask_is_state = True
+    mask = layer.mask.clone()
+    layer.load_state_dict({"weight": torch.randn(24, 16), "bias": torch.zeros(24)})
+    assert torch.equal(layer.mask, mask)
+    assert_packed_is_current(layer)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("make", [sparse_linear, sparse_conv1d])
+def test_copies_have_their_own_current_packed_forms(make, how):
+    """fault 56: a copy has the mask of the original, even one that a search would not find now."""
+    layer = make()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    sparse24.refresh(nn.Sequential(layer))
+    if how == "deepcopy":
+        twin = copy.deepcopy(layer)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(layer))
+    else:
+        torch.save(layer, file := io.BytesIO())
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin.mask, layer.mask) and torch.equal(twin.packed, layer.packed)
+    assert twin.packed.data_ptr() != layer.packed.data_ptr()
+    with torch.no_grad():
+        twin.weight.zero_()
+    assert_packed_is_current(layer)
+    x = torch.randn(3, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.float64)])
+def test_change_of_dtype_packs_anew_and_keeps_the_mask(convert):
+    """fault 56: .half() and .to()."""
+    layer = sparse_linear()
+    mask = layer.mask.clone()
+    convert(layer)
+    assert layer.packed.dtype == layer.weight.dtype
+    assert torch.equal(layer.mask, mask)
+    assert_packed_is_current(layer)
+
+
+def test_move_without_effect_keeps_the_addresses():
+    layer = sparse_linear()
+    addresses = [buffer.data_ptr() for buffer in layer.buffers()]
+    layer.to("cpu").float()
+    assert addresses == [buffer.data_ptr() for buffer in layer.buffers()]
+
+
+def test_meta_device_then_empty_then_weights():
+    """fault 56: built on the meta device, materialised, then loaded."""
+    layer = SparseLinear(16, 24, device="meta")
+    assert layer.mask.is_meta and layer.packed.is_meta
+    layer.to_empty(device="cpu")
+    assert ops.is_transposable(layer.mask)
+    layer.load_state_dict(nn.Linear(16, 24).state_dict())
+    assert_packed_is_current(layer)
+
+
+def test_model_built_on_meta_and_assigned_its_weights():
+    """fault 56: meta-device init with load_state_dict(assign=True)."""
+    with torch.device("meta"):
+        model = MLP()
+    sparse24.sparsify(model)
+    model.load_state_dict(MLP().state_dict(), assign=True)
+    assert sparse24.verify(model)
+    assert model(torch.randn(2, 16)).shape == (2, 16)
+
+
+def test_reset_parameters_packs_the_new_weight():
+    layer = sparse_linear()
+    layer.reset_parameters()
+    assert_packed_is_current(layer)
+
+
+def test_weight_written_by_hand_raises_the_alarm_once_and_refresh_cures_it():
+    layer, x = sparse_linear(), torch.randn(2, 16)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.warns(Sparse24Warning, match="changed since it was packed.*refresh"):
+        layer(x)
+    assert not sparse24.verify(nn.Sequential(layer))
+    sparse24.refresh(nn.Sequential(layer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+    assert_packed_is_current(layer)
+
+
+def test_packing_under_a_live_graph_is_autograds_error():
+    """As for a dense layer whose weight the optimizer changed between forward and backward."""
+    layer, x = sparse_linear(), torch.randn(4, 16, requires_grad=True)
+    y = layer(x)
+    sparse24.refresh(nn.Sequential(layer))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# -- the gated block ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+def test_gated_mlp_is_its_formula(activation):
+    torch.manual_seed(0)
+    block, x = SparseGatedMLP(16, 32, activation=activation), torch.randn(5, 16)
+    act = sparse24.modules.ACTIVATIONS[activation]
+    hidden = act(x @ masked(block.gate_proj).t()) * (x @ masked(block.up_proj).t())
+    torch.testing.assert_close(block(x), hidden @ masked(block.down_proj).t(), rtol=1e-5, atol=1e-5)
+    for layer in (block.gate_proj, block.up_proj, block.down_proj):
+        layer.phase = "dense"
+    dense = act(block.gate_proj(x)) * block.up_proj(x)
+    torch.testing.assert_close(block(x), F.linear(dense, block.down_proj.weight))
+
+
+def test_gated_mlp_has_the_names_of_llama_and_refuses_unknown_activations():
+    assert list(SparseGatedMLP(8, 16).state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    with pytest.raises(Sparse24Error, match="activation must be one of silu.*got 'tanh'"):
+        SparseGatedMLP(8, 16, activation="tanh")

@@ -1,0 +1,119 @@
+"""Every op passes torch's own checks of schema, fake and autograd registration, and compiles without graph breaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparse24 import functional, ops
+
+TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def sample_calls(device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    w = torch.randn(16, 32, device=device).to(dtype)
+    x, dy = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
+    mask, packed, E, packed_t, E_t = ops.prune_compress(w, dtype)
+    seed = torch.tensor([1, 2], device=device)
+    packed_dy, E_dy = ops.mvue_compress(dy, seed)
+    gu, dh = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
+    lists = [[mask], [packed], [E], [packed_t], [E_t]]
+    return {
+        "transposable_mask": (w,),
+        "unpack_mask": (mask,),
+        "foreach_mask_flips": ([mask], [mask.clone()]),
+        "mask_gap": (w,),
+        "compress": (w, mask, dtype),
+        "prune_compress": (w, dtype),
+        "compress_": ([w], *([t.clone() for t in part] for part in lists)),
+        "prune_compress_": ([w], *([t.clone() for t in part] for part in lists)),
+        "decompress": (packed, E, 16, 32, False),
+        "mvue_compress": (dy, seed),
+        "draw_seeds": (dy, 2, 0),
+        "sparse_mm": (x, packed, E, 16, None, None),
+        "sparse_mm_grad_input": (dy, packed_t, E_t, 32, None),
+        "sparse_mm_grad_weight": (packed_dy, E_dy, x, 16, None),
+        "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros(16, 32, device=device, dtype=dtype), True),
+        "activation": (gu, "silu", True, False),
+        "activation_backward": (dh, gu, "silu", True, True),
+        "activation_backward_mvue": (dh, gu, "silu", True, seed, True),
+        "foreach_masked_decay_": ([torch.zeros_like(w)], [w], [mask], 0.1, None),
+    }
+
+
+ALL_OPS = sorted(sample_calls("cpu"))
+
+
+def test_the_list_of_ops_is_complete():
+    registered = {
+        schema.name.removeprefix("sparse24::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("sparse24::")
+    }
+    assert registered == set(ALL_OPS)
+
+
+@pytest.mark.parametrize("name", ALL_OPS)
+def test_op_passes_opcheck(device, name):
+    tests = TESTS[:2] if name == "draw_seeds" else TESTS  # its results differ from call to call, as they should
+    op = getattr(torch.ops.sparse24, name).default
+    torch.library.opcheck(op, sample_calls(device)[name], test_utils=tests)
+
+
+@pytest.mark.fault(53)
+def test_sparse_linear_compiles_whole_with_any_token_count(device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    w = torch.randn(48, 64, device=device, dtype=dtype, requires_grad=True)
+    packed = ops.prune_compress(w.detach(), dtype)[1:]
+    seed = torch.tensor([1, 2], device=device)
+
+    def run(x):
+        return functional.sparse_linear(x, w, *packed, seed=seed)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (8, 24, 31):
+        x = torch.randn(tokens, 64, device=device, dtype=dtype, requires_grad=True)
+        dy = torch.randn(tokens, 48, device=device, dtype=dtype)
+        eager = torch.autograd.grad(run(x), (x, w), dy)
+        traced = torch.autograd.grad(compiled(x), (x, w), dy)
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced))
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("gated", [True, False])
+def test_feed_forward_compiles_whole(device, gated):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    up = torch.randn(64 if gated else 32, 32, device=device, dtype=dtype, requires_grad=True)
+    down = torch.randn(32, 32, device=device, dtype=dtype, requires_grad=True)
+    packed_up, packed_down = (ops.prune_compress(w.detach(), dtype)[1:] for w in (up, down))
+    seed = torch.tensor([[1, 2], [3, 4]], device=device)
+    function = functional.gated_mlp if gated else functional.mlp
+
+    def run(x):
+        return function(x, up, packed_up, down, packed_down, seed=seed)
+
+    x = torch.randn(24, 32, device=device, dtype=dtype, requires_grad=True)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    dy = torch.randn(24, 32, device=device, dtype=dtype)
+    eager = torch.autograd.grad(run(x), (x, up, down), dy)
+    traced = torch.autograd.grad(compiled(x), (x, up, down), dy)
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced))
+
+
+def test_manual_seed_rules_compiled_noise_too(device):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    w = torch.randn(48, 64, device=device, dtype=dtype, requires_grad=True)
+    packed = ops.prune_compress(w.detach(), dtype)[1:]
+    x = torch.randn(24, 64, device=device, dtype=dtype)
+    dy = torch.randn(24, 48, device=device, dtype=dtype)
+
+    def run(t):
+        return functional.sparse_linear(t, w, *packed)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    eager = torch.autograd.grad(run(x), w, dy)[0]
+    torch.manual_seed(3)
+    traced = torch.autograd.grad(compiled(x), w, dy)[0]
+    assert torch.equal(eager, traced)

@@ -1,0 +1,57 @@
+"""Tiny real models for the tests, and one step of training."""
+
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+
+VOCAB = 64
+
+
+def gpt2(layers=2, width=32, **settings):
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=width, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def llama(layers=2, width=32, **settings):
+    config = transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=VOCAB, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config)
+
+
+def from_config(name, **settings):
+    """A randomly initialised model of any transformers architecture, by the names of its config and class."""
+    config_name, class_name = name
+    torch.manual_seed(0)
+    return getattr(transformers, class_name)(getattr(transformers, config_name)(**settings))
+
+
+def tokens(batch=2, length=16, seed=0):
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train_step(model, optimizer, ids):
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+class MLP(torch.nn.Module):
+    """The smallest FFN that `sparsify` recognises."""
+
+    def __init__(self, width=16, hidden=32, bias=True, dtype=None):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(width, hidden, bias, dtype=dtype)
+        self.fc2 = torch.nn.Linear(hidden, width, bias, dtype=dtype)
+
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x)))
