@@ -127,32 +127,40 @@ void mvue_tile(const MvueArgs& args, const PhiloxKey& key, int64_t tile_token,
   meta.store(args.E, tile_feature, tile_token, features);
 }
 
+/// The nibble of group (m, k..k+3) of an operand of rows_m rows.
+uint32_t nibble_at(const uint8_t* E, int64_t m, int64_t k, int64_t rows_m) {
+  return E[meta_byte_offset(m, k & ~int64_t{7}, rows_m)] >> (k & 4 ? 4 : 0) & 0xFu;
+}
+
+/// Rows of out from groups that run along them: packed [rows, cols/2].
 template <typename T>
-void decompress_rows(const DecompressArgs& args, int64_t row_begin, int64_t row_end) {
+void decompress_along_rows(const DecompressArgs& args, int64_t row_begin, int64_t row_end) {
   const Strided<T> out = typed<T>(args.out);
-  const T* packed = static_cast<const T*>(args.packed);
-  const int64_t rows = args.out.rows, cols = args.out.cols;
-  const auto nibble_at = [&](int64_t m, int64_t k, int64_t rows_m) {
-    return args.E[meta_byte_offset(m, k & ~int64_t{7}, rows_m)] >> (k & 4 ? 4 : 0) & 0xFu;
-  };
-  for (int64_t r = row_begin; r < row_end; r += 4) {
+  const int64_t cols = args.out.cols;
+  for (int64_t r = row_begin; r < row_end; ++r) {
+    const T* packed = static_cast<const T*>(args.packed) + r * (cols / 2);
     for (int64_t c = 0; c < cols; c += 4) {
-      for (int lane = 0; lane < 4; ++lane) {  // a row, or a column, of the block
-        T group[4] = {};
-        if (!args.transposed) {
-          const uint32_t nibble = nibble_at(r + lane, c, rows);
-          const T* kept = packed + (r + lane) * (cols / 2) + c / 2;
-          group[meta_first(nibble)] = kept[0];
-          group[meta_second(nibble)] = kept[1];
-          for (int j = 0; j < 4; ++j) out(r + lane, c + j) = group[j];
-        } else {
-          const uint32_t nibble = nibble_at(c + lane, r, cols);
-          const T* kept = packed + (r / 2) * cols + c + lane;
-          group[meta_first(nibble)] = kept[0];
-          group[meta_second(nibble)] = kept[cols];
-          for (int i = 0; i < 4; ++i) out(r + i, c + lane) = group[i];
-        }
-      }
+      const uint32_t nibble = nibble_at(args.E, r, c, args.out.rows);
+      for (int j = 0; j < 4; ++j) out(r, c + j) = T{};
+      out(r, c + meta_first(nibble)) = packed[c / 2];
+      out(r, c + meta_second(nibble)) = packed[c / 2 + 1];
+    }
+  }
+}
+
+/// Groups of four rows from groups that run down the columns: packed_t [rows/2, cols], any number of columns.
+template <typename T>
+void decompress_along_columns(const DecompressArgs& args, int64_t group_begin, int64_t group_end) {
+  const Strided<T> out = typed<T>(args.out);
+  const int64_t cols = args.out.cols;
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    const T* first = static_cast<const T*>(args.packed) + 2 * group * cols;
+    const int64_t r = 4 * group;
+    for (int64_t c = 0; c < cols; ++c) {
+      const uint32_t nibble = nibble_at(args.E, c, r, cols);
+      for (int i = 0; i < 4; ++i) out(r + i, c) = T{};
+      out(r + meta_first(nibble), c) = first[c];
+      out(r + meta_second(nibble), c) = first[cols + c];
     }
   }
 }
@@ -188,9 +196,16 @@ void mvue_compress(const MvueArgs& args) {
 
 void decompress(const DecompressArgs& args) {
   with_type(args.out.dtype, [&](auto zero) {
-    parallel_for(args.out.rows / 4, args.out.cols * 4, [&](int64_t begin, int64_t end) {
-      decompress_rows<decltype(zero)>(args, 4 * begin, 4 * end);
-    });
+    using T = decltype(zero);
+    if (args.transposed) {
+      parallel_for(args.out.rows / 4, args.out.cols * 4, [&](int64_t begin, int64_t end) {
+        decompress_along_columns<T>(args, begin, end);
+      });
+    } else {
+      parallel_for(args.out.rows, args.out.cols, [&](int64_t begin, int64_t end) {
+        decompress_along_rows<T>(args, begin, end);
+      });
+    }
   });
 }
 

@@ -1,0 +1,31 @@
+// search_and_pack.cu: mask search and packing in one read of each weight. The kernel is in compress/pack_tile.cuh, the
+// search of a block in mask/block_search.h; here the two meet.
+//
+// A thread searches its four blocks from registers, about 130 instructions each (8 an element), and writes their masks.
+#include "compress/pack_tile.cuh"
+#include "fused/fused_cuda.h"
+#include "mask/search_patch.cuh"
+
+namespace sparse24 {
+namespace {
+
+struct SearchMasks {
+  template <WeightLayout kLayout, typename Patch>
+  static __device__ __forceinline__ PatchMasks of(const Patch& patch, const PackTensor& t, int64_t row, int64_t col) {
+    uint32_t top, bottom;
+    search_patch(patch, top, bottom);
+    store_masks<kLayout>(t.mask, top, bottom, row, col, t.w.rows, t.w.cols);
+    return {top, bottom};
+  }
+};
+
+}  // namespace
+
+namespace cuda {
+
+void search_and_pack(const PackArgs* weights, int count, cudaStream_t stream) {
+  launch_pack<SearchMasks>(weights, count, stream, "search_and_pack");
+}
+
+}  // namespace cuda
+}  // namespace sparse24
