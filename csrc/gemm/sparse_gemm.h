@@ -1,0 +1,18 @@
+// sparse_gemm.h: the GPU side of the public sparse GEMM: what it can take, and the launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "sparse24/gemm.h"
+
+namespace sparse24::gemm {
+
+/// Why these arguments cannot run on `device` ("" if they can).
+std::string unsupported(const SparseGemmArgs& args, int device);
+int64_t workspace_bytes(const SparseGemmArgs& args, int device);
+void run(const SparseGemmArgs& args, int device, cudaStream_t stream);
+std::string config_text(const SparseGemmArgs& args, int device);
+
+}  // namespace sparse24::gemm
