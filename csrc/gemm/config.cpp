@@ -24,6 +24,18 @@ int64_t tile_cost(const KernelEntry& entry, const GemmDesc& desc, int multiproce
   return ceil_div(tiles_m * tiles_n, multiprocessors) * entry.tile_m * entry.tile_n;
 }
 
+/// How wide the strips of the raster walk are, in clusters: 4 where L2 would otherwise see an operand many times.
+///
+/// The scheduler pads both extents to multiples of the width, so a strip that does not divide them costs whole tiles; and
+/// below some 32 waves the operands stay in L2 anyway (docs/kernels/gemm.md, sweep).
+int choose_swizzle(const KernelEntry& entry, const GemmDesc& desc, int multiprocessors) {
+  const int64_t clusters_m = ceil_div(desc.m, entry.tile_m * entry.cluster_m);
+  const int64_t clusters_n = ceil_div(desc.n, entry.tile_n * entry.cluster_n);
+  const int64_t tiles = clusters_m * entry.cluster_m * clusters_n * entry.cluster_n;
+  const bool divides = clusters_m % 4 == 0 && clusters_n % 4 == 0;
+  return divides && tiles >= int64_t{32} * multiprocessors ? 4 : 1;
+}
+
 }  // namespace
 
 const KernelEntry* kernel_table(int* count) {
@@ -40,9 +52,10 @@ GemmConfig choose_config(const GemmDesc& desc, int multiprocessors) {
     }
   }
   SP24_CHECK(best != nullptr, "no sparse GEMM kernel is compiled for ", to_string(desc));
-  // Walk along the longer side: strips of the shorter one stay in L2 meanwhile.
-  const Raster raster = desc.m > desc.n ? Raster::kAlongM : Raster::kAlongN;
-  return {best->tile_m, best->tile_n, best->tile_k, best->cluster_m, best->cluster_n, raster, 8};
+  // Along m: consecutive tiles share the dense operand, the larger part of what a tile loads. It won or tied at every
+  // shape of the sweep.
+  return {best->tile_m,    best->tile_n,    best->tile_k, best->cluster_m,
+          best->cluster_n, Raster::kAlongM, choose_swizzle(*best, desc, multiprocessors)};
 }
 
 const char* name_of(GemmPass pass) {

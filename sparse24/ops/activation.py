@@ -9,7 +9,7 @@ from .. import reference
 from ..errors import Sparse24Error
 from ..layout import DTYPE_CODE, as_major
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
-from .mvue import check_seed, empty_mvue
+from .mvue import check_seed, empty_mvue, has_kernel
 
 #: names of activations -> codes of the C++ library
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
@@ -166,6 +166,9 @@ def _backward_mvue(dh, gu, kind, gated, seed, recompute_h) -> tuple[Tensor, Tens
         d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
         packed, E = reference.mvue_compress(d_gu, seed)
         return d_gu.contiguous(), packed, E, h.contiguous() if recompute_h else gu.new_empty(0)
+    if not has_kernel(gu):
+        d_gu, h = _backward(dh, gu, kind, gated, recompute_h)
+        return d_gu, *reference.mvue_compress(d_gu, seed), h
     d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
     packed, E = empty_mvue(*gu.shape, gu.dtype, gu.device)
     h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)

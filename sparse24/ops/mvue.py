@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import DTYPE_CODE, as_major, metadata_bytes, padded_tokens
+from ..layout import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
 
 
@@ -18,6 +18,11 @@ def check_seed(seed: Tensor, like: Tensor) -> None:
             "ops.draw_seed makes one"
         )
     check_same_device(like, "dy", seed=seed)
+
+
+def has_kernel(dy: Tensor) -> bool:
+    """fp32 gradients have no GPU kernel: the weight gradient's operand is 16-bit there. The reference takes them."""
+    return dy.device.type == "cpu" or dy.dtype in HALF_DTYPES
 
 
 def _check_mvue(dy: Tensor, seed: Tensor) -> None:
@@ -38,7 +43,7 @@ def empty_mvue(tokens: int, features: int, dtype: torch.dtype, device) -> tuple[
 def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
-    if library is None:
+    if library is None or not has_kernel(dy):
         return reference.mvue_compress(dy, seed)
     dy = as_major(dy)
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
