@@ -1,0 +1,7 @@
+"""Every benchmark in turn: python -m bench [--csv FOLDER] [--png FOLDER]."""
+
+import importlib
+
+if __name__ == "__main__":
+    for name in ("compress", "mvue", "activation", "gemm", "ffn"):
+        importlib.import_module(f"bench.bench_{name}").main()
