@@ -1,7 +1,8 @@
 """What all benchmarks share: shapes of real layers, timing, the header of a result, tables as text, CSV and PNG.
 
 Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. Memory-bound kernels start
-         with a cold L2: a buffer larger than the cache is written before each call. Compute-bound ones run on a hot chip:
+         with a cold L2: a buffer larger than the cache is written before each call. A short wait on the GPU before each call
+         lets the host run ahead, as it does in training, so that times are those of the GPU. Compute-bound ones run on a hot chip:
          Hopper is limited by power, and a rested one shows a dense GEMM 20 % faster than training ever sees it.
 Ratios   only within one run.
 """
@@ -92,6 +93,7 @@ def _time(candidates: dict[str, Callable], rounds: int, before: Callable) -> dic
     for _ in range(rounds):
         for name, run in candidates.items():
             before()
+            torch.cuda._sleep(500_000)  # a quarter of a millisecond: the host is ahead, and its costs stay outside
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             run()

@@ -21,7 +21,7 @@ from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Spars
 _LAZY = {
     "SparseLinear": "modules",
     "SparseConv1D": "conv1d",
-    "SparseGatedMLP": "modules",
+    "SparseGatedMLP": "gated_mlp",
     "sparsify": "convert",
     "densify": "convert",
     "refresh": "convert",

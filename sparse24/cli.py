@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from click.core import ParameterSource
 
 from .errors import Sparse24Error
 
@@ -35,9 +34,6 @@ def main() -> None:
     except Sparse24Error as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 @app.callback()
@@ -64,7 +60,8 @@ def env() -> None:
         found = sparse24.is_available(device)
         name = torch.cuda.get_device_name(device) if device != "cpu" else f"{torch.get_num_threads()} threads"
         state = "available" if found else "not available"
-        print(f"{device:13s} {name}: {state}, backend {found.backend}, arch {found.arch}{f' ({found.reason})' if found.reason else ''}")
+        reason = f" ({found.reason})" if found.reason else ""
+        print(f"{device:13s} {name}: {state}, backend {found.backend}, arch {found.arch}{reason}")
 
 
 def installed_version(package: str) -> str:
@@ -95,16 +92,19 @@ def options_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[inspect.
         if kind is bool and default:
             name = f"{name}/--no-{field.name.replace('_', '-')}"
         annotation = Annotated[kind, typer.Option(name, help=field.metadata["help"])]
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
     return parameters
 
 
-def with_options(settings: type, *more: inspect.Parameter, leave_out: tuple[str, ...] = ()) -> Callable:
-    """Give a function `(context, **values)` the options of a dataclass, in the way typer reads them."""
+def with_options(settings: type, leave_out: tuple[str, ...] = ()) -> Callable:
+    """Add the options of a dataclass to those of a function that takes them as `**values`."""
 
     def decorate(function: Callable) -> Callable:
-        context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
-        parameters = [context, *options_of(settings, leave_out), *more]
+        hints = typing.get_type_hints(function, include_extras=True)
+        own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(function).parameters.values()]
+        parameters = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD] + options_of(settings, leave_out)
         function.__signature__ = inspect.Signature(parameters)
         function.__annotations__ = {p.name: p.annotation for p in parameters}
         return function
@@ -114,7 +114,8 @@ def with_options(settings: type, *more: inspect.Parameter, leave_out: tuple[str,
 
 def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     """The values that the user wrote, lists as tuples."""
-    written = {k: v for k, v in values.items() if context.get_parameter_source(k) is ParameterSource.COMMANDLINE}
+    # by name: some versions of typer bring a click of their own
+    written = {k: v for k, v in values.items() if context.get_parameter_source(k).name == "COMMANDLINE"}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
 
 
@@ -136,6 +137,41 @@ def pretrain(context: typer.Context, **values: Any) -> None:
         start = from_json(load_config(Path(asked["out"]).expanduser())["settings"])
     try:
         pretrain(dataclasses.replace(start, **asked))
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        raise typer.Exit(130) from None
     except Stopped as e:
-        print(f"stopped; saved {e.path}; go on with: python -m sparse24 pretrain --resume --out {e.out}", file=sys.stderr)
+        print(
+            f"stopped; saved {e.path}; go on with: python -m sparse24 pretrain --resume --out {e.out}", file=sys.stderr
+        )
         raise typer.Exit(128 + e.signal) from None
+
+
+# ---- tune ----------------------------------------------------------------------------------------------------------
+
+# what a search for the decay has no use for
+NOT_FOR_TUNE = (
+    "ffn", "compare", "decay", "method", "dense_fraction", "resume", "overwrite", "compile", "deterministic",
+    "eval_interval", "eval_tokens", "log_interval", "save_interval", "samples", "sample_tokens",
+)  # fmt: skip
+
+
+@app.command()
+@with_options(Settings, leave_out=NOT_FOR_TUNE)
+def tune(
+    context: typer.Context,
+    grid: Annotated[
+        list[float], typer.Option(help="A decay to try; may be repeated. Default: 0 and 1e-6 ... 1e-2.")
+    ] = [],  # noqa: B006
+    probe_step: Annotated[int | None, typer.Option(help="Steps of each probe. Default: the warm-up.")] = None,
+    **values: Any,
+) -> None:
+    """Find the masked decay for a run of `pretrain` by short probes inside its warm-up."""
+    from .pretrain.tuning import tune
+
+    try:
+        result = tune(Settings(**given(context, values)), grid, probe_step)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the probes that are left", file=sys.stderr)
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if result.decay is not None else 1)

@@ -1,8 +1,8 @@
 """sparsify, densify, refresh: turning layers of a model sparse in place, and back.
 
-A layer is converted by changing its class and adding buffers: parameters, hooks, names and every reference to the module
-stay as they are, so an optimizer made before works on. *Which function* a layer trains, 2:4 or dense, is decided here,
-once, and written into the report with its reason; no batch changes it later.
+A layer is converted by changing its class and adding buffers: parameters, hooks, names and every reference to the
+module stay as they are, so an optimizer made before works on. *Which function* a layer trains, 2:4 or dense, is
+decided here, once, and written into the report with its reason; no batch changes it later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import packing, structure
+from . import feedforward, packing, structure
 from ._library import is_available
 from .errors import Sparse24Error, Sparse24Warning
 from .modules import DTYPES, SparseLayer, SparseLinear
@@ -48,12 +48,14 @@ class SparsifyReport:
     skipped    (name, reason) of those that were looked at and stay as they are
     reasons    name -> why this layer trains 2:4
     shapes     name -> (out_features, in_features)
+    fused      name of a block whose layers were converted -> "" if it runs as one function, else why it does not
     """
 
     converted: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.converted)
@@ -69,6 +71,10 @@ class SparsifyReport:
         if rows:
             widths = [max(len(row[i]) for row in rows) for i in range(3)]
             lines += ["  " + "  ".join((*map(str.ljust, row, widths), row[3])) for row in rows]
+        if self.fused:
+            unfused = {name: why for name, why in self.fused.items() if why}
+            lines.append(f"  {len(self.fused) - len(unfused)} of {len(self.fused)} blocks run as one function")
+            lines += [f"  {name or 'the model'} runs layer by layer: {why}" for name, why in unfused.items()]
         return "\n".join(lines)
 
 
@@ -82,6 +88,7 @@ def sparsify(
     dtype: torch.dtype | None = None,
     tokens: int | None = None,
     allow_tied: bool = False,
+    fuse: bool = True,
 ) -> SparsifyReport:
     """Make the linear layers of a model's FFNs 2:4 sparse, in place.
 
@@ -93,10 +100,11 @@ def sparsify(
     dtype       dtype of the packed values; default: the weight's, and bfloat16 for float32 weights on a GPU
     tokens      tokens per forward call (batch x length), if known: few tokens do not pay on a GPU
     allow_tied  also convert layers that share their weight with another module
+    fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (sparse24/feedforward.py)
 
-    Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest names,
-    when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is then untouched.
-    On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
+    Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest
+    names, when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is
+    then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
     """
     _check_settings(model, backend, dtype)
     report = SparsifyReport()
@@ -124,12 +132,15 @@ def sparsify(
         )
     _convert(todo, mvue=mvue, compute_dtype=dtype)
     report.converted = list(todo)
+    if fuse:
+        report.fused = _fuse_blocks(model)
     _after_conversion(model)
     return report
 
 
 def densify(model: nn.Module) -> list[str]:
     """Give every sparse layer its dense class back, with the same parameter objects; returns the layers' names."""
+    feedforward.unfuse(model)
     names = []
     for name, layer in sparse_layers(model).items():
         dense = _dense_class(layer)
@@ -155,17 +166,28 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """The sparse layers of `model` by name, without the prefixes that DDP, torch.compile and checkpointing add."""
+    return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, SparseLayer)}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP and torch.compile."""
     while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
-    return {".".join(part for part in name.split(".") if part not in WRAPPERS): m for name, m in layers.items()}
+    return model
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name without the parts that torch's wrappers insert."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 # -- which layers ---------------------------------------------------------------------------------------------------
 
 
 def choose_function(module: nn.Module, backend: str, tokens: int | None) -> tuple[bool, str]:
-    """Whether this layer trains 2:4, and why: from its shape, the expected tokens and the device; never from a batch."""
+    """Whether this layer trains 2:4, and why: from its shape, the expected tokens and the device; never from a
+    batch.
+    """
     device = module.weight.device
     if backend == "sparse":
         return True, "backend='sparse'"
@@ -174,11 +196,13 @@ def choose_function(module: nn.Module, backend: str, tokens: int | None) -> tupl
     small, large = sorted(structure.features(module))
     if small < MIN_GPU_FEATURES:
         return False, (
-            f"{large} x {small} is too small to gain on a GPU (below {MIN_GPU_FEATURES}); backend='sparse' converts it anyway"
+            f"{large} x {small} is too small to gain on a GPU (below {MIN_GPU_FEATURES}); "
+            "backend='sparse' converts it anyway"
         )
     if tokens is not None and tokens < MIN_GPU_TOKENS:
         return False, (
-            f"{tokens} tokens a call are too few to gain on a GPU (below {MIN_GPU_TOKENS}); backend='sparse' converts anyway"
+            f"{tokens} tokens a call are too few to gain on a GPU (below {MIN_GPU_TOKENS}); "
+            "backend='sparse' converts it anyway"
         )
     return True, f"{large} x {small} on {torch.cuda.get_device_name(device)}"
 
@@ -323,6 +347,16 @@ def _convert(todo: dict[str, nn.Module], **settings) -> None:
         raise
 
 
+def _fuse_blocks(model: nn.Module) -> dict[str, str]:
+    """Fuse what can be fused; the modules that hold converted FFNs, and why not."""
+    found = {
+        ffn.name: model.get_submodule(ffn.name)
+        for ffn in structure.find_feed_forwards(model)
+        if any(isinstance(model.get_submodule(name), SparseLayer) for name in ffn.layers)
+    }
+    return {name: feedforward.fuse(block) for name, block in found.items()}
+
+
 def _after_conversion(model: nn.Module) -> None:
     """What modules around the layers must know."""
     for module in model.modules():
@@ -334,11 +368,12 @@ def _after_conversion(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 0
             elif not sparse and "_sparse24_activation" in module.__dict__:
                 module.activation_relu_or_gelu = module.__dict__.pop("_sparse24_activation")
-        # DDP would broadcast the packed forms, as large as the model, before each forward. Every rank makes them itself.
+        # DDP would broadcast the packed forms, as large as the model, before each forward. Every rank makes them
+        # itself.
         buffers = [
             f"{name}.{buffer}" if name else buffer
             for name, layer in module.named_modules()
-            if isinstance(layer, SparseLayer)
+            if isinstance(layer, (SparseLayer, feedforward.FusedFeedForward))
             for buffer in (*packing.SPARSE_BUFFERS, "soft")
         ]
         others = [

@@ -3,8 +3,10 @@
 fst     the paper's (arXiv 2404.01847): masked decay on gradients, dense at the end
 ste     straight-through alone: no decay
 sr-ste  the decay on the weights instead (arXiv 2102.04010), dense at the end
-step    dense first, until Adam's second moment has settled; then that is frozen and training is sparse (arXiv 2302.01172)
-s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase
+step    dense first, until Adam's second moment has settled; then that is frozen and training is sparse
+        (arXiv 2302.01172)
+s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase. Runs
+        by dense products over the thresholded weight, with exact gradients (no MVUE): the function, not the speed
 dense   trains dense and only looks: masks are searched, so that flip rates can be compared, and not applied
 """
 
@@ -76,13 +78,16 @@ def soft_scale(w: Tensor) -> Tensor:
 class FrozenSecondMoment:
     """Keeps Adam's second moment of some parameters at the value it had when this object was made.
 
-    An optimizer gives no way to switch its average off (beta2 = 1 also switches bias correction to 0 / 0), so before each
-    step the state is set such that the step's own update, v <- beta2 v + (1 - beta2) g^2, arrives at the frozen value.
+    An optimizer gives no way to switch its average off (beta2 = 1 also switches bias correction to 0 / 0), so before
+    each step the state is set such that the step's own update, v <- beta2 v + (1 - beta2) g^2, arrives at the frozen
+    value.
     """
 
     KEY = "exp_avg_sq"
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], frozen: list[Tensor] | None = None):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], frozen: list[Tensor] | None = None
+    ):
         self.optimizer = optimizer
         self.parameters = list(parameters)
         self._beta2 = {}
@@ -118,8 +123,10 @@ class FrozenSecondMoment:
             scale = getattr(self.optimizer, "grad_scale", None)
             if scale is not None:
                 grad = grad / scale
-            if group.get("weight_decay", 0) and type(self.optimizer).__name__ == "Adam" and not group.get(
-                "decoupled_weight_decay", False
+            if (
+                group.get("weight_decay", 0)
+                and type(self.optimizer).__name__ == "Adam"
+                and not group.get("decoupled_weight_decay", False)
             ):
                 grad = grad + group["weight_decay"] * p  # Adam's L2 term enters g before the average does
             update = (1 - beta2) * grad.to(moment.dtype).square()

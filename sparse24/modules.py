@@ -1,4 +1,4 @@
-"""Layers whose weight is 2:4 sparse in training: SparseLinear and SparseGatedMLP.
+"""Layers whose weight is 2:4 sparse in training: SparseLinear, and what its siblings share with it.
 
 A sparse layer is its dense class plus five buffers and a few constants. The dense weight stays the only truth: the
 state_dict is that of the dense layer, and the buffers (mask and packed forms) are non-persistent. Whoever changes the
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, ops, packing, reference
+from . import functional, ops, packing
 from .errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 
 SPARSE, DENSE = "sparse", "dense"
@@ -25,6 +25,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "squared_relu": lambda x: F.relu(x).square(),
 }
 
 
@@ -91,9 +92,7 @@ class SparseLayer:
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
-    def _init_sparse(
-        self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None
-    ) -> None:
+    def _init_sparse(self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None) -> None:
         self.phase = SPARSE
         self.mvue = mvue
         self.rank = distributed_rank()
@@ -103,8 +102,9 @@ class SparseLayer:
         self._stamp = None
         for name in packing.SPARSE_BUFFERS:
             self.register_buffer(name, None, persistent=False)
-        # S-STE trains this instead of the packed forms: the thresholded, scaled weight, [rows, cols].
+        # S-STE multiplies with this instead of the packed forms: the thresholded, scaled weight, [rows, cols].
         self.register_buffer("soft", None, persistent=False)
+        self.soft_scale: Tensor | None = None  # set: this layer is S-STE's
         self._repack()
 
     def _drop_sparse(self) -> None:
@@ -112,7 +112,7 @@ class SparseLayer:
         for name in (*packing.SPARSE_BUFFERS, "soft"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "_stamp"):
+        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "_stamp"):
             self.__dict__.pop(name, None)
 
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
@@ -122,15 +122,6 @@ class SparseLayer:
     def kernel_weight(self) -> Tensor:
         """The weight as kernels see it: [out_features, in_features], detached."""
         return self.as_kernel_sees(self.weight.detach())
-
-    def set_soft_weight(self, soft: Tensor) -> None:
-        """S-STE: from now on multiply with `soft` [out_features, in_features] instead of the packed forms."""
-        if self.soft is None or self.soft.shape != soft.shape or self.soft.dtype != soft.dtype:
-            self.soft = soft.contiguous()
-        else:
-            self.soft.copy_(soft)
-        self.mask.copy_(packing.mask_bytes(reference.pack_bits(reference.to_blocks(soft != 0))))
-        self.note_packed()
 
     def _fit_buffers(self) -> bool:
         """Give the buffers the shapes, dtype and device that the weight asks for; keep those that fit already.
@@ -153,9 +144,7 @@ class SparseLayer:
             self.mask = mask.to(device)
         packed = self.packed
         if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
-            for name, tensor in zip(
-                packing.PACKED_NAMES, ops.empty_packed(rows, cols, dtype, device), strict=True
-            ):
+            for name, tensor in zip(packing.PACKED_NAMES, ops.empty_packed(rows, cols, dtype, device), strict=True):
                 setattr(self, name, tensor)
         return no_mask
 
@@ -167,13 +156,14 @@ class SparseLayer:
     def note_packed(self) -> None:
         """Remember which weight was packed last, for the alarm in forward."""
         weight = self._parameters["weight"]
-        self._stamp = _stamp(weight) if type(weight) is nn.Parameter else None
+        # Past nn.Module's own setattr, which costs microseconds: this runs for each layer after each step.
+        self.__dict__["_stamp"] = _stamp(weight) if type(weight) is nn.Parameter else None
 
     # -- hooks: whatever changes the weight behind the recipe's back ----------------------------------------------
 
     def _apply(self, fn, recurse=True):
-        # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers are
-        # taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
+        # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
+        # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
         buffers = {name: self._buffers[name] for name in (*packing.SPARSE_BUFFERS, "soft")}
         for name in buffers:
             self._buffers[name] = None
@@ -216,19 +206,19 @@ class SparseLayer:
 
     # -- forward --------------------------------------------------------------------------------------------------
 
-    def _alarm(self) -> None:
-        """Eager only: say so when the weight is no longer the one that was packed.
+    def check_weight_is_packed(self) -> None:
+        """The alarm, eager only: say so when the weight is no longer the one that was packed.
 
-        An alarm, not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
+        Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
         """
         weight = self._parameters.get("weight")
         if type(weight) is nn.Parameter:
             if self._stamp is not None and self._stamp != _stamp(weight):
                 self._stamp = None  # once per layer
                 warnings.warn(
-                    "the weight of a sparse layer has changed since it was packed, and the packed form is what the layer "
-                    "multiplies with; train with sparse24.Recipe, which re-packs after each optimizer step, or call "
-                    "sparse24.refresh(model) after writing weights yourself",
+                    "the weight of a sparse layer has changed since it was packed, and the packed form is what the "
+                    "layer multiplies with; train with sparse24.Recipe, which re-packs after each optimizer step, or "
+                    "call sparse24.refresh(model) after writing weights yourself",
                     Sparse24Warning,
                     stacklevel=4,
                 )
@@ -242,7 +232,7 @@ class SparseLayer:
     def _sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient."""
         if not torch.compiler.is_compiling():
-            self._alarm()
+            self.check_weight_is_packed()
         device = x.device.type
         if x.device != weight.device:
             raise Sparse24Error(
@@ -270,8 +260,8 @@ class SparseLayer:
         """The same 2:4 function by a dense product, where the packed dtype is not that of the product."""
         if not torch.compiler.is_compiling():
             warnings.warn(
-                f"packed for {self.packed.dtype} but called in {x.dtype}: dense products over the masked weight, right but "
-                f"not fast; run under torch.autocast(dtype={self.packed.dtype}) or sparsify(..., dtype={x.dtype})",
+                f"packed for {self.packed.dtype} but called in {x.dtype}: dense products over the masked weight, "
+                f"right but not fast; run under autocast to {self.packed.dtype}, or sparsify(..., dtype={x.dtype})",
                 Sparse24Warning,
                 stacklevel=3,
             )
@@ -290,8 +280,8 @@ class SparseLinear(SparseLayer, nn.Linear):
     mvue           prune the output gradient to 2:4 without bias, so that the weight gradient is a sparse product too
     compute_dtype  dtype of the packed values; default: that of the weight, and bfloat16 for float32 weights on a GPU
 
-    The weight is dense and all of it is trained (straight-through); what multiplies is its masked, packed form. Train it
-    with `sparse24.Recipe`, which re-packs it after each optimizer step.
+    The weight is dense and all of it is trained (straight-through); what multiplies is its masked, packed form.
+    Train it with `sparse24.Recipe`, which re-packs it after each optimizer step.
 
     Raises Sparse24Error for sizes that are not multiples of 4; Sparse24DtypeError for dtypes that do not fit together.
     """
@@ -322,46 +312,3 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, 2:4, phase={self.phase}, mvue={self.mvue}"
-
-
-class SparseGatedMLP(nn.Module):
-    """A gated feed-forward block with 2:4 weights: down_proj(act(gate_proj(x)) * up_proj(x)).
-
-    d_model, d_ff  multiples of 4;  x [..., d_model] -> [..., d_model]
-    bias           biases on all three layers
-    activation     "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" (ReGLU); applied to the gate, first of the two
-
-    Parameters are named as in Llama: gate_proj, up_proj, down_proj.
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        bias: bool = False,
-        activation: str = "silu",
-        device=None,
-        dtype=None,
-        *,
-        mvue: bool = True,
-        compute_dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise Sparse24Error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype)
-        self.activation = activation
-        self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)
-        self.up_proj = SparseLinear(d_model, d_ff, bias, **options)
-        self.down_proj = SparseLinear(d_ff, d_model, bias, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if getattr(self.gate_proj, "phase", DENSE) == DENSE:
-            hidden = ACTIVATIONS[self.activation](gate) * up
-        else:
-            hidden = functional.gated_activation(torch.cat([gate, up], dim=-1), self.activation)
-        return self.down_proj(hidden)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation}"

@@ -2,9 +2,10 @@
 
     r = |mask_now - mask_before|_1 / D,   D = number of weights
 
-Two unrelated masks give 0.5, one 2x2 swap in a layer gives 4/D. In a healthy run the rate rises during warm-up, peaks, and
-falls towards 0 with the learning rate. A rate that keeps rising or stays high means too small a decay (masks oscillate and
-never settle); one pinned near 0 from the start means too large a decay (masks never searched for anything better).
+Two unrelated masks give 0.5, one 2x2 swap in a layer gives 4/D. In a healthy run the rate rises during warm-up,
+peaks, and falls towards 0 with the learning rate. A rate that keeps rising or stays high means too small a decay
+(masks oscillate and never settle); one pinned near 0 from the start means too large a decay (masks never searched
+for anything better).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .errors import Sparse24Error, Sparse24Warning
 # An alarm needs this many refreshes of a layer, so that one noisy value never raises it.
 MIN_REFRESHES = 5
 # Explosion: past this part of the sparse phase the rate should have peaked and be falling...
-EXPLOSION_PROGRESS = 0.4
+EXPLOSION_PROGRESS = 0.5
 # ...and a rate that is both this near to its peak and this high (of 0.5 for unrelated masks) has not.
 EXPLOSION_OF_PEAK, EXPLOSION_RATE = 0.9, 0.1
 # Frozen: in the first part of the sparse phase, where masks should be on the move, hardly a block in 10,000 changes.
@@ -29,7 +30,7 @@ FROZEN_PROGRESS, FROZEN_RATE = 0.4, 1e-4 / 4
 
 
 class FlipMonitor:
-    """Collects flips without stalling the device: counts stay there until somebody reads them or the next refresh comes.
+    """Collects flips without stalling the device: counts stay there until somebody reads them, or the next refresh.
 
     names, sizes  the layers and their numbers of weights
     events        what was noticed: dicts with "kind" ("explosion" or "frozen"), "step", "layers", "message"
@@ -42,6 +43,7 @@ class FlipMonitor:
         self.flips: list[list[int]] = []  # per refresh, per layer
         self.events: list[dict] = []
         self.listeners: list[Callable[[dict], None]] = []
+        self._peaks = [0] * len(self.names)  # most flips of each layer at any refresh
         self._waiting: tuple | None = None
         self._reported: set[str] = set()
 
@@ -61,6 +63,7 @@ class FlipMonitor:
         self.steps.append(step)
         self.intervals.append(interval)
         self.flips.append(flips.tolist())
+        self._peaks = [*map(max, self._peaks, self.flips[-1])]
         self._look(step, progress)
 
     # -- reading --------------------------------------------------------------------------------------------------
@@ -115,13 +118,15 @@ class FlipMonitor:
             return
         exploding, frozen = [], []
         for i, (name, size) in enumerate(zip(self.names, self.sizes, strict=True)):
-            rates = [flips[i] / size for flips in self.flips]
-            recent = sum(rates[-MIN_REFRESHES:]) / MIN_REFRESHES
-            if progress >= EXPLOSION_PROGRESS and recent >= max(EXPLOSION_RATE, EXPLOSION_OF_PEAK * max(rates)):
+            peak = self._peaks[i] / size
+            recent = sum(flips[i] for flips in self.flips[-MIN_REFRESHES:]) / (MIN_REFRESHES * size)
+            if progress >= EXPLOSION_PROGRESS and recent >= max(EXPLOSION_RATE, EXPLOSION_OF_PEAK * peak):
                 exploding.append(name)
-            if progress <= FROZEN_PROGRESS and max(rates) < FROZEN_RATE:
+            if progress <= FROZEN_PROGRESS and peak < FROZEN_RATE:
                 frozen.append(name)
-        self._report("explosion", exploding, step, "flip rates stay at their peak: masks do not settle; a larger decay would")
+        self._report(
+            "explosion", exploding, step, "flip rates stay at their peak: masks do not settle; a larger decay would"
+        )
         self._report("frozen", frozen, step, "masks hardly change from the start; a smaller decay would let them move")
 
     def _report(self, kind: str, layers: list[str], step: int, what: str) -> None:
@@ -156,6 +161,7 @@ class FlipMonitor:
         self._waiting = None
         self.steps, self.intervals = state["steps"].tolist(), state["intervals"].tolist()
         self.flips, self._reported = state["flips"].tolist(), set(state["reported"])
+        self._peaks = state["flips"].amax(0).tolist() if self.flips else [0] * len(self.names)
 
 
 def gap_quantiles(gaps: list[Tensor], quantiles=(0.1, 0.5, 0.9), most: int = 1 << 20) -> list[float]:

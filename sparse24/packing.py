@@ -7,17 +7,24 @@ own hooks after a load, a move or a copy.
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
+from .methods import soft_threshold
 
 # The packed forms of a layer, by buffer name, in the order in which every op takes and gives them.
 PACKED_NAMES = ("packed", "E", "packed_t", "E_t")
 SPARSE_BUFFERS = ("mask", *PACKED_NAMES)
+
+# layer -> the feed-forward block that has the layer's packed forms in a buffer of its own, and is to be told of
+# changes.
+blocks: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -58,10 +65,12 @@ def pack(layers: Iterable, *, search: bool) -> None:
     """
     groups = defaultdict(list)
     for layer in layers:
-        weight = layer.weight
-        if weight.device.type != "meta":
-            # One call of a multi-tensor op takes weights of one device, dtype, packed dtype and order of memory.
-            groups[weight.device, weight.dtype, layer.packed.dtype, type(layer)].append(layer)
+        if layer.weight.is_meta:
+            continue
+        if layer.soft_scale is not None:
+            _pack_soft(layer)
+        else:
+            groups[layer.weight.device, layer.weight.dtype].append(layer)
     for group in groups.values():
         run = ops.prune_compress_ if search else ops.compress_
         run(
@@ -71,6 +80,25 @@ def pack(layers: Iterable, *, search: bool) -> None:
         )
         for layer in group:
             layer.note_packed()
+    _tell_blocks(chain.from_iterable(groups.values()))
+
+
+def _tell_blocks(layers: Iterable) -> None:
+    told = {id(block): block for layer in layers if layer in blocks and (block := blocks[layer]()) is not None}
+    for block in told.values():
+        block.link()
+
+
+def _pack_soft(layer) -> None:
+    """S-STE: the thresholded weight times its fixed scale; the mask says where it is not zero."""
+    weight = full_weight(layer)
+    soft = soft_threshold(weight) * layer.soft_scale.to(weight)
+    if layer.soft is None or (layer.soft.shape, layer.soft.dtype) != (soft.shape, soft.dtype):
+        layer.soft = soft
+    else:
+        layer.soft.copy_(soft)
+    layer.mask.copy_(mask_bytes(reference.pack_bits(reference.to_blocks(soft != 0))))
+    layer.note_packed()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import Sparse24Error
 from .modules import DENSE, SPARSE
@@ -25,12 +26,13 @@ class Phases:
 
         Raises Sparse24Error for a number of steps below 1 or a fraction outside [0, 1].
         """
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+        if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
             raise Sparse24Error(f"total_steps must be the number of optimizer steps, 1 or more, got {total_steps!r}")
         if not isinstance(dense_fraction, (int, float)) or not 0 <= dense_fraction <= 1:  # NaN fails too
             raise Sparse24Error(f"dense_fraction must lie in [0, 1], got {dense_fraction!r}")
         if dense_at not in PLACES[1:]:
             raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {dense_at!r}")
+        total_steps = int(total_steps)
         dense = round(total_steps * dense_fraction)
         if dense_at == "start":
             return cls(total_steps, dense, total_steps)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 from . import methods, monitor, ops, packing, sharding
+from .block_flips import BlockFlips
 from .convert import sparse_layers
 from .errors import Sparse24Error
 from .modules import DENSE, SPARSE, SparseLayer, distributed_rank
@@ -28,8 +30,8 @@ _owners: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[Recipe]] = weakref.W
 class Recipe:
     """Trains the sparse layers of `model` with `optimizer`, from here to `total_steps` optimizer steps.
 
-    model          a model that `sparsify` has converted, wrapped (DDP, FSDP2, torch.compile) or not; make the recipe after
-                   wrapping, since wrapping may overwrite weights
+    model          a model that `sparsify` has converted, wrapped (DDP, FSDP2, torch.compile) or not; make the recipe
+                   after wrapping, since wrapping may overwrite weights
     optimizer      any torch optimizer over its parameters; only `.grad` is touched, so fused, foreach, capturable and
                    8-bit ones work. Of a list, the one that holds the sparse weights is taken
     total_steps    optimizer steps of the whole run
@@ -40,6 +42,7 @@ class Recipe:
     method         "fst", "ste", "sr-ste", "step", "s-ste", or "dense": see sparse24/methods.py
     decay_schedule "constant", "linear" (rising from 0) or "cosine" (falling to 0), over the sparse steps
     dense_at       "end", "start", "none", or "auto": where the method has its dense steps
+    track_blocks   count flips of every 4x4 block too, for `plot_flips_against_gap`
     check_ranks_every  every so many steps all ranks compare their masks; 0: never (a debugging aid)
 
     Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse layers, an
@@ -60,6 +63,7 @@ class Recipe:
         decay_schedule: str = "constant",
         dense_at: str = "auto",
         check_ranks_every: int = 0,
+        track_blocks: bool = False,
     ):
         if not isinstance(model, nn.Module):
             raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -86,6 +90,7 @@ class Recipe:
         self.monitor = monitor.FlipMonitor(
             self.layers, (math.prod(layer.kernel_weight().shape) for layer in self.layers.values())
         )
+        self.block_flips = BlockFlips() if track_blocks else None
         self._unfinished: int | None = None  # the step that an interrupt has left half done
         self._frozen_moment: methods.FrozenSecondMoment | None = None
         self._gaps: tuple[int, list[float]] | None = None
@@ -93,8 +98,10 @@ class Recipe:
         rank = distributed_rank()
         for layer in self.layers.values():
             layer.mvue, layer.rank, layer.mask_is_state = bool(mvue), rank, False
+            layer.soft = layer.soft_scale = None
+            if self.method.soft:
+                layer.soft_scale = methods.soft_scale(packing.full_weight(layer))
         self._before = [layer.mask.clone() for layer in self.layers.values()]
-        self._scales: list[Tensor] | None = None
         self._start_phase(self.phase, search=True)
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._pre_hook),
@@ -153,6 +160,10 @@ class Recipe:
             **{f"gap_q{int(100 * q)}": gap for q, gap in zip((0.1, 0.5, 0.9), gaps, strict=True)},
         }
 
+    def plot_flips_against_gap(self, path) -> None:
+        """A picture of which blocks flip; needs track_blocks=True. Raises Sparse24Error before the first refresh."""
+        (self.block_flips or BlockFlips()).plot(self._block_gaps(), path)
+
     def freeze_masks(self) -> None:
         """Search no more; values are still re-packed after each step."""
         self.masks_frozen = True
@@ -196,6 +207,8 @@ class Recipe:
         # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
+            for layer in self.layers.values():  # written to, perhaps, but not changed
+                layer.note_packed()
             return
         self._finish_step(self.step + 1)
 
@@ -253,8 +266,8 @@ class Recipe:
     def _finish_step(self, step: int) -> None:
         """All that belongs to optimizer step number `step`; the count moves last.
 
-        An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is harmless:
-        masks and packed forms depend on the weights alone.
+        An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is
+        harmless: masks and packed forms depend on the weights alone.
         """
         self._unfinished = step
         phase_before = self.phase
@@ -266,9 +279,10 @@ class Recipe:
             if step % self.mask_interval == 0 and not self.masks_frozen:
                 self._refresh(step)
             elif phase == SPARSE:
-                self._pack(search=False)
+                packing.pack(self.layers.values(), search=False)
             for layer in self.layers.values():
-                layer.mask_is_state = True
+                if not layer.mask_is_state:
+                    layer.mask_is_state = True
         if self.check_ranks_every and step % self.check_ranks_every == 0:
             check_ranks(self.layers)
         self.step, self._unfinished = step, None
@@ -283,34 +297,21 @@ class Recipe:
             for layer, mask in zip(layers, packing.search_masks(layers), strict=True):
                 layer.mask.copy_(packing.mask_bytes(mask))
         else:
-            self._pack(search=True)
+            packing.pack(layers, search=True)
         flips = ops.foreach_mask_flips(
             [packing.mask_bits(before) for before in self._before], [packing.mask_bits(layer.mask) for layer in layers]
         )
         if step != self.last_refresh:
             progress = (step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
             self.monitor.push(flips, step, step - self.last_refresh, progress)
+            if self.block_flips is not None:
+                self.block_flips.add(self._before, [layer.mask for layer in layers])
         self.last_refresh, self._gaps = step, None
-
-    def _pack(self, *, search: bool) -> None:
-        if self.method.soft:
-            self._pack_soft()
-        else:
-            packing.pack(self.layers.values(), search=search)
-
-    @torch.no_grad()
-    def _pack_soft(self) -> None:
-        """S-STE: the thresholded weight times the scale of the start; the mask says where it is not zero."""
-        weights = [packing.full_weight(layer) for layer in self.layers.values()]
-        if self._scales is None:
-            self._scales = [methods.soft_scale(w) for w in weights]
-        for layer, w, scale in zip(self.layers.values(), weights, self._scales, strict=True):
-            layer.set_soft_weight(methods.soft_threshold(w) * scale.to(w))
 
     def _start_phase(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches the masks unless told otherwise."""
         if phase == SPARSE:
-            self._pack(search=search)
+            packing.pack(self.layers.values(), search=search)
             self.last_refresh = self.step if search else self.last_refresh
             if self.method.freezes_second_moment:
                 weights = [layer.weight for layer in self._unique_layers()]
@@ -326,9 +327,11 @@ class Recipe:
 
     def _gap_quantiles(self) -> list[float]:
         if self._gaps is None or self._gaps[0] != self.last_refresh:
-            weights = [packing.full_weight(layer) for layer in self.layers.values()]
-            self._gaps = (self.last_refresh, monitor.gap_quantiles([ops.mask_gap(w) for w in weights]))
+            self._gaps = (self.last_refresh, monitor.gap_quantiles(self._block_gaps()))
         return self._gaps[1]
+
+    def _block_gaps(self) -> list[Tensor]:
+        return [ops.mask_gap(packing.full_weight(layer)) for layer in self.layers.values()]
 
     def _take_over(self) -> None:
         """One recipe a layer, or the decay would be added twice."""
@@ -347,8 +350,8 @@ class Recipe:
     def state_dict(self) -> dict:
         """What must survive beside the model and the optimizer: plain numbers, strings and tensors.
 
-        Step, settings, masks, flip history, and the states of torch's generators that MVUE draws from. With it a resumed run
-        equals the uninterrupted one bit for bit; save it between two optimizer steps.
+        Step, settings, masks, flip history, and the states of torch's generators that MVUE draws from. With it a
+        resumed run equals the uninterrupted one bit for bit; save it between two optimizer steps.
         """
         if self._unfinished is not None:
             self._finish_step(self._unfinished)
@@ -362,7 +365,7 @@ class Recipe:
             "masks_frozen": self.masks_frozen,
             "masks": {name: layer.mask.clone() for name, layer in self.layers.items()},
             "monitor": self.monitor.state_dict(),
-            "scales": [scale.clone() for scale in self._scales or []],
+            "scales": [layer.soft_scale.clone() for layer in self.layers.values()] if self.method.soft else [],
             "frozen_moment": [t.clone() for t in self._frozen_moment.frozen] if self._frozen_moment else [],
             "rng": rng_state(next(iter(self.layers.values())).weight.device),
         }
@@ -370,19 +373,19 @@ class Recipe:
     def load_state_dict(self, state: dict, *, override: bool = False, rng: bool = True) -> None:
         """Take up a saved state; everything is checked before anything changes.
 
-        override  accept a state whose settings (method, total steps, interval, ...) differ from this recipe's, which rule;
-                  the phase is then the one that this recipe has for the state's step
+        override  accept a state whose settings (method, total steps, interval, ...) differ from this recipe's, which
+                  rule; the phase is then the one that this recipe has for the state's step
         rng       also restore torch's generators; False leaves them to the caller
 
-        Load the model's weights before or after: either order gives the same masks and packed forms. Raises Sparse24Error,
-        changing nothing, for a state that is corrupt, of another model or of other settings.
+        Load the model's weights before or after: either order gives the same masks and packed forms. Raises
+        Sparse24Error, changing nothing, for a state that is corrupt, of another model or of other settings.
         """
         masks = check_state(state, self._settings(), {n: layer.mask for n, layer in self.layers.items()}, override)
         planned = DENSE if self.method.probes else self.phases.at(state["step"])
         if state["phase"] != planned and not override:
             raise Sparse24Error(
-                f"the state was saved in the {state['phase']} phase, but step {state['step']} of this recipe is {planned}; "
-                "make the recipe with the same settings, or pass override=True to follow this recipe"
+                f"the state was saved in the {state['phase']} phase, but step {state['step']} of this recipe is "
+                f"{planned}; make the recipe with the same settings, or pass override=True to follow this recipe"
             )
         self.monitor.check_state(state["monitor"])
         self.step, self._unfinished = state["step"], None
@@ -394,7 +397,9 @@ class Recipe:
             layer.mask_is_state = True
         self.monitor.load_state_dict(state["monitor"])
         device = next(iter(self.layers.values())).weight.device
-        self._scales = [scale.to(device) for scale in state["scales"]] or None
+        if self.method.soft and state["scales"]:
+            for layer, scale in zip(self.layers.values(), state["scales"], strict=True):
+                layer.soft_scale = scale.to(device)
         # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
         self._start_phase(planned, search=planned != state["phase"])
         if self._frozen_moment is not None and state["frozen_moment"]:
@@ -415,8 +420,8 @@ class Recipe:
 
     def __repr__(self) -> str:
         return (
-            f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay {self.decay:g}, "
-            f"mask_interval {self.mask_interval}, {len(self.layers)} layers)"
+            f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay "
+            f"{self.decay:g}, mask_interval {self.mask_interval}, {len(self.layers)} layers)"
         )
 
 
@@ -431,8 +436,8 @@ def check_ranks(layers: dict[str, SparseLayer]) -> None:
     differing = [name for name, same in zip(layers, (low == high).tolist(), strict=True) if not same]
     if differing:
         raise Sparse24Error(
-            f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given the same "
-            "weights before the recipe was made?"
+            f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given "
+            "the same weights before the recipe was made?"
         )
 
 
@@ -444,9 +449,9 @@ def _checksum(mask: Tensor) -> Tensor:
 
 
 def _positive(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise Sparse24Error(f"{name} must be an integer, {least} or more, got {value!r}")
-    return value
+    return int(value)
 
 
 def _holder(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
@@ -467,7 +472,7 @@ def _holder(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
         raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")
     if not held:
         raise Sparse24Error(
-            "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before the "
-            "weights were replaced?"
+            "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before "
+            "the weights were replaced?"
         )
     return held[0]

@@ -77,7 +77,9 @@ def _check_masks(saved: dict, masks: dict[str, Tensor], soft: bool) -> dict[str,
             raise Sparse24Error(f"the saved mask of {name} must be uint8 {tuple(mask.shape)}, got {what}")
         moved[name] = other.to(mask.device).contiguous()
         if not soft and not ops.is_transposable(moved[name]):
-            raise Sparse24Error(f"the saved mask of {name} is corrupt: a block does not keep two of each row and column")
+            raise Sparse24Error(
+                f"the saved mask of {name} is corrupt: a block does not keep two of each row and column"
+            )
     return moved
 
 

@@ -1,7 +1,8 @@
 """What FSDP2 asks of the recipe: a rank's optimizer holds only a shard of each weight.
 
-`fully_shard` cuts a weight along its first dimension as torch.chunk does. Packed forms are of the whole weight, on every
-rank, packed from the gathered weight (see `packing.full_weight`); the decay works on the local shard with its part of the mask.
+`fully_shard` cuts a weight along its first dimension as torch.chunk does. Packed forms are of the whole weight, on
+every rank, packed from the gathered weight (see `packing.full_weight`); the decay works on the local shard with its
+part of the mask.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def decay_shard(layer, target: Tensor, factor: float, scale: Tensor | None) -> N
         return
     shard, target = local(weight.detach()), local(target)
     bits = mask_bits(layer.mask)
-    transposed = layer.kernel_weight().shape != weight.shape or layer.kernel_weight().stride() != weight.stride()
+    transposed = layer.as_kernel_sees(weight) is not weight
     if first % 4 == 0 and last % 4 == 0:
         bits = bits[:, first // 4 : last // 4] if transposed else bits[first // 4 : last // 4]
         views = (target.t(), shard.t()) if transposed else (target, shard)

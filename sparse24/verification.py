@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from . import ops, packing
-from .convert import sparse_layers
+from .convert import sparse_layers, unwrap
+from .feedforward import FusedFeedForward
 from .modules import DENSE, SparseLayer
 
 
@@ -39,9 +40,10 @@ class VerifyReport:
 
 
 def verify(model: nn.Module) -> VerifyReport:
-    """Check every sparse layer of `model`: its mask is a transposable 2:4 mask, and its packed forms, both ways, hold exactly
-    the weight under that mask, with the metadata in their places. In the dense phase only the masks are checked, and the
-    report says so.
+    """Check every sparse layer of `model`, and the blocks that run as one function.
+
+    The mask is a transposable 2:4 mask, and the packed forms, both ways, hold exactly the weight under that mask, with
+    the metadata in their places. In the dense phase only the masks are checked, and the report says so.
     """
     layers = sparse_layers(model)
     report = VerifyReport(layers=list(layers))
@@ -49,7 +51,25 @@ def verify(model: nn.Module) -> VerifyReport:
     report.phase = phases.pop() if len(phases) == 1 else "mixed" if phases else ""
     for name, layer in layers.items():
         report.problems += [(name, problem) for problem in _problems(layer)]
+    for name, block in unwrap(model).named_modules():
+        if isinstance(block, FusedFeedForward) and not _fused_is_current(block):
+            report.problems.append((name, "the buffer of gate and up is not that of its layers; call sparse24.refresh"))
     return report
+
+
+@torch.no_grad()
+def _fused_is_current(block: FusedFeedForward) -> bool:
+    """Whether the one buffer of gate and up holds what the two layers packed together would."""
+    *ups, _ = block.ffn_layers()
+    if len(ups) == 1 or block.packed is None or any(layer.phase == DENSE or layer.soft is not None for layer in ups):
+        return True
+    weight = torch.cat([packing.full_weight(layer) for layer in ups])
+    mask = torch.cat([layer.mask for layer in ups])
+    fresh = ops.compress(weight, mask, dtype=block.packed.dtype)
+    return all(
+        torch.equal(getattr(block, name).nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0))
+        for name, tensor in zip(packing.PACKED_NAMES, fresh, strict=True)
+    )
 
 
 @torch.no_grad()

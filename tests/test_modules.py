@@ -1,7 +1,4 @@
-"""SparseLinear, SparseConv1D, SparseGatedMLP: the function they compute, and what may happen to a module.
-
-Numbers after "fault" are rows of the project's catalogue of bad input.
-"""
+"""SparseLinear, SparseConv1D, SparseGatedMLP: the function they compute, and what may happen to a module."""
 
 import copy
 import io
@@ -19,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import sparse24
 from sparse24 import SparseGatedMLP, SparseLinear, ops
 from sparse24.errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from sparse24.modules import ACTIVATIONS
 
 
 def masked(layer):
@@ -46,6 +44,7 @@ def assert_packed_is_current(layer):
 # -- the function ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(15, 16, 17, 18)
 def test_forward_is_linear_with_masked_weight():
     layer, x = sparse_linear(), torch.randn(5, 16)
     torch.testing.assert_close(layer(x), F.linear(x, masked(layer), layer.bias), rtol=0, atol=1e-6)
@@ -90,7 +89,7 @@ def test_module_is_a_linear_with_the_same_state_dict():
 
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (3, 2, 16), (2, 2, 2, 16), (31, 16), (0, 16), (2, 0, 16)], ids=str)
 def test_any_number_of_leading_dimensions_and_tokens(shape):
-    """faults 15, 16, 17, 18: odd token counts, none, one; 1-D to 4-D input."""
+    """Odd token counts, none, one; 1-D to 4-D input."""
     layer, x = sparse_linear(), torch.randn(shape, requires_grad=True)
     y = layer(x)
     assert y.shape == (*shape[:-1], 24)
@@ -102,16 +101,18 @@ def test_any_number_of_leading_dimensions_and_tokens(shape):
 
 
 @pytest.mark.parametrize("scale", [3.0, 64 / 3])
+@pytest.mark.fault(20)
 def test_gradient_of_a_scaled_sum_keeps_its_scale(scale):
-    """fault 20: autograd hands over a gradient of stride 0 that holds the scale, not ones."""
+    """Autograd hands over a gradient of stride 0 that holds the scale, not ones."""
     layer, x = sparse_linear(mvue=False), torch.randn(8, 16)
     (layer(x).sum() * scale).backward()
     expected = scale * x.sum(0).expand(24, 16)
     torch.testing.assert_close(layer.weight.grad, expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.fault(21)
 def test_gradient_that_is_not_contiguous():
-    """fault 21: a transposed loss gives a gradient that cannot be viewed flat."""
+    """A transposed loss gives a gradient that cannot be viewed flat."""
     layer, x = sparse_linear(mvue=False), torch.randn(4, 6, 16, requires_grad=True)
     weights = torch.randn(24, 6, 4)
     (layer(x).permute(2, 1, 0) * weights).sum().backward()
@@ -120,8 +121,9 @@ def test_gradient_that_is_not_contiguous():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.fault(30)
 def test_autocast_casts_as_a_dense_linear(dtype):
-    """fault 30: under autocast the layer takes and gives the dtypes that F.linear would."""
+    """Under autocast the layer takes and gives the dtypes that F.linear would."""
     layer, x = sparse_linear(), torch.randn(8, 16, requires_grad=True)
     with torch.autocast("cpu", dtype):
         y, plain = layer(x), F.linear(x, masked(layer), layer.bias)
@@ -131,8 +133,9 @@ def test_autocast_casts_as_a_dense_linear(dtype):
     assert layer.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
 
 
+@pytest.mark.fault(30, 32)
 def test_mismatched_dtypes_and_devices_are_refused_by_name():
-    """faults 30, 32: no autocast, no silent cast; two devices are both named."""
+    """No autocast, no silent cast; two devices are both named."""
     layer = sparse_linear()
     with pytest.raises(Sparse24DtypeError, match="same dtype.*bfloat16.*float32"):
         layer(torch.randn(2, 16, dtype=torch.bfloat16))
@@ -143,12 +146,14 @@ def test_mismatched_dtypes_and_devices_are_refused_by_name():
 
 
 @pytest.mark.parametrize("sizes", [(3, 8), (8, 3), (6, 8), (8, 1), (2, 2)], ids=str)
+@pytest.mark.fault(13, 25)
 def test_sizes_that_are_not_multiples_of_four_are_refused(sizes):
-    """faults 13, 25: no 4x4 block fits."""
+    """No 4x4 block fits."""
     with pytest.raises(Sparse24Error, match="multiples of 4, got"):
         SparseLinear(*sizes)
 
 
+@pytest.mark.fault(55, 78)
 def test_values_packed_in_16_bits_serve_another_dtype_by_the_same_function():
     layer, x = sparse_linear(compute_dtype=torch.bfloat16, mvue=False), torch.randn(4, 16, requires_grad=True)
     with pytest.warns(Sparse24Warning, match="packed for torch.bfloat16 but called in torch.float32"):
@@ -162,7 +167,7 @@ def test_values_packed_in_16_bits_serve_another_dtype_by_the_same_function():
 
 
 def test_noise_follows_torch_seeds_and_is_fresh_in_each_backward():
-    """faults 55, 78: the same seed gives the same gradient, another backward gives another."""
+    """The same seed gives the same gradient, another backward gives another."""
     layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
 
     def gradient(seed=None):
@@ -177,8 +182,9 @@ def test_noise_follows_torch_seeds_and_is_fresh_in_each_backward():
     assert not torch.equal(again, next_one)
 
 
+@pytest.mark.fault(55)
 def test_backward_twice_on_a_retained_graph_draws_new_noise():
-    """fault 55: noise belongs to a backward call, not to the graph."""
+    """Noise belongs to a backward call, not to the graph."""
     layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
     y = layer(x)
     (first,) = torch.autograd.grad(y, layer.weight, dy, retain_graph=True)
@@ -186,8 +192,9 @@ def test_backward_twice_on_a_retained_graph_draws_new_noise():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.fault(65)
 def test_ranks_draw_different_noise_from_the_same_seed():
-    """fault 65: data-parallel ranks share the torch seed and must not share the noise."""
+    """Data-parallel ranks share the torch seed and must not share the noise."""
     layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
     gradients = []
     for rank in (0, 1):
@@ -198,8 +205,9 @@ def test_ranks_draw_different_noise_from_the_same_seed():
 
 
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias", "none", "all"])
+@pytest.mark.fault(48)
 def test_only_the_gradients_asked_for_are_computed(wanted):
-    """fault 48: a frozen weight draws no noise."""
+    """A frozen weight draws no noise."""
     layer, x = sparse_linear(), torch.randn(8, 16)
     named = {"x": x, "weight": layer.weight, "bias": layer.bias}
     for name, tensor in named.items():
@@ -215,16 +223,18 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
     assert drawn == (wanted in ("weight", "all"))
 
 
+@pytest.mark.fault(49)
 def test_no_bias():
-    """fault 49: bias None."""
+    """Bias None."""
     layer, x = sparse_linear(bias=False), torch.randn(4, 16)
     torch.testing.assert_close(layer(x), F.linear(x, masked(layer)), rtol=0, atol=1e-6)
     assert list(layer.state_dict()) == ["weight"]
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.fault(50)
 def test_evaluation_reads_masks_and_changes_nothing(mode):
-    """fault 50: evaluation uses the current mask and never refreshes it."""
+    """Evaluation uses the current mask and never refreshes it."""
     layer, x = sparse_linear().eval(), torch.randn(4, 16)
     with torch.no_grad():
         layer.weight[:, :2] *= 100  # a search now would find other masks
@@ -237,16 +247,18 @@ def test_evaluation_reads_masks_and_changes_nothing(mode):
     assert torch.equal(rng, torch.get_rng_state())
 
 
+@pytest.mark.fault(51)
 def test_double_backward_is_refused():
-    """fault 51: second derivatives are not supported, and say so."""
+    """Second derivatives are not supported, and say so."""
     layer, x = sparse_linear(), torch.randn(4, 16, requires_grad=True)
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
 
 
+@pytest.mark.fault(52)
 def test_function_transforms_are_refused():
-    """fault 52: vmap and forward-mode raise instead of giving something."""
+    """Vmap and forward-mode raise instead of giving something."""
     layer, x = sparse_linear(), torch.randn(4, 16)
     with pytest.raises(RuntimeError):
         torch.func.vmap(layer)(x)
@@ -255,8 +267,9 @@ def test_function_transforms_are_refused():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.fault(54)
 def test_activation_checkpointing_gives_the_same_gradients(reentrant):
-    """fault 54: recomputing forward is harmless, since noise is drawn in backward only."""
+    """Recomputing forward is harmless, since noise is drawn in backward only."""
     model = MLP()
     sparse24.sparsify(model)
     x, gradients = torch.randn(8, 16), []
@@ -269,8 +282,9 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant):
         assert torch.equal(plain, recomputed)
 
 
+@pytest.mark.fault(28)
 def test_input_changed_in_place_before_backward_is_autograds_error():
-    """fault 28: as for a dense layer."""
+    """As for a dense layer."""
     layer, x = sparse_linear(), torch.randn(4, 16)
     y = layer(x)
     x.add_(1)
@@ -278,8 +292,9 @@ def test_input_changed_in_place_before_backward_is_autograds_error():
         y.sum().backward()
 
 
+@pytest.mark.fault(28)
 def test_weight_written_behind_autograd_leaves_the_gradients_of_that_forward():
-    """fault 28: backward uses the packed weight of its own forward."""
+    """Backward uses the packed weight of its own forward."""
     layer, x = sparse_linear(), torch.randn(4, 16, requires_grad=True)
     dy, before = torch.randn(4, 24), masked(layer)
     y = layer(x)
@@ -291,8 +306,9 @@ def test_weight_written_behind_autograd_leaves_the_gradients_of_that_forward():
 # -- what may happen to a module ------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(57)
 def test_new_parameter_is_packed_and_keeps_the_mask():
-    """fault 57: an EMA swap or merge puts another Parameter in; its values count, the mask stays."""
+    """An EMA swap or merge puts another Parameter in; its values count, the mask stays."""
     layer = sparse_linear()
     mask = layer.mask.clone()
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
@@ -300,8 +316,9 @@ def test_new_parameter_is_packed_and_keeps_the_mask():
     assert_packed_is_current(layer)
 
 
+@pytest.mark.fault(57)
 def test_new_parameter_of_another_shape_gets_a_new_mask():
-    """fault 57: a mask of the old shape would be nonsense."""
+    """A mask of the old shape would be nonsense."""
     layer = sparse_linear()
     layer.weight = nn.Parameter(torch.randn(8, 16))
     assert layer.mask.shape == (2, 8)
@@ -310,8 +327,9 @@ def test_new_parameter_of_another_shape_gets_a_new_mask():
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("make", [sparse_linear, sparse_conv1d])
+@pytest.mark.fault(56)
 def test_loading_weights_packs_them(make, assign):
-    """fault 56: load_state_dict, by copy and by assignment."""
+    """Load_state_dict, by copy and by assignment."""
     layer = make()
     state = {name: torch.randn_like(tensor) for name, tensor in layer.state_dict().items()}
     layer.load_state_dict(state, assign=assign)
@@ -320,8 +338,9 @@ def test_loading_weights_packs_them(make, assign):
     assert torch.equal(ops.transposable_mask(layer.kernel_weight()).view(torch.uint8), layer.mask)
 
 
+@pytest.mark.fault(61)
 def test_loading_weights_keeps_a_mask_that_belongs_to_the_training_state():
-    """fault 61: after the recipe has restored a mask, loading weights must not search another."""
+    """After the recipe has restored a mask, loading weights must not search another."""
     layer = sparse_linear()
     layer.mask_is_state = True
     mask = layer.mask.clone()
@@ -332,8 +351,9 @@ def test_loading_weights_keeps_a_mask_that_belongs_to_the_training_state():
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("make", [sparse_linear, sparse_conv1d])
+@pytest.mark.fault(56)
 def test_copies_have_their_own_current_packed_forms(make, how):
-    """fault 56: a copy has the mask of the original, even one that a search would not find now."""
+    """A copy has the mask of the original, even one that a search would not find now."""
     layer = make()
     with torch.no_grad():
         layer.weight.copy_(torch.randn_like(layer.weight))
@@ -358,8 +378,9 @@ def test_copies_have_their_own_current_packed_forms(make, how):
 
 
 @pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.half(), lambda m: m.to(torch.float64)])
+@pytest.mark.fault(56)
 def test_change_of_dtype_packs_anew_and_keeps_the_mask(convert):
-    """fault 56: .half() and .to()."""
+    """.half() and .to()."""
     layer = sparse_linear()
     mask = layer.mask.clone()
     convert(layer)
@@ -368,6 +389,7 @@ def test_change_of_dtype_packs_anew_and_keeps_the_mask(convert):
     assert_packed_is_current(layer)
 
 
+@pytest.mark.fault(56)
 def test_move_without_effect_keeps_the_addresses():
     layer = sparse_linear()
     addresses = [buffer.data_ptr() for buffer in layer.buffers()]
@@ -376,7 +398,7 @@ def test_move_without_effect_keeps_the_addresses():
 
 
 def test_meta_device_then_empty_then_weights():
-    """fault 56: built on the meta device, materialised, then loaded."""
+    """Built on the meta device, materialised, then loaded."""
     layer = SparseLinear(16, 24, device="meta")
     assert layer.mask.is_meta and layer.packed.is_meta
     layer.to_empty(device="cpu")
@@ -385,8 +407,9 @@ def test_meta_device_then_empty_then_weights():
     assert_packed_is_current(layer)
 
 
+@pytest.mark.fault(56)
 def test_model_built_on_meta_and_assigned_its_weights():
-    """fault 56: meta-device init with load_state_dict(assign=True)."""
+    """Meta-device init with load_state_dict(assign=True)."""
     with torch.device("meta"):
         model = MLP()
     sparse24.sparsify(model)
@@ -431,7 +454,7 @@ def test_packing_under_a_live_graph_is_autograds_error():
 def test_gated_mlp_is_its_formula(activation):
     torch.manual_seed(0)
     block, x = SparseGatedMLP(16, 32, activation=activation), torch.randn(5, 16)
-    act = sparse24.modules.ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation]
     hidden = act(x @ masked(block.gate_proj).t()) * (x @ masked(block.up_proj).t())
     torch.testing.assert_close(block(x), hidden @ masked(block.down_proj).t(), rtol=1e-5, atol=1e-5)
     for layer in (block.gate_proj, block.up_proj, block.down_proj):

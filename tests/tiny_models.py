@@ -1,14 +1,20 @@
 """Tiny real models for the tests, and one step of training."""
 
 import torch
-import transformers
-
-transformers.logging.set_verbosity_error()
 
 VOCAB = 64
 
 
+def hugging_face():
+    """transformers, imported late: the processes of the distributed tests do without it."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
 def gpt2(layers=2, width=32, **settings):
+    transformers = hugging_face()
     config = transformers.GPT2Config(
         n_layer=layers, n_embd=width, n_head=2, vocab_size=VOCAB, n_positions=32, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **settings,
@@ -18,6 +24,7 @@ def gpt2(layers=2, width=32, **settings):
 
 
 def llama(layers=2, width=32, **settings):
+    transformers = hugging_face()
     config = transformers.LlamaConfig(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=2,
         vocab_size=VOCAB, max_position_embeddings=32, bos_token_id=0, eos_token_id=0, **settings,
@@ -28,7 +35,7 @@ def llama(layers=2, width=32, **settings):
 
 def from_config(name, **settings):
     """A randomly initialised model of any transformers architecture, by the names of its config and class."""
-    config_name, class_name = name
+    transformers, (config_name, class_name) = hugging_face(), name
     torch.manual_seed(0)
     return getattr(transformers, class_name)(getattr(transformers, config_name)(**settings))
 

@@ -14,10 +14,10 @@ namespace {
 
 using namespace api;
 
-/// in: gate_up or its gradient; out: h or its gradient.
+/// in: gate_up or its gradient; out: h or its gradient. Normalises their strides.
 template <typename In, typename Out>
-void check_activation(bool gated, const MatrixView<In>& in, const char* in_name,
-                      const MatrixView<Out>& out, const char* out_name) {
+void check_activation(bool gated, MatrixView<In>& in, const char* in_name, MatrixView<Out>& out,
+                      const char* out_name) {
   const int64_t factor = gated ? 2 : 1;
   check_extents(in, in_name);
   SP24_CHECK(in.rows == out.rows && in.cols == factor * out.cols, in_name, " must be [", out.rows,
@@ -25,26 +25,28 @@ void check_activation(bool gated, const MatrixView<In>& in, const char* in_name,
              out.rows, ", ", out.cols, "], got [", in.rows, ", ", in.cols, "]");
   check_same_dtype(in, in_name, out, out_name);
   if (is_empty(in)) return;
-  check_major(in, in_name);
-  check_major(out, out_name);
+  in = as_major(in, in_name);
+  out = as_major(out, out_name);
 }
 
 }  // namespace
 
 void activation_forward(const ActivationArgs& args, const Context& context) {
-  check_activation(args.gated, args.gate_up, "gate_up", args.h, "h");
+  ActivationArgs checked = args;
+  check_activation(args.gated, checked.gate_up, "gate_up", checked.h, "h");
   if (is_empty(args.h)) return;
-  SP24_DISPATCH(context, activation_forward, args);
+  SP24_DISPATCH(context, activation_forward, checked);
 }
 
 void activation_backward(const ActivationBackwardArgs& args, const Context& context) {
-  check_activation(args.gated, args.gate_up, "gate_up", args.d_h, "d_h");
-  check_activation(args.gated, args.d_gate_up, "d_gate_up", args.d_h, "d_h");
+  ActivationBackwardArgs checked = args;
+  check_activation(args.gated, checked.gate_up, "gate_up", checked.d_h, "d_h");
+  check_activation(args.gated, checked.d_gate_up, "d_gate_up", checked.d_h, "d_h");
   if (is_empty(args.d_h)) return;
   if (args.h.data != nullptr) {
     check_same_extents(args.h, "h", args.d_h, "d_h");
     check_same_dtype(args.h, "h", args.d_h, "d_h");
-    check_major(args.h, "h");
+    checked.h = as_major(args.h, "h");
   }
   SP24_CHECK((args.packed == nullptr) == (args.E == nullptr),
              "packed and E must be given together, or neither");
@@ -52,7 +54,7 @@ void activation_backward(const ActivationBackwardArgs& args, const Context& cont
     check_pointer(args.seed, "seed");
     if (context.backend == Backend::kCuda) check_gpu_packed_dtype(args.d_h.dtype, "d_h");
   }
-  SP24_DISPATCH(context, activation_backward, args);
+  SP24_DISPATCH(context, activation_backward, checked);
 }
 
 }  // namespace sparse24

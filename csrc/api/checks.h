@@ -52,6 +52,21 @@ void check_major(const MatrixView<Pointer>& view, const char* name) {
              ") for extents [", view.rows, ", ", view.cols, "]; make it contiguous");
 }
 
+/// Checks that, and gives extents of 1 the stride that goes with the layout: there any stride is
+/// right, and backends may then tell layouts by strides alone.
+template <typename Pointer>
+MatrixView<Pointer> as_major(MatrixView<Pointer> view, const char* name) {
+  check_major(view, name);
+  if (is_row_major(view)) {
+    if (view.cols == 1) view.col_stride = 1;
+    if (view.rows == 1) view.row_stride = view.cols;
+  } else {
+    if (view.rows == 1) view.row_stride = 1;
+    if (view.cols == 1) view.col_stride = view.rows;
+  }
+  return view;
+}
+
 template <typename Pointer>
 void check_blocks(const MatrixView<Pointer>& view, const char* name) {
   SP24_CHECK(view.rows % 4 == 0 && view.cols % 4 == 0, name,

@@ -71,11 +71,12 @@ void search_and_pack(const PackArgs* weights, int count, const Context& context)
 void mvue_compress(const MvueArgs& args, const Context& context) {
   check_extents(args.dy, "dy");
   if (is_empty(args.dy)) return;
-  check_major(args.dy, "dy");
+  MvueArgs checked = args;
+  checked.dy = as_major(args.dy, "dy");
   check_pointer(args.seed, "seed");
   check_pointer(args.packed, "packed");
   check_pointer(args.E, "E");
-  SP24_DISPATCH(context, mvue_compress, args);
+  SP24_DISPATCH(context, mvue_compress, checked);
 }
 
 void decompress(const DecompressArgs& args, const Context& context) {

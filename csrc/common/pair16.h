@@ -12,10 +12,13 @@
 
 namespace sparse24 {
 
-/// Bytes 0-3 are `low`, 4-7 are `high`; nibble i of the selector (0-7 each) names byte i of the result.
+/// Bytes 0-3 are `low`, 4-7 are `high`; nibble i < 4 of the selector (0-7 each) names byte i of the result.
+/// Its upper half is ignored.
 SP24_HD uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(low, high, selector);
+  uint32_t result;  // __byte_perm would first mask a selector that it cannot see through
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+  return result;
 #else
   const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
   uint32_t result = 0;

@@ -1,10 +1,12 @@
 // patch.cuh: one thread's 8x8 patch of a matrix, from memory to registers and back.
 //
 // A line is eight neighbours in memory: part of a row of a row-major matrix, or of a column of a column-major one. All
-// eight loads of a patch are issued before the first is used. Lines from `valid` on are zero, and not stored.
+// eight loads of a patch are issued before the first is used. Lines from `valid` on are zero, and not stored; kStep says
+// that `valid` is a multiple of it. Lines lie `stride` bytes apart, below 2^32: then an address is one multiply-add.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/pair16.h"
 #include "common/tile.h"
@@ -12,23 +14,31 @@
 
 namespace sparse24 {
 
-/// 16-bit elements: `first` is the address of the patch's first element, ld the distance of lines in elements.
-__device__ __forceinline__ Patch16 load_patch16(const uint16_t* first, int64_t ld, int valid) {
+template <typename T>
+__device__ __forceinline__ T* advance(T* pointer, uint32_t stride, uint32_t count) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + uint64_t{stride} * count);
+}
+
+/// 16-bit elements; `first` is the address of the patch's first element.
+template <int kStep>
+__device__ __forceinline__ Patch16 load_patch16(const uint16_t* first, uint32_t stride, int valid) {
   Patch16 patch;
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (i < valid) v = load16(first + i * ld);
+    if (i / kStep * kStep < valid) v = load16(advance(first, stride, i));
     patch.line[i][0] = v.x, patch.line[i][1] = v.y, patch.line[i][2] = v.z, patch.line[i][3] = v.w;
   }
   return patch;
 }
 
-__device__ __forceinline__ void store_patch16(uint16_t* first, int64_t ld, int valid, const Patch16& patch) {
+template <int kStep>
+__device__ __forceinline__ void store_patch16(uint16_t* first, uint32_t stride, int valid, const Patch16& patch) {
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
-    if (i < valid) {
-      store16(first + i * ld,
+    if (i / kStep * kStep < valid) {
+      store16(advance(first, stride, i),
               make_uint4(patch.line[i][0], patch.line[i][1], patch.line[i][2], patch.line[i][3]));
     }
   }
@@ -37,16 +47,18 @@ __device__ __forceinline__ void store_patch16(uint16_t* first, int64_t ld, int v
 /// fp32 elements of lanes that are `paired` (tile.h). A pair of lanes loads the same two stretches of a line, side by
 /// side, and exchanges what the other owns. `along` is the patch's place in its line, `half_line` half of what the
 /// warp's lanes span; a line ends at `extent`, a multiple of 4. All lanes of the warp must call this.
-__device__ __forceinline__ void load_patch32(float (&value)[kPatch][kPatch], const float* line, int64_t ld,
-                                             int64_t along, int half_line, int64_t extent, int valid) {
+template <int kStep>
+__device__ __forceinline__ void load_patch32(float (&value)[kPatch][kPatch], const float* line, uint32_t stride,
+                                             int along, int half_line, int extent, int valid) {
   const bool odd = threadIdx.x % 2 == 1;
-  const int64_t near = odd ? along - half_line + 4 : along, far = near + half_line;
+  const int near = odd ? along - half_line + 4 : along, far = near + half_line;
   uint4 low[kPatch], high[kPatch];
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
     low[i] = high[i] = make_uint4(0, 0, 0, 0);
-    if (i < valid && near < extent) low[i] = load16(line + i * ld + near);
-    if (i < valid && far < extent) high[i] = load16(line + i * ld + far);
+    const float* at = advance(line + near, stride, i);
+    if (i / kStep * kStep < valid && near < extent) low[i] = load16(at);
+    if (i / kStep * kStep < valid && far < extent) high[i] = load16(at + half_line);
   }
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {

@@ -39,20 +39,24 @@ struct PatchOrigin {
 };
 
 /// `paired`: lanes 2i and 2i + 1 own patches half a line apart, along rows of the matrix (kRows) or columns (kSquare).
-SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, int thread) {
+SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, uint32_t thread) {
+  uint32_t row, col;
   if (walk == Walk::kRows) {
-    const int along = thread % 16;
-    return {thread / 16 * kPatch, (paired ? along % 2 * 8 + along / 2 : along) * kPatch};
+    const uint32_t along = thread % 16;
+    row = thread / 16;
+    col = paired ? along % 2 * 8 + along / 2 : along;
+  } else {  // 2 x 2 warps, lanes along columns of the matrix first
+    const uint32_t warp = thread / 32, lane = thread % 32, along = lane % 4;
+    row = warp % 2 * 4 + (paired ? along % 2 * 2 + along / 2 : along);
+    col = warp / 2 * 8 + lane / 4;
   }
-  const int warp = thread / 32, lane = thread % 32;  // 2 x 2 warps, lanes along columns of the matrix first
-  const int along = lane % 4;
-  return {(warp % 2 * 4 + (paired ? along % 2 * 2 + along / 2 : along)) * kPatch, (warp / 2 * 8 + lane / 4) * kPatch};
+  return {static_cast<int>(row * kPatch), static_cast<int>(col * kPatch)};
 }
 
 /// Staged metadata blocks lie 528 bytes apart: neighbours written at the same time fall into different banks.
 constexpr int kStageStride = kMetaBlockBytes + 16;
 
 /// Where a tile's byte for elements (m, k..k+7) waits: m < 64 along one of the tile's blocks `block`.
-SP24_HD int stage_offset(int block, int m, int k) { return block * kStageStride + meta_block_offset(m, k); }
+SP24_HD uint32_t stage_offset(uint32_t block, uint32_t m, uint32_t k) { return block * kStageStride + meta_block_offset(static_cast<int>(m), static_cast<int>(k)); }
 
 }  // namespace sparse24

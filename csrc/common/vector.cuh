@@ -26,7 +26,4 @@ __device__ __forceinline__ uint2 load8(const void* address) {
 __device__ __forceinline__ void store16(void* address, uint4 v) { *static_cast<uint4*>(address) = v; }
 __device__ __forceinline__ void store8(void* address, uint2 v) { *static_cast<uint2*>(address) = v; }
 
-/// Can every line of a matrix be moved in vectors of 16 bytes?
-inline bool is_aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 }  // namespace sparse24

@@ -1,14 +1,17 @@
 // weight_patch.cuh: one thread's 8x8 patch of a weight [rows, cols], whatever its dtype and layout.
 //
-//   kRowMajor, kColumnMajor   16-byte loads; extents and strides allow them (choose_weight_layout)
+//   kRowMajor, kColumnMajor   16-byte loads; extents and strides allow them (patch_layout)
 //   kStrided                  element by element, for anything else: right, and slow
 //
-// rows and cols are multiples of 4, so a patch has 0, 4 or 8 valid rows and columns; the rest reads as zero.
+// rows and cols are multiples of 4, so a patch has 0, 4 or 8 valid rows and columns; the rest reads as zero. Extents are
+// below 2^31 and offsets have 64 bits: a matrix may be larger than 2^31 elements, one row or column may not.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/convert.h"
+#include "common/layout.h"
 #include "common/patch.cuh"
 #include "common/raster.h"
 #include "common/tile.h"
@@ -16,45 +19,36 @@
 
 namespace sparse24 {
 
-enum class WeightLayout { kRowMajor, kColumnMajor, kStrided };
-
 /// Stands for the element type of kernels that read the dtype at run time (kStrided).
 struct AnyValue {};
 
-/// The layout that a kernel can rely on. Row-major patches may end inside a matrix after 4 rows, others only whole.
-inline WeightLayout choose_weight_layout(const ConstMatrix& w) {
-  const int64_t per_vector = 16 / bytes_of(w.dtype);
-  if (!is_aligned16(w.data) || w.cols % kPatch != 0) return WeightLayout::kStrided;
-  if (w.col_stride == 1 && w.row_stride % per_vector == 0) return WeightLayout::kRowMajor;
-  const bool column_major = w.row_stride == 1 && w.col_stride % per_vector == 0 && w.rows % kPatch == 0;
-  return column_major ? WeightLayout::kColumnMajor : WeightLayout::kStrided;
+constexpr Walk walk_of(Layout layout) {
+  return layout == Layout::kColumnMajor ? Walk::kSquare : Walk::kRows;
 }
-
-constexpr Walk walk_of(WeightLayout layout) {
-  return layout == WeightLayout::kColumnMajor ? Walk::kSquare : Walk::kRows;
-}
-constexpr uint32_t band_of(WeightLayout layout) { return layout == WeightLayout::kColumnMajor ? kMixedBand : 1; }
+constexpr uint32_t band_of(Layout layout) { return layout == Layout::kColumnMajor ? kMixedBand : 1; }
 
 /// How many of a patch's rows (or columns) from `start` lie inside: 0, 4 or 8.
-SP24_HD int valid_lines(int64_t start, int64_t extent) {
-  return start >= extent ? 0 : extent - start < kPatch ? static_cast<int>(extent - start) : kPatch;
+SP24_HD int valid_lines(int start, int extent) {
+  return start >= extent ? 0 : extent - start < kPatch ? extent - start : kPatch;
+}
+
+__device__ __forceinline__ uint32_t stride_bytes(const ConstMatrix& w, bool by_rows, uint32_t bytes) {
+  return static_cast<uint32_t>(by_rows ? w.row_stride : w.col_stride) * bytes;
 }
 
 /// 16-bit weights: the values stay packed, in lines as they lie in memory.
-template <typename T, WeightLayout kLayout>
+template <typename T, Layout kLayout>
 struct WeightPatch {
   static constexpr bool kPaired = false;
-  static constexpr bool kByRows = kLayout == WeightLayout::kRowMajor;
+  static constexpr bool kByRows = kLayout == Layout::kRowMajor;
   Patch16 lines;
 
-  __device__ __forceinline__ void load(const ConstMatrix& w, int64_t row, int64_t col) {
-    const uint16_t* data = static_cast<const uint16_t*>(w.data);
-    const int valid_rows = valid_lines(row, w.rows), valid_cols = valid_lines(col, w.cols);
-    if (kByRows) {
-      lines = load_patch16(data + row * w.row_stride + col, w.row_stride, valid_cols == 0 ? 0 : valid_rows);
-    } else {
-      lines = load_patch16(data + col * w.col_stride + row, w.col_stride, valid_rows == 0 ? 0 : valid_cols);
-    }
+  __device__ __forceinline__ void load(const ConstMatrix& w, int row, int col) {
+    const int rows = static_cast<int>(w.rows), cols = static_cast<int>(w.cols);
+    const int line = kByRows ? row : col, along = kByRows ? col : row;
+    const int valid = along < (kByRows ? cols : rows) ? valid_lines(line, kByRows ? rows : cols) : 0;
+    const uint32_t stride = stride_bytes(w, kByRows, 2);
+    lines = load_patch16<4>(advance(static_cast<const uint16_t*>(w.data), stride, line) + along, stride, valid);
   }
   __device__ __forceinline__ float value(int i, int j) const {
     const int line = kByRows ? i : j, along = kByRows ? j : i;
@@ -76,21 +70,19 @@ struct WeightPatch {
 };
 
 /// fp32 weights.
-template <WeightLayout kLayout>
+template <Layout kLayout>
 struct WeightPatch<float, kLayout> {
   static constexpr bool kPaired = true;
-  static constexpr bool kByRows = kLayout == WeightLayout::kRowMajor;
+  static constexpr bool kByRows = kLayout == Layout::kRowMajor;
   float lines[kPatch][kPatch];
 
-  __device__ __forceinline__ void load(const ConstMatrix& w, int64_t row, int64_t col) {
-    const float* data = static_cast<const float*>(w.data);
-    if (kByRows) {
-      load_patch32(lines, data + row * w.row_stride, w.row_stride, col, kTileCols / 2, w.cols,
-                   valid_lines(row, w.rows));
-    } else {
-      load_patch32(lines, data + col * w.col_stride, w.col_stride, row, kTileRows / 4, w.rows,
-                   valid_lines(col, w.cols));
-    }
+  __device__ __forceinline__ void load(const ConstMatrix& w, int row, int col) {
+    const int rows = static_cast<int>(w.rows), cols = static_cast<int>(w.cols);
+    const int line = kByRows ? row : col, along = kByRows ? col : row;
+    const uint32_t stride = stride_bytes(w, kByRows, 4);
+    load_patch32<4>(lines, advance(static_cast<const float*>(w.data), stride, line), stride, along,
+                    kByRows ? kTileCols / 2 : kTileRows / 4, kByRows ? cols : rows,
+                    valid_lines(line, kByRows ? rows : cols));
   }
   __device__ __forceinline__ float value(int i, int j) const { return kByRows ? lines[i][j] : lines[j][i]; }
 
@@ -108,9 +100,9 @@ struct WeightPatch<float, kLayout> {
 };
 
 /// One element of any dtype, as fp32.
-static __device__ __noinline__ float read_value(const ConstMatrix& w, int64_t row, int64_t col) {
+static __device__ __noinline__ float read_value(const ConstMatrix& w, int row, int col) {
   if (row >= w.rows || col >= w.cols) return 0.0f;
-  const int64_t offset = row * w.row_stride + col * w.col_stride;
+  const int64_t offset = int64_t{row} * w.row_stride + col * w.col_stride;
   if (w.dtype == DType::kFloat32) return static_cast<const float*>(w.data)[offset];
   const uint16_t bits = static_cast<const uint16_t*>(w.data)[offset];
   return w.dtype == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
@@ -118,21 +110,21 @@ static __device__ __noinline__ float read_value(const ConstMatrix& w, int64_t ro
 
 /// One element as Out: the same dtype keeps its bits, another is rounded once.
 template <typename Out>
-static __device__ __noinline__ uint32_t read_bits(const ConstMatrix& w, int64_t row, int64_t col) {
+static __device__ __noinline__ uint32_t read_bits(const ConstMatrix& w, int row, int col) {
   constexpr DType kOut = std::is_same_v<Out, BFloat16> ? DType::kBFloat16 : DType::kFloat16;
   if (w.dtype != kOut) return from_float<Out>(read_value(w, row, col)).bits;
   if (row >= w.rows || col >= w.cols) return 0;
-  return static_cast<const uint16_t*>(w.data)[row * w.row_stride + col * w.col_stride];
+  return static_cast<const uint16_t*>(w.data)[int64_t{row} * w.row_stride + col * w.col_stride];
 }
 
 /// Anything else: elements are read where they are needed.
 template <>
-struct WeightPatch<AnyValue, WeightLayout::kStrided> {
+struct WeightPatch<AnyValue, Layout::kStrided> {
   static constexpr bool kPaired = false;
   const ConstMatrix* w;
-  int64_t row, col;
+  int row, col;
 
-  __device__ __forceinline__ void load(const ConstMatrix& from, int64_t at_row, int64_t at_col) {
+  __device__ __forceinline__ void load(const ConstMatrix& from, int at_row, int at_col) {
     w = &from, row = at_row, col = at_col;
   }
   __device__ __forceinline__ float value(int i, int j) const { return read_value(*w, row + i, col + j); }

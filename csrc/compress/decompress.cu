@@ -1,13 +1,19 @@
-// decompress.cu: packed operands back to dense matrices, and the check of their metadata. For checks, export and the
-// dense products of sizes that no sparse kernel takes; each element is written once, zeros included.
+// decompress.cu: the dense form of a packed operand, and a check of metadata from outside.
 //
-//   packed    [rows, cols/2], E for (m = rows, k = cols)              a thread writes 8 neighbours of a row
-//   packed_t  [rows/2, cols], E for (m = cols, k = rows), any cols    a thread writes 8 rows of a column
+//   packed   [rows, cols/2] with E for (m = rows, k = cols): groups of four run along rows, or, `transposed`,
+//            [rows/2, cols] with E for (m = cols, k = rows): along columns
+//   out      [rows, cols] row-major, zeros where nothing was kept; 16 or 32 bits an element, copied as they are
+//
+// Work     Along rows a thread takes one byte of E: four packed values to eight elements of a row, in vectors where they
+//          fit. Along columns it takes one column of eight rows. Neighbouring threads share rows.
 #include <cuda_runtime.h>
 
+#include "common/block_sum.cuh"
 #include "common/convert.h"
 #include "common/cuda_check.h"
+#include "common/layout.h"
 #include "common/metadata.h"
+#include "common/vector.cuh"
 #include "compress/compress_cuda.h"
 
 namespace sparse24 {
@@ -15,98 +21,120 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// Eight dense elements from one byte of E and up to four kept values; `valid` is 4 or 8.
-template <typename T>
-struct Groups {
-  T dense[8];
+/// The four elements of a group, from its two kept ones. Equal positions, which no valid E has, keep the second.
+template <typename Bits>
+__device__ __forceinline__ void place(uint32_t nibble, Bits first, Bits second, Bits (&group)[4]) {
+  const int at_first = meta_first(nibble), at_second = meta_second(nibble);
+  SP24_UNROLL
+  for (int i = 0; i < 4; ++i) group[i] = i == at_second ? second : i == at_first ? first : Bits{0};
+}
 
-  template <typename Read>
-  __device__ __forceinline__ Groups(uint32_t byte, int valid, Read read) {
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads) decompress_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out,
+                                                                   int64_t out_stride, int64_t rows, int64_t cols,
+                                                                   bool vectors) {
+  const int64_t bytes_a_row = (cols + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= rows * bytes_a_row) return;
+  const int64_t row = index / bytes_a_row, col = index % bytes_a_row * 8;
+  const uint32_t byte = E[meta_byte_offset(row, col, rows)];
+  const Bits* from = packed + row * (cols / 2) + col / 2;
+  Bits* to = out + row * out_stride + col;
+  Bits kept[4] = {}, groups[2][4];
+  if (sizeof(Bits) == 2 && vectors) {
+    const uint2 words = load8(from);
+    kept[0] = static_cast<Bits>(words.x), kept[1] = static_cast<Bits>(words.x >> 16);
+    kept[2] = static_cast<Bits>(words.y), kept[3] = static_cast<Bits>(words.y >> 16);
+  } else {
     SP24_UNROLL
-    for (int group = 0; group < 2; ++group) {
-      const uint32_t nibble = byte >> (4 * group) & 0xFu;
-      const bool inside = 4 * group < valid;
-      const T first = inside ? read(2 * group) : T{}, second = inside ? read(2 * group + 1) : T{};
-      SP24_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        dense[4 * group + i] = i == meta_first(nibble) ? first : i == meta_second(nibble) ? second : T{};
-      }
+    for (int i = 0; i < 4; ++i) {
+      if (col + 2 * i < cols) kept[i] = from[i];
     }
   }
-};
+  place(byte & 0xFu, kept[0], kept[1], groups[0]);
+  place(byte >> 4, kept[2], kept[3], groups[1]);
+  if (sizeof(Bits) == 2 && vectors) {
+    uint32_t words[4];
+    SP24_UNROLL
+    for (int p = 0; p < 4; ++p) {
+      words[p] = groups[p / 2][p % 2 * 2] | static_cast<uint32_t>(groups[p / 2][p % 2 * 2 + 1]) << 16;
+    }
+    store16(to, make_uint4(words[0], words[1], words[2], words[3]));
+  } else {
+    SP24_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (col + i < cols) to[i] = groups[i / 4][i % 4];
+    }
+  }
+}
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) decompress_rows_kernel(const T* packed, const uint8_t* E, Matrix out) {
-  const int64_t units = (out.cols + 7) / 8, unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t row = unit / units, col = unit % units * 8;
-  if (row >= out.rows) return;
-  const int valid = out.cols - col < 8 ? 4 : 8;
-  const T* kept = packed + row * (out.cols / 2) + col / 2;
-  const Groups<T> groups(E[meta_byte_offset(row, col, out.rows)], valid, [&](int i) { return kept[i]; });
-  T* to = static_cast<T*>(out.data) + row * out.row_stride + col;
+template <typename Bits>
+__global__ void __launch_bounds__(kThreads) decompress_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out,
+                                                                      int64_t out_stride, int64_t rows, int64_t cols) {
+  const int64_t bytes_a_column = (rows + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (index >= cols * bytes_a_column) return;
+  const int64_t row = index / cols * 8, col = index % cols;
+  const uint32_t byte = E[meta_byte_offset(col, row, cols)];
   SP24_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    if (i < valid) to[i] = groups.dense[i];
+  for (int half = 0; half < 2; ++half) {
+    if (row + 4 * half < rows) {
+      const Bits* kept = packed_t + (row / 2 + 2 * half) * cols + col;
+      Bits group[4];
+      place(byte >> (4 * half), kept[0], kept[cols], group);
+      SP24_UNROLL
+      for (int i = 0; i < 4; ++i) out[(row + 4 * half + i) * out_stride + col] = group[i];
+    }
   }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) decompress_columns_kernel(const T* packed, const uint8_t* E, Matrix out) {
-  const int64_t unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t row = unit / out.cols * 8, col = unit % out.cols;
-  if (row >= out.rows) return;
-  const int valid = out.rows - row < 8 ? 4 : 8;
-  const T* kept = packed + row / 2 * out.cols + col;
-  const Groups<T> groups(E[meta_byte_offset(col, row, out.cols)], valid, [&](int i) { return kept[i * out.cols]; });
-  T* to = static_cast<T*>(out.data) + row * out.row_stride + col;
-  SP24_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    if (i < valid) to[i * out.row_stride] = groups.dense[i];
+__global__ void __launch_bounds__(kCountThreads) count_bad_metadata_kernel(const uint8_t* E, int64_t m, int64_t k, int64_t* bad) {
+  const int64_t bytes_a_row = (k + 7) / 8, bytes = m * bytes_a_row;
+  int64_t count = 0;
+  for (int64_t index = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; index < bytes;
+       index += int64_t{gridDim.x} * kCountThreads) {
+    const int64_t col = index / m * 8;
+    const uint32_t byte = E[meta_byte_offset(index % m, col, m)];
+    count += meta_is_valid(byte & 0xFu) ? 0 : 1;
+    if (col + 4 < k) count += meta_is_valid(byte >> 4) ? 0 : 1;
   }
+  add_block_sum(count, bad);
 }
 
-/// A thread checks one byte: elements (m, k..k+7).
-__global__ void __launch_bounds__(kThreads)
-    count_bad_metadata_kernel(const uint8_t* E, int64_t m, int64_t k, unsigned long long* bad) {
-  const int64_t units = (k + 7) / 8, unit = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t row = unit / units, col = unit % units * 8;
-  int wrong = 0;
-  if (row < m) {
-    const uint32_t byte = E[meta_byte_offset(row, col, m)];
-    wrong = !meta_is_valid(byte & 0xFu) + (col + 4 < k && !meta_is_valid(byte >> 4));
+template <typename Bits>
+void launch_decompress(const DecompressArgs& args, cudaStream_t stream) {
+  const int64_t rows = args.out.rows, cols = args.out.cols;
+  const int64_t bytes = args.transposed ? cols * ((rows + 7) / 8) : rows * ((cols + 7) / 8);
+  const uint32_t blocks = static_cast<uint32_t>((bytes + kThreads - 1) / kThreads);
+  const Bits* packed = static_cast<const Bits*>(args.packed);
+  Bits* out = static_cast<Bits*>(args.out.data);
+  if (args.transposed) {
+    decompress_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride, rows, cols);
+  } else {
+    const bool vectors = vector_layout(args.out) == Layout::kRowMajor && reinterpret_cast<uintptr_t>(packed) % 8 == 0;
+    decompress_rows_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride, rows, cols,
+                                                            vectors);
   }
-  wrong = __reduce_add_sync(0xFFFFFFFFu, wrong);
-  if (threadIdx.x % 32 == 0 && wrong != 0) atomicAdd(bad, static_cast<unsigned long long>(wrong));
 }
-
-uint32_t grid_of(int64_t units) { return static_cast<uint32_t>(round_up(units, kThreads) / kThreads); }
 
 }  // namespace
 
 namespace cuda {
 
 void decompress(const DecompressArgs& args, cudaStream_t stream) {
-  const Matrix& out = args.out;
-  if (out.rows == 0 || out.cols == 0) return;
-  with_type(out.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const T* packed = static_cast<const T*>(args.packed);
-    if (args.transposed) {
-      decompress_columns_kernel<T>
-          <<<grid_of((out.rows + 7) / 8 * out.cols), kThreads, 0, stream>>>(packed, args.E, out);
-    } else {
-      decompress_rows_kernel<T><<<grid_of(out.rows * ((out.cols + 7) / 8)), kThreads, 0, stream>>>(packed, args.E, out);
-    }
-  });
-  SP24_CHECK_LAUNCH("decompress of ", name_of(out.dtype), " [", out.rows, ", ", out.cols, "]");
+  if (args.out.rows == 0 || args.out.cols == 0) return;
+  check_extents32(args.out.rows, args.out.cols, "out");
+  if (args.out.dtype == DType::kFloat32) {
+    launch_decompress<uint32_t>(args, stream);
+  } else {
+    launch_decompress<uint16_t>(args, stream);
+  }
+  SP24_CHECK_LAUNCH("decompress to [", args.out.rows, ", ", args.out.cols, "]");
 }
 
 void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad, cudaStream_t stream) {
   SP24_CHECK_CUDA(cudaMemsetAsync(bad, 0, sizeof *bad, stream));
   if (m == 0 || k == 0) return;
-  count_bad_metadata_kernel<<<grid_of(m * ((k + 7) / 8)), kThreads, 0, stream>>>(
-      E, m, k, reinterpret_cast<unsigned long long*>(bad));
-  SP24_CHECK_LAUNCH("count_bad_metadata of m = ", m, ", k = ", k);
+  count_bad_metadata_kernel<<<count_blocks(m * ((k + 7) / 8)), kCountThreads, 0, stream>>>(E, m, k, bad);
+  SP24_CHECK_LAUNCH("count_bad_metadata for m = ", m, ", k = ", k);
 }
 
 }  // namespace cuda

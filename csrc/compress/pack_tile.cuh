@@ -46,20 +46,24 @@ struct PatchMasks {
 
 /// A mask source that reads: Masks::of(patch, ...) is the other way to get them (fused/search_and_pack.cu).
 struct ReadMasks {
-  template <WeightLayout kLayout, typename Patch>
-  static __device__ __forceinline__ PatchMasks of(const Patch&, const PackTensor& t, int64_t row, int64_t col) {
+  template <Layout kLayout, typename Patch>
+  static __device__ __forceinline__ PatchMasks of(const Patch&, const PackTensor& t, int row, int col) {
     // What lies outside gets some valid mask; its metadata are replaced, its values not stored.
-    PatchMasks masks = {0xC3C3C3C3u, 0xC3C3C3C3u};
-    const int64_t block_cols = t.w.cols / 4;
-    const uint16_t* first = t.mask + row / 4 * block_cols + col / 4;
-    const bool left = col < t.w.cols, right = col + 4 < t.w.cols;
-    if constexpr (kLayout != WeightLayout::kStrided) {
-      if (left && row < t.w.rows) masks.top = *reinterpret_cast<const uint32_t*>(first);
-      if (left && row + 4 < t.w.rows) masks.bottom = *reinterpret_cast<const uint32_t*>(first + block_cols);
-    } else {
-      if (left && row < t.w.rows) masks.top = first[0] | (right ? first[1] : 0xC3C3u) << 16;
-      if (left && row + 4 < t.w.rows) {
-        masks.bottom = first[block_cols] | (right ? first[block_cols + 1] : 0xC3C3u) << 16;
+    constexpr uint32_t kFirst = 0xC3C3u;
+    PatchMasks masks = {kFirst | kFirst << 16, kFirst | kFirst << 16};
+    const int rows = static_cast<int>(t.w.rows), cols = static_cast<int>(t.w.cols);
+    const uint32_t block_cols = static_cast<uint32_t>(cols) / 4;
+    const uint16_t* first = t.mask + uint64_t{static_cast<uint32_t>(row) / 4} * block_cols + col / 4;
+    SP24_UNROLL
+    for (int bi = 0; bi < 2; ++bi) {
+      if (row + 4 * bi < rows && col < cols) {
+        const uint16_t* from = first + bi * block_cols;
+        uint32_t& pair = bi == 0 ? masks.top : masks.bottom;
+        if constexpr (kLayout != Layout::kStrided) {
+          pair = *reinterpret_cast<const uint32_t*>(from);
+        } else {
+          pair = from[0] | (col + 4 < cols ? from[1] : kFirst) << 16;
+        }
       }
     }
     return masks;
@@ -90,8 +94,26 @@ __device__ __forceinline__ MetaBytes pad_meta(MetaBytes meta, int valid_m, int v
   return meta;
 }
 
-__device__ __forceinline__ uint32_t meta_byte(const MetaBytes& meta, int line) {
-  return ((line < 4 ? meta.low : meta.high) >> (8 * (line % 4))) & 0xFFu;
+/// The kept pairs of a patch: of line i, the pair of its group `group` (0: elements 0-3).
+struct KeptPairs {
+  uint32_t pair[kPatch][2];
+};
+
+__device__ __forceinline__ KeptPairs kept_pairs(const Patch16& lines, const MetaBytes& meta) {
+  KeptPairs kept;
+  SP24_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    SP24_UNROLL
+    for (int k = 0; k < 4; ++k) {  // nibbles k and k + 4: the same group of lines two apart
+      const uint32_t selectors = pair_selectors(half == 0 ? meta.low : meta.high, k);
+      const int line = 4 * half + k / 2, group = k % 2;
+      const uint32_t(&upper)[4] = lines.line[line];
+      const uint32_t(&lower)[4] = lines.line[line + 2];
+      kept.pair[line][group] = select_bytes(upper[2 * group], upper[2 * group + 1], selectors);
+      kept.pair[line + 2][group] = select_bytes(lower[2 * group], lower[2 * group + 1], selectors >> 16);
+    }
+  }
+  return kept;
 }
 
 /// Stores the low and the high 16 bits of a pair at `to` and `to + step`.
@@ -102,21 +124,20 @@ __device__ __forceinline__ void store_halves(uint16_t* to, int64_t step, uint32_
 
 /// packed: of each row, the kept pair of the left group and that of the right one.
 template <bool kVector>
-__device__ __forceinline__ void store_packed(uint16_t* packed, const Patch16& rows, const MetaBytes& meta, int64_t row,
-                                             int64_t col, int64_t cols, int valid_rows, int valid_cols) {
-  uint16_t* first = packed + row * (cols / 2) + col / 2;
+__device__ __forceinline__ void store_packed(uint16_t* packed, const KeptPairs& kept, int row, int col, int cols,
+                                             int valid_rows, int valid_cols) {
+  if (valid_cols == 0) return;
+  const uint32_t stride = static_cast<uint32_t>(cols);  // cols/2 values
+  uint16_t* first = advance(packed, stride, row) + col / 2;
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
-    const uint32_t selectors = pair_selectors(meta_byte(meta, i));
-    const uint32_t left = select_bytes(rows.line[i][0], rows.line[i][1], selectors & 0xFFFFu);
-    const uint32_t right = select_bytes(rows.line[i][2], rows.line[i][3], selectors >> 16);
-    uint16_t* to = first + i * (cols / 2);
-    if (i < valid_rows) {
+    uint16_t* to = advance(first, stride, i);
+    if (i / 4 * 4 < valid_rows) {
       if constexpr (kVector) {
-        if (valid_cols > 0) store8(to, make_uint2(left, right));
+        store8(to, make_uint2(kept.pair[i][0], kept.pair[i][1]));
       } else {
-        if (valid_cols > 0) store_halves(to, 1, left);
-        if (valid_cols > 4) store_halves(to + 2, 1, right);
+        store_halves(to, 1, kept.pair[i][0]);
+        if (valid_cols > 4) store_halves(to + 2, 1, kept.pair[i][1]);
       }
     }
   }
@@ -124,43 +145,39 @@ __device__ __forceinline__ void store_packed(uint16_t* packed, const Patch16& ro
 
 /// packed_t: of each column, the kept pair of the upper group to two rows, that of the lower one to the next two.
 template <bool kVector>
-__device__ __forceinline__ void store_packed_t(uint16_t* packed_t, const Patch16& columns, const MetaBytes& meta,
-                                               int64_t row, int64_t col, int64_t cols, int valid_rows, int valid_cols) {
-  uint16_t* first = packed_t + row / 2 * cols + col;
-  uint32_t upper[kPatch], lower[kPatch];
+__device__ __forceinline__ void store_packed_t(uint16_t* packed_t, const KeptPairs& kept, int row, int col, int cols,
+                                               int valid_rows, int valid_cols) {
+  if (valid_cols == 0) return;
+  const uint32_t stride = 2 * static_cast<uint32_t>(cols);
+  uint16_t* first = advance(packed_t, stride, static_cast<uint32_t>(row) / 2) + col;
   SP24_UNROLL
-  for (int j = 0; j < kPatch; ++j) {
-    const uint32_t selectors = pair_selectors(meta_byte(meta, j));
-    upper[j] = select_bytes(columns.line[j][0], columns.line[j][1], selectors & 0xFFFFu);
-    lower[j] = select_bytes(columns.line[j][2], columns.line[j][3], selectors >> 16);
-  }
-  if constexpr (kVector) {
-    if (valid_cols == 0) return;
-    SP24_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t(&pair)[kPatch] = half == 0 ? upper : lower;
-      if (4 * half < valid_rows) {
-        store16(first + (2 * half) * cols, make_uint4(pair_of_lows(pair[0], pair[1]), pair_of_lows(pair[2], pair[3]),
-                                                      pair_of_lows(pair[4], pair[5]), pair_of_lows(pair[6], pair[7])));
-        store16(first + (2 * half + 1) * cols,
-                make_uint4(pair_of_highs(pair[0], pair[1]), pair_of_highs(pair[2], pair[3]),
-                           pair_of_highs(pair[4], pair[5]), pair_of_highs(pair[6], pair[7])));
+  for (int group = 0; group < 2; ++group) {
+    uint16_t* to = advance(first, stride, 2 * group);
+    if (4 * group < valid_rows) {
+      if constexpr (kVector) {
+        uint32_t low[4], high[4];
+        SP24_UNROLL
+        for (int p = 0; p < 4; ++p) {
+          low[p] = pair_of_lows(kept.pair[2 * p][group], kept.pair[2 * p + 1][group]);
+          high[p] = pair_of_highs(kept.pair[2 * p][group], kept.pair[2 * p + 1][group]);
+        }
+        store16(to, make_uint4(low[0], low[1], low[2], low[3]));
+        store16(advance(to, stride, 1), make_uint4(high[0], high[1], high[2], high[3]));
+      } else {
+        SP24_UNROLL
+        for (int j = 0; j < kPatch; ++j) {
+          if (j < valid_cols) store_halves(to + j, cols, kept.pair[j][group]);
+        }
       }
-    }
-  } else {
-    SP24_UNROLL
-    for (int j = 0; j < kPatch; ++j) {
-      if (j < valid_cols && valid_rows > 0) store_halves(first + j, cols, upper[j]);
-      if (j < valid_cols && valid_rows > 4) store_halves(first + 2 * cols + j, cols, lower[j]);
     }
   }
 }
 
 // fp32 patches take 64 registers and a search needs about 40 more: four blocks an SM hold all of them.
-template <typename In, WeightLayout kLayout>
+template <typename In, Layout kLayout>
 constexpr int kPackBlocksPerSm = std::is_same_v<In, AnyValue> ? 1 : std::is_same_v<In, float> ? 4 : 6;
 
-template <typename In, typename Out, WeightLayout kLayout, typename Masks>
+template <typename In, typename Out, Layout kLayout, typename Masks>
 __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
     pack_kernel(const __grid_constant__ PackList list) {
   __shared__ alignas(16) uint8_t stage[2 * kTileMetaBlocks * kStageStride];
@@ -170,34 +187,36 @@ __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
   const TileIndex tile = raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
   using Patch = WeightPatch<In, kLayout>;
   const PatchOrigin origin = patch_origin(walk_of(kLayout), Patch::kPaired, threadIdx.x);
-  const int64_t row = int64_t{tile.row} * kTileRows + origin.row, col = int64_t{tile.col} * kTileCols + origin.col;
-  const int64_t rows = t.w.rows, cols = t.w.cols;
+  const int row = static_cast<int>(tile.row) * kTileRows + origin.row;
+  const int col = static_cast<int>(tile.col) * kTileCols + origin.col;
+  const int rows = static_cast<int>(t.w.rows), cols = static_cast<int>(t.w.cols);
   const int valid_rows = valid_lines(row, rows), valid_cols = valid_lines(col, cols);
-  constexpr bool kVector = kLayout != WeightLayout::kStrided;
+  constexpr bool kVector = kLayout != Layout::kStrided;
 
   Patch patch;
   patch.load(t.w, row, col);
   const PatchMasks masks = Masks::template of<kLayout>(patch, t, row, col);
   const Patch16 by_row = patch.template rows<Out>();
 
-  const int block = origin.col / kMetaBlock, block_col = origin.col % kMetaBlock;
+  const uint32_t tile_row = origin.row, block = origin.col / uint32_t{kMetaBlock}, block_col = origin.col % uint32_t{kMetaBlock};
   if (t.packed != nullptr) {
     const MetaBytes meta = row_meta(masks);
-    store_packed<kVector>(static_cast<uint16_t*>(t.packed), by_row, meta, row, col, cols, valid_rows, valid_cols);
+    store_packed<kVector>(static_cast<uint16_t*>(t.packed), kept_pairs(by_row, meta), row, col, cols, valid_rows,
+                          valid_cols);
     const MetaBytes staged = pad_meta(meta, valid_rows, valid_cols);
-    stage_bytes(stage, block, origin.row, block_col, staged.low, staged.high);
+    stage_bytes(stage, block, tile_row, block_col, staged.low, staged.high);
   }
   if (t.packed_t != nullptr) {
     const MetaBytes meta = column_meta(masks);
-    store_packed_t<kVector>(static_cast<uint16_t*>(t.packed_t), patch.columns(by_row), meta, row, col, cols, valid_rows,
-                            valid_cols);
+    store_packed_t<kVector>(static_cast<uint16_t*>(t.packed_t), kept_pairs(patch.columns(by_row), meta), row, col, cols,
+                            valid_rows, valid_cols);
     const MetaBytes staged = pad_meta(meta, valid_cols, valid_rows);
-    stage_bytes(stage, kTileMetaBlocks + block, block_col, origin.row, staged.low, staged.high);
+    stage_bytes(stage, kTileMetaBlocks + block, block_col, tile_row, staged.low, staged.high);
   }
 
   __syncthreads();  // all bytes of the tile's blocks are staged
-  const int warp = threadIdx.x / 32;
-  const int64_t block_of_cols = int64_t{tile.col} * kTileMetaBlocks + warp % kTileMetaBlocks;
+  const uint32_t warp = threadIdx.x / 32;
+  const uint32_t block_of_cols = tile.col * kTileMetaBlocks + warp % kTileMetaBlocks;
   if (warp < kTileMetaBlocks) {
     if (t.packed != nullptr) store_staged(t.E, stage, warp, tile.row, block_of_cols, rows, cols);
   } else {
@@ -208,7 +227,7 @@ __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
 /// What selects a kernel; weights of equal class share launches.
 struct PackClass {
   DType in, out;
-  WeightLayout layout;
+  Layout layout;
 
   bool operator==(const PackClass& other) const {
     return in == other.in && out == other.out && layout == other.layout;
@@ -216,28 +235,28 @@ struct PackClass {
 };
 
 inline PackClass classify_pack(const PackArgs& args) {
-  WeightLayout layout = choose_weight_layout(args.w);
+  Layout layout = patch_layout(args.w);
   const bool converts16 = args.w.dtype != DType::kFloat32 && args.w.dtype != args.out_dtype;
   const bool aligned = reinterpret_cast<uintptr_t>(args.mask) % 4 == 0 &&
                        reinterpret_cast<uintptr_t>(args.packed) % 8 == 0 && is_aligned16(args.packed_t);
-  if (converts16 || !aligned) layout = WeightLayout::kStrided;
+  if (converts16 || !aligned) layout = Layout::kStrided;
   return {args.w.dtype, args.out_dtype, layout};
 }
 
 using PackKernel = void (*)(PackList);
 
 template <typename In, typename Out, typename Masks>
-PackKernel choose_pack_kernel(WeightLayout layout) {
-  return layout == WeightLayout::kRowMajor ? pack_kernel<In, Out, WeightLayout::kRowMajor, Masks>
-                                           : pack_kernel<In, Out, WeightLayout::kColumnMajor, Masks>;
+PackKernel choose_pack_kernel(Layout layout) {
+  return layout == Layout::kRowMajor ? pack_kernel<In, Out, Layout::kRowMajor, Masks>
+                                           : pack_kernel<In, Out, Layout::kColumnMajor, Masks>;
 }
 
 template <typename Masks>
 PackKernel choose_pack_kernel(const PackClass& c) {
   const bool to_bf16 = c.out == DType::kBFloat16;
-  if (c.layout == WeightLayout::kStrided) {
-    return to_bf16 ? pack_kernel<AnyValue, BFloat16, WeightLayout::kStrided, Masks>
-                   : pack_kernel<AnyValue, Float16, WeightLayout::kStrided, Masks>;
+  if (c.layout == Layout::kStrided) {
+    return to_bf16 ? pack_kernel<AnyValue, BFloat16, Layout::kStrided, Masks>
+                   : pack_kernel<AnyValue, Float16, Layout::kStrided, Masks>;
   }
   if (c.in == DType::kFloat32) {
     return to_bf16 ? choose_pack_kernel<float, BFloat16, Masks>(c.layout)
@@ -262,6 +281,7 @@ void launch_pack(const PackArgs* weights, int count, cudaStream_t stream, const 
   for (int i = 0; i < count; ++i) {
     const PackArgs& args = weights[i];
     if (args.w.rows == 0 || args.w.cols == 0) continue;
+    check_extents32(args.w.rows, args.w.cols, "w");
     const PackClass args_class = classify_pack(args);
     if (list.full() || !(args_class == list_class)) flush();
     list_class = args_class;

@@ -14,7 +14,7 @@
 namespace sparse24 {
 
 /// Eight bytes for m, m + 1, ..., m + 7 (m % 8 == 0) and the same k; the first four in `low`.
-__device__ __forceinline__ void stage_bytes(uint8_t* stage, int block, int m, int k, uint32_t low, uint32_t high) {
+__device__ __forceinline__ void stage_bytes(uint8_t* stage, uint32_t block, uint32_t m, uint32_t k, uint32_t low, uint32_t high) {
   uint8_t* first = stage + stage_offset(block, m, k);
   SP24_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -24,11 +24,10 @@ __device__ __forceinline__ void stage_bytes(uint8_t* stage, int block, int m, in
 }
 
 /// One warp stores staged block `block` to E, at its block (block_m, block_k). Blocks outside of E are nobody's.
-__device__ __forceinline__ void store_staged(uint8_t* E, const uint8_t* stage, int block, int64_t block_m,
-                                             int64_t block_k, int64_t m, int64_t k) {
-  const int64_t blocks_m = round_up(m, kMetaBlock) / kMetaBlock;
-  if (block_m >= blocks_m || block_k * kMetaBlock >= k) return;
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_staged(uint8_t* E, const uint8_t* stage, uint32_t block, uint32_t block_m,
+                                             uint32_t block_k, uint32_t m, uint32_t k) {
+  if (block_m * kMetaBlock >= m || block_k * kMetaBlock >= k) return;
+  const uint32_t blocks_m = (m + kMetaBlock - 1) / kMetaBlock, lane = threadIdx.x % 32;
   uint8_t* to = E + meta_block_start(block_m, block_k, blocks_m) + lane * 16;
   const uint8_t* from = stage + block * kStageStride + lane * 16;
   if (reinterpret_cast<uintptr_t>(E) % 16 == 0) {

@@ -148,7 +148,8 @@ void decompress_along_rows(const DecompressArgs& args, int64_t row_begin, int64_
   }
 }
 
-/// Groups of four rows from groups that run down the columns: packed_t [rows/2, cols], any number of columns.
+/// Groups of four rows from groups that run down the columns: packed_t [rows/2, cols], any number
+/// of columns.
 template <typename T>
 void decompress_along_columns(const DecompressArgs& args, int64_t group_begin, int64_t group_end) {
   const Strided<T> out = typed<T>(args.out);
@@ -202,9 +203,8 @@ void decompress(const DecompressArgs& args) {
         decompress_along_columns<T>(args, begin, end);
       });
     } else {
-      parallel_for(args.out.rows, args.out.cols, [&](int64_t begin, int64_t end) {
-        decompress_along_rows<T>(args, begin, end);
-      });
+      parallel_for(args.out.rows, args.out.cols,
+                   [&](int64_t begin, int64_t end) { decompress_along_rows<T>(args, begin, end); });
     }
   });
 }

@@ -27,7 +27,7 @@ void masked_decay(const MaskedDecayArgs* tensors, int count);
 void mask_flips(const MaskFlipsArgs* tensors, int count);
 void mask_gap(const ConstMatrix& w, float* gap);
 
-/// The plain product, summed in double and rounded once: what the GPU kernels are compared with.
+/// The plain product, summed in double: what the GPU kernels are compared with.
 void sparse_gemm(const SparseGemmArgs& args);
 
 }  // namespace sparse24::cpu

@@ -10,11 +10,12 @@ namespace sparse24 {
 namespace {
 
 struct SearchMasks {
-  template <WeightLayout kLayout, typename Patch>
-  static __device__ __forceinline__ PatchMasks of(const Patch& patch, const PackTensor& t, int64_t row, int64_t col) {
+  template <Layout kLayout, typename Patch>
+  static __device__ __forceinline__ PatchMasks of(const Patch& patch, const PackTensor& t, int row, int col) {
     uint32_t top, bottom;
     search_patch(patch, top, bottom);
-    store_masks<kLayout>(t.mask, top, bottom, row, col, t.w.rows, t.w.cols);
+    store_masks<kLayout>(t.mask, top, bottom, row, col, static_cast<int>(t.w.rows),
+                         static_cast<int>(t.w.cols));
     return {top, bottom};
   }
 };

@@ -15,6 +15,7 @@
 //          finite is kept and stays visible. -0 counts as 0. Always 8 kept, two in every row and column.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/bits.h"
@@ -38,67 +39,97 @@ struct RowCoordinates {
   float v[3];
 };
 
-/// How two rows part: the largest |difference| of their coordinates, and which half the first row keeps.
-struct PairChoice {
-  float gain;
-  uint32_t kept;  // four bits, for the pair's first row; the second keeps the complement
+/// How two rows part: the differences of their coordinates, first row minus second.
+struct RowDifference {
+  float d[3];
 };
 
-SP24_HD PairChoice part_rows(const RowCoordinates& first, const RowCoordinates& second) {
-  const float d0 = first.v[0] - second.v[0];
-  const float d1 = first.v[1] - second.v[1];
-  const float d2 = first.v[2] - second.v[2];
-  float best = d0;
+SP24_HD RowDifference difference(const RowCoordinates& first, const RowCoordinates& second) {
+  return {{first.v[0] - second.v[0], first.v[1] - second.v[1], first.v[2] - second.v[2]}};
+}
+
+SP24_HD float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);  // one instruction, and no operand is NaN
+#else
+  return a > b ? a : b;
+#endif
+}
+
+/// What parting two rows gains: the largest |difference|.
+SP24_HD float gain(const RowDifference& difference) {
+  return larger(larger(abs_float(difference.d[0]), abs_float(difference.d[1])), abs_float(difference.d[2]));
+}
+
+SP24_HD RowDifference choose(bool take_a, const RowDifference& a, const RowDifference& b) {
+  return {{take_a ? a.d[0] : b.d[0], take_a ? a.d[1] : b.d[1], take_a ? a.d[2] : b.d[2]}};
+}
+
+/// Four bits: what the first of two rows keeps; the second keeps the complement.
+SP24_HD uint32_t kept_by_first(const RowDifference& difference) {
+  float best = difference.d[0];
   uint32_t half = 0x3u;  // columns 0, 1
-  if (abs_float(d1) > abs_float(best)) best = d1, half = 0x5u;
-  if (abs_float(d2) > abs_float(best)) best = d2, half = 0x9u;
-  return {abs_float(best), best >= 0.0f ? half : half ^ 0xFu};
+  if (abs_float(difference.d[1]) > abs_float(best)) best = difference.d[1], half = 0x5u;
+  if (abs_float(difference.d[2]) > abs_float(best)) best = difference.d[2], half = 0x9u;
+  return best >= 0.0f ? half : half ^ 0xFu;
 }
 
-SP24_HD uint16_t pair_bits(const PairChoice& choice, int first_row, int second_row) {
-  return static_cast<uint16_t>((choice.kept << (4 * first_row)) | ((choice.kept ^ 0xFu) << (4 * second_row)));
+/// The bits of two rows that part: `kept` for the first, its complement for the second.
+SP24_HD uint32_t pair_bits(uint32_t kept, int first_row, int second_row) {
+  return (kept << (4 * first_row)) + ((0xFu - kept) << (4 * second_row));  // sums, which fuse into multiply-adds
 }
 
-/// The mask of a block of magnitudes, all at most 2^121. Bit 4*i + j: element (i, j) is kept.
-SP24_HD uint16_t search_ranked_block(const float (&w)[4][4]) {
-  RowCoordinates row[4];
-  SP24_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float sum_left = w[i][0] + w[i][1], sum_right = w[i][2] + w[i][3];
-    const float step_left = w[i][0] - w[i][1], step_right = w[i][2] - w[i][3];
-    row[i] = {{sum_left - sum_right, step_left + step_right, step_left - step_right}};
-  }
-  const PairChoice p01 = part_rows(row[0], row[1]), p23 = part_rows(row[2], row[3]);
-  const PairChoice p02 = part_rows(row[0], row[2]), p13 = part_rows(row[1], row[3]);
-  const PairChoice p03 = part_rows(row[0], row[3]), p12 = part_rows(row[1], row[2]);
-
-  float best = p01.gain + p23.gain;
-  uint16_t mask = pair_bits(p01, 0, 1) | pair_bits(p23, 2, 3);
-  const float gain_02 = p02.gain + p13.gain, gain_03 = p03.gain + p12.gain;
-  if (gain_02 > best) best = gain_02, mask = pair_bits(p02, 0, 2) | pair_bits(p13, 1, 3);
-  if (gain_03 > best) best = gain_03, mask = pair_bits(p03, 0, 3) | pair_bits(p12, 1, 2);
-  return mask;
+SP24_HD RowCoordinates row_coordinates(float a, float b, float c, float d) {
+  const float sum_left = a + b, sum_right = c + d, step_left = a - b, step_right = c - d;
+  return {{sum_left - sum_right, step_left + step_right, step_left - step_right}};
 }
 
-/// The mask of a block of any fp32 values.
-SP24_HD uint16_t search_block(const float (&w)[4][4]) {
-  float magnitude[4][4];
+/// The mask of four rows. Bit 4*i + j: element (i, j) is kept.
+SP24_HD uint16_t search_rows(const RowCoordinates (&row)[4]) {
+  // The first pair is row 0 and its partner; `rest` are the other two.
+  const RowDifference with_1 = difference(row[0], row[1]), rest_1 = difference(row[2], row[3]);
+  const RowDifference with_2 = difference(row[0], row[2]), rest_2 = difference(row[1], row[3]);
+  const RowDifference with_3 = difference(row[0], row[3]), rest_3 = difference(row[1], row[2]);
+  const float gain_1 = gain(with_1) + gain(rest_1);
+  const float gain_2 = gain(with_2) + gain(rest_2);
+  const float gain_3 = gain(with_3) + gain(rest_3);
+
+  // Only the winning pairing needs to know which halves are kept.
+  const bool is_2 = gain_2 > gain_1, is_3 = gain_3 > larger(gain_1, gain_2);
+  const uint32_t kept = kept_by_first(choose(is_3, with_3, choose(is_2, with_2, with_1)));
+  const uint32_t kept_rest = kept_by_first(choose(is_3, rest_3, choose(is_2, rest_2, rest_1)));
+  const uint32_t mask_1 = pair_bits(kept, 0, 1) + pair_bits(kept_rest, 2, 3);
+  const uint32_t mask_2 = pair_bits(kept, 0, 2) + pair_bits(kept_rest, 1, 3);
+  const uint32_t mask_3 = pair_bits(kept, 0, 3) + pair_bits(kept_rest, 1, 2);
+  return static_cast<uint16_t>(is_3 ? mask_3 : is_2 ? mask_2 : mask_1);
+}
+
+/// The coordinates of a block's rows, taken as they are, and the sum of its magnitudes.
+SP24_HD float plain_rows(const float (&w)[4][4], RowCoordinates (&row)[4]) {
   float total = 0.0f;
   SP24_UNROLL
   for (int i = 0; i < 4; ++i) {
-    SP24_UNROLL
-    for (int j = 0; j < 4; ++j) magnitude[i][j] = abs_float(w[i][j]);
-    total += (magnitude[i][0] + magnitude[i][1]) + (magnitude[i][2] + magnitude[i][3]);
+    const float a = abs_float(w[i][0]), b = abs_float(w[i][1]), c = abs_float(w[i][2]), d = abs_float(w[i][3]);
+    row[i] = row_coordinates(a, b, c, d);
+    total += (a + b) + (c + d);
   }
-  // One test for the whole block: its sum is at most 2^120 only if no magnitude needs the map (NaN fails the test).
-  if (!(total <= bits_float(kLargeBits))) {
+  return total;
+}
+
+/// A sum of magnitudes is at most 2^120 only if none of them needs the map of specials (NaN fails the test).
+SP24_HD bool needs_ranking(float total) { return !(total <= bits_float(kLargeBits)); }
+
+/// The mask of a block of any fp32 values.
+SP24_HD uint16_t search_block(const float (&w)[4][4]) {
+  RowCoordinates row[4];
+  if (needs_ranking(plain_rows(w, row))) {
     SP24_UNROLL
     for (int i = 0; i < 4; ++i) {
-      SP24_UNROLL
-      for (int j = 0; j < 4; ++j) magnitude[i][j] = ranked_magnitude(w[i][j]);
+      row[i] = row_coordinates(ranked_magnitude(w[i][0]), ranked_magnitude(w[i][1]), ranked_magnitude(w[i][2]),
+                               ranked_magnitude(w[i][3]));
     }
   }
-  return search_ranked_block(magnitude);
+  return search_rows(row);
 }
 
 /// Two kept in every row and in every column?

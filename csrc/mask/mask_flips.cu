@@ -1,13 +1,15 @@
-// mask_flips.cu: how many elements two masks disagree on, for many pairs of masks in one launch.
+// mask_flips.cu: how many elements changed sides between two masks, for a list of tensors.
 //
-//   mask_a, mask_b   uint16, one a block;  flips   one int64 a pair
+//   mask_a, mask_b  uint16 [blocks];  flips  one int64 on the device a tensor
 //
-// Work     A thread compares eight blocks, a warp adds up, its first lane adds to the pair's count: integers, so the
-//          order of the additions does not show. Counts are zeroed by a launch of one block before.
-// Traffic  4 B a block, 1/4 B an element of the weight.
+// Work     A chunk of 16384 blocks of one of up to 32 tensors a block of threads: 16-byte loads where both masks allow
+//          them, population counts of the differing bits, one atomic addition a block.
+// Traffic  4 B a mask block, 1/4 B an element.
 #include <cuda_runtime.h>
 
+#include "common/block_sum.cuh"
 #include "common/cuda_check.h"
+#include "common/layout.h"
 #include "common/metadata.h"
 #include "common/tensor_list.h"
 #include "common/vector.cuh"
@@ -16,36 +18,38 @@
 namespace sparse24 {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksPerThread = 8;
-constexpr int kBlocksPerTile = kThreads * kBlocksPerThread;
-
 using FlipsList = TensorList<MaskFlipsArgs>;
-static_assert(sizeof(FlipsList) <= kKernelParameterBytes, "a launch's masks must fit its parameters");
+static_assert(sizeof(FlipsList) <= kKernelParameterBytes, "a launch's tensors must fit its parameters");
+
+constexpr int64_t kChunk = 16384;  // mask blocks: 8 vectors a thread
+constexpr int kPerVector = 8;
 
 __global__ void zero_flips_kernel(const __grid_constant__ FlipsList list) {
-  if (threadIdx.x < list.count) *list.tensor[threadIdx.x].flips = 0;
+  if (static_cast<int>(threadIdx.x) < list.count) *list.tensor[threadIdx.x].flips = 0;
 }
 
-__global__ void __launch_bounds__(kThreads) mask_flips_kernel(const __grid_constant__ FlipsList list) {
+__global__ void __launch_bounds__(kCountThreads) mask_flips_kernel(const __grid_constant__ FlipsList list) {
   const int index = list.find(blockIdx.x);
   const MaskFlipsArgs& t = list.tensor[index];
-  const int64_t first =
-      int64_t{blockIdx.x - list.first_tile[index]} * kBlocksPerTile + threadIdx.x * kBlocksPerThread;
-  const bool aligned = (reinterpret_cast<uintptr_t>(t.mask_a) | reinterpret_cast<uintptr_t>(t.mask_b)) % 16 == 0;
+  const int64_t start = int64_t{blockIdx.x - list.first_tile[index]} * kChunk;
+  const uint16_t *a = t.mask_a + start, *b = t.mask_b + start;
+  const int blocks = static_cast<int>(t.blocks - start < kChunk ? t.blocks - start : kChunk);
+  const bool aligned = (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % 16 == 0;
+  const int vectors = aligned ? blocks / kPerVector : 0;
+
   int flips = 0;
-  if (aligned && first + kBlocksPerThread <= t.blocks) {
-    const uint4 a = load16(t.mask_a + first), b = load16(t.mask_b + first);
-    flips = __popc(a.x ^ b.x) + __popc(a.y ^ b.y) + __popc(a.z ^ b.z) + __popc(a.w ^ b.w);
-  } else {
-    for (int64_t i = first; i < first + kBlocksPerThread && i < t.blocks; ++i) {
-      flips += __popc(static_cast<uint32_t>(t.mask_a[i] ^ t.mask_b[i]));
+  SP24_UNROLL
+  for (int i = 0; i < kChunk / kPerVector / kCountThreads; ++i) {
+    const int at = i * kCountThreads + static_cast<int>(threadIdx.x);
+    if (at < vectors) {
+      const uint4 x = load16(a + at * kPerVector), y = load16(b + at * kPerVector);
+      flips += __popc(x.x ^ y.x) + __popc(x.y ^ y.y) + __popc(x.z ^ y.z) + __popc(x.w ^ y.w);
     }
   }
-  flips = __reduce_add_sync(0xFFFFFFFFu, flips);
-  if (threadIdx.x % 32 == 0 && flips != 0) {
-    atomicAdd(reinterpret_cast<unsigned long long*>(t.flips), static_cast<unsigned long long>(flips));
+  for (int at = vectors * kPerVector + static_cast<int>(threadIdx.x); at < blocks; at += kCountThreads) {
+    flips += __popc(static_cast<uint32_t>(a[at] ^ b[at]));
   }
+  add_block_sum(flips, t.flips);
 }
 
 }  // namespace
@@ -57,13 +61,13 @@ void mask_flips(const MaskFlipsArgs* tensors, int count, cudaStream_t stream) {
   const auto flush = [&] {
     if (list.count == 0) return;
     zero_flips_kernel<<<1, kTensorsPerLaunch, 0, stream>>>(list);
-    if (list.tiles() > 0) mask_flips_kernel<<<list.tiles(), kThreads, 0, stream>>>(list);
-    SP24_CHECK_LAUNCH("mask_flips of ", list.count, " masks, the first of ", list.tensor[0].blocks, " blocks");
+    if (list.tiles() > 0) mask_flips_kernel<<<list.tiles(), kCountThreads, 0, stream>>>(list);
+    SP24_CHECK_LAUNCH("mask_flips of ", list.count, " tensors, the first of ", list.tensor[0].blocks, " blocks");
     list.count = 0;
   };
   for (int i = 0; i < count; ++i) {
     if (list.full()) flush();
-    list.add(tensors[i], static_cast<uint32_t>(round_up(tensors[i].blocks, kBlocksPerTile) / kBlocksPerTile));
+    list.add(tensors[i], static_cast<uint32_t>(round_up(tensors[i].blocks, kChunk) / kChunk));
   }
   flush();
 }

@@ -30,17 +30,17 @@ __device__ __forceinline__ void search_patch(const Patch& patch, uint32_t& top, 
 }
 
 /// Two neighbouring masks at a time, unless kStrided, where the last column of blocks may stand alone.
-template <WeightLayout kLayout>
-__device__ __forceinline__ void store_masks(uint16_t* mask, uint32_t top, uint32_t bottom, int64_t row, int64_t col,
-                                            int64_t rows, int64_t cols) {
-  const int64_t block_cols = cols / 4;
-  uint16_t* first = mask + row / 4 * block_cols + col / 4;
+template <Layout kLayout>
+__device__ __forceinline__ void store_masks(uint16_t* mask, uint32_t top, uint32_t bottom, int row, int col,
+                                            int rows, int cols) {
+  const uint32_t block_cols = static_cast<uint32_t>(cols) / 4;
+  uint16_t* first = mask + uint64_t{static_cast<uint32_t>(row) / 4} * block_cols + col / 4;
   SP24_UNROLL
   for (int bi = 0; bi < 2; ++bi) {
     if (row + 4 * bi < rows && col < cols) {
       const uint32_t pair = bi == 0 ? top : bottom;
       uint16_t* to = first + bi * block_cols;
-      if constexpr (kLayout != WeightLayout::kStrided) {
+      if constexpr (kLayout != Layout::kStrided) {
         *reinterpret_cast<uint32_t*>(to) = pair;
       } else {
         to[0] = static_cast<uint16_t>(pair);

@@ -2,7 +2,8 @@
 
     trainer = lightning.Trainer(..., callbacks=[Sparse24Callback(decay=6e-5)])
 
-Lightning hands the optimizer a closure that runs forward, backward and clipping; the recipe adds its decay right after it.
+Lightning hands the optimizer a closure that runs forward, backward and clipping; the recipe adds its decay right
+after it.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ class Sparse24Callback(Callback):
     def setup(self, trainer, pl_module, stage: str) -> None:
         if stage == "fit" and not sparse_layers(pl_module):
             mvue = self.settings.get("mvue", True)
-            self.report = sparsify(
-                pl_module, self.include, self.exclude, self.backend, tokens=self.tokens, mvue=mvue
-            )
+            self.report = sparsify(pl_module, self.include, self.exclude, self.backend, tokens=self.tokens, mvue=mvue)
 
     def on_train_start(self, trainer, pl_module) -> None:
         steps = self.total_steps or trainer.estimated_stepping_batches

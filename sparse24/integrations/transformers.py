@@ -32,7 +32,14 @@ class Sparse24Callback(TrainerCallback):
     """
 
     def __init__(
-        self, include="auto", exclude=(), backend: str = "auto", *, total_steps: int | None = None, tokens=None, **settings
+        self,
+        include="auto",
+        exclude=(),
+        backend: str = "auto",
+        *,
+        total_steps: int | None = None,
+        tokens=None,
+        **settings,
     ):
         self.include, self.exclude, self.backend, self.tokens = include, exclude, backend, tokens
         self.total_steps, self.settings = total_steps, settings
@@ -55,8 +62,8 @@ class Sparse24Callback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.report is None:
             raise Sparse24Error(
-                "Sparse24Callback was added after the Trainer was made; pass it as Trainer(..., callbacks=[...]), so that "
-                "the model is converted before its optimizer is made"
+                "Sparse24Callback was added after the Trainer was made; pass it as Trainer(..., callbacks=[...]), so "
+                "that the model is converted before its optimizer is made"
             )
         self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.settings)
         if state.global_step > 0:
@@ -72,8 +79,8 @@ class Sparse24Callback(TrainerCallback):
                 self.recipe.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True), rng=False)
                 return
         raise Sparse24Error(
-            f"resuming at step {state.global_step}, but there is no {STATE_FILE} in {folders[0]}: without it the masks are "
-            "lost. Set args.resume_from_checkpoint to the checkpoint's folder, or train from the start"
+            f"resuming at step {state.global_step}, but there is no {STATE_FILE} in {folders[0]}: without it the "
+            "masks are lost. Set args.resume_from_checkpoint to the checkpoint's folder, or train from the start"
         )
 
     def on_save(self, args, state, control, **kwargs):

@@ -127,8 +127,9 @@ def load(folder: Path) -> Checkpoint | None:
         model_config = json.loads((path / "config.json").read_text())
         settings = json.loads((path / "settings.json").read_text())
     except Exception as e:  # safetensors, zip and pickle readers each have their own
+        reason = (str(e).splitlines() or ["no detail"])[0]
         raise Sparse24Error(
-            f"checkpoint {path} cannot be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no detail'}); "
+            f"checkpoint {path} cannot be read ({type(e).__name__}: {reason}); "
             f"it is truncated or corrupt: restore it from a copy, or start anew with --overwrite"
         ) from e
     if not isinstance(state, dict) or state.get("version") != STATE_VERSION:

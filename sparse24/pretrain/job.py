@@ -53,6 +53,8 @@ def pretrain(
             written = summary.write_summary(out, s, results, machine(s))
     say("")
     say(summary.table(results))
+    if line := summary.ratios_line(results):
+        say(line)
     say("")
     say(f"pictures: {out / 'loss.png'}, {out / 'flip_rate.png'}; tables: {out / 'summary.md'}, {out / 'metrics.csv'}")
     return written
@@ -70,12 +72,15 @@ def occupied(out: Path, s: Settings) -> None:
     """Refuse to write over a run, or to go on with none."""
     there = (out / "config.json").exists() or (out / "checkpoint").exists()
     if there and not s.resume and not s.overwrite:
-        raise Sparse24Error(f"--out {out} already holds a run; --resume goes on with it, --overwrite replaces it, or name another folder")
+        raise Sparse24Error(
+            f"--out {out} already holds a run; --resume goes on with it, --overwrite replaces it, else name another"
+        )
     if s.resume:
         changed = differences(load_config(out)["settings"], s.to_json())
         if changed:
             raise Sparse24Error(
-                f"--resume: the run in {out} has other settings: {'; '.join(changed)}; leave these options out to take the saved ones, or use another --out"
+                f"--resume: the run in {out} has other settings: {'; '.join(changed)}; "
+                f"leave these options out to take the saved ones, or use another --out"
             )
 
 
@@ -126,6 +131,7 @@ def run_arm(
     on_step: Callable[[int], None] | None,
 ) -> summary.Result:
     """Train one arm, or the rest of it; pictures are drawn whatever ends it."""
+    reset_peak_memory(s.device)
     trainer = Trainer(s, arm, data, out, say, on_step)
     introduce(trainer, say)
     try:
@@ -161,8 +167,8 @@ def introduce(trainer: Trainer, say: Callable[[str], None]) -> None:
     s = trainer.settings
     say(f"{trainer.arm}: {s.model}, {trainer.parameters / 1e6:.2f} M parameters, on {s.device} in {s.dtype}")
     if trainer.report is not None:
-        converted, skipped = list(trainer.report.converted), list(trainer.report.skipped)
-        say(f"{trainer.arm}: {len(converted)} FFN layers are 2:4 for {trainer.recipe.phases.sparse_steps} of {s.steps} steps, {len(skipped)} skipped")
+        layers = f"{len(trainer.report.converted)} FFN layers are 2:4, {len(trainer.report.skipped)} skipped"
+        say(f"{trainer.arm}: {layers}; {trainer.recipe.phases.sparse_steps} of {s.steps} steps are sparse")
 
 
 def draw(out: Path, s: Settings) -> None:
@@ -173,19 +179,26 @@ def draw(out: Path, s: Settings) -> None:
         plots.plot_flip_rate(rows, out / "flip_rate.png", summary.title(s), s.mask_interval)
 
 
+def reset_peak_memory(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # of the arm before
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: str) -> float | None:
     import torch
 
-    if not device.startswith("cuda"):
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 2**20
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.startswith("cuda") else None
 
 
 def machine(s: Settings) -> dict[str, Any]:
     import torch
 
-    device = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(s.device)
+        if s.device.startswith("cuda")
+        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    )
     return {"device": device, "dtype": s.dtype, "torch": torch.__version__, "sparse24": __version__}
-

@@ -22,7 +22,9 @@ def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int
     quiet_transformers()
     s = settings
     ffn_width = s.ffn_width // 2 if arm == "half" else s.ffn_width
-    shared = dict(vocab_size=padded_vocab(vocab_size), bos_token_id=end_of_text, eos_token_id=end_of_text, use_cache=False)
+    shared = dict(
+        vocab_size=padded_vocab(vocab_size), bos_token_id=end_of_text, eos_token_id=end_of_text, use_cache=False
+    )
     if s.model == "gpt2":
         from transformers import GPT2Config
 
@@ -38,13 +40,30 @@ def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int
     )  # fmt: skip
 
 
+def causal_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Plain causal attention in the form that transformers calls: [batch, heads, tokens, head] in, heads third out.
+
+    Registered in place of "sdpa" because transformers then builds no mask. For "sdpa" it looks for packed sequences in
+    each forward, which makes the GPU wait, and under torch.compile builds a mask that rules flash attention out.
+    """
+    out = nn.functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scaling, is_causal=True
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
 def build_model(config: Any, seed: int) -> nn.Module:
     """Random weights of fp32 on the CPU, a function of config and seed alone: the same on every device."""
     from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+    ALL_ATTENTION_FUNCTIONS.register("sparse24_causal", causal_attention)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sparse24_causal")
     return model.float()
 
 

@@ -21,6 +21,7 @@ def new_axes(title: str, x_label: str, y_label: str):
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -55,11 +56,11 @@ def smooth(values: list[float], steps: float) -> list[float]:
 def mark_phases(axes, rows: list[Row]) -> None:
     """A line at each step where the sparse arm goes from one phase to the other."""
     own = [r for r in rows if r["arm"] == "sparse" and r["step"]]
-    for before, after in zip(own, own[1:]):
+    for before, after in zip(own, own[1:], strict=False):
         if before["phase"] != after["phase"]:
             axes.axvline(before["step"], color="0.35", linewidth=1, linestyle=":", zorder=1)
-            axes.annotate(f"{after['phase']} phase", (before["step"], 1), xycoords=("data", "axes fraction"), xytext=(4, -4),
-                          textcoords="offset points", va="top", fontsize=8, color="0.35")  # fmt: skip
+            where = dict(xycoords=("data", "axes fraction"), xytext=(4, -4), textcoords="offset points", va="top")
+            axes.annotate(f"{after['phase']} phase", (before["step"], 1), **where, fontsize=8, color="0.35")
 
 
 def plot_loss(rows: list[Row], path: Path, title: str) -> None:
@@ -86,7 +87,9 @@ def plot_loss(rows: list[Row], path: Path, title: str) -> None:
 
 def plot_flip_rate(rows: list[Row], path: Path, title: str, mask_interval: int) -> None:
     """Flip rate at each mask search; of a dense arm, whose masks are only probed, too."""
-    figure, axes = new_axes(f"{title}: flip rate", "optimizer step", f"mask entries changed per search (every {mask_interval} steps)")
+    figure, axes = new_axes(
+        f"{title}: flip rate", "optimizer step", f"part of the mask changed per search (every {mask_interval} steps)"
+    )
     for arm, own in by_arm(rows).items():
         steps, rates = points(searches(own), "flip_rate")
         label = NAMES[arm] if arm == "sparse" else f"{NAMES[arm]} (probed)"

@@ -8,7 +8,14 @@ from torch import nn
 
 @torch.no_grad()
 def write_samples(
-    model: nn.Module, prompts: torch.Tensor, tokens: int, ctx: int, vocab_size: int, seed: int, temperature: float = 0.8, top_k: int = 50
+    model: nn.Module,
+    prompts: torch.Tensor,
+    tokens: int,
+    ctx: int,
+    vocab_size: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
 ) -> torch.Tensor:
     """Continue `prompts` (int64 [count, length]) by `tokens` each; returns int64 [count, length + tokens].
 

@@ -18,6 +18,10 @@ from ..errors import Sparse24Error
 ARMS = ("dense", "sparse", "half")  # what the feed-forward layers are
 METHODS = ("fst", "ste", "sr-ste", "step", "s-ste")
 DTYPES = ("float32", "bfloat16", "float16")
+COUNTS = (
+    "layers", "width", "heads", "ctx", "ffn_width", "steps", "batch", "micro_batch", "mask_interval",
+    "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes",
+)  # fmt: skip
 
 # Sizes as published for GPT-2; decay factors as the paper's code has them for these sizes. "tiny" is made for two CPU
 # cores: some five minutes for both arms. Its run is short, so masks are searched more often and pressed harder.
@@ -46,11 +50,17 @@ def option(default: Any, text: str, *, free: bool = False) -> Any:
 class Settings:
     """Everything that decides a run. Sizes are in elements, tokens or optimizer steps unless named otherwise."""
 
-    # input and output
-    data: tuple[str, ...] = option((), "Text files or folders (UTF-8). Default: the Python standard library's sources.")
-    valid: tuple[str, ...] = option((), "Validation text. Default: a part of the data, split by file or at the tail.")
+    # input and output; which text it is, not where it lies, is compared when a run is resumed
+    data: tuple[str, ...] = option(
+        (), "Text files or folders (UTF-8). Default: the Python standard library's sources.", free=True
+    )
+    valid: tuple[str, ...] = option(
+        (), "Validation text. Default: a part of the data, split by file or at the tail.", free=True
+    )
     valid_fraction: float = option(0.05, "Part of the data set aside when --valid is not given.")
-    max_bytes: int | None = option(None, "Read at most this many bytes of text. Default: 8 MB of the default input, else all.")
+    max_bytes: int | None = option(
+        None, "Read at most this many bytes of text. Default: 8 MB of the default input, else all."
+    )
     out: str | None = option(None, "Output folder. Default: a new folder under runs/.", free=True)
     cache_dir: str | None = option(None, "Where tokens are cached. Default: ~/.cache/sparse24.", free=True)
     resume: bool = option(False, "Go on with the run in --out, bit for bit.", free=True)
@@ -62,14 +72,18 @@ class Settings:
     width: int | None = option(None, "Model width.")
     heads: int | None = option(None, "Attention heads.")
     ctx: int | None = option(None, "Context length in tokens.")
-    ffn_width: int | None = option(None, "Hidden width of the FFN. Default: 4x width (GPT-2), 8/3x rounded up to 64 (Llama).")
+    ffn_width: int | None = option(
+        None, "Hidden width of the FFN. Default: 4x width (GPT-2), 8/3x rounded up to 64 (Llama)."
+    )
     dropout: float = option(0.0, "Dropout of GPT-2 (Llama has none).")
     # tokenizer
     tokenizer: str = option("bpe", "bpe (byte-level, trained on the training text) or bytes.")
     vocab_size: int | None = option(None, "Tokens of the BPE.")
     tokenizer_bytes: int = option(32_000_000, "Train the BPE on at most this many bytes.")
     # arms
-    ffn: tuple[str, ...] = option((), "dense, sparse (2:4) or half (dense, half as wide); may be repeated. Default: sparse.", free=True)
+    ffn: tuple[str, ...] = option(
+        (), "dense, sparse (2:4) or half (dense, half as wide); may be repeated. Default: sparse.", free=True
+    )
     compare: bool = option(False, "Run dense and sparse, same seed and data order, and print the table.", free=True)
     # the 2:4 recipe
     decay: float | None = option(None, "Masked decay of pruned weights. `python -m sparse24 tune` finds it.")
@@ -92,7 +106,9 @@ class Settings:
     seed: int = option(0, "Seed of the weights, the data order and the draws.")
     # machine
     device: str = option("auto", "auto, cpu or cuda.")
-    dtype: str | None = option(None, "float32, bfloat16 or float16 (autocast). Default: bfloat16 on a GPU, else float32.")
+    dtype: str | None = option(
+        None, "float32, bfloat16 or float16 (autocast). Default: bfloat16 on a GPU, else float32."
+    )
     compile: bool = option(False, "torch.compile the model.")
     deterministic: bool = option(False, "Deterministic kernels, for bit-for-bit runs on a GPU.")
     # watching
@@ -156,7 +172,11 @@ def resolve_device(name: str) -> str:
 
 
 def check(s: Settings) -> None:
-    """Every rule on the values, one line each."""
+    """Every rule on the values."""
+
+    def rule(name: str, ok: bool, text: str, remedy: str) -> None:
+        require(ok, name, text, getattr(s, name), remedy)
+
     require_choice("--model", s.model, ("gpt2", "llama"))
     require_choice("--tokenizer", s.tokenizer, ("bpe", "bytes"))
     require_choice("--method", s.method, METHODS)
@@ -164,44 +184,43 @@ def check(s: Settings) -> None:
     require_choice("--backend", s.backend, ("auto", "sparse"))
     for arm in s.arms:
         require_choice("--ffn", arm, ARMS)
-    for name in ("layers", "width", "heads", "ctx", "ffn_width", "steps", "batch", "micro_batch", "mask_interval",
-                 "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes"):  # fmt: skip
-        require(getattr(s, name) >= 1, name, "must be at least 1", getattr(s, name), "give a positive number")
+    for name in COUNTS:
+        rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("samples", "sample_tokens", "seed", "warmup"):
-        require(getattr(s, name) >= 0, name, "must not be negative", getattr(s, name), "give 0 or more")
-    require(s.max_bytes is None or s.max_bytes >= 1, "max_bytes", "must be at least 1", s.max_bytes, "leave it out to read all")
-    require(s.ctx >= 2, "ctx", "must be at least 2", s.ctx, "give the context length in tokens")
-    require(s.width % s.heads == 0, "width", f"must be a multiple of --heads ({s.heads})", s.width,
-            f"use --width {-(-s.width // s.heads) * s.heads}")  # fmt: skip
-    require(s.model != "llama" or (s.width // s.heads) % 2 == 0, "width", "over --heads must be even for llama (rotary embedding)",
-            f"{s.width}/{s.heads}", "change --width or --heads")  # fmt: skip
-    require("half" not in s.arms or s.ffn_width % 2 == 0, "ffn_width", "must be even for --ffn half", s.ffn_width, "use an even width")
-    require(s.tokenizer == "bytes" or s.vocab_size >= 257, "vocab_size", "must be at least 257 (256 bytes and the end of text)",
-            s.vocab_size, "use a larger one, or --tokenizer bytes")  # fmt: skip
-    require(s.batch % s.micro_batch == 0, "micro_batch", f"must divide --batch ({s.batch})", s.micro_batch,
-            f"use --micro-batch {math.gcd(s.batch, s.micro_batch)}")  # fmt: skip
-    require(s.warmup < s.steps, "warmup", f"must be below --steps ({s.steps})", s.warmup, "shorten it or train longer")
+        rule(name, getattr(s, name) >= 0, "must not be negative", "give 0 or more")
     for name in ("lr", "min_lr"):
-        require_positive(name, getattr(s, name))
-    require(s.min_lr <= s.lr, "min_lr", f"must not exceed --lr ({s.lr})", s.min_lr, "lower it")
+        rule(name, 0 < getattr(s, name) < math.inf, "must be finite and above 0", "give a small positive number")
     for name in ("decay", "weight_decay", "clip"):
-        value = getattr(s, name)
-        require(math.isfinite(value) and value >= 0, name, "must be finite and not negative", value, "give 0 or a small positive number")
+        rule(name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative", "give 0 or a small number")
     for name in ("dropout", "beta1", "beta2"):
-        require(0 <= getattr(s, name) < 1, name, "must be in [0, 1)", getattr(s, name), "give a smaller one")
-    require(0 <= s.dense_fraction <= 1, "dense_fraction", "must be in [0, 1]", s.dense_fraction, "the paper has 1/6")
-    require(0 < s.valid_fraction <= 0.5, "valid_fraction", "must be in (0, 0.5]", s.valid_fraction, "0.05 is usual")
-    require(not (s.resume and s.overwrite), "overwrite", "cannot go with --resume", s.overwrite, "give one of them")
-    require(not s.resume or s.out, "resume", "needs --out", s.resume, "name the folder of the run to go on with")
+        rule(name, 0 <= getattr(s, name) < 1, "must be in [0, 1)", "give a smaller one")
+    rule("dense_fraction", 0 <= s.dense_fraction <= 1, "must be in [0, 1]", "the paper has 1/6")
+    rule("valid_fraction", 0 < s.valid_fraction <= 0.5, "must be in (0, 0.5]", "0.05 is usual")
+    rule("max_bytes", s.max_bytes is None or s.max_bytes >= 1, "must be at least 1", "leave it out to read all")
+    rule("ctx", s.ctx >= 2, "must be at least 2", "give the context length in tokens")
+    rounded = -(-s.width // s.heads) * s.heads
+    rule("width", s.width == rounded, f"must be a multiple of --heads ({s.heads})", f"use --width {rounded}")
+    if s.model == "llama":
+        head = s.width // s.heads
+        rule(
+            "width", head % 2 == 0, f"over --heads ({s.heads}) must be even for llama's rotary embedding", "change one"
+        )
+    if "half" in s.arms:
+        rule("ffn_width", s.ffn_width % 2 == 0, "must be even for --ffn half", "use an even width")
+    if s.tokenizer == "bpe":
+        enough = s.vocab_size >= 257
+        rule("vocab_size", enough, "must be at least 257 (bytes and end of text)", "raise it, or --tokenizer bytes")
+    fitting = math.gcd(s.batch, s.micro_batch)
+    rule("micro_batch", s.micro_batch == fitting, f"must divide --batch ({s.batch})", f"use --micro-batch {fitting}")
+    rule("warmup", s.warmup < s.steps, f"must be below --steps ({s.steps})", "shorten it or train longer")
+    rule("min_lr", s.min_lr <= s.lr, f"must not exceed --lr ({s.lr})", "lower it")
+    rule("overwrite", not (s.resume and s.overwrite), "cannot go with --resume", "give one of them")
+    rule("resume", not s.resume or s.out is not None, "needs --out", "name the folder of the run to go on with")
 
 
 def require(ok: bool, name: str, rule: str, value: Any, remedy: str) -> None:
     if not ok:
         raise Sparse24Error(f"--{name.replace('_', '-')} {rule}, got {value}; {remedy}")
-
-
-def require_positive(name: str, value: float) -> None:
-    require(math.isfinite(value) and value > 0, name, "must be finite and above 0", value, "give a positive number")
 
 
 def require_choice(name: str, value: Any, choices: Any) -> None:
@@ -219,7 +238,9 @@ def load_config(out: Path) -> dict[str, Any]:
         config = json.loads(path.read_text())
         _ = config["data"], config["settings"]["steps"]
     except OSError as e:
-        raise Sparse24Error(f"--out {out} holds no run ({path}: {e.strerror}); check the path, or leave --resume out to start one") from e
+        raise Sparse24Error(
+            f"--out {out} holds no run ({path}: {e.strerror}); check the path, or leave --resume out to start one"
+        ) from e
     except (ValueError, KeyError, TypeError) as e:
         raise Sparse24Error(f"{path} is not the config.json of a run ({e!r}); name another --out") from e
     return config

@@ -20,7 +20,10 @@ def arm_result(arm: str, rows: list[Row], settings: Settings, **known: Any) -> R
     valid = [r for r in rows if r["valid_loss"] is not None]
     flips = [r["flip_rate"] for r in searches(rows)]
     verified = [r["verified"] for r in rows if r["verified"] is not None]
-    times = {phase: [r["step_ms"] for r in rows if r["step_ms"] is not None and r["phase"] == phase] for phase in ("sparse", "dense")}
+    times = {
+        phase: [r["step_ms"] for r in rows if r["step_ms"] is not None and r["phase"] == phase]
+        for phase in ("sparse", "dense")
+    }
     every = times["sparse"] + times["dense"]
     return known | {
         "arm": arm,
@@ -54,21 +57,41 @@ def compare(results: dict[str, Result]) -> dict[str, float]:
     return ratios
 
 
+COLUMNS = {
+    "FFN": lambda r: r["arm"],
+    "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
+    "valid. loss": lambda r: f"{r['valid_loss']:.4f}",
+    "bits/byte": lambda r: f"{r['valid_bits_per_byte']:.4f}",
+    "flips, peak": lambda r: number(r["flip_rate_peak"], ".4f"),
+    "last": lambda r: number(r["flip_rate_last"], ".4f"),
+    "ms/step 2:4": lambda r: number(r["step_ms_sparse_phase"], ".1f"),
+    "ms/step dense": lambda r: number(r["step_ms_dense_phase"], ".1f"),
+    "tokens/s": lambda r: number(r["tokens_per_s"], ",.0f"),
+    "training": lambda r: f"{r['seconds']:.0f} s",
+}
+
+
 def table(results: dict[str, Result]) -> str:
     """A Markdown table, an arm a line, padded so that it reads well on a screen too."""
-    head = ["FFN", "parameters", "valid. loss", "bits/byte", "flip rate peak", "last", "ms/step 2:4", "ms/step dense", "tokens/s", "time"]
-    lines = [head]
-    for r in results.values():
-        lines.append([
-            r["arm"], f"{r['parameters'] / 1e6:.2f} M", f"{r['valid_loss']:.4f}", f"{r['valid_bits_per_byte']:.4f}",
-            number(r["flip_rate_peak"], ".4f"), number(r["flip_rate_last"], ".4f"),
-            number(r["step_ms_sparse_phase"], ".1f"), number(r["step_ms_dense_phase"], ".1f"),
-            number(r["tokens_per_s"], ",.0f"), f"{r['seconds']:.0f} s",
-        ])  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    rows = ["| " + " | ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))) + " |" for line in lines]
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
-    return "\n".join([rows[0], rule, *rows[1:]])
+    lines = [list(COLUMNS), *([cell(r) for cell in COLUMNS.values()] for r in results.values())]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def padded(line: list[str]) -> str:
+        first, *others = map(str.rjust, line, widths)
+        return " | ".join(["| " + first.lstrip().ljust(widths[0]), *others]) + " |"
+
+    rule = "|".join(["|" + "-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([padded(lines[0]), rule, *map(padded, lines[1:])])
+
+
+def ratios_line(results: dict[str, Result]) -> str:
+    """The sparse arm against the dense one, in words; empty when there are not both."""
+    ratios = compare(results)
+    parts = [f"validation loss {100 * (ratios['valid_loss_ratio'] - 1):+.2f} %"] if ratios else []
+    if "speedup_whole_run" in ratios:
+        parts.append(f"speed {ratios['speedup_sparse_phase']:.2f}x in the 2:4 phase")
+        parts.append(f"{ratios['speedup_whole_run']:.2f}x over the whole run")
+    return f"sparse against dense: {', '.join(parts)}" if parts else ""
 
 
 def number(value: float | None, form: str) -> str:
@@ -79,16 +102,22 @@ def write_summary(out: Path, settings: Settings, results: dict[str, Result], mac
     """summary.json, summary.md and samples.txt, each replaced as a whole."""
     summary = {"machine": machine, "compare": compare(results), "arms": results, "settings": settings.to_json()}
     replace(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    note = "Times are medians of a step in each phase, without warm-up and evaluation; tokens/s is over both phases."
+    note = "ms/step: median of each phase, without warm-up and evaluation; tokens/s: mean over both phases, likewise."
     where = ", ".join(f"{k} {v}" for k, v in machine.items())
-    replace(out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{note}\n\n{where}\n")
+    replace(
+        out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{ratios_line(results)}\n\n{note}\n\n{where}\n"
+    )
     texts = [f"=== {arm}, step {r['steps']} ===\n\n" + "\n\n---\n\n".join(r["samples"]) for arm, r in results.items()]
-    replace(out / "samples.txt", "Continuations of validation text; [>] marks where the model goes on.\n\n" + "\n\n".join(texts) + "\n")
+    replace(
+        out / "samples.txt",
+        "Continuations of validation text; [>] marks where the model goes on.\n\n" + "\n\n".join(texts) + "\n",
+    )
     return summary
 
 
 def title(s: Settings) -> str:
-    return f"{s.model} {s.layers}x{s.width}, {s.steps} steps of {s.batch}x{s.ctx} tokens"
+    name = {"gpt2": "GPT-2", "llama": "Llama"}[s.model]
+    return f"{name}, {s.layers} layers of width {s.width}, {s.steps} steps of {s.batch} x {s.ctx} tokens"
 
 
 def replace(path: Path, content: str) -> None:

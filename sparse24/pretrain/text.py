@@ -52,9 +52,7 @@ class Corpus:
         return sum(s.end - s.start for s in self.valid)
 
 
-def load_corpus(
-    data: tuple[str, ...], valid: tuple[str, ...], valid_fraction: float, max_bytes: int | None
-) -> Corpus:
+def load_corpus(data: tuple[str, ...], valid: tuple[str, ...], valid_fraction: float, max_bytes: int | None) -> Corpus:
     """Find, check and split the text. No `data`: the sources of the Python standard library.
 
     Raises Sparse24Error for a missing, empty or binary input.
@@ -145,7 +143,9 @@ def checked(sources: list[tuple[Source, bool]], option: str, digest, skipped: li
             good.append(source)
             digest.update(f"{source.name}:{source.size_bytes}:{content.hexdigest()};".encode())
         elif problem is not None and is_named:
-            raise Sparse24Error(f"{option} {source.path} is not UTF-8 text ({problem}); give a text file, or convert it to UTF-8")
+            raise Sparse24Error(
+                f"{option} {source.path} is not UTF-8 text ({problem}); give a text file, or convert it to UTF-8"
+            )
         else:
             skipped.append(f"{source.path}: {problem or 'empty'}")
     if not good:

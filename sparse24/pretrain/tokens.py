@@ -57,9 +57,14 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda line: None) 
                 f"--ctx {settings.ctx} needs at least {settings.ctx + 1} {name} tokens, but the text has {len(ids)}; "
                 f"give more text with {option} or a smaller --ctx"
             )
-    source = f"{corpus.train_bytes / 1e6:.1f} + {corpus.valid_bytes / 1e6:.1f} MB of text"
-    say(f"{source}: {len(data.train):,} training and {len(data.valid):,} validation tokens, vocabulary {data.tokenizer.vocab_size:,}")
+    source = f"{size(corpus.train_bytes)} and {size(corpus.valid_bytes)} of text"
+    counts = f"{len(data.train):,} training and {len(data.valid):,} validation tokens"
+    say(f"{source}: {counts}, vocabulary {data.tokenizer.vocab_size:,}")
     return data
+
+
+def size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -91,11 +96,11 @@ def build(folder: Path, corpus: text.Corpus, settings: Settings, say: Callable[[
             tokenizer = ByteTokenizer()
         else:
             sample_bytes = min(corpus.train_bytes, settings.tokenizer_bytes)
-            say(f"training a byte-level BPE of {settings.vocab_size:,} tokens on {sample_bytes / 1e6:.1f} MB")
+            say(f"training a byte-level BPE of {settings.vocab_size:,} tokens on {size(sample_bytes)}")
             tokenizer = BpeTokenizer.train(sample(corpus.train, settings.tokenizer_bytes), settings.vocab_size)
         tokenizer.save(temporary)
         dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-        say(f"turning {(corpus.train_bytes + corpus.valid_bytes) / 1e6:.1f} MB into tokens")
+        say(f"turning {size(corpus.train_bytes + corpus.valid_bytes)} into tokens")
         write_ids(temporary / "train.bin", corpus.train, tokenizer, dtype)
         write_ids(temporary / "valid.bin", corpus.valid, tokenizer, dtype)
         size_bytes = {p.name: p.stat().st_size for p in temporary.iterdir()}
@@ -108,7 +113,9 @@ def build(folder: Path, corpus: text.Corpus, settings: Settings, say: Callable[[
             if not is_complete(folder):  # else another process was faster, with the same content
                 raise
     except OSError as e:
-        raise Sparse24Error(f"--cache-dir {folder.parent}: tokens could not be written ({e.strerror or e}); free some space or name another") from e
+        raise Sparse24Error(
+            f"--cache-dir {folder.parent}: tokens could not be written ({e.strerror or e}); make room or name another"
+        ) from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -181,12 +188,13 @@ class Batches:
 
 def gather(ids: np.ndarray, starts: np.ndarray, ctx: int) -> tuple[np.ndarray, np.ndarray]:
     rows = np.stack([ids[s : s + ctx + 1] for s in starts]).astype(np.int64)
-    return rows[:, :-1], rows[:, 1:]
+    return np.ascontiguousarray(rows[:, :-1]), np.ascontiguousarray(rows[:, 1:])
 
 
 def validation_batches(ids: np.ndarray, ctx: int, batch: int, max_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """A fixed slice: windows spread evenly over the validation tokens, at most `max_tokens`, at least one window."""
     windows = (len(ids) - 1) // ctx
     count = max(1, min(windows, max_tokens // ctx))
+    count -= count % batch if count > batch else 0  # batches of one shape: compiled code is made for it
     starts = (np.arange(count) * windows // count) * ctx
     return [gather(ids, starts[i : i + batch], ctx) for i in range(0, count, batch)]

@@ -45,6 +45,12 @@ def learning_rate(step: int, s: Settings) -> float:
     return s.min_lr + 0.5 * (s.lr - s.min_lr) * (1 + math.cos(math.pi * done))
 
 
+def sparsify_settings(s: Settings) -> dict[str, Any]:
+    """What `sparse24.sparsify` is told of a run; on a GPU, the dtype of autocast for the packed values."""
+    packed = getattr(torch, s.dtype) if s.device.startswith("cuda") and s.dtype != "float32" else None
+    return {"backend": s.backend, "dtype": packed, "tokens": s.micro_batch * s.ctx}
+
+
 class StepClock:
     """Time of each step in milliseconds; on a GPU by events, which do not make the step wait."""
 
@@ -117,12 +123,12 @@ class Trainer:
         self.cold = min(5, max(1, s.steps // 10))
 
     def make_sparse(self) -> Any:
-        s = self.settings
-        dtype = self.dtype if self.device.type == "cuda" and self.dtype != torch.float32 else None
-        report = sparsify(self.model, backend=s.backend, dtype=dtype, tokens=s.micro_batch * s.ctx)
+        report = sparsify(self.model, **sparsify_settings(self.settings))
         if not report.converted:
             reasons = "; ".join(sorted({reason for _, reason in report.skipped})) or "none was found"
-            raise Sparse24Error(f"--ffn sparse: no FFN layer can be 2:4 here ({reasons}); use --ffn dense, or --device cpu")
+            raise Sparse24Error(
+                f"--ffn sparse: no FFN layer can be 2:4 here ({reasons}); use --ffn dense, or --device cpu"
+            )
         return report
 
     # ---- checkpoint --------------------------------------------------------------------------------------------
@@ -140,7 +146,9 @@ class Trainer:
             "rng_cpu": torch.get_rng_state(),
             "rng_device": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
-        return checkpoint.save(self.checkpoints, self.step, self.model, state, self.settings.to_json(), self.data.tokenizer)
+        return checkpoint.save(
+            self.checkpoints, self.step, self.model, state, self.settings.to_json(), self.data.tokenizer
+        )
 
     def restore(self) -> None:
         found = checkpoint.load(self.checkpoints)
@@ -188,7 +196,8 @@ class Trainer:
         micro_steps = s.batch // s.micro_batch
         lr, phase = learning_rate(self.step, s), self.phase
         loss_sum = torch.zeros((), device=self.device)
-        for x, y in zip(self.to_device(inputs).chunk(micro_steps), self.to_device(targets).chunk(micro_steps)):
+        micro_batches = (self.to_device(ids).chunk(micro_steps) for ids in (inputs, targets))
+        for x, y in zip(*micro_batches, strict=True):
             with self.autocast():
                 loss = next_token_loss(self.forward, x, y) / micro_steps
             self.scaler.scale(loss).backward()
@@ -202,8 +211,6 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        if self.probe:
-            self.probe.after_step(self.step)
         timed, self.cold = self.cold == 0, max(0, self.cold - 1)
         if self.phase != phase:
             self.cold = 2
@@ -251,6 +258,8 @@ class Trainer:
                 start = clock.mark()
                 pending.append(self.train_step())
                 clock.add(start)
+                if self.probe:  # outside the clock: a dense run without it would not do this
+                    self.probe.after_step(self.step)
                 if self.on_step:
                     self.on_step(self.step)
                 last = self.step == s.steps
@@ -274,7 +283,7 @@ class Trainer:
     def read_out(self, pending: list[dict[str, Any]], clock: StepClock) -> tuple[list[Row], dict[str, float]]:
         """Rows of the steps since the last read. Raises TrainingDiverged, naming the first step that is not finite."""
         s, rows = self.settings, []
-        for item, step_ms in zip(pending, clock.read()):
+        for item, step_ms in zip(pending, clock.read(), strict=True):
             loss, grad_norm = item["loss"].item(), item["grad_norm"].item()
             # a scaled fp16 step may have an infinite gradient: the scaler then skips the update
             if not math.isfinite(loss) or not (math.isfinite(grad_norm) or self.scaler.is_enabled()):
@@ -287,17 +296,17 @@ class Trainer:
             rows.append(row)
         pending.clear()
         extra = dict((self.recipe or self.probe).metrics())
-        rows[-1] |= {k: float(extra.pop(k)) for k in ("flip_rate", "flip_rate_per_step", "mask_age", "decay") if k in extra}
-        for name in ("phase", "step"):
-            extra.pop(name, None)
-        return rows, extra
+        if self.recipe and rows[-1]["phase"] == "dense":
+            extra = {}  # masks are not searched any more
+        rows[-1] |= {k: extra.pop(k) for k in ("flip_rate", "flip_rate_per_step", "mask_age", "decay") if k in extra}
+        return rows, {k: v for k, v in extra.items() if k not in ("phase", "step")}
 
     def diverged(self, step: int, loss: float, grad_norm: float) -> None:
         kept = checkpoint.complete(self.checkpoints)
         where = f"the last good checkpoint is {kept[-1][1]}" if kept else "no checkpoint was written before"
         raise TrainingDiverged(
             f"{self.arm}: loss {loss} and gradient norm {grad_norm} at step {step} must be finite; {where}; "
-            f"lower --lr (now {self.settings.lr:g}) or lengthen --warmup (now {self.settings.warmup})"
+            f"start anew with a lower --lr (now {self.settings.lr:g}) or a longer --warmup (now {self.settings.warmup})"
         )
 
     def samples(self) -> list[str]:

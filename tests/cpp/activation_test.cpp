@@ -81,8 +81,8 @@ TEST(forward_takes_every_layout) {
   std::mt19937 random(1);
   for (bool gated : {true, false})
     for (DType dtype : kDTypes)
-      for (Layout in : kLayouts)
-        for (Layout out : kLayouts) {
+      for (Order in : kOrders)
+        for (Order out : kOrders) {
           const int64_t tokens = 37, width = 70;
           TestMatrix gate_up(tokens, gated ? 2 * width : width, dtype, in, 2);
           TestMatrix h(tokens, width, dtype, out, 1), rounded(1, 1, dtype);
@@ -106,7 +106,7 @@ TEST(backward_is_the_derivative_and_packs_like_mvue) {
   const int64_t seed[2] = {11, 12};
   for (bool gated : {true, false})
     for (Activation kind : kKinds)
-      for (Layout layout : kLayouts) {
+      for (Order layout : kOrders) {
         const DType dtype = DType::kBFloat16;
         const int64_t tokens = 21, width = 36, cols = gated ? 2 * width : width;
         TestMatrix gate_up(tokens, cols, dtype, layout), d_h(tokens, width, dtype);
@@ -151,6 +151,15 @@ TEST(backward_is_the_derivative_and_packs_like_mvue) {
         CHECK(packed.bytes() == expected_packed.bytes());
         CHECK(E == expected_E);
       }
+}
+
+TEST(an_extent_of_one_may_have_any_stride) {
+  float gate_up[2] = {1.5f, 3.0f}, h = 0;
+  ActivationArgs args;
+  args.gate_up = {gate_up, DType::kFloat32, 1, 2, 77, 1};
+  args.h = {&h, DType::kFloat32, 1, 1, 55, 66};
+  activation_forward(args, kCpu);
+  CHECK_EQ(h, evaluate(args.kind, 1.5f).value * 3.0f);
 }
 
 TEST(bad_activation_arguments_are_named) {

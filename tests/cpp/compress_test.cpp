@@ -50,7 +50,7 @@ TEST(what_is_packed_comes_back_both_ways) {
   for (const Shape& shape : kShapes)
     for (DType in : kDTypes)
       for (DType out : kDTypes)
-        for (Layout layout : kLayouts) {
+        for (Order layout : kOrders) {
           TestMatrix w(shape.rows, shape.cols, in, layout, 3);
           w.fill_normal(random);
           Packed packed(shape.rows, shape.cols, out);
@@ -58,7 +58,7 @@ TEST(what_is_packed_comes_back_both_ways) {
           search_and_pack(&args, 1, kCpu);
 
           for (bool transposed : {false, true}) {
-            TestMatrix dense(shape.rows, shape.cols, out, Layout::kRowMajor, transposed ? 5 : 0);
+            TestMatrix dense(shape.rows, shape.cols, out, Order::kRowMajor, transposed ? 5 : 0);
             DecompressArgs back;
             back.packed = transposed ? packed.values_t.data() : packed.values.data();
             back.E = transposed ? packed.E_t.data() : packed.E.data();
@@ -142,7 +142,7 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
   for (const Shape& shape :
        {Shape{1, 4}, Shape{7, 8}, Shape{31, 66}, Shape{64, 64}, Shape{130, 20}})
     for (DType dtype : kDTypes)
-      for (Layout layout : kLayouts) {
+      for (Order layout : kOrders) {
         const int64_t tokens = shape.rows, features = shape.cols, padded = padded_tokens(tokens);
         TestMatrix dy(tokens, features, dtype, layout, 1);
         dy.fill_normal(random);
@@ -172,6 +172,38 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
           }
         check_padding(E, features, padded);
       }
+}
+
+TEST(a_gradient_of_any_width_comes_back) {
+  std::mt19937 random(7);
+  const int64_t seed[2] = {1, 2}, tokens = 10, padded = padded_tokens(tokens);
+  for (int64_t features : {1, 3, 7, 66}) {
+    TestMatrix dy(tokens, features, DType::kBFloat16),
+        packed(padded / 2, features, DType::kBFloat16);
+    dy.fill_normal(random);
+    std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(features, padded)));
+    MvueArgs args;
+    args.dy = dy.const_view();
+    args.seed = seed;
+    args.packed = packed.data();
+    args.E = E.data();
+    mvue_compress(args, kCpu);
+    TestMatrix dense(padded, features, DType::kBFloat16);
+    DecompressArgs back;
+    back.packed = packed.data();
+    back.E = E.data();
+    back.transposed = true;
+    back.out = dense.view();
+    decompress(back, kCpu);
+    for (int64_t t = 0; t < padded; ++t)
+      for (int64_t f = 0; f < features; ++f) {
+        const uint32_t nibble = nibble_at(E, features, f, t / 4);
+        const bool first = meta_first(nibble) == t % 4, second = meta_second(nibble) == t % 4;
+        const float kept = packed.get(t / 4 * 2 + (second ? 1 : 0), f);
+        CHECK_EQ(dense.get(t, f), first || second ? kept : 0.0f);
+        if (t >= tokens) CHECK_EQ(dense.get(t, f), 0.0f);
+      }
+  }
 }
 
 TEST(results_do_not_depend_on_threads) {

@@ -76,8 +76,8 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
   Operand lhs = weight_grad ? make_gradient(p.m, p.k, dtype, random)
                             : make_weight(pass, p.m, p.k, dtype, random);
   // rhs(k, n): x [k, n] for dW, [n, k] otherwise; the output [m, n] or [n, m]. Both with gaps.
-  TestMatrix rhs(weight_grad ? p.k : p.n, weight_grad ? p.n : p.k, dtype, Layout::kRowMajor, 8);
-  TestMatrix out(weight_grad ? p.m : p.n, weight_grad ? p.n : p.m, out_dtype, Layout::kRowMajor, 4);
+  TestMatrix rhs(weight_grad ? p.k : p.n, weight_grad ? p.n : p.k, dtype, Order::kRowMajor, 8);
+  TestMatrix out(weight_grad ? p.m : p.n, weight_grad ? p.n : p.m, out_dtype, Order::kRowMajor, 4);
   rhs.fill_integers(random, 3);
   out.fill_integers(random, 9);
   const TestMatrix before = out;

@@ -12,19 +12,19 @@ namespace testing {
 
 using namespace sparse24;
 
-enum class Layout { kRowMajor, kColumnMajor };
+enum class Order { kRowMajor, kColumnMajor };
 
 /// A matrix that owns its memory. `extra` widens the leading dimension; the gap holds a sentinel.
 class TestMatrix {
  public:
-  TestMatrix(int64_t rows, int64_t cols, DType dtype, Layout layout = Layout::kRowMajor,
+  TestMatrix(int64_t rows, int64_t cols, DType dtype, Order layout = Order::kRowMajor,
              int64_t extra = 0)
       : rows_(rows), cols_(cols), dtype_(dtype) {
-    const int64_t ld = (layout == Layout::kRowMajor ? cols : rows) + extra;
-    row_stride_ = layout == Layout::kRowMajor ? ld : 1;
-    col_stride_ = layout == Layout::kRowMajor ? 1 : ld;
+    const int64_t ld = (layout == Order::kRowMajor ? cols : rows) + extra;
+    row_stride_ = layout == Order::kRowMajor ? ld : 1;
+    col_stride_ = layout == Order::kRowMajor ? 1 : ld;
     memory_.assign(
-        static_cast<size_t>((layout == Layout::kRowMajor ? rows : cols) * ld * bytes_of(dtype)),
+        static_cast<size_t>((layout == Order::kRowMajor ? rows : cols) * ld * bytes_of(dtype)),
         kSentinel);
   }
 
@@ -102,6 +102,6 @@ struct Packed {
 };
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-constexpr Layout kLayouts[] = {Layout::kRowMajor, Layout::kColumnMajor};
+constexpr Order kOrders[] = {Order::kRowMajor, Order::kColumnMajor};
 
 }  // namespace testing

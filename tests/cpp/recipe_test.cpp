@@ -21,8 +21,8 @@ TEST(decay_pulls_pruned_elements_only) {
   const float scale = 1024.0f;
   for (DType grad_dtype : kDTypes)
     for (DType w_dtype : kDTypes)
-      for (Layout grad_layout : kLayouts)
-        for (Layout w_layout : kLayouts)
+      for (Order grad_layout : kOrders)
+        for (Order w_layout : kOrders)
           for (bool scaled : {false, true}) {
             const int64_t rows = 68, cols = 76;
             TestMatrix grad(rows, cols, grad_dtype, grad_layout, 2),
@@ -71,7 +71,7 @@ TEST(flips_are_counted_per_tensor) {
 
 TEST(gaps_are_those_of_the_blocks) {
   std::mt19937 random(2);
-  for (Layout layout : kLayouts) {
+  for (Order layout : kOrders) {
     TestMatrix w(12, 20, DType::kFloat16, layout, 3);
     w.fill_normal(random);
     std::vector<float> gap(3 * 5);

@@ -3,23 +3,37 @@
 import random
 
 import pytest
+import torch
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
 from sparse24.pretrain import Settings  # noqa: E402
 
-WORDS = "the of and a to in is was it for with as his on be at by had not are but from or have an they which one".split()
+WORDS = (
+    "the of and a to in is was it for with as his on be at by had not are but from or have an they which one".split()
+)
 
 
 def make_text(bytes_at_least: int, seed: int = 0) -> str:
     """Lines of common words, with a few characters of more than one byte."""
     draw, lines, size = random.Random(seed), [], 0
     while size < bytes_at_least:
-        line = " ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + draw.choice([".", "!", " – ça va?", " 🙂"])
+        line = " ".join(draw.choices(WORDS, k=draw.randint(4, 12))).capitalize() + draw.choice(
+            [".", "!", " – ça va?", " 🙂"]
+        )
         lines.append(line)
         size += len(line.encode()) + 1
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Models this small only wait for one another's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

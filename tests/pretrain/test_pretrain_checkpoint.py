@@ -36,7 +36,9 @@ def test_loaded_checkpoint_equals_the_saved_one(tmp_path):
     found = checkpoint.load(tmp_path)
     checkpoint.load_weights(other, found)
     assert equal(model, other) and other.head.weight is other.embedding.weight
-    assert found.state["step"] == 3 and torch.equal(found.state["x"], torch.arange(3)) and found.settings == {"steps": 9}
+    assert (
+        found.state["step"] == 3 and torch.equal(found.state["x"], torch.arange(3)) and found.settings == {"steps": 9}
+    )
 
 
 def test_only_the_newest_is_kept_and_no_temporary_one(tmp_path):
@@ -53,7 +55,11 @@ def test_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch, fails)
     def crash(*arguments, **options):
         raise KeyboardInterrupt
 
-    target = {"config.json": "sparse24.pretrain.checkpoint.json.dumps", "state.pt": "torch.save", "rename": "pathlib.Path.rename"}
+    target = {
+        "config.json": "sparse24.pretrain.checkpoint.json.dumps",
+        "state.pt": "torch.save",
+        "rename": "pathlib.Path.rename",
+    }
     with monkeypatch.context() as patch:
         patch.setattr(target[fails], crash)
         with pytest.raises(KeyboardInterrupt):
@@ -73,7 +79,9 @@ def test_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    with pytest.raises(Sparse24Error, match="checkpoint of step 2 could not be written .*No space left.* make room, then --resume"):
+    with pytest.raises(
+        Sparse24Error, match="checkpoint of step 2 could not be written .*No space left.* make room, then --resume"
+    ):
         save(tmp_path, 2, Tied())
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
@@ -116,7 +124,9 @@ def test_weights_of_another_shape_are_refused_and_the_model_stays(tmp_path):
     save(tmp_path, 1, Tied(width=8))
     model = Tied()
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(Sparse24Error, match=r"of another model .*embedding.weight: shape \(10, 8\), the model has \(10, 4\)"):
+    with pytest.raises(
+        Sparse24Error, match=r"of another model .*embedding.weight: shape \(10, 8\), the model has \(10, 4\)"
+    ):
         checkpoint.load_weights(model, checkpoint.load(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 

@@ -28,9 +28,11 @@ def run_cli(monkeypatch, capsys):
 
 @pytest.fixture
 def arguments(text_file, cache_dir, tmp_path):
-    return ["pretrain", "--data", text_file, "--cache-dir", cache_dir, "--out", tmp_path / "run", "--device", "cpu", "--layers", 1,
-            "--width", 32, "--heads", 2, "--ctx", 32, "--vocab-size", 300, "--batch", 4, "--steps", 6, "--warmup", 1,
-            "--mask-interval", 2, "--eval-interval", 3, "--eval-tokens", 256, "--samples", 1, "--sample-tokens", 4]  # fmt: skip
+    options = (
+        "--device cpu --layers 1 --width 32 --heads 2 --ctx 32 --vocab-size 300 --batch 4 --steps 6 --warmup 1 "
+        "--mask-interval 2 --eval-interval 3 --eval-tokens 256 --samples 1 --sample-tokens 4"
+    )
+    return ["pretrain", "--data", text_file, "--cache-dir", cache_dir, "--out", tmp_path / "run", *options.split()]
 
 
 def test_pretrain_prints_the_table_and_exits_with_0(run_cli, arguments, tmp_path):
@@ -70,7 +72,16 @@ def test_help_lists_every_setting_with_its_meaning(run_cli, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     status, out, _ = run_cli("pretrain", "--help")
     assert status == 0
-    for name in ("--data", "--valid", "--preset", "--compare", "--no-mvue", "--mask-interval", "--resume", "--deterministic"):
+    for name in (
+        "--data",
+        "--valid",
+        "--preset",
+        "--compare",
+        "--no-mvue",
+        "--mask-interval",
+        "--resume",
+        "--deterministic",
+    ):
         assert name in out
 
 
@@ -79,10 +90,27 @@ def test_env_tells_versions_and_devices(run_cli):
     assert status == 0 and "torch" in out and "cpu" in out and "backend" in out
 
 
+def test_tune_finds_a_decay_and_goes_on_where_it_stopped(run_cli, text_file, cache_dir, tmp_path):
+    options = (
+        "--device cpu --layers 1 --width 32 --heads 2 --ctx 32 --vocab-size 300 --batch 4 --micro-batch 2 --steps 40 "
+        "--warmup 12 --mask-interval 3 --lr 0.01 --grid 0.01 --grid 0.1"
+    )
+    command = ["tune", "--data", text_file, "--cache-dir", cache_dir, "--out", tmp_path / "tune", *options.split()]
+    status, out, err = run_cli(*command)
+    assert status in (0, 1) and "decay" in out and not err  # 1: no decay was feasible
+    for name in ("tune.json", "tune.png", "config.json"):
+        assert (tmp_path / "tune" / name).stat().st_size > 0
+    assert run_cli(*command)[1] == out
+    status, _, err = run_cli(*command, "--width", 64)
+    assert status == 2 and "holds a run with other settings or text" in err
+    status, _, err = run_cli(*command, "--probe-step", 50)
+    assert status == 2 and "error: --probe-step must not exceed --steps (40), got 50" in err
+
+
 def test_importing_sparse24_imports_none_of_the_job():
     code = (
         "import sys, sparse24; "
-        "print([m for m in ('transformers', 'tokenizers', 'typer', 'tqdm', 'matplotlib', 'tensorboard', 'safetensors', "
+        "print([m for m in ('transformers', 'tokenizers', 'typer', 'matplotlib', 'tensorboard', 'safetensors', "
         "'sparse24.pretrain') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -91,13 +119,24 @@ def test_importing_sparse24_imports_none_of_the_job():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
 def test_sigterm_saves_and_exits_with_143(arguments, tmp_path):
-    command = [sys.executable, "-m", "sparse24", *map(str, arguments), "--ffn", "dense", "--steps", "100000", "--warmup", "10"]
+    command = [
+        sys.executable,
+        "-m",
+        "sparse24",
+        *map(str, arguments),
+        "--ffn",
+        "dense",
+        "--steps",
+        "100000",
+        "--warmup",
+        "10",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while len(read_rows(tmp_path / "run" / "metrics.csv")) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 143, err
     assert "stopped; saved" in err and "--resume --out" in err
     (saved,) = (tmp_path / "run" / "checkpoint" / "dense").iterdir()

@@ -24,9 +24,27 @@ def compared(tmp_path_factory, text_file, cache_dir):
     out, lines = tmp_path_factory.mktemp("compared") / "run", []
     summary = pretrain(
         Settings(
-            data=(str(text_file),), cache_dir=str(cache_dir), out=str(out), device="cpu", compare=True, ffn=("half",),
-            layers=1, width=32, heads=2, ctx=32, vocab_size=300, batch=8, steps=60, lr=1e-2, warmup=6, mask_interval=5,
-            eval_interval=20, eval_tokens=512, save_interval=30, samples=2, sample_tokens=8,
+            data=(str(text_file),),
+            cache_dir=str(cache_dir),
+            out=str(out),
+            device="cpu",
+            compare=True,
+            ffn=("half",),
+            layers=1,
+            width=32,
+            heads=2,
+            ctx=32,
+            vocab_size=300,
+            batch=8,
+            steps=60,
+            lr=1e-2,
+            warmup=6,
+            mask_interval=5,
+            eval_interval=20,
+            eval_tokens=512,
+            save_interval=30,
+            samples=2,
+            sample_tokens=8,
         ),  # fmt: skip
         lines.append,
     )
@@ -35,7 +53,15 @@ def compared(tmp_path_factory, text_file, cache_dir):
 
 def test_every_promised_file_is_there(compared):
     out, _, _ = compared
-    for name in ("metrics.csv", "loss.png", "flip_rate.png", "config.json", "samples.txt", "summary.json", "summary.md"):
+    for name in (
+        "metrics.csv",
+        "loss.png",
+        "flip_rate.png",
+        "config.json",
+        "samples.txt",
+        "summary.json",
+        "summary.md",
+    ):
         assert (out / name).stat().st_size > 0, name
     for arm in ("dense", "sparse", "half"):
         assert list((out / "tensorboard" / arm).glob("events.out.tfevents.*"))
@@ -52,8 +78,14 @@ def test_both_arms_learn_and_start_from_the_same_weights(compared):
         assert arm["valid_loss"] < 0.7 * arm["first_valid_loss"]
     dense, sparse = (read_rows(out / "metrics.csv", arm) for arm in ("dense", "sparse"))
     assert [r["step"] for r in dense] == [r["step"] for r in sparse] == list(range(61))
-    assert dense[1]["loss"] == pytest.approx(sparse[1]["loss"], rel=0.01)  # the same batch and, but for the masks, model
-    assert summary["arms"]["half"]["parameters"] < summary["arms"]["dense"]["parameters"] == summary["arms"]["sparse"]["parameters"]
+    assert dense[1]["loss"] == pytest.approx(
+        sparse[1]["loss"], rel=0.01
+    )  # the same batch and, but for the masks, model
+    assert (
+        summary["arms"]["half"]["parameters"]
+        < summary["arms"]["dense"]["parameters"]
+        == summary["arms"]["sparse"]["parameters"]
+    )
 
 
 def test_sparse_arm_is_2_to_4_until_its_dense_phase(compared):
@@ -122,12 +154,25 @@ def test_accumulated_micro_batches_train_like_one_batch(small, quiet, tmp_path):
     assert losses[1] == pytest.approx(losses[4], rel=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{"model": "llama"}, {"dtype": "bfloat16"}, {"method": "ste"}, {"mvue": False, "decay": 0.0}],
-                         ids=str)  # fmt: skip
+VARIANTS = ({"model": "llama"}, {"dtype": "bfloat16"}, {"method": "ste"}, {"mvue": False, "decay": 0.0})
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_variants_train(small, quiet, changes):
     summary = pretrain(small(ffn=("sparse",), eval_interval=12, **changes), quiet)
     assert summary["arms"]["sparse"]["verified"] is True
     assert summary["arms"]["sparse"]["valid_loss"] < summary["arms"]["sparse"]["first_valid_loss"]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_attention_is_that_of_transformers(small, kind):
+    config = model_config(resolve(small(model=kind)), "dense", 300, 0)
+    ours = build_model(config, 0).eval()
+    ids = torch.randint(0, 300, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = ours(input_ids=ids).logits
+        ours.set_attn_implementation("sdpa")
+        assert torch.allclose(logits, ours(input_ids=ids).logits, atol=1e-5)
 
 
 def test_fp16_scales_the_loss_and_trains(small, quiet):
@@ -170,8 +215,14 @@ def test_bad_input_leaves_no_folder_behind(small, quiet, tmp_path):
 def test_learning_rate_warms_up_then_falls_along_a_cosine(small):
     s = resolve(small(steps=100, warmup=10))
     rates = [learning_rate(step, s) for step in range(100)]
-    assert rates[0] == pytest.approx(s.lr / 10) and rates[9] == pytest.approx(s.lr) and rates[99] == pytest.approx(s.min_lr)
-    assert all(a < b for a, b in zip(rates[:9], rates[1:10])) and all(a >= b for a, b in zip(rates[9:], rates[10:]))
+    assert (
+        rates[0] == pytest.approx(s.lr / 10)
+        and rates[9] == pytest.approx(s.lr)
+        and rates[99] == pytest.approx(s.min_lr)
+    )
+    assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True)) and all(
+        a >= b for a, b in zip(rates[9:], rates[10:], strict=False)
+    )
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -180,7 +231,7 @@ def test_weights_are_a_function_of_seed_and_config(small, kind):
     state = torch.get_rng_state()
     a, b, c = (build_model(config, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    pairs = list(zip(a.parameters(), b.parameters(), c.parameters()))
+    pairs = list(zip(a.parameters(), b.parameters(), c.parameters(), strict=True))
     assert all(torch.equal(x, y) for x, y, _ in pairs) and not all(torch.equal(x, z) for x, _, z in pairs)
 
 

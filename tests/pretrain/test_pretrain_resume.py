@@ -13,7 +13,18 @@ from sparse24.pretrain import Stopped, TrainingDiverged, checkpoint, pretrain
 from sparse24.pretrain.metrics import read_rows
 from sparse24.pretrain.train import Trainer
 
-EXACT = ("step", "phase", "loss", "bits_per_byte", "grad_norm", "lr", "flip_rate", "decay", "valid_loss", "valid_bits_per_byte")
+EXACT = (
+    "step",
+    "phase",
+    "loss",
+    "bits_per_byte",
+    "grad_norm",
+    "lr",
+    "flip_rate",
+    "decay",
+    "valid_loss",
+    "valid_bits_per_byte",
+)
 
 
 def history(out, arm):
@@ -147,7 +158,9 @@ def test_resume_of_nothing_and_start_over_a_run_are_refused(small, quiet, tmp_pa
     with pytest.raises(Sparse24Error, match="--out .*empty holds no run .*leave --resume out"):
         pretrain(small(out=str(tmp_path / "empty"), resume=True), quiet)
     assert not (tmp_path / "empty").exists()
-    with pytest.raises(Sparse24Error, match="--out .*run already holds a run; --resume goes on with it, --overwrite replaces it"):
+    with pytest.raises(
+        Sparse24Error, match="--out .*run already holds a run; --resume goes on with it, --overwrite replaces it"
+    ):
         pretrain(small(ffn=("dense",)), quiet)
 
 
@@ -171,7 +184,10 @@ def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(small, quiet
         return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
-    with pytest.raises(TrainingDiverged, match="dense: loss nan .* at step 8 .*last good checkpoint is .*step-000005; lower --lr"):
+    with pytest.raises(
+        TrainingDiverged,
+        match="dense: loss nan .* at step 8 .*last good checkpoint is .*step-000005; start anew .* lower --lr",
+    ):
         pretrain(small(ffn=("dense",), log_interval=log_interval, save_interval=5), quiet)
     found = checkpoint.load(tmp_path / "run" / "checkpoint" / "dense")
     assert found.state["step"] == 5 and all(torch.isfinite(w).all() for w in found.weights.values())

@@ -24,10 +24,10 @@ from sparse24.pretrain.settings import differences, from_json, resolve
         ({"batch": 0}, "--batch must be at least 1, got 0"),
         ({"mask_interval": 0}, "--mask-interval must be at least 1, got 0"),
         ({"width": 33}, r"--width must be a multiple of --heads \(2\), got 33; use --width 34"),
-        ({"width": 30, "heads": 2, "model": "llama"}, "--width over --heads must be even for llama"),
+        ({"width": 30, "heads": 2, "model": "llama"}, r"--width over --heads \(2\) must be even for llama"),
         ({"ctx": 1}, "--ctx must be at least 2, got 1"),
         ({"micro_batch": 3}, r"--micro-batch must divide --batch \(4\), got 3; use --micro-batch 1"),
-        ({"vocab_size": 100}, "--vocab-size must be at least 257 .*, got 100; use a larger one, or --tokenizer bytes"),
+        ({"vocab_size": 100}, "--vocab-size must be at least 257 .*, got 100; raise it, or --tokenizer bytes"),
         ({"warmup": 12}, r"--warmup must be below --steps \(12\), got 12"),
         ({"lr": 0.0}, "--lr must be finite and above 0, got 0.0"),
         ({"lr": float("nan")}, "--lr must be finite and above 0, got nan"),
@@ -81,8 +81,11 @@ def test_settings_survive_json(small):
 
 
 def test_differences_name_what_decides_the_weights_and_nothing_else(small):
-    a, b = resolve(small()), resolve(small(width=64, lr=1e-4, out="elsewhere", eval_interval=1, samples=0))
+    a, b = (
+        resolve(small(min_lr=2e-4)),
+        resolve(small(width=64, lr=1e-4, min_lr=1e-5, out="elsewhere", eval_interval=1, samples=0)),
+    )
     assert differences(a.to_json(), a.to_json()) == []
     assert differences(a.to_json(), b.to_json()) == [
-        "width was 32, is 64", "ffn_width was 128, is 256", "lr was 0.003, is 0.0001", "min_lr was 0.0003, is 1e-05",
+        "width was 32, is 64", "ffn_width was 128, is 256", "lr was 0.003, is 0.0001", "min_lr was 0.0002, is 1e-05",
     ]  # fmt: skip

@@ -1,0 +1,49 @@
+"""Which blocks flip: flips of each 4x4 block against the gap between its best and its second-best pattern.
+
+The picture of arXiv 2404.01847 on mask oscillation: blocks with a small gap flip at the least change of a weight.
+Masked decay drives the pruned weights of such a block down, widens its gap and so empties that corner of the picture.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import Sparse24Error
+from .packing import mask_bits
+
+
+class BlockFlips:
+    """Counts, per 4x4 block of each layer, how many of its 16 elements have flipped since the counting began."""
+
+    def __init__(self):
+        self.counts: list[Tensor] = []  # int32 [rows/4, cols/4] a layer
+        self.refreshes = 0
+
+    def add(self, before: list[Tensor], after: list[Tensor]) -> None:
+        """One refresh: uint8 masks of the modules before and after it."""
+        flips = [_ones(mask_bits(a).int() ^ mask_bits(b).int()) for a, b in zip(before, after, strict=True)]
+        self.counts = flips if not self.counts else torch._foreach_add(self.counts, flips)
+        self.refreshes += 1
+
+    def plot(self, gaps: list[Tensor], path) -> None:
+        """A two-dimensional histogram, logarithmic in the number of blocks; gaps fp32 [rows/4, cols/4] a layer."""
+        from matplotlib.colors import LogNorm
+        from matplotlib.figure import Figure
+
+        if not self.counts:
+            raise Sparse24Error("no refresh has been counted yet; make the recipe with track_blocks=True and train")
+        flips = torch.cat([count.flatten() for count in self.counts]).float().cpu()
+        gap = torch.cat([g.flatten() for g in gaps]).float().cpu()
+        axes = (figure := Figure(figsize=(6, 4))).add_subplot()
+        *_, image = axes.hist2d(gap.numpy(), flips.numpy(), bins=(60, 40), norm=LogNorm(vmin=1))
+        axes.set(xlabel="gap between best and second-best pattern", ylabel=f"flips in {self.refreshes} refreshes")
+        figure.colorbar(image, label="blocks")
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _ones(bits: Tensor) -> Tensor:
+    """Number of set bits among the low 16 of each int32."""
+    for shift, pattern in ((1, 0x5555), (2, 0x3333), (4, 0x0F0F), (8, 0x00FF)):
+        bits = (bits & pattern) + ((bits >> shift) & pattern)
+    return bits

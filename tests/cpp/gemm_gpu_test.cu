@@ -1,0 +1,761 @@
+// gemm_gpu_test.cu: the sparse GEMM on a Hopper GPU, in every pass.
+//
+// Tested are the library's choice (gemm::run) and, with -DSPARSE24_GEMM_CANDIDATES, all configs of
+// the skewed kernels.
+//
+//   exact     small integers: equal to the host's product, with bias, accumulation, both output
+//   dtypes, odd token counts bounded   normal values: error against fp64 within the rounding of the
+//   output and of fp32 sums repeat    250 runs give the same bits E         our order of metadata
+//   equals that of CUTLASS' own compressor
+//   --bench   times everything on the layers of GPT-2 and Llama, as CSV; --full: more settings,
+//   --rounds N,
+//             --model NAME. Each config's result is compared with the first one's.
+//
+// CMake builds it with the library's objects. With the candidates, from the repository root, every
+// .cpp and .cu of csrc/gemm/skewed and its instantiations/ compiled with the same flags:
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr
+//   -cudart static
+//     -DSPARSE24_GEMM_CANDIDATES -Icsrc -Icsrc/include -I$CUTLASS_DIR/include
+//     tests/cpp/gemm_gpu_test.cu <objects>
+// -DSPARSE24_GEMM_CANDIDATES_ONLY besides: the candidates alone, without the library's own kernels.
+//
+// One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include <cutlass/gemm/collective/builders/sm90_sparse_config.inl>
+#include <cutlass/transform/device/transform_universal_adapter.hpp>
+#include <cutlass/transform/kernel/sparse_gemm_compressor.hpp>
+
+#include "common/check.h"
+#include "common/cuda_check.h"
+#include "common/metadata.h"
+#ifndef SPARSE24_GEMM_CANDIDATES_ONLY
+#include "gemm/sparse_gemm.h"
+#endif
+#ifdef SPARSE24_GEMM_CANDIDATES
+#include "gemm/skewed/run.h"
+#endif
+
+using namespace sparse24;
+
+namespace {
+
+int failures = 0;
+int64_t cases = 0;
+
+template <typename... Parts>
+void fail(const Parts&... parts) {
+  if (++failures <= 40) std::printf("FAIL %s\n", concat(parts...).c_str());
+}
+
+/// xorshift: fast, the same everywhere.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
+  uint32_t bits() {
+    state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
+    return static_cast<uint32_t>(state_ >> 32);
+  }
+  int below(int n) { return static_cast<int>(static_cast<uint64_t>(bits()) * n >> 32); }
+  float normal() {  // sum of uniforms: near enough
+    float sum = -6.0f;
+    for (int i = 0; i < 12; ++i) sum += static_cast<float>(bits()) * 0x1p-32f;
+    return sum;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+uint16_t to_bits(float value, DType dtype) {
+  uint16_t bits;
+  if (dtype == DType::kBFloat16) {
+    const __nv_bfloat16 v = __float2bfloat16_rn(value);
+    std::memcpy(&bits, &v, 2);
+  } else {
+    const __half v = __float2half_rn(value);
+    std::memcpy(&bits, &v, 2);
+  }
+  return bits;
+}
+
+float to_value(uint16_t bits, DType dtype) {
+  if (dtype == DType::kBFloat16) {
+    __nv_bfloat16 v;
+    std::memcpy(&v, &bits, 2);
+    return __bfloat162float(v);
+  }
+  __half v;
+  std::memcpy(&v, &bits, 2);
+  return __half2float(v);
+}
+
+const char* name_of(GemmPass pass) {
+  return pass == GemmPass::kForward     ? "forward"
+         : pass == GemmPass::kGradInput ? "grad_input"
+                                        : "grad_weight";
+}
+
+/// Device memory that frees itself.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) : bytes_(bytes) {
+    SP24_CHECK_CUDA(cudaMalloc(&data_, bytes_ + 256));
+  }
+  template <typename T>
+  explicit Buffer(const std::vector<T>& host) : Buffer(host.size() * sizeof(T)) {
+    SP24_CHECK_CUDA(cudaMemcpy(data_, host.data(), bytes_, cudaMemcpyHostToDevice));
+  }
+  ~Buffer() { cudaFree(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  template <typename T>
+  std::vector<T> read() const {
+    std::vector<T> host(bytes_ / sizeof(T));
+    SP24_CHECK_CUDA(cudaMemcpy(host.data(), data_, bytes_, cudaMemcpyDeviceToHost));
+    return host;
+  }
+  void* get() const { return data_; }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_;
+};
+
+/// One way to compute a product.
+struct Kernel {
+  std::string name;
+  std::function<int64_t(const SparseGemmArgs&)> workspace_bytes;
+  std::function<void(const SparseGemmArgs&)> run;
+  bool has_fp16 = true;
+  bool all_variants = true;  // meets every epilogue on every small problem, not one in turn
+};
+
+// ---- problems
+// -------------------------------------------------------------------------------------------------------
+
+constexpr float kExisting = 3.0f;  // what out holds before an accumulating product
+constexpr int kPad = 8;  // columns between rows of rhs and out, which no kernel may use or touch
+
+struct Problem {
+  GemmPass pass;
+  int m, n, k;
+  bool integers;
+
+  bool is_weight_grad() const { return pass == GemmPass::kGradWeight; }
+  int packed_k() const { return is_weight_grad() ? static_cast<int>(round_up(k, 8)) : k; }
+  int rhs_rows() const { return is_weight_grad() ? k : n; }
+  int rhs_columns() const { return is_weight_grad() ? n : k; }
+  int out_rows() const { return is_weight_grad() ? m : n; }
+  int out_columns() const { return is_weight_grad() ? n : m; }
+  int rhs_ld() const { return static_cast<int>(round_up(rhs_columns(), 8)) + kPad; }
+  int out_ld() const { return static_cast<int>(round_up(out_columns(), 8)) + kPad; }
+};
+
+/// Operands in host and device memory, and the product: out_exact[row of out][column of out],
+/// without bias.
+struct Operands {
+  std::vector<uint16_t> packed, rhs, bias;
+  std::vector<uint8_t> E;
+  std::vector<double> exact, magnitude;  // product, and product of absolute values
+  std::vector<float> bias_values;
+};
+
+Operands make_operands(const Problem& p, DType dtype) {
+  Random random(p.m * 7919 + p.n * 31 + p.k + static_cast<int>(p.pass));
+  auto draw = [&] {
+    return p.integers ? static_cast<float>(random.below(5) - 2) : random.normal();
+  };
+  Operands o;
+
+  const int packed_k = p.packed_k();
+  o.packed.assign(static_cast<size_t>(p.m) * packed_k / 2, 0);
+  o.E.assign(meta_bytes(p.m, packed_k), 0x44);
+  struct Kept {
+    int k;
+    float value;
+  };
+  std::vector<std::vector<Kept>> rows(p.m);
+  for (int m = 0; m < p.m; ++m) {
+    for (int group = 0; group < packed_k / 4; ++group) {
+      const int first = random.below(3), second = first + 1 + random.below(3 - first);
+      uint8_t& byte = o.E[meta_byte_offset(m, group * 4, p.m)];
+      const int shift = group % 2 * 4;
+      byte = static_cast<uint8_t>((byte & ~(15 << shift)) | (first | second << 2) << shift);
+      for (int i = 0; i < 2; ++i) {
+        const int k = group * 4 + (i == 0 ? first : second), k_packed = group * 2 + i;
+        const bool is_padding =
+            k >= p.k;  // tokens that do not exist: their rows are zero, rhs has none
+        const uint16_t bits = is_padding ? 0 : to_bits(draw(), dtype);
+        const size_t at = p.pass == GemmPass::kForward
+                              ? static_cast<size_t>(m) * (packed_k / 2) + k_packed
+                              : static_cast<size_t>(k_packed) * p.m + m;
+        o.packed[at] = bits;
+        if (!is_padding) rows[m].push_back({k, to_value(bits, dtype)});
+      }
+    }
+  }
+
+  const uint16_t nan = to_bits(NAN, dtype);
+  o.rhs.assign(static_cast<size_t>(p.rhs_rows()) * p.rhs_ld(), nan);
+  std::vector<float> rhs_by_k(static_cast<size_t>(p.k) * p.n);
+  for (int row = 0; row < p.rhs_rows(); ++row) {
+    for (int column = 0; column < p.rhs_columns(); ++column) {
+      const uint16_t bits = to_bits(draw(), dtype);
+      o.rhs[static_cast<size_t>(row) * p.rhs_ld() + column] = bits;
+      const int k = p.is_weight_grad() ? row : column, n = p.is_weight_grad() ? column : row;
+      rhs_by_k[static_cast<size_t>(k) * p.n + n] = to_value(bits, dtype);
+    }
+  }
+  for (int m = 0; m < p.m; ++m) {
+    o.bias.push_back(to_bits(draw(), dtype));
+    o.bias_values.push_back(to_value(o.bias.back(), dtype));
+  }
+
+  o.exact.assign(static_cast<size_t>(p.m) * p.n, 0.0);
+  if (!p.integers) o.magnitude.assign(o.exact.size(), 0.0);
+  std::vector<float> sums_float(p.n);
+  std::vector<double> sums(p.n), sizes(p.n);
+  for (int m = 0; m < p.m; ++m) {
+    if (p.integers) {  // exact in fp32, and twice as fast
+      std::fill(sums_float.begin(), sums_float.end(), 0.0f);
+      for (const Kept& kept : rows[m]) {
+        const float* line = &rhs_by_k[static_cast<size_t>(kept.k) * p.n];
+        for (int n = 0; n < p.n; ++n) sums_float[n] += kept.value * line[n];
+      }
+      std::copy(sums_float.begin(), sums_float.end(), sums.begin());
+    } else {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      std::fill(sizes.begin(), sizes.end(), 0.0);
+      for (const Kept& kept : rows[m]) {
+        const float* line = &rhs_by_k[static_cast<size_t>(kept.k) * p.n];
+        for (int n = 0; n < p.n; ++n) {
+          const double product = static_cast<double>(kept.value) * line[n];
+          sums[n] += product;
+          sizes[n] += std::fabs(product);
+        }
+      }
+    }
+    for (int n = 0; n < p.n; ++n) {
+      const size_t at =
+          p.is_weight_grad() ? static_cast<size_t>(m) * p.n + n : static_cast<size_t>(n) * p.m + m;
+      o.exact[at] = sums[n];
+      if (!p.integers) o.magnitude[at] = sizes[n];
+    }
+  }
+  return o;
+}
+
+struct Variant {
+  bool bias, accumulate, float_out;
+};
+
+std::string describe_case(const Problem& p, DType dtype, const Kernel& kernel, const Variant& v) {
+  return concat(name_of(p.pass), " m=", p.m, " n=", p.n, " k=", p.k,
+                dtype == DType::kBFloat16 ? " bf16" : " fp16", v.bias ? " bias" : "",
+                v.accumulate ? " accumulate" : "", v.float_out ? " fp32-out" : "",
+                p.integers ? "" : " normal", " | ", kernel.name);
+}
+
+/// Device side of a problem, shared by all configs.
+struct Device {
+  Buffer packed, E, rhs, bias;
+  explicit Device(const Operands& o) : packed(o.packed), E(o.E), rhs(o.rhs), bias(o.bias) {}
+};
+
+SparseGemmArgs make_args(const Problem& p, DType dtype, const Device& d, const Variant& v) {
+  SparseGemmArgs a;
+  a.pass = p.pass;
+  a.m = p.m, a.n = p.n, a.k = p.k;
+  a.dtype = dtype;
+  a.out_dtype = v.float_out ? DType::kFloat32 : dtype;
+  a.packed = d.packed.get();
+  a.E = static_cast<const uint8_t*>(d.E.get());
+  a.rhs = d.rhs.get();
+  a.rhs_ld = p.rhs_ld();
+  a.out_ld = p.out_ld();
+  a.bias = v.bias ? d.bias.get() : nullptr;
+  a.accumulate = v.accumulate;
+  return a;
+}
+
+void check_case(const Problem& p, DType dtype, const Operands& o, const Device& d,
+                const Kernel& kernel, const Variant& v) {
+  ++cases;
+  SparseGemmArgs a = make_args(p, dtype, d, v);
+  const size_t out_size = static_cast<size_t>(p.out_rows()) * p.out_ld();
+  const float canary = 77.0f;
+  std::vector<float> before(out_size, canary);
+  for (int row = 0; row < p.out_rows(); ++row) {
+    std::fill_n(before.begin() + static_cast<size_t>(row) * p.out_ld(), p.out_columns(), kExisting);
+  }
+  std::vector<uint16_t> before16;
+  if (!v.float_out) {
+    for (const float value : before) before16.push_back(to_bits(value, dtype));
+  }
+  const Buffer out = v.float_out ? Buffer(before) : Buffer(before16);
+  const Buffer workspace(kernel.workspace_bytes(a));
+  a.out = out.get();
+  a.workspace = workspace.get();
+  kernel.run(a);
+  const cudaError_t status = cudaDeviceSynchronize();
+  if (status != cudaSuccess) {
+    std::printf("FAIL %s: %s\n", describe_case(p, dtype, kernel, v).c_str(),
+                cudaGetErrorString(status));
+    std::exit(1);  // the context is lost
+  }
+
+  std::vector<float> got;
+  if (v.float_out) {
+    got = out.read<float>();
+  } else {
+    for (const uint16_t bits : out.read<uint16_t>()) got.push_back(to_value(bits, dtype));
+  }
+  const double out_epsilon = v.float_out ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  int64_t wrong = 0;
+  std::string first;
+  for (int row = 0; row < p.out_rows(); ++row) {
+    for (int column = 0; column < p.out_ld(); ++column) {
+      const float value = got[static_cast<size_t>(row) * p.out_ld() + column];
+      double expected = canary;
+      bool ok;
+      if (column >= p.out_columns()) {
+        ok = value == canary;
+      } else {
+        const size_t at = static_cast<size_t>(row) * p.out_columns() + column;
+        const int m = p.is_weight_grad() ? row : column;
+        expected =
+            o.exact[at] + (v.bias ? o.bias_values[m] : 0.0f) + (v.accumulate ? kExisting : 0.0f);
+        if (p.integers) {
+          const float rounded = v.float_out
+                                    ? static_cast<float>(expected)
+                                    : to_value(to_bits(static_cast<float>(expected), dtype), dtype);
+          ok = value == rounded;
+        } else {
+          ok = std::fabs(value - expected) <=
+               out_epsilon * std::fabs(expected) + 0x1p-19 * o.magnitude[at] + 1e-6;
+        }
+      }
+      if (!ok && wrong++ == 0)
+        first = concat(" first at [", row, ", ", column, "]: ", value, " for ", expected);
+    }
+  }
+  if (wrong > 0)
+    fail(describe_case(p, dtype, kernel, v), ": ", wrong, " of ", got.size(), " wrong,", first);
+}
+
+// ---- tests
+// ----------------------------------------------------------------------------------------------------------
+
+#ifdef SPARSE24_GEMM_CANDIDATES
+Kernel make_kernel(const gemm::skewed::GemmConfig& config) {
+  return {gemm::skewed::to_string(config),
+          [config](const SparseGemmArgs& a) {
+            return gemm::skewed::config_workspace_bytes(a, config, 0);
+          },
+          [config](const SparseGemmArgs& a) { gemm::skewed::run_config(a, config, 0, nullptr); },
+          gemm::skewed::gemm_tiles()[config.tile].has_fp16};
+}
+#endif
+
+std::vector<Kernel> library_kernels() {
+  std::vector<Kernel> kernels;
+#ifndef SPARSE24_GEMM_CANDIDATES_ONLY
+  kernels.push_back({"library", [](const SparseGemmArgs& a) { return gemm::workspace_bytes(a, 0); },
+                     [](const SparseGemmArgs& a) { gemm::run(a, 0, nullptr); }});
+#endif
+#ifdef SPARSE24_GEMM_CANDIDATES
+  kernels.push_back({"skewed, chosen",
+                     [](const SparseGemmArgs& a) { return gemm::skewed::workspace_bytes(a, 0); },
+                     [](const SparseGemmArgs& a) { gemm::skewed::run(a, 0, nullptr); }});
+#endif
+  return kernels;
+}
+
+std::vector<Kernel> kernels_to_check() {
+  std::vector<Kernel> kernels = library_kernels();
+#ifdef SPARSE24_GEMM_CANDIDATES
+  for (int tile = 0; tile < static_cast<int>(gemm::skewed::gemm_tiles().size()); ++tile) {
+    for (const auto& [cluster_m, cluster_n] : {std::pair(1, 1), {2, 1}, {1, 2}, {4, 1}, {2, 2}}) {
+      for (const bool stream : {false, true}) {
+        gemm::skewed::GemmConfig config;
+        config.tile = tile;
+        config.cluster_m = cluster_m, config.cluster_n = cluster_n;
+        config.stream = stream;
+        config.skew = (cluster_m + cluster_n + stream) % 4;
+        config.band = 1 + cluster_m;
+        config.band_along_n = !stream;
+        if (!gemm::skewed::is_valid(config, {}, 132)) continue;
+        kernels.push_back(make_kernel(config));
+        kernels.back().all_variants = cluster_m == 2 && cluster_n == 1;
+      }
+    }
+  }
+#endif
+  return kernels;
+}
+
+void test_products() {
+  const std::vector<Kernel> kernels = kernels_to_check();
+  const Variant variants[] = {{false, false, false}, {true, false, false}, {false, true, true},
+                              {true, true, false},   {false, false, true}, {false, true, false}};
+  std::vector<Problem> problems;
+  for (const int tokens : {1, 31, 65, 1000}) {
+    problems.push_back({GemmPass::kForward, 264, tokens, 208, true});
+    problems.push_back({GemmPass::kGradInput, 264, tokens, 212, true});
+    problems.push_back({GemmPass::kGradWeight, 264, 136, tokens, true});
+  }
+  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
+    problems.push_back({pass, 1664, 1544, 192,
+                        true});  // more tiles than a wave: rings wrap, tiles follow one another
+    problems.push_back({pass, 520, 264, 1024, false});
+    problems.push_back({pass, 8, 8, 16, true});
+  }
+  size_t next_variant = 0;
+  for (const Problem& p : problems) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      const Operands o = make_operands(p, dtype);
+      const Device d(o);
+      for (const Kernel& kernel : kernels) {
+        if (dtype == DType::kFloat16 && !kernel.has_fp16) continue;
+        const bool all = kernel.all_variants && p.m < 1000;
+        for (size_t i = 0; i < (all ? std::size(variants) : 1); ++i) {
+          Variant v = variants[all ? i : next_variant++ % std::size(variants)];
+          if (p.pass != GemmPass::kForward) v.bias = false;
+          check_case(p, dtype, o, d, kernel, v);
+        }
+      }
+    }
+  }
+}
+
+void test_repeats() {
+  std::vector<Kernel> kernels = library_kernels();
+#ifdef SPARSE24_GEMM_CANDIDATES
+  gemm::skewed::GemmConfig config;
+  config.cluster_m = 2;
+  config.skew = 2;
+  config.stream = true;
+  kernels.push_back(make_kernel(config));
+#endif
+  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradWeight}) {
+    const Problem p{pass, 1280, 1024, 2048, false};
+    const Operands o = make_operands(p, DType::kBFloat16);
+    const Device d(o);
+    for (const Kernel& kernel : kernels) {
+      ++cases;
+      SparseGemmArgs a = make_args(p, DType::kBFloat16, d, {false, false, true});
+      const Buffer out(static_cast<size_t>(p.out_rows()) * p.out_ld() * 4);
+      const Buffer workspace(kernel.workspace_bytes(a));
+      a.out = out.get();
+      a.workspace = workspace.get();
+      std::vector<uint32_t> first;
+      for (int run = 0; run < 250; ++run) {
+        SP24_CHECK_CUDA(cudaMemset(out.get(), 0, out.bytes()));
+        kernel.run(a);
+        if (run % 25 != 0 && run != 249) continue;  // reading back costs more than running
+        const std::vector<uint32_t> bits = out.read<uint32_t>();
+        if (first.empty()) first = bits;
+        if (bits != first) {
+          fail(name_of(pass), " run ", run, " differs from the first | ", kernel.name);
+          break;
+        }
+      }
+    }
+  }
+}
+
+#ifdef SPARSE24_GEMM_CANDIDATES_ONLY
+std::string unsupported(const SparseGemmArgs& a) { return gemm::skewed::unsupported(a, 0); }
+#else
+std::string unsupported(const SparseGemmArgs& a) { return gemm::unsupported(a, 0); }
+#endif
+
+void test_refusals() {
+  const Problem p{GemmPass::kForward, 64, 64, 64, true};
+  const Device d(make_operands(p, DType::kBFloat16));
+  const Buffer out(64 * 1024);
+  SparseGemmArgs good = make_args(p, DType::kBFloat16, d, {false, false, false});
+  good.out = out.get();
+  const std::pair<const char*, std::function<void(SparseGemmArgs&)>> broken[] = {
+      {"in_features", [](SparseGemmArgs& a) { a.k = 40; }},
+      {"multiple of 8", [](SparseGemmArgs& a) { a.rhs_ld = 67; }},
+      {"multiple of 8", [](SparseGemmArgs& a) { a.out_ld = 67; }},
+      {"float", [](SparseGemmArgs& a) { a.dtype = DType::kFloat32; }},
+  };
+  if (const std::string reason = unsupported(good); !reason.empty())
+    fail("good arguments refused: ", reason);
+  for (const auto& [name, change] : broken) {
+    ++cases;
+    SparseGemmArgs bad = good;
+    change(bad);
+    const std::string reason = unsupported(bad);
+    if (reason.find(name) == std::string::npos)
+      fail("'", name, "' not in the refusal, but: '", reason, "'");
+  }
+}
+
+/// A matrix that already is 2:4, given to CUTLASS' compressor: its packed values and E must be
+/// ours.
+void test_metadata_order() {
+  using Element = cutlass::bfloat16_t;
+  using Config = cutlass::Sm90GemmSparseConfig<cute::sparse_elem<2, Element>, cute::GMMA::Major::K,
+                                               cute::sparse_elem<8, uint8_t>, cute::_64>;
+  using Shape = cute::Shape<int, int, int, int>;
+  using Kernel = cutlass::transform::kernel::StructuredSparseCompressor<
+      Shape, Element, cutlass::layout::RowMajor, Config, cutlass::arch::Sm90>;
+  using Compressor = cutlass::transform::device::TransformUniversalAdapter<Kernel>;
+  for (const auto& [m, k] : {std::pair(128, 128), {192, 320}, {64, 64}}) {
+    ++cases;
+    Random random(m + k);
+    std::vector<uint16_t> dense(static_cast<size_t>(m) * k, 0),
+        packed(static_cast<size_t>(m) * k / 2);
+    std::vector<uint8_t> E(meta_bytes(m, k), 0);
+    for (int row = 0; row < m; ++row) {
+      for (int group = 0; group < k / 4; ++group) {
+        const int first = random.below(3), second = first + 1 + random.below(3 - first);
+        E[meta_byte_offset(row, group * 4, m)] |=
+            static_cast<uint8_t>((first | second << 2) << group % 2 * 4);
+        for (int i = 0; i < 2; ++i) {
+          const uint16_t bits = to_bits(1.0f + random.below(100), DType::kBFloat16);
+          packed[static_cast<size_t>(row) * (k / 2) + group * 2 + i] = bits;
+          dense[static_cast<size_t>(row) * k + group * 4 + (i == 0 ? first : second)] = bits;
+        }
+      }
+    }
+    const Buffer device_dense(dense), device_packed(packed.size() * 2), device_E(E.size());
+    typename Compressor::Arguments arguments{};
+    arguments.problem_shape = Shape{m, 1, k, 1};
+    cute::get<0>(arguments.transform.dA) = k;
+    arguments.transform.ptr_A = device_dense.get();
+    arguments.transform.ptr_ACompress = device_packed.get();
+    arguments.transform.ptr_E = device_E.get();
+    Compressor compressor;
+    if (compressor.initialize(arguments) != cutlass::Status::kSuccess ||
+        compressor.run() != cutlass::Status::kSuccess) {
+      fail("CUTLASS' compressor did not run");
+      continue;
+    }
+    SP24_CHECK_CUDA(cudaDeviceSynchronize());
+    if (device_E.read<uint8_t>() != E) fail("E of ", m, "x", k, " differs from CUTLASS'");
+    if (device_packed.read<uint16_t>() != packed)
+      fail("packed values of ", m, "x", k, " differ from CUTLASS'");
+  }
+}
+
+// ---- benchmark
+// ------------------------------------------------------------------------------------------------------
+
+__global__ void fill_kernel(uint16_t* data, size_t count, uint32_t seed) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    float sum = -2.0f;
+    uint32_t h = static_cast<uint32_t>(i) * 0x9E3779B9u + seed;
+    for (int j = 0; j < 4; ++j) {
+      h ^= h >> 16, h *= 0x7FEB352Du, h ^= h >> 15, h *= 0x846CA68Bu;
+      sum += h * 0x1p-32f;
+    }
+    const __nv_bfloat16 v = __float2bfloat16_rn(sum);
+    memcpy(&data[i], &v, 2);
+  }
+}
+
+__global__ void fill_meta_kernel(uint8_t* data, size_t count) {
+  const uint32_t nibbles = 0xED9C84u;  // the six valid ones
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    uint32_t h = static_cast<uint32_t>(i) * 0x9E3779B9u;
+    h ^= h >> 16, h *= 0x7FEB352Du, h ^= h >> 15;
+    data[i] = (nibbles >> (h % 6 * 4) & 15u) | (nibbles >> (h / 6 % 6 * 4) & 15u) << 4;
+  }
+}
+
+/// Elements of out that differ from the first config's by more than rounding explains.
+__global__ void differ_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, size_t count,
+                              float scale, int* differ) {
+  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
+       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
+    const float x = a[i], y = b[i];
+    if (!(fabsf(x - y) <= 0.008f * fabsf(y) + 0.001f * scale)) atomicAdd(differ, 1);
+  }
+}
+
+struct Layer {
+  const char* model;
+  int d_model, d_ff, tokens;
+};
+constexpr Layer kLayers[] = {{"gpt2-124M", 768, 3072, 16384},  {"gpt2-350M", 1024, 4096, 16384},
+                             {"gpt2-774M", 1280, 5120, 16384}, {"gpt2-1558M", 1600, 6400, 8192},
+                             {"llama7B", 4096, 11008, 8192},   {"llama8B", 4096, 14336, 16384},
+                             {"sq8192", 8192, 8192, 8192}};
+
+std::vector<Kernel> kernels_to_time(bool full) {
+  std::vector<Kernel> kernels = library_kernels();
+#ifdef SPARSE24_GEMM_CANDIDATES
+  auto add = [&](int tile, int cluster_m, int cluster_n, int skew, int band, bool along_n,
+                 bool stream) {
+    gemm::skewed::GemmConfig c;
+    c.tile = tile, c.cluster_m = cluster_m, c.cluster_n = cluster_n, c.skew = skew;
+    c.band = band, c.band_along_n = along_n, c.stream = stream;
+    if (gemm::skewed::is_valid(c, {}, 132)) kernels.push_back(make_kernel(c));
+  };
+  const int tiles = static_cast<int>(gemm::skewed::gemm_tiles().size());
+  for (int tile = 0; tile < tiles; ++tile) {
+    for (const bool stream : {false, true}) {
+      add(tile, 2, 1, 2, 8, true, stream);
+      add(tile, 1, 2, 2, 8, true, stream);
+      add(tile, 1, 1, 2, 8, true, stream);
+      if (!stream) add(tile, 4, 1, 2, 8, true, false), add(tile, 2, 2, 2, 8, true, false);
+    }
+  }
+  if (full) {
+    for (const int tile : {0, 1, 3}) {
+      for (const int skew : {0, 1, 3}) add(tile, 2, 1, skew, 8, true, false);
+      for (const int band : {1, 2, 4, 16}) add(tile, 2, 1, 2, band, true, false);
+      for (const int band : {1, 4, 8}) add(tile, 2, 1, 2, band, false, false);
+    }
+  }
+#else
+  (void)full;
+#endif
+  return kernels;
+}
+
+/// Interleaved: each round runs every config once, L2 cleared before each. The first round warms
+/// up.
+void bench_problem(const char* model, const char* pass_name, const Problem& p,
+                   const std::vector<Kernel>& kernels, int rounds) {
+  const Buffer packed(static_cast<size_t>(p.m) * p.packed_k()), E(meta_bytes(p.m, p.packed_k()));
+  const size_t out_count = static_cast<size_t>(p.m) * p.n;
+  const Buffer rhs(static_cast<size_t>(p.n) * p.k * 2), out(out_count * 2),
+      reference(out_count * 2);
+  const Buffer flush(size_t{256} << 20), count(4);
+  fill_kernel<<<1024, 256>>>(static_cast<uint16_t*>(packed.get()), packed.bytes() / 2, 1);
+  fill_kernel<<<1024, 256>>>(static_cast<uint16_t*>(rhs.get()), rhs.bytes() / 2, 2);
+  fill_meta_kernel<<<1024, 256>>>(static_cast<uint8_t*>(E.get()), E.bytes());
+
+  SparseGemmArgs a;
+  a.pass = p.pass;
+  a.m = p.m, a.n = p.n, a.k = p.k;
+  a.packed = packed.get();
+  a.E = static_cast<const uint8_t*>(E.get());
+  a.rhs = rhs.get();
+  a.rhs_ld = p.rhs_columns();
+  a.out = out.get();
+  a.out_ld = p.out_columns();
+  size_t workspace_bytes = 0;
+  for (const Kernel& kernel : kernels) {
+    workspace_bytes = std::max<size_t>(workspace_bytes, kernel.workspace_bytes(a));
+  }
+  const Buffer workspace(workspace_bytes);
+  a.workspace = workspace.get();
+
+  cudaEvent_t begin, end;
+  cudaEventCreate(&begin), cudaEventCreate(&end);
+  std::vector<std::vector<float>> times(kernels.size());
+  for (int round = 0; round < rounds + 1; ++round) {
+    for (size_t i = 0; i < kernels.size(); ++i) {
+      cudaMemsetAsync(flush.get(), 0, flush.bytes());
+      cudaEventRecord(begin);
+      kernels[i].run(a);
+      cudaEventRecord(end);
+      SP24_CHECK_CUDA(cudaEventSynchronize(end));
+      float ms = 0.0f;
+      cudaEventElapsedTime(&ms, begin, end);
+      if (round > 0) times[i].push_back(ms * 1e3f);
+      if (round == 0 && i == 0)
+        cudaMemcpy(reference.get(), out.get(), out.bytes(), cudaMemcpyDeviceToDevice);
+      if (round == 0 && i > 0) {
+        cudaMemset(count.get(), 0, 4);
+        differ_kernel<<<1024, 256>>>(static_cast<const __nv_bfloat16*>(out.get()),
+                                     static_cast<const __nv_bfloat16*>(reference.get()), out_count,
+                                     std::sqrt(p.k / 2.0f) / 3.0f, static_cast<int*>(count.get()));
+        const int differ = count.read<int>()[0];
+        if (differ > 0)
+          fail(model, " ", pass_name, ": ", differ, " elements differ | ", kernels[i].name);
+      }
+    }
+  }
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    std::sort(times[i].begin(), times[i].end());
+    const double us = times[i][times[i].size() / 2];
+    std::printf("%s,%s,%d,%d,%d,\"%s\",%.2f,%.1f\n", model, pass_name, p.m, p.n, p.k,
+                kernels[i].name.c_str(), us, 2.0 * p.m * p.n * p.k / us * 1e-6);
+  }
+  std::fflush(stdout);
+  cudaEventDestroy(begin), cudaEventDestroy(end);
+}
+
+void bench(bool full, int rounds, const std::string& only) {
+  std::printf("model,pass,m,n,k,config,median_us,tflops_dense_count\n");
+  const std::vector<Kernel> kernels = kernels_to_time(full);
+  for (const Layer& layer : kLayers) {
+    if (!only.empty() && only != layer.model) continue;
+    const int d = layer.d_model, f = layer.d_ff, t = layer.tokens;
+    bench_problem(layer.model, "fwd_up", {GemmPass::kForward, f, t, d, false}, kernels, rounds);
+    if (std::strcmp(layer.model, "sq8192") == 0) continue;
+    bench_problem(layer.model, "fwd_down", {GemmPass::kForward, d, t, f, false}, kernels, rounds);
+    bench_problem(layer.model, "dX_up", {GemmPass::kGradInput, d, t, f, false}, kernels, rounds);
+    bench_problem(layer.model, "dW_up", {GemmPass::kGradWeight, f, d, t, false}, kernels, rounds);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
+      cudaGetDeviceProperties(&properties, 0) != cudaSuccess || properties.major != 9) {
+    std::printf("skipped: no Hopper GPU\n");
+    return 77;
+  }
+  bool run_bench = false, full = false;
+  int rounds = 9;
+  std::string only;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--bench") run_bench = true;
+    if (argument == "--full") full = true;
+    if (argument == "--rounds" && i + 1 < argc) rounds = std::atoi(argv[++i]);
+    if (argument == "--model" && i + 1 < argc) only = argv[++i];
+  }
+  if (run_bench) {
+    bench(full, rounds, only);
+    return failures == 0 ? 0 : 1;
+  }
+
+  const std::pair<const char*, void (*)()> tests[] = {{"metadata_order", test_metadata_order},
+                                                      {"refusals", test_refusals},
+                                                      {"products", test_products},
+                                                      {"repeats", test_repeats}};
+  for (const auto& [name, test] : tests) {
+    const auto begin = std::chrono::steady_clock::now();
+    const int before = failures;
+    try {
+      test();
+    } catch (const std::exception& error) {
+      fail(name, " threw: ", error.what());
+    }
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::printf("%s %s, %.1f s\n", failures == before ? "ok  " : "FAIL", name, seconds);
+    std::fflush(stdout);
+  }
+  std::printf("%lld cases, %d failed, on %s\n", static_cast<long long>(cases), failures,
+              properties.name);
+  return failures == 0 ? 0 : 1;
+}

@@ -1,0 +1,153 @@
+// The parts of kernels that are plain functions of integers: word-wide packing, patches, tiles, the
+// order of blocks, lists of tensors.
+#include <cstdint>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "common/metadata.h"
+#include "common/pair16.h"
+#include "common/raster.h"
+#include "common/tensor_list.h"
+#include "common/tile.h"
+#include "compress/pack_group.h"
+#include "mask/patterns.h"
+#include "testing.h"
+
+using namespace sparse24;
+
+TEST(two_masks_transpose_at_once) {
+  for (uint32_t mask = 0; mask < 0x10000; ++mask) {
+    const uint32_t other = (mask * 40503u + 12345u) & 0xFFFFu;
+    const uint32_t got = transpose_masks(mask | other << 16);
+    for (int j = 0; j < 4; ++j) {
+      CHECK_EQ(mask_row(got & 0xFFFFu, j), mask_column(mask, j));
+      CHECK_EQ(mask_row(got >> 16, j), mask_column(other, j));
+    }
+  }
+}
+
+TEST(nibbles_of_two_halves_interleave) {
+  std::mt19937 random(1);
+  for (int n = 0; n < 10000; ++n) {
+    const uint32_t halves = static_cast<uint32_t>(random());
+    const uint32_t got = interleave_nibbles(halves);
+    for (int i = 0; i < 4; ++i) {
+      CHECK_EQ(got >> (8 * i) & 0xFu, halves >> (4 * i) & 0xFu);
+      CHECK_EQ(got >> (8 * i + 4) & 0xFu, halves >> (16 + 4 * i) & 0xFu);
+    }
+  }
+}
+
+TEST(eight_positions_at_once_are_those_of_one_at_a_time) {
+  // The four rows of every pattern, beside those of another.
+  for (int p = 0; p < kPatterns; ++p) {
+    const uint32_t kept = kPatternTable.mask[p] | kPatternTable.mask[(7 * p + 3) % kPatterns] << 16;
+    const uint32_t got = meta_from_bits8(kept);
+    for (int i = 0; i < 8; ++i)
+      CHECK_EQ(got >> (4 * i) & 0xFu, meta_from_bits(kept >> (4 * i) & 0xFu));
+  }
+}
+
+TEST(selectors_pick_the_kept_pair) {
+  const uint16_t values[4] = {0xA1A0, 0xB1B0, 0xC1C0, 0xD1D0};
+  const uint32_t low = values[0] | static_cast<uint32_t>(values[1]) << 16;
+  const uint32_t high = values[2] | static_cast<uint32_t>(values[3]) << 16;
+  std::mt19937 random(3);
+  for (int n = 0; n < 1000; ++n) {
+    const uint32_t meta = static_cast<uint32_t>(random());
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t selectors = pair_selectors(meta, k);
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t nibble = meta >> (4 * k + 16 * half) & 0xFu;
+        const uint32_t pair = select_bytes(low, high, selectors >> (16 * half));
+        CHECK_EQ(pair & 0xFFFFu, static_cast<uint32_t>(values[meta_first(nibble)]));
+        CHECK_EQ(pair >> 16, static_cast<uint32_t>(values[meta_second(nibble)]));
+      }
+    }
+  }
+}
+
+TEST(pairs_hold_two_values) {
+  for (uint32_t code = 0; code < 0x10000; code += 7) {
+    const uint32_t pair = code | (0xFFFFu - code) << 16;
+    CHECK_EQ(float_bits(low_value<BFloat16>(pair)),
+             float_bits(to_float(BFloat16{static_cast<uint16_t>(code)})));
+    CHECK_EQ(float_bits(high_value<BFloat16>(pair)),
+             float_bits(to_float(BFloat16{static_cast<uint16_t>(0xFFFFu - code)})));
+    CHECK_EQ(float_bits(low_value<Float16>(pair)),
+             float_bits(to_float(Float16{static_cast<uint16_t>(code)})));
+    CHECK_EQ(float_bits(high_value<Float16>(pair)),
+             float_bits(to_float(Float16{static_cast<uint16_t>(0xFFFFu - code)})));
+  }
+  CHECK_EQ(make_pair16<BFloat16>(1.0f, -2.0f), 0xC0003F80u);
+  CHECK_EQ(make_pair16<Float16>(1.0f, -2.0f), 0xC0003C00u);
+}
+
+TEST(patches_transpose) {
+  Patch16 patch;
+  const auto value = [](int row, int col) { return static_cast<uint32_t>(row * 8 + col); };
+  for (int i = 0; i < 8; ++i)
+    for (int p = 0; p < 4; ++p) patch.line[i][p] = value(i, 2 * p) | value(i, 2 * p + 1) << 16;
+  const Patch16 got = transpose(patch);
+  for (int i = 0; i < 8; ++i)
+    for (int p = 0; p < 4; ++p)
+      CHECK_EQ(got.line[i][p], value(2 * p, i) | value(2 * p + 1, i) << 16);
+}
+
+TEST(threads_share_a_tile_without_gaps) {
+  for (Walk walk : {Walk::kRows, Walk::kSquare})
+    for (bool paired : {false, true}) {
+      std::set<std::pair<int, int>> seen;
+      for (int thread = 0; thread < kTileThreads; ++thread) {
+        const PatchOrigin origin = patch_origin(walk, paired, thread);
+        CHECK(origin.row >= 0 && origin.row < kTileRows && origin.row % kPatch == 0);
+        CHECK(origin.col >= 0 && origin.col < kTileCols && origin.col % kPatch == 0);
+        CHECK(seen.insert({origin.row, origin.col}).second);
+      }
+      CHECK_EQ(seen.size(), static_cast<size_t>(kTileThreads));
+    }
+}
+
+TEST(staged_metadata_bytes_do_not_overlap) {
+  std::set<int> seen;
+  for (int block = 0; block < kTileMetaBlocks; ++block)
+    for (int m = 0; m < 64; ++m)
+      for (int k = 0; k < 64; k += 8) {
+        const int offset = stage_offset(block, m, k);
+        CHECK(offset >= 0 && offset < kTileMetaBlocks * kStageStride);
+        CHECK(seen.insert(offset).second);
+      }
+}
+
+TEST(every_tile_is_visited_once) {
+  for (uint32_t rows : {1u, 2u, 15u, 16u, 17u, 33u, 100u})
+    for (uint32_t cols : {1u, 3u, 64u})
+      for (uint32_t band : {1u, kMixedBand, rows}) {
+        std::vector<int> visits(rows * cols, 0);
+        for (uint32_t index = 0; index < rows * cols; ++index) {
+          const TileIndex tile = raster_tile(index, rows, cols, band);
+          CHECK(tile.row < rows && tile.col < cols);
+          ++visits[tile.row * cols + tile.col];
+        }
+        for (int count : visits) CHECK_EQ(count, 1);
+      }
+}
+
+TEST(a_tile_finds_its_tensor) {
+  std::mt19937 random(2);
+  for (int count = 1; count <= kTensorsPerLaunch; ++count) {
+    TensorList<int> list;
+    std::vector<int> owner;
+    for (int i = 0; i < count; ++i) {
+      const uint32_t tiles = 1 + static_cast<uint32_t>(random() % 5);
+      list.add(i, tiles);
+      owner.insert(owner.end(), tiles, i);
+    }
+    CHECK_EQ(list.full(), count == kTensorsPerLaunch);
+    CHECK_EQ(list.tiles(), static_cast<uint32_t>(owner.size()));
+    for (uint32_t tile = 0; tile < list.tiles(); ++tile) CHECK_EQ(list.find(tile), owner[tile]);
+  }
+}
+
+TEST_MAIN()

@@ -1,0 +1,899 @@
+// memory_kernels_gpu_test.cu: the kernels of mask/, compress/, activation/ and fused/ on a GPU.
+//
+//   equal     masks, packed values, E, MVUE draws, decay, flips, gaps: the bytes of the CPU backend, on all shapes,
+//             layouts, dtypes and alignments below, special values included. Outputs start as poison, which must
+//             survive wherever the CPU leaves it: between lines, behind the end, 256 bytes around every buffer
+//   activation   the bytes of a plain kernel over the same per-element functions, and close to the CPU's
+//   fused     the bytes of the two passes it replaces
+//   --bench   times the layers of GPT-2 and Llama as CSV, next to a copy; buffers rotate, so that L2 is cold
+//
+// CMake builds it with the library's objects. Alone, from the repository root:
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --fmad=false --expt-relaxed-constexpr
+//     -Xcompiler=-ffp-contract=off -Icsrc -Icsrc/include -o memory_kernels_gpu_test
+//     tests/cpp/memory_kernels_gpu_test.cu csrc/{mask,compress,activation,fused}/*.cu csrc/cpu/*.cpp
+//
+// One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no GPU).
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "activation/activation_cuda.h"
+#include "activation/functions.h"
+#include "common/check.h"
+#include "common/convert.h"
+#include "common/cuda_check.h"
+#include "common/metadata.h"
+#include "common/philox.h"
+#include "compress/compress_cuda.h"
+#include "cpu/cpu.h"
+#include "fused/fused_cuda.h"
+#include "mask/mask_cuda.h"
+
+using namespace sparse24;
+
+namespace {
+
+int failures = 0;
+int64_t checks = 0;
+
+template <typename... Parts>
+void fail(const Parts&... parts) {
+  if (++failures <= 40) std::printf("FAIL %s\n", concat(parts...).c_str());
+}
+
+void expect(bool ok, const std::string& what) {
+  ++checks;
+  if (!ok) fail(what);
+}
+
+/// xorshift: fast, the same everywhere.
+class Random {
+ public:
+  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
+  uint32_t bits() {
+    state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
+    return static_cast<uint32_t>(state_ >> 32);
+  }
+  int below(int n) { return static_cast<int>(static_cast<uint64_t>(bits()) * n >> 32); }
+  float normal() {  // sum of uniforms: near enough
+    float sum = -2.0f;
+    for (int i = 0; i < 4; ++i) sum += static_cast<float>(bits()) * 0x1p-32f;
+    return sum * 1.7f;
+  }
+
+ private:
+  uint64_t state_;
+};
+
+Random random_source(1);
+
+constexpr int kGuard = 256;
+constexpr uint8_t kPoison = 0xA5;
+
+/// The same bytes on the host and on the device, with poisoned guards around. `shift` misaligns both.
+class Twin {
+ public:
+  explicit Twin(int64_t bytes, int shift = 0)
+      : host_(static_cast<size_t>(bytes + shift + 2 * kGuard), kPoison), offset_(kGuard + shift) {
+    SP24_CHECK_CUDA(cudaMalloc(&device_, host_.size()));
+    upload();
+  }
+  ~Twin() { cudaFree(device_); }
+  Twin(const Twin&) = delete;
+  Twin& operator=(const Twin&) = delete;
+
+  void upload() { SP24_CHECK_CUDA(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice)); }
+  template <typename T = uint8_t>
+  T* host() { return reinterpret_cast<T*>(host_.data() + offset_); }
+  template <typename T = uint8_t>
+  T* device() { return reinterpret_cast<T*>(device_ + offset_); }
+
+  /// After both backends ran: all bytes equal, guards included?
+  void compare(const std::string& what) {
+    std::vector<uint8_t> got(host_.size());
+    SP24_CHECK_CUDA(cudaMemcpy(got.data(), device_, got.size(), cudaMemcpyDeviceToHost));
+    compare_bytes(got, host_, what);
+  }
+  /// The device's bytes against those that another twin has on the host.
+  void compare_with(const Twin& expected, const std::string& what) {
+    std::vector<uint8_t> got(host_.size());
+    SP24_CHECK_CUDA(cudaMemcpy(got.data(), device_, got.size(), cudaMemcpyDeviceToHost));
+    compare_bytes(got, expected.host_, what);
+  }
+  /// Takes over what the device has.
+  void download() { SP24_CHECK_CUDA(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost)); }
+
+ private:
+  void compare_bytes(const std::vector<uint8_t>& got, const std::vector<uint8_t>& expected, const std::string& what) {
+    ++checks;
+    if (got == expected) return;
+    size_t at = 0, count = 0;
+    for (size_t i = got.size(); i-- > 0;)
+      if (got[i] != expected[i]) at = i, ++count;
+    char bytes[80];
+    std::snprintf(bytes, sizeof bytes, "first at byte %lld: %02x, expected %02x",
+                  static_cast<long long>(at) - offset_, got[at], expected[at]);
+    fail(what, ": ", count, " bytes differ of ", got.size() - 2 * kGuard, ", ", bytes);
+  }
+
+  std::vector<uint8_t> host_;
+  uint8_t* device_ = nullptr;
+  int offset_;
+};
+
+enum class Order { kRows, kColumns };
+enum class Fill { kNormal, kIntegers, kSpecial, kBits, kSparse };
+
+const char* name_of(Order order) { return order == Order::kRows ? "rows" : "columns"; }
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr DType k16[] = {DType::kBFloat16, DType::kFloat16};
+constexpr Order kOrders[] = {Order::kRows, Order::kColumns};
+
+float random_value(Fill fill) {
+  static const float special[] = {0.0f,    -0.0f,     1e-45f, -3e-39f, 1.0f, -1.0f, 65504.0f, -3e38f, 3.4e38f,
+                                  INFINITY, -INFINITY, NAN,    1e-8f,   -6e-5f};
+  switch (fill) {
+    case Fill::kNormal: return random_source.normal();
+    case Fill::kIntegers: return static_cast<float>(random_source.below(5) - 2);
+    case Fill::kSpecial: return special[random_source.below(14)];
+    case Fill::kSparse: return random_source.below(2) != 0 ? random_source.normal() : random_source.below(2) != 0 ? -0.0f : 0.0f;
+    case Fill::kBits: {
+      const uint32_t bits = random_source.bits();
+      float x;
+      std::memcpy(&x, &bits, 4);
+      return x;
+    }
+  }
+  return 0.0f;
+}
+
+/// A matrix on both sides; `gap` widens the distance of lines.
+class TwinMatrix {
+ public:
+  TwinMatrix(int64_t rows, int64_t cols, DType dtype, Order order, int64_t gap = 0, int shift = 0)
+      : rows_(rows), cols_(cols), dtype_(dtype), ld_((order == Order::kRows ? cols : rows) + gap), order_(order),
+        twin_(((order == Order::kRows ? rows : cols) * ld_) * bytes_of(dtype), shift * bytes_of(dtype)) {}
+
+  void fill(Fill fill) {
+    with_type(dtype_, [&](auto zero) {
+      using T = decltype(zero);
+      T* data = twin_.host<T>();
+      for (int64_t r = 0; r < rows_; ++r) {
+        for (int64_t c = 0; c < cols_; ++c) {
+          T& at = order_ == Order::kRows ? data[r * ld_ + c] : data[c * ld_ + r];
+          if (fill == Fill::kBits && sizeof(T) == 2) {
+            const uint16_t bits = static_cast<uint16_t>(random_source.bits());
+            std::memcpy(&at, &bits, 2);
+          } else {
+            at = from_float<T>(random_value(fill));
+          }
+        }
+      }
+    });
+    twin_.upload();
+  }
+  Matrix host() { return view(twin_.host()); }
+  Matrix device() { return view(twin_.device()); }
+  ConstMatrix const_host() { return constant(host()); }
+  ConstMatrix const_device() { return constant(device()); }
+  Twin& twin() { return twin_; }
+
+ private:
+  Matrix view(void* data) {
+    return {data, dtype_, rows_, cols_, order_ == Order::kRows ? ld_ : 1, order_ == Order::kRows ? 1 : ld_};
+  }
+  static ConstMatrix constant(const Matrix& m) { return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride}; }
+
+  int64_t rows_, cols_;
+  DType dtype_;
+  int64_t ld_;
+  Order order_;
+  Twin twin_;
+};
+
+void synchronize(const std::string& what) {
+  const cudaError_t status = cudaDeviceSynchronize();
+  if (status == cudaSuccess) return;
+  std::printf("FAIL %s: %s\n", what.c_str(), cudaGetErrorString(status));
+  std::exit(1);  // nothing on this device works any more
+}
+
+struct Shape {
+  int64_t rows, cols;
+};
+
+constexpr Shape kWeightShapes[] = {{4, 4},   {4, 8},    {8, 4},    {12, 20},  {64, 64},   {68, 132},
+                                   {128, 128}, {132, 260}, {200, 72}, {72, 200}, {256, 4096}, {4096, 64}};
+
+// ---- masks and packing ----------------------------------------------------------------------------------------------
+
+/// All outputs of one weight, on both sides.
+struct TwinWeight {
+  TwinMatrix w;
+  Twin mask, packed, E, packed_t, E_t;
+  DType out;
+  bool with_packed, with_packed_t;
+
+  TwinWeight(Shape s, DType in, DType to, Order order, int64_t gap, int shift, bool rows_too = true, bool cols_too = true)
+      : w(s.rows, s.cols, in, order, gap, shift),
+        mask(s.rows / 4 * (s.cols / 4) * 2, 2 * shift),
+        packed(s.rows * s.cols, 2 * shift),
+        E(meta_bytes(s.rows, s.cols), shift),
+        packed_t(s.rows * s.cols, 2 * shift),
+        E_t(meta_bytes(s.cols, s.rows), shift),
+        out(to),
+        with_packed(rows_too),
+        with_packed_t(cols_too) {}
+
+  PackArgs args(bool device) {
+    PackArgs a;
+    a.w = device ? w.const_device() : w.const_host();
+    a.mask = device ? mask.device<uint16_t>() : mask.host<uint16_t>();
+    a.out_dtype = out;
+    if (with_packed) {
+      a.packed = device ? packed.device<void>() : packed.host<void>();
+      a.E = device ? E.device() : E.host();
+    }
+    if (with_packed_t) {
+      a.packed_t = device ? packed_t.device<void>() : packed_t.host<void>();
+      a.E_t = device ? E_t.device() : E_t.host();
+    }
+    return a;
+  }
+  void compare(const std::string& what) {
+    mask.compare(what + " mask");
+    packed.compare(what + " packed");
+    E.compare(what + " E");
+    packed_t.compare(what + " packed_t");
+    E_t.compare(what + " E_t");
+    w.twin().compare(what + " w");
+  }
+};
+
+std::string describe(Shape s, DType in, DType out, Order order, int64_t gap, int shift, Fill fill) {
+  return concat("[", s.rows, ", ", s.cols, "] ", sparse24::name_of(in), "->", sparse24::name_of(out), " by ", name_of(order),
+                " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+}
+
+void test_pack(Shape s, DType in, DType out, Order order, int64_t gap, int shift, Fill fill) {
+  const std::string what = describe(s, in, out, order, gap, shift, fill);
+  {
+    TwinWeight t(s, in, out, order, gap, shift);
+    t.w.fill(fill);
+    const PackArgs host = t.args(false), device = t.args(true);
+    cpu::search_and_pack(&host, 1);
+    cuda::search_and_pack(&device, 1, nullptr);
+    synchronize(what);
+    t.compare("search_and_pack " + what);
+  }
+  {
+    TwinWeight t(s, in, out, order, gap, shift);
+    t.w.fill(fill);
+    const PackArgs host = t.args(false), device = t.args(true);
+    cpu::search_mask(&host, 1);
+    cuda::search_mask(&device, 1, nullptr);
+    synchronize(what);
+    t.compare("search_mask " + what);
+    t.w.fill(Fill::kBits);  // other values: positions must come from the mask
+    cpu::pack_by_mask(&host, 1);
+    cuda::pack_by_mask(&device, 1, nullptr);
+    synchronize(what);
+    t.compare("pack_by_mask " + what);
+  }
+}
+
+void test_packing() {
+  for (const Shape s : kWeightShapes) {
+    const bool large = s.rows * s.cols > 100000;
+    for (DType in : kDTypes) {
+      for (DType out : k16) {
+        for (Order order : kOrders) {
+          test_pack(s, in, out, order, 0, 0, Fill::kNormal);
+          if (large) continue;
+          test_pack(s, in, out, order, 8, 0, Fill::kIntegers);
+          test_pack(s, in, out, order, 4, 0, Fill::kSpecial);
+          test_pack(s, in, out, order, 3, 0, Fill::kBits);
+          test_pack(s, in, out, order, 0, 1, Fill::kSpecial);
+        }
+      }
+    }
+  }
+  for (int n = 0; n < 2; ++n) {  // one orientation only
+    TwinWeight t({132, 264}, DType::kBFloat16, DType::kBFloat16, Order::kRows, 0, 0, n % 2 == 0, n % 2 == 1);
+    t.w.fill(Fill::kNormal);
+    const PackArgs host = t.args(false), device = t.args(true);
+    cpu::search_and_pack(&host, 1);
+    cuda::search_and_pack(&device, 1, nullptr);
+    synchronize("one orientation");
+    t.compare(concat("one orientation, case ", n));
+  }
+}
+
+void test_many_tensors() {
+  std::vector<std::unique_ptr<TwinWeight>> weights;
+  std::vector<PackArgs> host, device;
+  for (int i = 0; i < 71; ++i) {  // more than two launches hold, of mixed classes, with empty ones between
+    const Shape s = i % 13 == 5 ? Shape{0, 64} : Shape{4 + 4 * (i * 7 % 40), 8 + 4 * (i * 11 % 70)};
+    weights.push_back(std::make_unique<TwinWeight>(s, DType::kFloat32, DType::kBFloat16,
+                                                   i < 40 || i % 3 != 0 ? Order::kRows : Order::kColumns, 0, i % 17 == 3));
+    weights.back()->w.fill(Fill::kNormal);
+    host.push_back(weights.back()->args(false)), device.push_back(weights.back()->args(true));
+  }
+  cpu::search_and_pack(host.data(), static_cast<int>(host.size()));
+  cuda::search_and_pack(device.data(), static_cast<int>(device.size()), nullptr);
+  synchronize("many tensors");
+  for (size_t i = 0; i < weights.size(); ++i) weights[i]->compare(concat("search_and_pack, tensor ", i, " of many"));
+
+  std::vector<std::unique_ptr<Twin>> flips, others;
+  std::vector<MaskFlipsArgs> host_flips, device_flips;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    flips.push_back(std::make_unique<Twin>(8));
+    const int64_t blocks = host[i].w.rows / 4 * (host[i].w.cols / 4);
+    others.push_back(std::make_unique<Twin>(blocks * 2, i % 5 == 0 ? 2 : 0));
+    for (int64_t b = 0; b < blocks * 2; ++b) others.back()->host()[b] = static_cast<uint8_t>(random_source.bits());
+    others.back()->upload();
+    host_flips.push_back({host[i].mask, others.back()->host<uint16_t>(), blocks, flips[i]->host<int64_t>()});
+    device_flips.push_back({device[i].mask, others.back()->device<uint16_t>(), blocks, flips[i]->device<int64_t>()});
+  }
+  cpu::mask_flips(host_flips.data(), static_cast<int>(host_flips.size()));
+  cuda::mask_flips(device_flips.data(), static_cast<int>(device_flips.size()), nullptr);
+  synchronize("mask_flips");
+  for (size_t i = 0; i < flips.size(); ++i) flips[i]->compare(concat("mask_flips, tensor ", i));
+}
+
+void test_masks() {
+  for (const Shape s : kWeightShapes) {
+    for (int shift : {0, 1}) {
+      const std::string what = concat("[", s.rows, ", ", s.cols, "] shift ", shift);
+      const int64_t blocks = s.rows / 4 * (s.cols / 4);
+      Twin mask(blocks * 2, 2 * shift), bytes(s.rows * s.cols, shift), bad(8);
+      for (int64_t b = 0; b < blocks; ++b) {
+        mask.host<uint16_t>()[b] = random_source.below(3) == 0 ? static_cast<uint16_t>(random_source.bits()) : 0xC3C3;
+      }
+      mask.upload();
+      cpu::unpack_mask(mask.host<uint16_t>(), bytes.host(), s.rows, s.cols);
+      cuda::unpack_mask(mask.device<uint16_t>(), bytes.device(), s.rows, s.cols, nullptr);
+      cpu::count_bad_blocks(mask.host<uint16_t>(), blocks, bad.host<int64_t>());
+      cuda::count_bad_blocks(mask.device<uint16_t>(), blocks, bad.device<int64_t>(), nullptr);
+      synchronize(what);
+      bytes.compare("unpack_mask " + what), bad.compare("count_bad_blocks " + what);
+
+      Twin E(meta_bytes(s.rows, s.cols), shift), bad_meta(8);
+      for (int64_t i = 0; i < meta_bytes(s.rows, s.cols); ++i) E.host()[i] = static_cast<uint8_t>(random_source.bits());
+      E.upload();
+      cpu::count_bad_metadata(E.host(), s.rows, s.cols, bad_meta.host<int64_t>());
+      cuda::count_bad_metadata(E.device(), s.rows, s.cols, bad_meta.device<int64_t>(), nullptr);
+      synchronize(what);
+      bad_meta.compare("count_bad_metadata " + what);
+    }
+    if (s.rows * s.cols > 200000) continue;
+    for (DType dtype : kDTypes) {
+      for (Order order : kOrders) {
+        TwinMatrix w(s.rows, s.cols, dtype, order, 4);
+        w.fill(Fill::kNormal);
+        Twin gap(s.rows / 4 * (s.cols / 4) * 4);
+        cpu::mask_gap(w.const_host(), gap.host<float>());
+        cuda::mask_gap(w.const_device(), gap.device<float>(), nullptr);
+        synchronize("mask_gap");
+        gap.compare(concat("mask_gap [", s.rows, ", ", s.cols, "] ", sparse24::name_of(dtype), " by ", name_of(order)));
+      }
+    }
+  }
+}
+
+void test_decompress() {
+  for (const Shape s : kWeightShapes) {
+    for (bool transposed : {false, true}) {
+      for (DType dtype : kDTypes) {
+        for (int64_t gap : {0, 3, 8}) {
+          const int64_t cols = transposed && s.cols < 100 ? s.cols + 3 : s.cols;  // any width for gradients
+          TwinMatrix out(s.rows, cols, dtype, Order::kRows, gap);
+          Twin packed(s.rows * cols / 2 * bytes_of(dtype)), E(transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols));
+          for (int64_t i = 0; i < s.rows * cols / 2 * bytes_of(dtype); ++i)
+            packed.host()[i] = static_cast<uint8_t>(random_source.bits());
+          const uint32_t valid[] = {0x4, 0x8, 0xC, 0x9, 0xD, 0xE};
+          for (int64_t i = 0; i < (transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols)); ++i)
+            E.host()[i] = static_cast<uint8_t>(valid[random_source.below(6)] | valid[random_source.below(6)] << 4);
+          packed.upload(), E.upload();
+          cpu::decompress({packed.host<void>(), E.host(), transposed, out.host()});
+          cuda::decompress({packed.device<void>(), E.device(), transposed, out.device()}, nullptr);
+          synchronize("decompress");
+          out.twin().compare(concat("decompress [", s.rows, ", ", cols, "] ", sparse24::name_of(dtype),
+                                    transposed ? " transposed" : "", " gap ", gap));
+        }
+      }
+    }
+  }
+}
+
+// ---- masked decay ---------------------------------------------------------------------------------------------------
+
+void test_decay() {
+  for (const Shape s : kWeightShapes) {
+    if (s.rows * s.cols > 600000) continue;
+    for (DType grad_dtype : kDTypes) {
+      for (DType w_dtype : kDTypes) {
+        for (int orders = 0; orders < 4; ++orders) {
+          for (int variant = 0; variant < 3; ++variant) {  // vectors; wider lines; misaligned
+            const int64_t gap = variant == 1 ? 8 : variant == 2 ? 1 : 0;
+            TwinMatrix grad(s.rows, s.cols, grad_dtype, kOrders[orders / 2], gap);
+            TwinMatrix w(s.rows, s.cols, w_dtype, kOrders[orders % 2], 0, variant == 2 ? 1 : 0);
+            grad.fill(variant == 0 ? Fill::kSparse : Fill::kNormal), w.fill(Fill::kNormal);
+            Twin mask(s.rows / 4 * (s.cols / 4) * 2), scale(4);
+            for (int64_t b = 0; b < s.rows / 4 * (s.cols / 4); ++b)
+              mask.host<uint16_t>()[b] = static_cast<uint16_t>(random_source.bits());
+            *scale.host<float>() = 1024.0f;
+            mask.upload(), scale.upload();
+            MaskedDecayArgs host = {grad.host(), w.const_host(), mask.host<uint16_t>(), 2e-4f,
+                                    variant == 1 ? scale.host<float>() : nullptr};
+            MaskedDecayArgs device = {grad.device(), w.const_device(), mask.device<uint16_t>(), 2e-4f,
+                                      variant == 1 ? scale.device<float>() : nullptr};
+            cpu::masked_decay(&host, 1);
+            cuda::masked_decay(&device, 1, nullptr);
+            synchronize("masked_decay");
+            grad.twin().compare(concat("masked_decay [", s.rows, ", ", s.cols, "] grad ", sparse24::name_of(grad_dtype),
+                                       " w ", sparse24::name_of(w_dtype), " orders ", orders, " variant ", variant));
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---- MVUE -----------------------------------------------------------------------------------------------------------
+
+void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order, int64_t gap, int shift, Fill fill) {
+  const int64_t padded = round_up(tokens, 8);
+  TwinMatrix dy(tokens, features, dtype, order, gap, shift);
+  dy.fill(fill);
+  Twin packed(padded / 2 * features * 2, 2 * shift), E(meta_bytes(features, padded), shift), seed(16);
+  seed.host<int64_t>()[0] = 0x0123456789ABCDEFll, seed.host<int64_t>()[1] = random_source.bits();
+  seed.upload();
+  cpu::mvue_compress({dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
+  cuda::mvue_compress({dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device()}, nullptr);
+  const std::string what = concat("mvue_compress [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
+                                  name_of(order), " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+  synchronize(what);
+  packed.compare(what + " packed");
+  E.compare(what + " E");
+}
+
+void test_mvue() {
+  const Shape shapes[] = {{1, 1}, {3, 5}, {4, 8}, {8, 8}, {31, 12}, {64, 64}, {65, 128}, {72, 136}, {100, 200}, {128, 132}, {264, 72}};
+  for (const Shape s : shapes) {
+    for (DType dtype : k16) {
+      for (Order order : kOrders) {
+        for (Fill fill : {Fill::kNormal, Fill::kIntegers, Fill::kSpecial, Fill::kBits, Fill::kSparse}) {
+          test_mvue_shape(s.rows, s.cols, dtype, order, 0, 0, fill);
+          test_mvue_shape(s.rows, s.cols, dtype, order, fill == Fill::kNormal ? 8 : 5, 0, fill);
+        }
+        test_mvue_shape(s.rows, s.cols, dtype, order, 0, 1, Fill::kNormal);
+      }
+    }
+  }
+  for (Order order : kOrders) test_mvue_shape(2048, 1024, DType::kBFloat16, order, 0, 0, Fill::kNormal);
+  for (Order order : kOrders) test_mvue_shape(1024, 512, DType::kFloat16, order, 0, 0, Fill::kSparse);
+}
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu,
+                                 Activation::kSquaredRelu};
+
+/// The plain way: one thread an element, any strides.
+template <Activation kKind, typename T>
+__global__ void reference_kernel(ConstMatrix d_h, ConstMatrix in, Matrix d_in, Matrix h, bool gated, bool backward) {
+  const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (index >= h.rows * h.cols) return;
+  const int64_t r = index / h.cols, c = index % h.cols;
+  const auto at = [&](const auto& m, int64_t col) { return r * m.row_stride + col * m.col_stride; };
+  const float gate = to_float(static_cast<const T*>(in.data)[at(in, c)]);
+  const float up = gated ? to_float(static_cast<const T*>(in.data)[at(in, c + h.cols)]) : 0.0f;
+  const ValueAndSlope act = activate<kKind>(gate);
+  static_cast<T*>(h.data)[at(h, c)] = from_float<T>(gated ? act.value * up : act.value);
+  if (!backward) return;
+  const float d = to_float(static_cast<const T*>(d_h.data)[at(d_h, c)]);
+  if (gated) {
+    const GatedBackward back = gated_backward<kKind>(d, gate, up);
+    static_cast<T*>(d_in.data)[at(d_in, c)] = from_float<T>(back.d_gate);
+    static_cast<T*>(d_in.data)[at(d_in, c + h.cols)] = from_float<T>(back.d_up);
+  } else {
+    static_cast<T*>(d_in.data)[at(d_in, c)] = from_float<T>(d * act.slope);
+  }
+}
+
+struct Reference {
+  ConstMatrix d_h, in;
+  Matrix d_in, h;
+  bool gated, backward;
+
+  template <Activation kKind>
+  void operator()() const {
+    with_type(h.dtype, [this](auto zero) {
+      const uint32_t blocks = static_cast<uint32_t>((h.rows * h.cols + 127) / 128);
+      reference_kernel<kKind, decltype(zero)><<<blocks, 128>>>(d_h, in, d_in, h, gated, backward);
+    });
+  }
+};
+
+/// Largest error against the CPU, relative to 1 + |value|; infinite where only one is NaN.
+float distance(TwinMatrix& got, TwinMatrix& cpu_result, int64_t rows, int64_t cols) {
+  float worst = 0.0f;
+  const Matrix a = got.host(), b = cpu_result.host();
+  with_type(a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < cols; ++c) {
+        const float x = to_float(static_cast<T*>(a.data)[r * a.row_stride + c * a.col_stride]);
+        const float y = to_float(static_cast<T*>(b.data)[r * b.row_stride + c * b.col_stride]);
+        if (x == y || (std::isnan(x) && std::isnan(y))) continue;
+        const float error = std::fabs(x - y) / (1.0f + std::fabs(y));
+        worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+      }
+    }
+  });
+  return worst;
+}
+
+void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation kind, bool gated, int orders,
+                           int64_t gap, int shift, Fill fill) {
+  const int64_t width = gated ? 2 * d_ff : d_ff;
+  const Order in_order = kOrders[orders & 1], h_order = kOrders[orders >> 1 & 1];
+  const Order dh_order = kOrders[orders >> 2 & 1], din_order = kOrders[orders >> 3 & 1];
+  TwinMatrix in(tokens, width, dtype, in_order, gap, shift), d_h(tokens, d_ff, dtype, dh_order, gap, shift);
+  in.fill(fill), d_h.fill(Fill::kNormal);
+  const std::string what =
+      concat("[", tokens, ", ", d_ff, "] ", sparse24::name_of(dtype), " kind ", static_cast<int>(kind), gated ? " gated" : "",
+             " orders ", orders, " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+
+  TwinMatrix h(tokens, d_ff, dtype, h_order, gap, shift), d_in(tokens, width, dtype, din_order, gap, shift);
+  with_activation(kind, Reference{d_h.const_device(), in.const_device(), d_in.device(), h.device(), gated, true});
+  synchronize("reference " + what);
+  h.twin().download(), d_in.twin().download();
+  {
+    TwinMatrix expected(tokens, d_ff, dtype, h_order, gap, shift), d_expected(tokens, width, dtype, din_order, gap, shift);
+    cpu::activation_forward({kind, gated, in.const_host(), expected.host()});
+    ActivationBackwardArgs args;
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_host(), args.gate_up = in.const_host();
+    args.d_gate_up = d_expected.host();
+    cpu::activation_backward(args);
+    const float bound = dtype == DType::kFloat32 ? 1e-5f : dtype == DType::kFloat16 ? 2e-3f : 1.6e-2f;
+    if (fill == Fill::kNormal) {
+      expect(distance(h, expected, tokens, d_ff) <= bound, "activation_forward close to the CPU " + what);
+      expect(distance(d_in, d_expected, tokens, width) <= bound, "activation_backward close to the CPU " + what);
+    }
+  }
+  {
+    TwinMatrix got(tokens, d_ff, dtype, h_order, gap, shift);
+    cuda::activation_forward({kind, gated, in.const_device(), got.device()}, nullptr);
+    synchronize(what);
+    got.twin().compare_with(h.twin(), "activation_forward " + what);
+  }
+  for (bool with_h : {false, true}) {
+    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift), got(tokens, width, dtype, din_order, gap, shift);
+    ActivationBackwardArgs args;
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(), args.gate_up = in.const_device();
+    args.d_gate_up = got.device();
+    if (with_h) args.h = got_h.device();
+    cuda::activation_backward(args, nullptr);
+    synchronize(what);
+    got.twin().compare_with(d_in.twin(), concat("activation_backward, with h: ", with_h, " ", what));
+    if (with_h) got_h.twin().compare_with(h.twin(), "h of activation_backward " + what);
+  }
+  if (dtype == DType::kFloat32) return;
+  const int64_t padded = round_up(tokens, 8);
+  for (bool with_h : {false, true}) {
+    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift), got(tokens, width, dtype, din_order, gap, shift);
+    Twin packed(padded / 2 * width * 2, 2 * shift), E(meta_bytes(width, padded), shift), seed(16);
+    seed.host<int64_t>()[0] = -7, seed.host<int64_t>()[1] = random_source.bits();
+    seed.upload();
+    // d_in holds on its host what the kernels make of it on the device: prune that on the CPU.
+    cpu::mvue_compress({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
+    ActivationBackwardArgs args;
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(), args.gate_up = in.const_device();
+    args.d_gate_up = got.device();
+    if (with_h) args.h = got_h.device();
+    args.seed = seed.device<int64_t>(), args.packed = packed.device<void>(), args.E = E.device();
+    cuda::activation_backward(args, nullptr);
+    synchronize(what);
+    got.twin().compare_with(d_in.twin(), "fused backward, d_gate_up " + what);
+    if (with_h) got_h.twin().compare_with(h.twin(), "fused backward, h " + what);
+    packed.compare("fused backward, packed " + what);
+    E.compare("fused backward, E " + what);
+  }
+}
+
+void test_activations() {
+  const Shape shapes[] = {{1, 1}, {1, 64}, {3, 12}, {8, 8}, {7, 64}, {31, 128}, {72, 72}, {64, 192}, {136, 320}, {200, 128}};
+  int turn = 0;
+  for (const Shape s : shapes) {
+    for (DType dtype : kDTypes) {
+      for (bool gated : {true, false}) {
+        for (int orders = 0; orders < 16; ++orders) {
+          const Activation kind = kKinds[turn++ % 5];
+          test_activation_shape(s.rows, s.cols, dtype, kind, gated, orders, 0, 0, Fill::kNormal);
+          if (orders % 5 != 0) continue;
+          test_activation_shape(s.rows, s.cols, dtype, kind, gated, orders, 8, 0, Fill::kSpecial);
+          test_activation_shape(s.rows, s.cols, dtype, kind, gated, orders, 3, 0, Fill::kSparse);
+          test_activation_shape(s.rows, s.cols, dtype, kind, gated, orders, 0, 1, Fill::kBits);
+        }
+      }
+    }
+  }
+  for (Activation kind : kKinds)
+    for (int orders : {0, 15, 1, 14, 6}) test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
+}
+
+void test_empty() {
+  PackArgs empty;
+  cuda::search_mask(&empty, 1, nullptr), cuda::pack_by_mask(&empty, 1, nullptr), cuda::search_and_pack(&empty, 0, nullptr);
+  cuda::mvue_compress({}, nullptr), cuda::decompress({}, nullptr), cuda::unpack_mask(nullptr, nullptr, 0, 4, nullptr);
+  cuda::mask_gap({}, nullptr, nullptr), cuda::masked_decay(nullptr, 0, nullptr), cuda::mask_flips(nullptr, 0, nullptr);
+  cuda::activation_forward({}, nullptr), cuda::activation_backward({}, nullptr);
+  synchronize("empty inputs");
+  ++checks;
+}
+
+// ---- benchmark ------------------------------------------------------------------------------------------------------
+
+/// Normal values (sum of uniforms), made on the device.
+template <typename T>
+__global__ void fill_normal_kernel(T* data, int64_t count, uint32_t seed) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+    const Philox4 random = philox4x32_10({{static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), seed, 0}}, 1, 2);
+    float sum = -2.0f;
+    for (uint32_t word : random.word) sum += static_cast<float>(word) * 0x1p-32f;
+    data[i] = from_float<T>(sum * 1.7f);
+  }
+}
+
+class Device {
+ public:
+  explicit Device(int64_t bytes) { SP24_CHECK_CUDA(cudaMalloc(&data_, static_cast<size_t>(bytes))); }
+  ~Device() { cudaFree(data_); }
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+  template <typename T = void>
+  T* as() { return static_cast<T*>(data_); }
+  Device& fill(DType dtype, int64_t count) {
+    with_type(dtype, [&](auto zero) { fill_normal_kernel<<<2048, 256>>>(as<decltype(zero)>(), count, ++seed()); });
+    return *this;
+  }
+  static uint32_t& seed() {
+    static uint32_t value = 0;
+    return value;
+  }
+
+ private:
+  void* data_ = nullptr;
+};
+
+constexpr int64_t kRotation = int64_t{400} << 20;  // several times the L2: a buffer comes back cold
+double copy_tb_per_s = 0.0;
+
+/// Median microseconds of one run(set), over rotating sets.
+double time_us(int sets, const std::function<void(int)>& run) {
+  cudaEvent_t start, stop;
+  cudaEventCreate(&start), cudaEventCreate(&stop);
+  const int inner = std::max(sets, 8);
+  std::vector<float> times;
+  for (int round = 0; round < 9; ++round) {
+    cudaEventRecord(start);
+    for (int i = 0; i < inner; ++i) run(i % sets);
+    cudaEventRecord(stop);
+    SP24_CHECK_CUDA(cudaEventSynchronize(stop));
+    float ms = 0;
+    cudaEventElapsedTime(&ms, start, stop);
+    if (round > 0) times.push_back(ms * 1e3f / inner);
+  }
+  std::sort(times.begin(), times.end());
+  cudaEventDestroy(start), cudaEventDestroy(stop);
+  return times[times.size() / 2];
+}
+
+void report(const std::string& name, double bytes, double us) {
+  const double tb_per_s = bytes / us * 1e-6;
+  std::printf("%s,%.2f,%.3f,%.1f%%\n", name.c_str(), us, tb_per_s, copy_tb_per_s > 0 ? 100 * tb_per_s / copy_tb_per_s : 100.0);
+  std::fflush(stdout);
+}
+
+int sets_for(double bytes) { return static_cast<int>(std::max(2.0, std::min(64.0, std::ceil(kRotation / bytes)))); }
+
+void bench_copy() {
+  const int64_t bytes = int64_t{1} << 30;
+  Device from(bytes), to(bytes);
+  const double us = time_us(2, [&](int i) {
+    cudaMemcpyAsync(i ? from.as() : to.as(), i ? to.as() : from.as(), bytes, cudaMemcpyDeviceToDevice);
+  });
+  copy_tb_per_s = 2.0 * static_cast<double>(bytes) / us * 1e-6;
+  report("copy 1 GiB", 2.0 * static_cast<double>(bytes), us);
+}
+
+struct BenchWeight {
+  Device w, mask, packed, E, packed_t, E_t;
+  PackArgs args;
+
+  BenchWeight(Shape s, DType dtype, Order order)
+      : w(s.rows * s.cols * bytes_of(dtype)), mask(s.rows * s.cols / 8), packed(s.rows * s.cols), E(meta_bytes(s.rows, s.cols)),
+        packed_t(s.rows * s.cols), E_t(meta_bytes(s.cols, s.rows)) {
+    w.fill(dtype, s.rows * s.cols);
+    args.w = {w.as(), dtype, s.rows, s.cols, order == Order::kRows ? s.cols : 1, order == Order::kRows ? 1 : s.rows};
+    args.mask = mask.as<uint16_t>(), args.packed = packed.as(), args.packed_t = packed_t.as();
+    args.E = E.as<uint8_t>(), args.E_t = E_t.as<uint8_t>();
+    cuda::search_mask(&args, 1, nullptr);
+  }
+};
+
+void bench_packing() {
+  for (const Shape s : {Shape{14336, 4096}, Shape{11008, 4096}, Shape{4096, 11008}, Shape{3072, 768}}) {
+    for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+      for (Order order : kOrders) {
+        const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols), in = bytes_of(dtype);
+        const int sets = sets_for(elements * (in + 2.375));
+        std::vector<std::unique_ptr<BenchWeight>> weights;
+        for (int i = 0; i < sets; ++i) weights.push_back(std::make_unique<BenchWeight>(s, dtype, order));
+        const std::string what = concat(" ", s.rows, "x", s.cols, " ", sparse24::name_of(dtype), " by ", name_of(order));
+        report("pack_by_mask" + what, elements * (in + 2.375), time_us(sets, [&](int i) { cuda::pack_by_mask(&weights[i]->args, 1, nullptr); }));
+        report("search_and_pack" + what, elements * (in + 2.375), time_us(sets, [&](int i) { cuda::search_and_pack(&weights[i]->args, 1, nullptr); }));
+        report("search_mask" + what, elements * (in + 0.125), time_us(sets, [&](int i) { cuda::search_mask(&weights[i]->args, 1, nullptr); }));
+      }
+    }
+  }
+  for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {  // all FFN weights of GPT-2 124M, several models in turn
+    const double elements = 24.0 * 3072 * 768, in = bytes_of(dtype);
+    std::vector<std::unique_ptr<BenchWeight>> weights;
+    std::vector<PackArgs> args;
+    for (int i = 0; i < 48; ++i) {
+      weights.push_back(std::make_unique<BenchWeight>(i % 2 ? Shape{3072, 768} : Shape{768, 3072}, dtype, Order::kRows));
+      args.push_back(weights.back()->args);
+    }
+    const std::string what = concat(" 24 of 3072x768 ", sparse24::name_of(dtype));
+    report("pack_by_mask" + what, elements * (in + 2.375), time_us(2, [&](int i) { cuda::pack_by_mask(&args[24 * i], 24, nullptr); }));
+    report("search_and_pack" + what, elements * (in + 2.375), time_us(2, [&](int i) { cuda::search_and_pack(&args[24 * i], 24, nullptr); }));
+  }
+}
+
+void bench_mvue() {
+  for (const Shape s : {Shape{8192, 11008}, Shape{16384, 14336}, Shape{16384, 4096}, Shape{16384, 3072}}) {
+    for (Order order : kOrders) {
+      const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
+      const int sets = sets_for(elements * 3.125);
+      std::vector<std::unique_ptr<Device>> dy, packed, E;
+      for (int i = 0; i < sets; ++i) {
+        dy.push_back(std::make_unique<Device>(s.rows * s.cols * 2)), packed.push_back(std::make_unique<Device>(s.rows * s.cols));
+        E.push_back(std::make_unique<Device>(meta_bytes(s.cols, s.rows)));
+        dy.back()->fill(DType::kBFloat16, s.rows * s.cols);
+      }
+      Device seed(16);
+      cudaMemset(seed.as(), 7, 16);
+      report(concat("mvue_compress ", s.rows, "x", s.cols, " by ", name_of(order)), elements * 3.125, time_us(sets, [&](int i) {
+               const ConstMatrix view = {dy[i]->as(), DType::kBFloat16, s.rows, s.cols, order == Order::kRows ? s.cols : 1,
+                                         order == Order::kRows ? 1 : s.rows};
+               cuda::mvue_compress({view, seed.as<int64_t>(), packed[i]->as(), E[i]->as<uint8_t>()}, nullptr);
+             }));
+    }
+  }
+}
+
+void bench_decay() {
+  const Shape s = {14336, 4096};
+  const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
+  for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
+    for (Order order : kOrders) {
+      Device grad(s.rows * s.cols * 4), w(s.rows * s.cols * 4), mask(s.rows * s.cols / 8), mask_b(s.rows * s.cols / 8), flips(8);
+      grad.fill(dtype, s.rows * s.cols), w.fill(dtype, s.rows * s.cols);
+      mask.fill(DType::kBFloat16, s.rows * s.cols / 16), mask_b.fill(DType::kBFloat16, s.rows * s.cols / 16);
+      const int64_t row_stride = order == Order::kRows ? s.cols : 1, col_stride = order == Order::kRows ? 1 : s.rows;
+      const MaskedDecayArgs args = {{grad.as(), dtype, s.rows, s.cols, row_stride, col_stride},
+                                    {w.as(), dtype, s.rows, s.cols, row_stride, col_stride},
+                                    mask.as<uint16_t>(), 1e-7f, nullptr};
+      report(concat("masked_decay 14336x4096 ", sparse24::name_of(dtype), " by ", name_of(order)),
+             elements * (3.0 * bytes_of(dtype) + 0.125), time_us(1, [&](int) { cuda::masked_decay(&args, 1, nullptr); }));
+      if (order == Order::kColumns || dtype == DType::kFloat32) continue;
+      const MaskFlipsArgs flip_args = {mask.as<uint16_t>(), mask_b.as<uint16_t>(), s.rows * s.cols / 16, flips.as<int64_t>()};
+      report("mask_flips 14336x4096 (warm)", elements * 0.25, time_us(1, [&](int) { cuda::mask_flips(&flip_args, 1, nullptr); }));
+      const ConstMatrix view = {w.as(), dtype, s.rows, s.cols, row_stride, col_stride};
+      report("mask_gap 14336x4096", elements * 2.25, time_us(1, [&](int) { cuda::mask_gap(view, grad.as<float>(), nullptr); }));
+    }
+  }
+}
+
+void bench_activations() {
+  for (const Shape s : {Shape{8192, 11008}, Shape{16384, 14336}, Shape{16384, 3072}}) {
+    const int64_t tokens = s.rows, d_ff = s.cols;
+    const double elements = static_cast<double>(tokens) * static_cast<double>(d_ff);
+    const int sets = sets_for(elements * 6);
+    std::vector<std::unique_ptr<Device>> in, h, d_h, d_in, packed, E;
+    for (int i = 0; i < sets; ++i) {
+      in.push_back(std::make_unique<Device>(tokens * d_ff * 4)), d_in.push_back(std::make_unique<Device>(tokens * d_ff * 4));
+      h.push_back(std::make_unique<Device>(tokens * d_ff * 2)), d_h.push_back(std::make_unique<Device>(tokens * d_ff * 2));
+      packed.push_back(std::make_unique<Device>(tokens * d_ff * 2)), E.push_back(std::make_unique<Device>(meta_bytes(2 * d_ff, tokens)));
+      in.back()->fill(DType::kBFloat16, tokens * d_ff * 2), d_h.back()->fill(DType::kBFloat16, tokens * d_ff);
+    }
+    Device seed(16);
+    cudaMemset(seed.as(), 7, 16);
+    const auto view = [&](auto* data, int64_t cols, Order order) {
+      MatrixView<decltype(data)> m = {data, DType::kBFloat16, tokens, cols, order == Order::kRows ? cols : 1,
+                                      order == Order::kRows ? 1 : tokens};
+      return m;
+    };
+    const auto constant = [&](void* data, int64_t cols, Order order) { return view(static_cast<const void*>(data), cols, order); };
+    const std::string shape = concat(" ", tokens, "x", d_ff);
+    for (Activation kind : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh}) {
+      for (Order in_order : kOrders) {
+        for (Order h_order : kOrders) {
+          if (kind != Activation::kSilu && in_order != h_order) continue;
+          report(concat("forward", shape, " kind ", static_cast<int>(kind), " in by ", name_of(in_order), ", out by ", name_of(h_order)),
+                 elements * 6, time_us(sets, [&](int i) {
+                   cuda::activation_forward({kind, true, constant(in[i]->as(), 2 * d_ff, in_order), view(h[i]->as(), d_ff, h_order)}, nullptr);
+                 }));
+        }
+      }
+    }
+    report(concat("forward plain", shape, " kind 2 by rows"), elements * 4, time_us(sets, [&](int i) {
+             cuda::activation_forward({Activation::kGeluTanh, false, constant(in[i]->as(), d_ff, Order::kRows), view(h[i]->as(), d_ff, Order::kRows)}, nullptr);
+           }));
+    for (int fused = 0; fused < 2; ++fused) {
+      for (Activation kind : {Activation::kSilu, Activation::kGeluTanh}) {
+        for (int orders : {0, 1, 2, 3}) {  // gate_up by columns: 1; d_h, d_gate_up by columns: 2
+          const Order in_order = kOrders[orders & 1], d_order = kOrders[orders >> 1];
+          report(concat(fused ? "backward + mvue" : "backward", shape, " kind ", static_cast<int>(kind), " gate_up by ", name_of(in_order),
+                        ", gradients by ", name_of(d_order)),
+                 elements * (fused ? 12.25 : 10), time_us(sets, [&](int i) {
+                   ActivationBackwardArgs args;
+                   args.kind = kind, args.d_h = constant(d_h[i]->as(), d_ff, d_order);
+                   args.gate_up = constant(in[i]->as(), 2 * d_ff, in_order), args.d_gate_up = view(d_in[i]->as(), 2 * d_ff, d_order);
+                   if (fused) args.seed = seed.as<int64_t>(), args.packed = packed[i]->as(), args.E = E[i]->as<uint8_t>();
+                   cuda::activation_backward(args, nullptr);
+                 }));
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::printf("no GPU here\n");
+    return 77;
+  }
+  const auto asked = [&](const char* name) {
+    for (int i = 1; i < argc; ++i)
+      if (std::strcmp(argv[i], name) == 0) return true;
+    return false;
+  };
+  try {
+    if (!asked("--bench-only")) {
+      test_empty();
+      test_masks();
+      test_packing();
+      test_many_tensors();
+      test_decompress();
+      test_decay();
+      test_mvue();
+      test_activations();
+      std::printf("%lld checks, %d failures\n", static_cast<long long>(checks), failures);
+    }
+    if (asked("--bench") || asked("--bench-only")) {
+      std::printf("what,us,TB/s,of copy\n");
+      bench_copy();
+      bench_packing();
+      bench_mvue();
+      bench_decay();
+      bench_activations();
+    }
+  } catch (const std::exception& error) {
+    fail("exception: ", error.what());
+  }
+  return failures == 0 ? 0 : 1;
+}

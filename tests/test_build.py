@@ -1,0 +1,229 @@
+"""The build: what the library needs and exports, what an sdist holds, and what the build says when something is missing."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import sparse24
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(sparse24.__file__).parent
+LIBRARY = PACKAGE / "libsparse24.so"
+
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the package has no compiled library")
+
+
+def find_cmake() -> str | None:
+    beside = Path(sys.executable).parent / "cmake"
+    return str(beside) if beside.exists() else shutil.which("cmake")
+
+
+needs_cmake = pytest.mark.skipif(find_cmake() is None, reason="cmake was not found")
+
+
+def run(*command, **environment):
+    """Run a command; environment entries that are None are removed."""
+    env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+
+
+def run_cmake_function(tmp_path: Path, module: str, call: str, **environment):
+    """Call one function of cmake/*.cmake in a script; its last argument `result` is printed."""
+    script = tmp_path / "call.cmake"
+    script.write_text(
+        f"cmake_minimum_required(VERSION 3.20)\ninclude({ROOT}/cmake/{module})\n{call}\nmessage(STATUS \"got ${{result}}\")\n"
+    )
+    done = run(find_cmake(), "-P", script, **environment)
+    done.text = " ".join((done.stdout + done.stderr).split())
+    return done
+
+
+# ---- the library ----------------------------------------------------------------------------------------------------
+
+
+@needs_library
+def test_library_needs_no_driver_and_exports_its_own_names_only():
+    if not shutil.which("readelf"):
+        pytest.skip("readelf was not found")
+    done = run("sh", ROOT / "cmake" / "check_library.sh", LIBRARY)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_library
+def test_library_loads_and_has_the_package_version():
+    ctypes.CDLL(str(LIBRARY))
+    from sparse24 import _C
+
+    assert _C.version() == sparse24.__version__
+
+
+@needs_library
+def test_errors_of_the_library_are_errors_of_the_package():
+    from sparse24 import _C
+
+    with pytest.raises(sparse24.errors.Sparse24Error, match="k must not be negative, got -4"):
+        _C.metadata_bytes(64, -4)
+    with pytest.raises(sparse24.errors.Sparse24Error, match="dtype code must be between 0 and 2, got 9"):
+        _C.mask_gap(0, 9, 4, 4, 4, 1, 0, 0, 0, 0)
+    with pytest.raises(sparse24.errors.Sparse24Error, match="tuple of 4 fields"):
+        _C.mask_flips([(0, 0, 0)], 0, 0, 0)
+
+
+# ---- packaging ------------------------------------------------------------------------------------------------------
+
+
+def test_sdist_holds_every_source(tmp_path):
+    pytest.importorskip("pybind11")
+    tracked = run("git", "-C", ROOT, "ls-files")
+    if tracked.returncode != 0 or not tracked.stdout:
+        pytest.skip("not a git checkout")
+    done = run(
+        sys.executable, ROOT / "setup.py", "-q", "egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {name for name in tracked.stdout.split("\n") if name and (ROOT / name).exists()}
+    missing = {name for name in wanted - packed if not name.startswith(".git")}
+    assert not missing, "MANIFEST.in forgets them"
+    assert not [name for name in packed if name.endswith((".so", ".pyc"))]
+
+
+@needs_library
+@pytest.mark.slow
+def test_a_ready_library_is_taken_as_it_is(tmp_path):
+    pytest.importorskip("pybind11")
+    ready = tmp_path / "ready" / "libsparse24.so"
+    ready.parent.mkdir()
+    shutil.copy(LIBRARY, ready)
+    build = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *map(str, build)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "SPARSE24_LIBRARY": str(ready), "PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    built = tmp_path / "lib" / "sparse24"
+    assert (built / "libsparse24.so").read_bytes() == ready.read_bytes()
+    assert list(built.glob("_C*.so"))
+
+
+def test_a_ready_library_that_is_not_there_is_named(tmp_path):
+    pytest.importorskip("pybind11")
+    build = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *map(str, build)],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "SPARSE24_LIBRARY": "/no/such/lib.so"},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "SPARSE24_LIBRARY=/no/such/lib.so is not a file" in done.stderr
+
+
+# ---- CMake's decisions ----------------------------------------------------------------------------------------------
+
+
+@needs_cmake
+@pytest.mark.parametrize("choice, text", [("0", "got FALSE"), ("maybe", "must be 1, 0 or auto, got 'maybe'")])
+def test_cuda_choice_by_environment(tmp_path, choice, text):
+    done = run_cmake_function(tmp_path, "CudaChoice.cmake", "sparse24_choose_cuda(result)", SPARSE24_CUDA=choice)
+    assert text in done.text
+
+
+@needs_cmake
+def test_cuda_without_nvcc_says_so(tmp_path):
+    without = {"PATH": "/nowhere", "CUDACXX": None, "CUDA_HOME": None, "CUDA_PATH": None}
+    if Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("nvcc is in its default place")
+    done = run_cmake_function(
+        tmp_path, "CudaChoice.cmake", "sparse24_choose_cuda(result)", SPARSE24_CUDA="1", **without
+    )
+    assert done.returncode != 0 and "SPARSE24_CUDA=1 needs nvcc" in done.text and "SPARSE24_CUDA=0" in done.text
+
+
+@needs_cmake
+@pytest.mark.parametrize("below", [".", "include", "cutlass_library/source/include"])
+def test_cutlass_dir_may_be_a_checkout_or_the_wheel(tmp_path, below):
+    header = tmp_path / "cutlass dir" / below / "cutlass"
+    header.mkdir(parents=True)
+    (header / "cutlass.h").touch()
+    (header / "version.h").write_text("#define CUTLASS_MAJOR 4\n#define CUTLASS_MINOR 2\n#define CUTLASS_PATCH 0\n")
+    done = run_cmake_function(
+        tmp_path, "Cutlass.cmake", "sparse24_find_cutlass(result)", CUTLASS_DIR=str(tmp_path / "cutlass dir")
+    )
+    assert done.returncode == 0, done.text
+    assert f"got {header.parent}" in done.text
+
+    (header / "version.h").write_text("#define CUTLASS_MAJOR 3\n#define CUTLASS_MINOR 9\n")
+    done = run_cmake_function(
+        tmp_path, "Cutlass.cmake", "sparse24_find_cutlass(result)", CUTLASS_DIR=str(tmp_path / "cutlass dir")
+    )
+    assert done.returncode != 0 and "4.2 or later is needed" in done.text
+
+
+@needs_cmake
+def test_cutlass_dir_without_headers_is_named(tmp_path):
+    done = run_cmake_function(
+        tmp_path, "Cutlass.cmake", "sparse24_find_cutlass(result)", CUTLASS_DIR=str(tmp_path / "empty")
+    )
+    assert done.returncode != 0 and "has no cutlass/cutlass.h" in done.text
+
+
+def fake_python(tmp_path: Path, body: str) -> Path:
+    """Stands in for the interpreter that downloads by pip."""
+    program = tmp_path / "bin" / "python3"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{body}\n")
+    program.chmod(0o755)
+    return program
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    "body, text",
+    [
+        ("echo no route to the index >&2; exit 1", "no route to the index"),
+        # A file of the right name with other bytes; --dest is followed by the folder.
+        (
+            'while [ "$1" != --dest ]; do shift; done; echo tampered > "$2/nvidia_cutlass-4.2.0.0-py3-none-any.whl"',
+            "not the file we know",
+        ),
+    ],
+    ids=["offline", "tampered"],
+)
+def test_failed_cutlass_download_names_both_remedies(tmp_path, body, text):
+    call = f"set(SPARSE24_PYTHON {fake_python(tmp_path, body)})\nsparse24_find_cutlass(result)"
+    cache = tmp_path / "cache"
+    done = run_cmake_function(tmp_path, "Cutlass.cmake", call, CUTLASS_DIR=None, XDG_CACHE_HOME=str(cache))
+    assert done.returncode != 0
+    assert text in done.text and "package index" in done.text and "set CUTLASS_DIR" in done.text
+    assert list(cache.rglob("*.whl")) == [], "nothing half-done stays in the cache"
+
+
+@needs_cmake
+def test_gemm_jobs_follow_cores_and_memory(tmp_path):
+    done = run_cmake_function(tmp_path, "GemmJobs.cmake", "sparse24_gemm_jobs(result)")
+    jobs = int(done.text.rpartition("got ")[2])
+    assert 1 <= jobs <= (os.cpu_count() or 1)
+    done = run_cmake_function(tmp_path, "GemmJobs.cmake", "set(SPARSE24_GEMM_JOBS 7)\nsparse24_gemm_jobs(result)")
+    assert done.text.endswith("got 7")
+
+
+@pytest.mark.parametrize(
+    "message, status, expected",
+    [("all is well", 0, 0), ("ptxas info : (C7510) Potential Performance Loss", 0, 1), ("error", 3, 3)],
+)
+def test_serialised_wgmma_fails_the_build(tmp_path, message, status, expected):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "{message}"\ntouch "$2"\nexit {status}\n')
+    compiler.chmod(0o755)
+    target = tmp_path / "kernel.o"
+    done = run("sh", ROOT / "cmake" / "strict_nvcc.sh", compiler, "-o", target)
+    assert done.returncode == expected
+    assert message in done.stderr
+    assert target.exists() == (expected != 1), "an object that is refused must not survive for the next build"

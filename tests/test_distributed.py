@@ -1,0 +1,246 @@
+"""Two processes over gloo: the same masks on all ranks, different noise, and the single-process result."""
+
+import functools
+import os
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny_models import MLP
+from torch import nn
+
+import sparse24
+from sparse24 import Recipe, ops
+from sparse24.errors import Sparse24Error
+
+WORLD = 2
+STEPS = 6
+
+
+def _worker(rank, init, tasks, results):
+    """A rank: runs function(rank) for each function it is sent, until it is sent None."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=WORLD)
+    while (function := tasks.get()) is not None:
+        try:
+            results.put((rank, function(rank), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """Runs function(rank) in two processes, the same two for all tests, and returns both results."""
+    context = mp.get_context("spawn")
+    results, queues = context.Queue(), [context.Queue() for _ in range(WORLD)]
+    init = tmp_path_factory.mktemp("gloo") / "init"
+    workers = [context.Process(target=_worker, args=(r, init, queues[r], results), daemon=True) for r in range(WORLD)]
+    for worker in workers:
+        worker.start()
+
+    def run(function):
+        for queue in queues:
+            queue.put(function)
+        answers = sorted((results.get(timeout=120) for _ in range(WORLD)), key=lambda answer: answer[0])
+        for _, _, error in answers:
+            assert error is None, error
+        return [value for _, value, _ in answers]
+
+    yield run
+    for queue, worker in zip(queues, workers, strict=True):
+        queue.put(None)
+        worker.join(timeout=30)
+
+
+def data(step):
+    return torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, recipe, optimizer, shard):
+    for step in range(STEPS):
+        x = shard(data(step))
+        (model(x) - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return recipe
+
+
+def sparse_model(seed=0):
+    torch.manual_seed(seed)
+    model = MLP()
+    sparse24.sparsify(model)
+    return model
+
+
+SETTINGS = dict(total_steps=STEPS, mask_interval=2, dense_fraction=0, decay=1e-2)
+
+
+def numbers(model):
+    """What a rank sends home: lists, not tensors, so that no shared memory is involved."""
+    return {name: t.tolist() for name, t in (*model.named_parameters(), ("mask", model.fc1.mask))}
+
+
+def single_process(mvue=False):
+    model = sparse_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, Recipe(model, optimizer, mvue=mvue, **SETTINGS), optimizer, lambda x: x)
+    return model
+
+
+# -- DDP ------------------------------------------------------------------------------------------------------------
+
+
+def _ddp(rank, mvue, seeds_differ=False, recipe_first=False):
+    model = sparse_model(seed=rank if seeds_differ else 0)  # DDP hands out rank 0's weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    recipe = Recipe(wrapped, optimizer, mvue=mvue, check_ranks_every=1, **SETTINGS)
+    torch.manual_seed(0)
+    train(wrapped, recipe, optimizer, lambda x: x.chunk(WORLD)[rank])
+    assert sparse24.verify(wrapped) and list(recipe.layers) == ["fc1", "fc2"]
+    return numbers(model)
+
+
+@pytest.mark.fault(64, 66)
+def test_ddp_equals_the_single_process_run(on_two_ranks):
+    """Masks are identical on all ranks, and equal to those of one process on the whole batch."""
+    first, second = on_two_ranks(functools.partial(_ddp, mvue=False, seeds_differ=True))
+    assert first == second
+    alone = numbers(single_process())
+    assert first["mask"] == alone["mask"]
+    for name in ("fc1.weight", "fc2.weight", "fc1.bias"):
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-4, atol=1e-5)
+
+
+def _noise(rank):
+    model = sparse_model()
+    Recipe(model, torch.optim.SGD(model.parameters(), lr=0.0), **SETTINGS)
+    torch.manual_seed(0)  # the same torch seed on all ranks, as most training scripts have it
+    model(data(0)).square().mean().backward()
+    return model.fc2.weight.grad.tolist(), model.fc1.rank
+
+
+@pytest.mark.fault(65)
+def test_ranks_draw_independent_noise_from_one_seed(on_two_ranks):
+    """The rank goes into the key."""
+    (first, rank0), (second, rank1) = on_two_ranks(_noise)
+    assert (rank0, rank1) == (0, 1) and first != second
+
+
+@pytest.mark.fault(64)
+def test_ddp_with_noise_keeps_the_ranks_together(on_two_ranks):
+    """Gradients are averaged, so weights and masks stay the same on all ranks."""
+    first, second = on_two_ranks(functools.partial(_ddp, mvue=True))
+    assert first == second
+
+
+def _diverged(rank):
+    model = sparse_model(seed=rank)  # no DDP: nothing hands out one rank's weights
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = Recipe(model, optimizer, check_ranks_every=2, **SETTINGS)
+    try:
+        train(model, recipe, optimizer, lambda x: x)
+    except Sparse24Error as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.fault(64)
+def test_ranks_with_different_masks_are_found_out(on_two_ranks):
+    """The checksum names the layers."""
+    for message in on_two_ranks(_diverged):
+        assert "ranks hold different masks in fc1, fc2" in message
+
+
+# -- FSDP2 ----------------------------------------------------------------------------------------------------------
+
+
+def plain():
+    return MLP(16, 32), 16
+
+
+def cut():
+    """Rows that two ranks cannot share in whole 4x4 blocks."""
+    return MLP(12, 20), 12
+
+
+def gated():
+    """A block that runs as one function."""
+    block = sparse24.SparseGatedMLP(16, 64)
+    sparse24.densify(block)
+    return nn.Sequential(block), 16
+
+
+def conv1d():
+    """Weights stored as [in, out]: the shards cut the columns that the kernels see."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = MLP(16, 32)
+    model.fc1, model.fc2 = Conv1D(32, 16), Conv1D(16, 32)
+    return model, 16
+
+
+def _fsdp(rank, make):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model, width = make()
+    sparse24.sparsify(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, mvue=False, **SETTINGS)
+    train(model, recipe, optimizer, lambda x: x[:, :width].chunk(WORLD)[rank])
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    state = {name: p.full_tensor().tolist() for name, p in model.named_parameters()}
+    return state, {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
+
+
+@pytest.mark.parametrize("make", [plain, cut, gated, conv1d])
+@pytest.mark.fault(67)
+def test_fsdp2_equals_the_single_process_run(on_two_ranks, make):
+    """Packed forms come from the gathered weight, the decay works on shards, even across a 4x4 block."""
+    (state, masks), second = on_two_ranks(functools.partial(_fsdp, make=make))
+    assert (state, masks) == second
+    torch.manual_seed(0)
+    model, width = make()
+    sparse24.sparsify(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = train(model, Recipe(model, optimizer, mvue=False, **SETTINGS), optimizer, lambda x: x[:, :width])
+    assert masks == {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _tensor_parallel(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = sparse_model()
+    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"fc1": ColwiseParallel()})
+    try:
+        model(data(0))
+    except Sparse24Error as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.fault(68)
+def test_tensor_parallel_plan_on_a_sparse_layer_is_refused(on_two_ranks):
+    """The message names the placement and what is supported."""
+    for message in on_two_ranks(_tensor_parallel):
+        assert "DTensor with placements (Shard(dim=0),)" in message and "fully_shard" in message
+
+
+def test_checksum_tells_masks_apart_that_differ_in_one_block_or_in_order():
+    from sparse24.recipe import _checksum
+
+    mask = ops.transposable_mask(torch.randn(16, 16)).view(torch.uint8)
+    other = mask.clone()
+    other[0, 0] ^= 1
+    swapped = mask.flip(0)
+    assert len({int(_checksum(m)) for m in (mask, other, swapped)}) == 3

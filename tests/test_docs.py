@@ -1,0 +1,119 @@
+"""The documentation holds: its Python snippets run, its commands and options exist, its links lead to files.
+
+Snippets of a page share one namespace and run in order, on the CPU, in an empty folder. A ```python block inside an
+HTML comment is run too and not shown: it makes the tiny model and data that the visible ones work on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: what the snippets of a page import beside torch and sparse24
+NEEDS = {
+    "README.md": ("transformers", "safetensors"),
+    "docs/checkpoints.md": ("safetensors",),
+    "docs/export.md": ("transformers", "safetensors"),
+    "docs/flip-rate.md": ("matplotlib",),
+    "docs/huggingface.md": ("transformers", "accelerate"),
+    "docs/lightning.md": ("lightning",),
+    "docs/tuning-the-decay.md": ("matplotlib",),
+}
+
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python -m sparse24|make) [^`\n]*)`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def snippets(page: Path) -> list[tuple[int, str]]:
+    """(line of the first line of code, code) of each Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, found.start(1)), found[1]) for found in SNIPPET.finditer(text)]
+
+
+def shell_lines(page: Path) -> list[str]:
+    """The commands of the shell blocks and of inline code, without comments, continued lines joined."""
+    text = page.read_text(encoding="utf-8")
+    blocks = SHELL.findall(text) + INLINE.findall(text)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"(^|\s)#.*", "", line).strip() for line in lines) if line]
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Snippets write into the current folder, and may set environment variables and make a process group."""
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # models this small only wait for one another's threads
+    with mock.patch.dict(os.environ):
+        yield
+    torch.set_num_threads(threads)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if snippets(page)], ids=name_of)
+def test_snippets_of_a_page_run_in_order(page, elsewhere):
+    for package in NEEDS.get(name_of(page), ()):
+        pytest.importorskip(package)
+    namespace = {"__name__": "__main__"}
+    for line, code in snippets(page):
+        # Empty lines in front: a traceback then names the line of the page.
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page):
+    targets = [target.partition("#")[0] for target in LINK.findall(page.read_text(encoding="utf-8"))]
+    missing = [t for t in targets if t and "://" not in t and not t.startswith("mailto:")]
+    assert [t for t in missing if not (page.parent / t).exists()] == []
+
+
+def test_commands_and_their_options_exist():
+    typer = pytest.importorskip("typer")
+    from sparse24.cli import app
+
+    commands = typer.main.get_command(app).commands
+    options = {name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()}
+    wrong, seen = [], set()
+    for page in PAGES:
+        for line in shell_lines(page):
+            _, found, arguments = line.partition("python -m sparse24 ")
+            if not found:
+                continue
+            command, *rest = arguments.split()
+            seen.add(command)
+            if command not in commands:
+                wrong.append(f"{name_of(page)}: there is no command {command}")
+                continue
+            given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+            wrong += [f"{name_of(page)}: {command} has no option {o}" for o in given - options[command] - {"--help"}]
+    assert wrong == []
+    assert seen >= {"env", "pretrain", "tune"}
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for page in PAGES:
+        for line in shell_lines(page):
+            words = line.split()
+            wanted = {word for word in words[words.index("make") + 1 :] if word.isalpha()} if "make" in words else set()
+            assert wanted <= targets, f"{name_of(page)}: {line}"
+
+
+def test_every_kernel_page_is_in_the_index():
+    folder = ROOT / "docs" / "kernels"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    assert [p.name for p in folder.glob("*.md") if p.name != "README.md" and f"`{p.name}`" not in index] == []

@@ -1,0 +1,48 @@
+"""The examples run as they stand."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def example(name):
+    return runpy.run_path(str(EXAMPLES / name))["main"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Examples write into the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def test_plain_loop(tmp_path):
+    example("plain_loop.py")(steps=20)
+    state = torch.load(tmp_path / "plain_loop.pt", weights_only=True)
+    assert state["recipe"]["step"] == 20 and state["recipe"]["phase"] == "dense"
+
+
+def test_hf_trainer(tmp_path):
+    pytest.importorskip("transformers")
+    trainer = example("hf_trainer.py")(steps=10, out=str(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoint-10" / "sparse24.pt").is_file()
+    assert any("sparse24/flip_rate" in entry for entry in trainer.state.log_history)
+
+
+def test_lightning_module():
+    pytest.importorskip("lightning")
+    assert example("lightning_module.py")(steps=10).recipe.step == 10
+
+
+def test_ddp_with_one_process(monkeypatch, tmp_path):
+    for name, value in dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        monkeypatch.setenv(name, value)
+    assert example("ddp.py")(steps=10).step == 10
+
+
+def test_tune_decay(tmp_path):
+    result = example("tune_decay.py")(probe_step=30, out=str(tmp_path))
+    assert len(result.table) == 7 and (tmp_path / "tune.png").is_file() and (tmp_path / "tune.json").is_file()

@@ -1,0 +1,161 @@
+"""export: what the files hold, that masked ones are 2:4, and that damaged ones are refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import MLP, gpt2, llama, tokens
+
+import sparse24
+from sparse24.errors import Sparse24Error, Sparse24Warning
+from sparse24.exporting import load_compressed
+from sparse24.modules import SparseLayer
+
+
+def sparse(make=MLP):
+    model = make()
+    sparse24.sparsify(model)
+    return model
+
+
+def most_kept(weight):
+    """The most non-zeros in any group of four, along rows and along columns."""
+    return max(int((w.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) for w in (weight, weight.t()))
+
+
+@pytest.mark.parametrize("make", [MLP, gpt2, llama])
+@pytest.mark.fault(75)
+def test_plain_export_is_the_dense_state_dict(make, tmp_path):
+    model = sparse(make)
+    sparse24.export(model, tmp_path / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    state = model.state_dict()
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    missing, unexpected = make().load_state_dict(saved, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied with the embedding
+
+
+@pytest.mark.parametrize("make", [MLP, gpt2, llama])
+def test_masked_export_is_two_of_four_and_computes_what_the_sparse_model_does(make, tmp_path):
+    """A checkpoint that is called sparse is sparse."""
+    model = sparse(make)
+    sparse24.export(model, tmp_path / "masked.safetensors", masked=True)
+    saved = load_file(tmp_path / "masked.safetensors")
+    names = [name for name, m in model.named_modules() if isinstance(m, SparseLayer)]
+    assert all(most_kept(saved[f"{name}.weight"]) == 2 for name in names)
+    assert most_kept(model.state_dict()[f"{names[0]}.weight"]) == 4  # the model itself is untouched
+    twin = make()
+    twin.load_state_dict(saved, strict=False)
+    if make is MLP:
+        x = torch.randn(3, 16)
+        torch.testing.assert_close(twin(x), model(x))
+    else:
+        torch.testing.assert_close(twin(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [MLP, gpt2, lambda: MLP(12, 20)])
+@pytest.mark.fault(44, 46)
+def test_compressed_file_gives_the_masked_weights_back(make, dtype, tmp_path):
+    model = sparse(lambda: make().to(dtype))
+    sparse24.export(model, tmp_path / "masked.safetensors", masked=True)
+    sparse24.export(model, tmp_path / "compressed.safetensors", format="compressed")
+    masked, unpacked = load_file(tmp_path / "masked.safetensors"), load_compressed(tmp_path / "compressed.safetensors")
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in masked.items())
+    assert set(unpacked) == set(model.state_dict())
+    model.load_state_dict(unpacked)
+
+
+def test_compressed_file_is_smaller():
+    rows, cols = 64, 128
+    weight = torch.randn(rows, cols).bfloat16()
+    weight = torch.where(sparse24.ops.unpack_mask(sparse24.ops.transposable_mask(weight)), weight, 0)
+    values, positions = sparse24.exporting._pack_positions(weight)
+    assert values.nbytes + positions.nbytes == weight.nbytes * 9 // 16
+
+
+def test_kept_zeros_and_empty_groups_survive_compression():
+    weight = torch.tensor([[0.0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 5], [1, 0, 0, 2, 0, 0, 3, 4, 0, 0, 0, 0]])
+    values, positions = sparse24.exporting._pack_positions(weight)
+    assert torch.equal(sparse24.exporting._unpack_positions(values, positions, 2, 12, "w"), weight)
+
+
+def test_dense_phase_exports_plainly_and_warns_when_masked(tmp_path):
+    model = sparse()
+    for layer in (model.fc1, model.fc2):
+        layer.phase = "dense"
+    sparse24.export(model, tmp_path / "plain.safetensors")
+    with pytest.warns(Sparse24Warning, match="dense phase"):
+        sparse24.export(model, tmp_path / "masked.safetensors", masked=True)
+    assert most_kept(load_file(tmp_path / "masked.safetensors")["fc1.weight"]) == 2
+
+
+def test_bad_requests_are_refused(tmp_path):
+    with pytest.raises(Sparse24Error, match="format must be one of safetensors, compressed, got 'onnx'"):
+        sparse24.export(sparse(), tmp_path / "x", format="onnx")
+    with pytest.raises(Sparse24Error, match="no sparse layers"):
+        sparse24.export(MLP(), tmp_path / "x", masked=True)
+    with pytest.raises(OSError):
+        sparse24.export(sparse(), tmp_path / "no" / "such" / "folder")
+    model = sparse()
+    model.fc1.mask.fill_(255)
+    with pytest.raises(Sparse24Error, match="fc1 keeps 4 of 4"):
+        sparse24.export(model, tmp_path / "x", masked=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewrite(path, change):
+    with safe_open(str(path), framework="pt") as file:
+        header = json.loads(file.metadata()["sparse24"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    change(state, header)
+    save_file(state, path, metadata={"sparse24": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda state, header: header.update(version=7), "version 7, this sparse24 reads 1"),
+        (lambda state, header: header.update(format="safetensors"), "not a compressed sparse24 file"),
+        (lambda state, header: state.pop("fc1.weight.values"), "lacks the values or positions of fc1.weight"),
+        (lambda state, header: state["fc1.weight.positions"].fill_(0x55), "corrupt: a group does not hold two rising"),
+        (lambda state, header: header["layers"]["fc1.weight"].update(rows=8), "do not fit a 8 x 16 weight"),
+    ],
+)
+def test_damaged_compressed_files_are_refused(change, words, tmp_path):
+    """Positions and sizes of a file are checked, and its version."""
+    path = tmp_path / "c.safetensors"
+    sparse24.export(sparse(), path, format="compressed")
+    rewrite(path, change)
+    with pytest.raises(Sparse24Error, match=words):
+        load_compressed(path)
+
+
+@pytest.mark.fault(47)
+def test_truncated_file_is_refused(tmp_path):
+    """Half a file is not a file."""
+    path = tmp_path / "c.safetensors"
+    sparse24.export(sparse(), path, format="compressed")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Sparse24Error, match="not a whole safetensors file"):
+        load_compressed(path)
+    with pytest.raises(OSError):
+        load_compressed(tmp_path / "missing")
+
+
+@pytest.mark.fault(62)
+def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    """Written under another name, then renamed."""
+    path, model = tmp_path / "m.safetensors", sparse()
+    sparse24.export(model, path)
+    old = path.read_bytes()
+
+    def failing(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", failing)
+    with pytest.raises(OSError, match="disk full"):
+        sparse24.export(model, path, masked=True)
+    assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,118 @@
+"""tune_decay: the same data and noise for each arm, a table, a choice inside the band."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import MLP
+
+import sparse24
+from sparse24 import tune_decay
+from sparse24.errors import Sparse24Error
+
+X = [torch.randn(32, 16, generator=torch.Generator().manual_seed(i)) for i in range(60)]
+
+
+def loss(model, x):
+    return (model(x) - x.flip(-1)).square().mean()
+
+
+def tune(grid=(0.0, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.3), **settings):
+    return tune_decay(
+        MLP, lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3, weight_decay=0.0), X, grid, 60,
+        **(dict(loss=loss, mask_interval=5) | settings),
+    )  # fmt: skip
+
+
+def test_mu_falls_with_the_decay_and_the_choice_lies_in_the_band():
+    result = tune()
+    dense, *arms = result.table
+    assert dense.decay is None and dense.mu == 1.0 and dense.flip_rate > 0
+    mu = {arm.decay: arm.mu for arm in arms}
+    assert mu[0.3] < mu[1e-2] < mu[0.0]
+    assert result and 0.60 <= mu[result.decay] <= 0.95
+    assert abs(mu[result.decay] - 0.8) == min(abs(m - 0.8) for m in mu.values())
+    assert "<- chosen" in str(result)
+
+
+def test_result_is_reproducible_and_can_be_saved_and_drawn(tmp_path):
+    first, second = tune((0.0, 1e-2)), tune((1e-2, 0.0))
+    assert [(a.decay, a.mu, a.loss) for a in first.table] == [(a.decay, a.mu, a.loss) for a in second.table]
+    first.plot(tmp_path / "mu.png")
+    first.save(tmp_path / "mu.json")
+    assert (tmp_path / "mu.png").stat().st_size > 1000
+    assert len(json.loads((tmp_path / "mu.json").read_text())["table"]) == 3
+
+
+def test_finished_arms_are_not_run_again(tmp_path):
+    path, made = tmp_path / "arms.json", []
+
+    def make_model():
+        made.append(1)
+        return MLP()
+
+    settings = dict(path=path, loss=loss, mask_interval=5)
+    optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)  # noqa: E731
+    tune_decay(make_model, optimizer, X, (0.0,), 20, **settings)
+    tune_decay(make_model, optimizer, X, (0.0, 1e-2), 20, **settings)
+    assert len(made) == 3  # dense, 0 and then 1e-2
+    with pytest.raises(Sparse24Error, match="other settings"):
+        tune_decay(make_model, optimizer, X, (0.0,), 30, **settings)
+    path.write_text("{")
+    with pytest.raises(Sparse24Error, match="not a file of tune_decay"):
+        tune_decay(make_model, optimizer, X, (0.0,), 20, **settings)
+
+
+def test_hopeless_and_broken_arms_stop_early():
+    result = tune((0.0, 0.3))
+    assert result.table[-1].steps < 60 and "too tightly" in result.table[-1].note
+    blown = tune((0.0,), loss=lambda m, x: loss(m, x) * (math.nan if m.fc1.phase == "sparse" else 1))
+    assert "the loss is nan" in blown.table[-1].note and blown.table[-1].steps == 5
+    assert not blown and "no decay gives mu" in str(blown)
+
+
+def test_schedulers_iterators_and_functions_of_batches():
+    def with_schedule(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, step / 10))
+
+    results = [
+        tune_decay(MLP, with_schedule, batches, (0.0,), 20, loss=loss, mask_interval=5).table[-1].flip_rate
+        for batches in (X[:7], lambda: X[:7], lambda: iter(X[:7]))
+    ]
+    assert results[0] == results[1] == results[2] > 0
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(grid=()), "grid must hold at least one decay"),
+        (dict(grid=(-1.0,)), "decay must be a finite number"),
+        (dict(mask_interval=40), "probe_step must be at least two refreshes"),
+        (dict(target=(0.9, 0.5)), "target must be two rising bounds"),
+        (dict(loss=None), "does not return a scalar loss"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, words):
+    with pytest.raises(Sparse24Error, match=words):
+        tune(**settings)
+
+
+def test_dense_run_that_never_moves_is_an_error():
+    with pytest.raises(Sparse24Error, match="never change"):
+        tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.0), X, (0.0,), 20, loss=loss, mask_interval=5)
+    with pytest.raises(Sparse24Error, match="batches are empty"):
+        tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), [], (0.0,), 20, loss=loss, mask_interval=5)
+
+
+def test_a_sparse_model_may_be_handed_over_too():
+    def make():
+        model = MLP()
+        sparse24.sparsify(model, include=("fc1",))
+        return model
+
+    result = tune_decay(
+        make, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), X, (0.0,), 20, loss=loss, mask_interval=5
+    )
+    assert len(result.table) == 2
