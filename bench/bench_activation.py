@@ -25,41 +25,48 @@ def swiglu(gu):
     return torch.nn.functional.silu(gate) * up
 
 
+def forward_calls(gu) -> dict:
+    """(implementation, layout in/out) -> call, for a row-major gu."""
+    column = column_major(gu)
+    compiled = torch.compile(swiglu, dynamic=False)
+    return {
+        ("ours", "row/row"): lambda: ops.gated_activation(gu, "silu"),
+        ("ours", "column/row"): lambda: ops.gated_activation(column, "silu"),
+        ("ours", "row/column"): lambda: ops.gated_activation(gu, "silu", column_major=True),
+        ("ours", "column/column"): lambda: ops.gated_activation(column, "silu", column_major=True),
+        ("eager", "row/row"): lambda: swiglu(gu),
+        ("torch.compile", "row/row"): lambda: compiled(gu),
+    }
+
+
+def backward_calls(dh, gu) -> dict:
+    """(op, bytes an element of h) -> call."""
+    seed = torch.tensor([1, 2], device="cuda")
+    return {
+        ("backward", 10.0): lambda: ops.gated_activation_backward(dh, gu, "silu"),
+        ("backward + h", 12.0): lambda: ops.gated_activation_backward(dh, gu, "silu", recompute_h=True),
+        ("backward + mvue", 12.25): lambda: ops.gated_activation_backward_mvue(dh, gu, "silu", seed),
+        ("backward + mvue + h", 14.25): lambda: ops.gated_activation_backward_mvue(
+            dh, gu, "silu", seed, recompute_h=True
+        ),
+    }
+
+
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     print(header())
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
     table = Table("activation", ["op", "shape", "layout in/out", "time_us", "TB/s", "share of copy"])
-    seed = torch.tensor([1, 2], device="cuda")
     for name, tokens, d_ff in SHAPES:
-        compiled = torch.compile(swiglu, dynamic=False)
-        row = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
-        column = column_major(row)
+        gu = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
         dh = torch.randn(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
-        forward = {
-            ("ours", "row/row"): lambda: ops.gated_activation(row, "silu"),
-            ("ours", "column/row"): lambda: ops.gated_activation(column, "silu"),
-            ("ours", "row/column"): lambda: ops.gated_activation(row, "silu", column_major=True),
-            ("ours", "column/column"): lambda: ops.gated_activation(column, "silu", column_major=True),
-            ("eager", "row/row"): lambda: swiglu(row),
-            ("torch.compile", "row/row"): lambda: compiled(row),
-        }
-        for (op, layout), time_us in time_cold(forward, rounds=10).items():
+        for (op, layout), time_us in time_cold(forward_calls(gu), rounds=10).items():
             rate = 6 * dh.numel() / time_us / 1e6
             table.add(f"forward {op}", name, layout, time_us, rate, rate / copy)
-        backward = {
-            ("backward", 10.0): lambda: ops.gated_activation_backward(dh, row, "silu"),
-            ("backward + h", 12.0): lambda: ops.gated_activation_backward(dh, row, "silu", recompute_h=True),
-            ("backward + mvue", 12.25): lambda: ops.gated_activation_backward_mvue(dh, row, "silu", seed),
-            ("backward + mvue + h", 14.25): lambda: ops.gated_activation_backward_mvue(
-                dh, row, "silu", seed, recompute_h=True
-            ),
-        }
-        for (op, traffic), time_us in time_cold(backward, rounds=10).items():
+        for (op, traffic), time_us in time_cold(backward_calls(dh, gu), rounds=10).items():
             rate = traffic * dh.numel() / time_us / 1e6
             table.add(op, name, "row/row", time_us, rate, rate / copy)
-        del row, column, dh
     if args.csv:
         print("wrote", table.write(args.csv))
     if args.png:

@@ -1,4 +1,4 @@
-"""Mask search and packing against the copy bandwidth of the same run, PyTorch's greedy tile kernel, and a Triton search.
+"""Mask search and packing against the copy bandwidth of the same run and PyTorch's greedy tile kernel.
 
 Bytes an element: the weight (2 or 4), packed and packed_t with metadata (1.125 each), the mask (0.125).
 
@@ -46,10 +46,14 @@ def main() -> None:
                 table.add(op, name, str(dtype)[6:], time_us, rate, rate / copy, greedy / time_us)
 
     # All FFN weights of a small model in one call, as the recipe packs them.
-    weights = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for _ in range(12) for s in ((3072, 768), (768, 3072))]
+    weights = [
+        torch.randn(s, device="cuda", dtype=torch.bfloat16) for _ in range(12) for s in ((3072, 768), (768, 3072))
+    ]
     packed = [ops.prune_compress(w) for w in weights]
-    lists = [weights, *map(list, zip(*packed))]
-    times = time_cold({"prune_compress": lambda: ops.prune_compress_(*lists), "compress": lambda: ops.compress_(*lists)})
+    lists = [weights, *map(list, zip(*packed, strict=True))]
+    times = time_cold(
+        {"prune_compress": lambda: ops.prune_compress_(*lists), "compress": lambda: ops.compress_(*lists)}
+    )
     for op, time_us in times.items():
         rate = 4.375 * sum(w.numel() for w in weights) / time_us / 1e6
         table.add(f"{op} x24", "gpt2-124M all", "bfloat16", time_us, rate, rate / copy, float("nan"))

@@ -1,8 +1,8 @@
 """A whole gated FFN, forward and backward, sparse against torch.compile'd dense; everything that a step pays counted.
 
-The sparse side pays, each step: re-packing of both weights, 1/40 of a mask search, MVUE, masked decay. Arms alternate on a
-hot chip, one micro-batch a step. Two tables: bf16 weights and gradients; fp32 master weights under bf16 autocast, where
-both sides pay for their casts.
+The sparse side pays, each step: re-packing of both weights, 1/40 of a mask search, MVUE, masked decay. Arms alternate
+on a hot chip, one micro-batch a step. Two tables: bf16 weights and gradients; fp32 master weights under bf16 autocast,
+where both sides pay for their casts.
 
     python -m bench.bench_ffn [--csv FOLDER] [--png FOLDER]
 """
@@ -62,7 +62,7 @@ class Sparse(Arm):
         super().__init__(*args)
         self.mvue = mvue
         packed = [ops.prune_compress(w.detach(), torch.bfloat16) for w in (self.w1, self.w2)]
-        self.lists = [[self.w1.detach(), self.w2.detach()], *map(list, zip(*packed))]
+        self.lists = [[self.w1.detach(), self.w2.detach()], *map(list, zip(*packed, strict=True))]
         self.packed1, self.packed2 = (functional.PackedWeight(*p[1:]) for p in packed)
 
     def micro_batch(self):
@@ -84,7 +84,17 @@ class Sparse(Arm):
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     print(header())
-    columns = ["weights", "layer", "dense_us", "sparse_us", "speedup", "micro_batch_us", "repack_us", "search_us", "decay_us"]
+    columns = [
+        "weights",
+        "layer",
+        "dense_us",
+        "sparse_us",
+        "speedup",
+        "micro_batch_us",
+        "repack_us",
+        "search_us",
+        "decay_us",
+    ]
     table = Table("ffn", [*columns, "speedup mvue=False"])
     for label, master in (("bf16", torch.bfloat16), ("fp32 master", torch.float32)):
         for name, *shape in SHAPES:

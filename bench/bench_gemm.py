@@ -1,7 +1,7 @@
 """The three sparse products against dense cuBLAS and cuSPARSELt, hot and interleaved.
 
-TFLOP/s count the dense product. cuSPARSELt is called as a PyTorch user can (`torch._cslt_sparse_mm`, algorithm searched);
-it needs K-major operands, so it stands in the forward and input-gradient rows, where no copy is needed, only.
+TFLOP/s count the dense product. cuSPARSELt is called as a PyTorch user can (`torch._cslt_sparse_mm`, algorithm
+searched); it needs K-major operands, so it stands in the forward rows, where no copy is needed, only.
 
     python -m bench.bench_gemm [--csv FOLDER] [--png FOLDER] [--no-cusparselt]
 """
@@ -25,7 +25,15 @@ def passes(tokens: int, d_in: int, d_out: int):
     packed_dy, E_dy = ops.mvue_compress(dy, torch.tensor([1, 2], device="cuda"))
     y, dx = torch.empty(tokens, d_out, **bf16), torch.empty(tokens, d_in, **bf16)
     dw = torch.empty(d_out, d_in, **bf16)
-    yield "fwd", d_out, tokens, d_in, lambda: torch.mm(x, w.T, out=y), lambda: ops.sparse_mm(x, packed, E, d_out), (w, x)
+    yield (
+        "fwd",
+        d_out,
+        tokens,
+        d_in,
+        lambda: torch.mm(x, w.T, out=y),
+        lambda: ops.sparse_mm(x, packed, E, d_out),
+        (w, x),
+    )
     yield (
         "dX", d_in, tokens, d_out,
         lambda: torch.mm(dy, w, out=dx), lambda: ops.sparse_mm_grad_input(dy, packed_t, E_t, d_in), None,
@@ -57,7 +65,9 @@ def main() -> None:
     parser.add_argument("--no-cusparselt", action="store_true")
     args = parser.parse_args()
     print(header())
-    table = Table("gemm", ["layer", "pass", "m", "n", "k", "dense TFLOP/s", "sparse TFLOP/s", "over dense", "over cuSPARSELt"])
+    table = Table(
+        "gemm", ["layer", "pass", "m", "n", "k", "dense TFLOP/s", "sparse TFLOP/s", "over dense", "over cuSPARSELt"]
+    )
     ratios: dict[str, list[float]] = {}
     for name, tokens, d_model, d_ff in LAYERS:
         for side, d_in, d_out in (("up", d_model, d_ff), ("down", d_ff, d_model)):
@@ -72,7 +82,15 @@ def main() -> None:
                 ratio = times["dense"] / times["sparse"]
                 over_cslt = times["cusparselt"] / times["sparse"] if "cusparselt" in times else math.nan
                 table.add(
-                    name, f"{pass_name}_{side}", m, n, k, tflop / times["dense"], tflop / times["sparse"], ratio, over_cslt
+                    name,
+                    f"{pass_name}_{side}",
+                    m,
+                    n,
+                    k,
+                    tflop / times["dense"],
+                    tflop / times["sparse"],
+                    ratio,
+                    over_cslt,
                 )
                 ratios.setdefault(name.split("-")[0], []).append(ratio)
     for family, values in ratios.items():

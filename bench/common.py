@@ -1,9 +1,10 @@
 """What all benchmarks share: shapes of real layers, timing, the header of a result, tables as text, CSV and PNG.
 
-Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. Memory-bound kernels start
-         with a cold L2: a buffer larger than the cache is written before each call. A short wait on the GPU before each call
-         lets the host run ahead, as it does in training, so that times are those of the GPU. Compute-bound ones run on a hot chip:
-         Hopper is limited by power, and a rested one shows a dense GEMM 20 % faster than training ever sees it.
+Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. A short wait on the GPU
+         before each call lets the host run ahead, as it does in training, so that times are those of the GPU.
+         Memory-bound kernels start with a cold L2: a buffer larger than the cache is written before each call.
+         Compute-bound ones run on a hot chip: Hopper is limited by power, and a rested one shows a dense GEMM 20 %
+         faster than training ever sees it.
 Ratios   only within one run.
 """
 

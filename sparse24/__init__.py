@@ -9,32 +9,40 @@ Importing it needs no GPU and touches none. Layers: `modules`; differentiable fu
 the same in plain PyTorch: `reference`.
 """
 
-from __future__ import annotations
-
-import importlib
-
-from . import errors, functional, ops, reference
+from . import errors, functional, integrations, ops, reference
 from ._library import Availability, is_available
 from ._version import __version__
+from .conv1d import SparseConv1D
+from .convert import densify, refresh, sparsify
 from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from .exporting import export
+from .gated_mlp import SparseGatedMLP
+from .modules import SparseLinear
+from .recipe import Recipe
+from .tune import tune_decay
+from .verification import verify
 
-_LAZY = {
-    "SparseLinear": "modules",
-    "SparseConv1D": "conv1d",
-    "SparseGatedMLP": "gated_mlp",
-    "sparsify": "convert",
-    "densify": "convert",
-    "refresh": "convert",
-    "Recipe": "recipe",
-    "tune_decay": "tune",
-    "verify": "verification",
-    "export": "exporting",
-}
-
-
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    if name == "integrations":
-        return importlib.import_module(".integrations", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "Availability",
+    "Recipe",
+    "Sparse24BuildError",
+    "Sparse24DtypeError",
+    "Sparse24Error",
+    "Sparse24Warning",
+    "SparseConv1D",
+    "SparseGatedMLP",
+    "SparseLinear",
+    "__version__",
+    "densify",
+    "errors",
+    "export",
+    "functional",
+    "integrations",
+    "is_available",
+    "ops",
+    "reference",
+    "refresh",
+    "sparsify",
+    "tune_decay",
+    "verify",
+]

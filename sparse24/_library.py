@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -40,12 +40,12 @@ def binding():
     return _binding
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_once(message: str) -> None:
     warnings.warn(message, Sparse24Warning, stacklevel=3)
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_info(index: int) -> dict:
     """What libsparse24 says of CUDA device `index`; asking creates a context there."""
     return binding().device_info(index)
@@ -70,7 +70,7 @@ def backend_code(device_type: str) -> int | None:
     return None
 
 
-@lru_cache(maxsize=None)
+@cache
 def cuda_built() -> bool:
     return binding() is not None and bool(binding().device_info(-1)["cuda_built"])
 
@@ -108,7 +108,10 @@ def is_available(device=None) -> Availability:
         return Availability(False, f"no compiled library: {_why_missing}", device.type, "reference")
     if _binding.version() != __version__:
         return Availability(
-            False, f"libsparse24 is {_binding.version()}, the package {__version__}; {_REBUILD}", device.type, "reference"
+            False,
+            f"libsparse24 is {_binding.version()}, the package {__version__}; {_REBUILD}",
+            device.type,
+            "reference",
         )
     if device.type == "cpu":
         return Availability(False, "the CPU has no sparse tensor cores; ops run on the C++ backend", "cpu", "cpu")

@@ -231,9 +231,7 @@ def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bi
     rows = sum(w.shape[0] for w in up_weights)
     if up.packed.shape[0] != rows:
         raise Sparse24Error(f"packed weights of the up product have {up.packed.shape[0]} rows, the parameters {rows}")
-    return _FeedForward.apply(
-        x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights
-    )
+    return _FeedForward.apply(x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights)
 
 
 def gated_mlp(

@@ -1,7 +1,7 @@
 """Shapes and orders of the data that ops exchange. Plain integers and torch, no compiled code.
 
-Terms: `mask` has one uint16 per 4x4 block, bit 4*i + j set when element (i, j) is kept. `packed` is the kept half of the
-values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same formulas).
+Terms: `mask` has one uint16 per 4x4 block, bit 4*i + j set when element (i, j) is kept. `packed` is the kept half of
+the values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same formulas).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def mask_as_uint16(mask: Tensor) -> Tensor:
 
 @lru_cache(maxsize=64)
 def metadata_order(m: int, k: int) -> Tensor:
-    """int64 [m64, k64 // 8]: the offset in E of the byte for elements (row, 8*col .. 8*col + 7); m64, k64 padded to 64."""
+    """int64 [m64, k64 // 8]: offset in E of the byte for elements (row, 8*col .. 8*col + 7); extents padded to 64."""
     rows = torch.arange(round_up(m, META_BLOCK)).unsqueeze(1)
     cols = torch.arange(0, round_up(k, META_BLOCK), 8).unsqueeze(0)
     return (

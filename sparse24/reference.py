@@ -81,9 +81,9 @@ def transposable_mask(w: Tensor) -> Tensor:
         return gain.abs(), (kept << (4 * i)) | ((kept ^ 0xF) << (4 * j))
 
     best, mask = None, None
-    for (i, j), (k, l) in (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))):
-        (gain_ij, bits_ij), (gain_kl, bits_kl) = part(i, j), part(k, l)
-        gain, bits = gain_ij + gain_kl, bits_ij | bits_kl
+    for (i, j), (k, m) in (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2))):
+        (gain_ij, bits_ij), (gain_km, bits_km) = part(i, j), part(k, m)
+        gain, bits = gain_ij + gain_km, bits_ij | bits_km
         if best is None:
             best, mask = gain, bits
         else:

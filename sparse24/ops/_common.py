@@ -104,9 +104,7 @@ def check_mask(mask: Tensor, rows: int, cols: int, name: str = "mask") -> None:
 def check_same_device(first: Tensor, first_name: str, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != first.device:
-            raise Sparse24Error(
-                f"{name} is on {other.device} but {first_name} is on {first.device}; move one of them"
-            )
+            raise Sparse24Error(f"{name} is on {other.device} but {first_name} is on {first.device}; move one of them")
 
 
 def check_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int, int], m: int, k: int) -> None:

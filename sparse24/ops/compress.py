@@ -31,7 +31,8 @@ def packed_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     if dtype in HALF_DTYPES or (not on_gpu and dtype in (torch.float32, w.dtype)):
         return dtype
     raise Sparse24DtypeError(
-        f"dtype must be torch.bfloat16 or torch.float16 (float32 on the CPU only), got {dtype} for a weight on {w.device}"
+        f"dtype must be torch.bfloat16 or torch.float16 (float32 on the CPU only), got {dtype} for a weight on "
+        f"{w.device}"
     )
 
 
@@ -140,7 +141,7 @@ def _check_lists(weights, masks, packed, E, packed_t, E_t) -> None:
             "weights, masks, packed, E, packed_t and E_t must be non-empty lists of one length, got "
             f"{[len(part) for part in (weights, masks, packed, E, packed_t, E_t)]}"
         )
-    for w, mask, p, e, pt, et in zip(weights, masks, packed, E, packed_t, E_t):
+    for w, mask, p, e, pt, et in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
         _check_compress(w, mask)
         rows, cols = w.shape
         check_packed_operand(p, e, "packed", (rows, cols // 2), rows, cols)
@@ -152,16 +153,16 @@ def _pack_lists(search: bool, weights, masks, packed, E, packed_t, E_t) -> None:
     _check_lists(weights, masks, packed, E, packed_t, E_t)
     library, *place = where(weights[0])
     if library is None or any(w.dtype == torch.float64 for w in weights):
-        for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t):
+        for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
             if search:
                 mask.copy_(reference.transposable_mask(w))
-            for target, value in zip(out, reference.compress(w, mask, out[0].dtype)):
+            for target, value in zip(out, reference.compress(w, mask, out[0].dtype), strict=True):
                 target.copy_(value)
         return
     # One launch takes weights of one dtype and layout class; the library groups nothing, so group here.
     groups: dict[tuple, list] = {}
     kept_alive = []  # copies of weights with odd strides must outlive the launch
-    for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t):
+    for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
         w = as_major(w)
         kept_alive.append(w)
         key = (w.dtype, out[0].dtype, w.stride(1) == 1)
@@ -181,7 +182,8 @@ def _compress_(weights, masks, packed, E, packed_t, E_t) -> None:
 
 _op_prune_compress_ = define_op(
     "prune_compress_",
-    "(Tensor[] weights, Tensor(a!)[] masks, Tensor(b!)[] packed, Tensor(c!)[] E, Tensor(d!)[] packed_t, Tensor(e!)[] E_t)"
+    "(Tensor[] weights, Tensor(a!)[] masks, Tensor(b!)[] packed, Tensor(c!)[] E, Tensor(d!)[] packed_t, "
+    "Tensor(e!)[] E_t)"
     " -> ()",
     _prune_compress_,
     _check_lists,
@@ -210,9 +212,7 @@ def prune_compress_(weights, masks, packed, E, packed_t, E_t) -> None:
 @torch.no_grad()
 def compress_(weights, masks, packed, E, packed_t, E_t) -> None:
     """Pack many weights by their masks in place; arguments as `prune_compress_`, the masks only read."""
-    _op_compress_(
-        [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t
-    )
+    _op_compress_([w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t)
     torch.autograd.graph.increment_version([*packed, *E, *packed_t, *E_t])
 
 

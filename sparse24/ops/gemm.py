@@ -6,7 +6,7 @@ over the decompressed operand: the same function up to rounding, noted once.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ _NO_POINTER = 0
 # ---- which path -----------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _unsupported(pass_code: int, m: int, n: int, k: int, dtype, out_dtype, rhs_ld: int, out_ld: int, index: int) -> str:
     """Why the GPU's sparse GEMM cannot take a product ("" if it can); token counts never matter to the answer."""
     if dtype not in HALF_DTYPES:
@@ -37,9 +37,7 @@ def _unsupported(pass_code: int, m: int, n: int, k: int, dtype, out_dtype, rhs_l
 def _sparse_kernel_runs(pass_code: int, backend: int, m: int, n: int, k: int, rhs: Tensor, out: Tensor) -> bool:
     if backend != _library.CUDA:
         return False
-    why_not = _unsupported(
-        pass_code, m, n, k, rhs.dtype, out.dtype, rhs.stride(0), out.stride(0), rhs.device.index
-    )
+    why_not = _unsupported(pass_code, m, n, k, rhs.dtype, out.dtype, rhs.stride(0), out.stride(0), rhs.device.index)
     if why_not:
         _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
     return not why_not and rhs.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
@@ -120,7 +118,9 @@ def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
     library, *place = where(x)
     if library is not None and _sparse_kernel_runs(FORWARD, place[0], out_features, 64, in_features, rows, y_rows):
         bias = bias if bias is None else bias.contiguous()
-        _run_sparse_gemm(library, place, FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias)
+        _run_sparse_gemm(
+            library, place, FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias
+        )
         return y
     w = _dense(packed, E, out_features, in_features, False, x.dtype)
     if out_dtype == x.dtype:

@@ -108,11 +108,11 @@ def _foreach_mask_flips(masks_a: list[Tensor], masks_b: list[Tensor]) -> Tensor:
     _check_mask_pairs(masks_a, masks_b)
     library, *place = where(masks_a[0])
     if library is None:
-        return torch.stack([reference.mask_flips(a, b) for a, b in zip(masks_a, masks_b)])
+        return torch.stack([reference.mask_flips(a, b) for a, b in zip(masks_a, masks_b, strict=True)])
     flips = torch.zeros(len(masks_a), dtype=torch.int64, device=masks_a[0].device)
     items = [
         (a.data_ptr(), b.data_ptr(), a.numel(), flips.data_ptr() + 8 * i)
-        for i, (a, b) in enumerate(zip(masks_a, masks_b))
+        for i, (a, b) in enumerate(zip(masks_a, masks_b, strict=True))
     ]
     library.mask_flips(items, *place)
     return flips
@@ -126,7 +126,7 @@ def _foreach_mask_flips_fake(masks_a: list[Tensor], masks_b: list[Tensor]) -> Te
 def _check_mask_pairs(masks_a: list[Tensor], masks_b: list[Tensor]) -> None:
     if not masks_a or len(masks_a) != len(masks_b):
         raise Sparse24Error(f"mask lists must be non-empty and equally long, got {len(masks_a)} and {len(masks_b)}")
-    for a, b in zip(masks_a, masks_b):
+    for a, b in zip(masks_a, masks_b, strict=True):
         _check_mask_alone(a)
         check_mask(b, a.shape[0] * BLOCK, a.shape[1] * BLOCK, "mask_b")
         check_same_device(masks_a[0], "mask_a", mask_a=a, mask_b=b)

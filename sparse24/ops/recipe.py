@@ -25,7 +25,7 @@ def _check(grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], deca
             f"{len(grads)}, {len(weights)} and {len(masks)}"
         )
     check_decay(decay)
-    for grad, w, mask in zip(grads, weights, masks):
+    for grad, w, mask in zip(grads, weights, masks, strict=True):
         check_weight(w)
         check_weight(grad, "grad")
         check_mask(mask, *w.shape)
@@ -34,7 +34,9 @@ def _check(grads: list[Tensor], weights: list[Tensor], masks: list[Tensor], deca
         check_same_device(grads[0], "grads[0]", grad=grad, w=w, mask=mask)
     if grad_scale is not None:
         if grad_scale.dtype != torch.float32 or grad_scale.numel() != 1:
-            raise Sparse24DtypeError(f"grad_scale must be one float32, got {grad_scale.dtype} {tuple(grad_scale.shape)}")
+            raise Sparse24DtypeError(
+                f"grad_scale must be one float32, got {grad_scale.dtype} {tuple(grad_scale.shape)}"
+            )
         check_same_device(grads[0], "grads[0]", grad_scale=grad_scale)
 
 
@@ -46,7 +48,7 @@ def _foreach_masked_decay_(grads, weights, masks, decay, grad_scale) -> None:
     _check(grads, weights, masks, decay, grad_scale)
     library, *place = where(grads[0])
     items = []
-    for grad, w, mask in zip(grads, weights, masks):
+    for grad, w, mask in zip(grads, weights, masks, strict=True):
         if library is None or not _is_plain(grad) or not _is_plain(w):
             grad.copy_(reference.masked_decay(grad, w, mask, decay, grad_scale))
             continue
