@@ -110,8 +110,9 @@ def main() -> None:
                     "repack": sparse.repack,
                     "search": sparse.search,
                 },
-                rounds=15,
+                rounds=8,
                 warm_seconds=1.0,
+                calls=4,  # as in a model of several layers, where the host runs ahead
             )
             between = ((MASK_INTERVAL - 1) * times["repack"] + times["search"]) / MASK_INTERVAL + times["decay"]
             total = times["sparse"] + between

@@ -75,18 +75,23 @@ def time_cold(candidates: dict[str, Callable], rounds: int = 20) -> dict[str, fl
     return _time(candidates, rounds, flush)
 
 
-def time_hot(candidates: dict[str, Callable], rounds: int = 20, warm_seconds: float = 2.0) -> dict[str, float]:
-    """Median microseconds of each candidate, interleaved, on a chip that matrix products have heated up first."""
+def time_hot(
+    candidates: dict[str, Callable], rounds: int = 20, warm_seconds: float = 2.0, calls: int = 1
+) -> dict[str, float]:
+    """Median microseconds of a call of each candidate, interleaved, on a chip that matrix products have heated up first.
+
+    calls  in a row between two events: for calls of many kernels, whose host cost one wait would not hide
+    """
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     start = time.time()
     while time.time() - start < warm_seconds:
         for _ in range(10):
             torch.mm(a, a)
         torch.cuda.synchronize()
-    return _time(candidates, rounds, lambda: None)
+    return _time(candidates, rounds, lambda: None, calls)
 
 
-def _time(candidates: dict[str, Callable], rounds: int, before: Callable) -> dict[str, float]:
+def _time(candidates: dict[str, Callable], rounds: int, before: Callable, calls: int = 1) -> dict[str, float]:
     events: dict[str, list] = {name: [] for name in candidates}
     for run in candidates.values():  # compile, allocate, warm caches of descriptors
         run()
@@ -97,11 +102,15 @@ def _time(candidates: dict[str, Callable], rounds: int, before: Callable) -> dic
             torch.cuda._sleep(500_000)  # a quarter of a millisecond: the host is ahead, and its costs stay outside
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            run()
+            for _ in range(calls):
+                run()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return {name: 1e3 * statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+    return {
+        name: 1e3 * statistics.median(start.elapsed_time(end) for start, end in pairs) / calls
+        for name, pairs in events.items()
+    }
 
 
 def copy_bandwidth() -> float:

@@ -28,6 +28,7 @@ except ImportError as error:  # built, but it does not load: another Python, a m
 _REBUILD = "rebuild with `pip install --force-reinstall --no-deps .` in the source folder"
 
 
+@cache
 def binding():
     """The binding, or None where there is no compiled library (ops then run `sparse24.reference`).
 
@@ -51,6 +52,7 @@ def device_info(index: int) -> dict:
     return binding().device_info(index)
 
 
+@cache
 def backend_code(device_type: str) -> int | None:
     """The backend for tensors on `device_type`: CPU, CUDA, or None for the reference in plain PyTorch."""
     if binding() is None:

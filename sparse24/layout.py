@@ -1,7 +1,8 @@
 """Shapes and orders of the data that ops exchange. Plain integers and torch, no compiled code.
 
 Terms: `mask` has one uint16 per 4x4 block, bit 4*i + j set when element (i, j) is kept. `packed` is the kept half of
-the values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same formulas).
+the values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same
+formulas).
 """
 
 from __future__ import annotations
@@ -50,8 +51,7 @@ def as_major(t: Tensor) -> Tensor:
 def as_rows(t: Tensor) -> Tensor:
     """[..., n] as a row-major [-1, n] that GEMMs can read: unit column stride, 16-byte aligned rows where possible."""
     rows = t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
-    aligned = rows.stride(0) * rows.element_size() % 16 == 0 or rows.shape[0] <= 1
-    if is_row_major(rows) and aligned:
+    if rows.is_contiguous() or (is_row_major(rows) and rows.stride(0) * rows.element_size() % 16 == 0):
         return rows
     return rows.contiguous()
 

@@ -33,10 +33,12 @@ def test_packed_forms_equal_the_reference_bit_for_bit(device, shape, layout):
             room = torch.zeros(shape[0], shape[1] + 3, dtype=dtype, device=device)
             room[:, 1:-2] = on_device
             on_device = room[:, 1:-2]
-        for name, ours, theirs in zip(NAMES, ops.compress(on_device, mask.to(device), packed_dtype), expected):
+        for name, ours, theirs in zip(
+            NAMES, ops.compress(on_device, mask.to(device), packed_dtype), expected, strict=True
+        ):
             assert_same_bits(ours, theirs, f"{name} {dtype} -> {packed_dtype}")
         searched = ops.prune_compress(on_device, packed_dtype)
-        for name, ours, theirs in zip(("mask", *NAMES), searched, (mask, *expected)):
+        for name, ours, theirs in zip(("mask", *NAMES), searched, (mask, *expected), strict=True):
             assert_same_bits(ours, theirs, f"prune_compress {name} {dtype} -> {packed_dtype}")
 
 
@@ -106,16 +108,18 @@ def test_many_weights_are_packed_in_place_as_one_by_one(device):
     masks = [torch.zeros(r // 4, c // 4, dtype=torch.uint16, device=device) for r, c in shapes]
     buffers = [ops.empty_packed(r, c, torch.bfloat16, device) for r, c in shapes]
     addresses = [part.data_ptr() for parts in buffers for part in parts]
-    ops.prune_compress_(weights, masks, *map(list, zip(*buffers)))
+    ops.prune_compress_(weights, masks, *map(list, zip(*buffers, strict=True)))
     assert addresses == [part.data_ptr() for parts in buffers for part in parts]
-    for w, mask, parts in zip(weights, masks, buffers):
-        for name, ours, theirs in zip(("mask", *NAMES), (mask, *parts), ops.prune_compress(w, torch.bfloat16)):
+    for w, mask, parts in zip(weights, masks, buffers, strict=True):
+        for name, ours, theirs in zip(
+            ("mask", *NAMES), (mask, *parts), ops.prune_compress(w, torch.bfloat16), strict=True
+        ):
             assert_same_bits(ours, theirs, name)
     for w in weights:
         w.mul_(0.5)
-    ops.compress_(weights, [mask.view(torch.uint8) for mask in masks], *map(list, zip(*buffers)))
-    for w, mask, parts in zip(weights, masks, buffers):
-        for name, ours, theirs in zip(NAMES, parts, ops.compress(w, mask, torch.bfloat16)):
+    ops.compress_(weights, [mask.view(torch.uint8) for mask in masks], *map(list, zip(*buffers, strict=True)))
+    for w, mask, parts in zip(weights, masks, buffers, strict=True):
+        for name, ours, theirs in zip(NAMES, parts, ops.compress(w, mask, torch.bfloat16), strict=True):
             assert_same_bits(ours, theirs, name)
 
 
@@ -146,7 +150,9 @@ def test_masks_that_are_not_transposable_are_refused_when_asked(device):
 )
 def test_wrong_masks_are_named(device, mask, message):
     with pytest.raises(Sparse24Error, match=message):
-        ops.compress(torch.randn(16, 16, device=device), mask.to(device) if mask.is_contiguous() else mask, torch.bfloat16)
+        ops.compress(
+            torch.randn(16, 16, device=device), mask.to(device) if mask.is_contiguous() else mask, torch.bfloat16
+        )
 
 
 @pytest.mark.fault(42, 43)

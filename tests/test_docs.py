@@ -86,7 +86,9 @@ def test_commands_and_their_options_exist():
     from sparse24.cli import app
 
     commands = typer.main.get_command(app).commands
-    options = {name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()}
+    options = {
+        name: {o for p in command.params for o in (*p.opts, *p.secondary_opts)} for name, command in commands.items()
+    }
     wrong, seen = [], set()
     for page in PAGES:
         for line in shell_lines(page):

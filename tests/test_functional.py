@@ -204,7 +204,7 @@ def test_whole_feed_forward_equals_its_parts(device, gated, mvue):
     parts = functional.sparse_linear(h, down, *packed_down, b_down, mvue=mvue, seed=seeds[0])
     theirs = torch.autograd.grad(parts, leaves, dy)
     assert_same_bits(whole, parts, "y")
-    for name, a, b in zip(("dx", "d_up", "d_down", "db_up", "db_down"), ours, theirs):
+    for name, a, b in zip(("dx", "d_up", "d_down", "db_up", "db_down"), ours, theirs, strict=True):
         assert_same_bits(a, b, name)
 
 

@@ -161,7 +161,7 @@ def test_250_repeats_are_bit_equal_beside_another_stream(shape):
     for _ in range(250):
         with torch.cuda.stream(side):
             torch.mm(load, load)
-        for ours, expected in zip(all_products(), first):
+        for ours, expected in zip(all_products(), first, strict=True):
             different += (ours != expected).sum()
     assert different.item() == 0
 

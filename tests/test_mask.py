@@ -10,7 +10,9 @@ from sparse24.testing import assert_same_bits, column_major
 
 SHAPES = [(4, 4), (4, 8), (8, 4), (12, 20), (64, 64), (68, 132), (128, 128), (132, 260), (256, 1024)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SPECIAL_VALUES = torch.tensor([0.0, -0.0, 1.4e-45, 1.0, -1.0, 3.4e38, -3.4e38, float("inf"), -float("inf"), float("nan")])
+SPECIAL_VALUES = torch.tensor(
+    [0.0, -0.0, 1.4e-45, 1.0, -1.0, 3.4e38, -3.4e38, float("inf"), -float("inf"), float("nan")]
+)
 
 
 def kept_magnitude(w, mask):

@@ -38,9 +38,9 @@ def test_many_tensors_at_once_equal_one_by_one(device):
     weights = [torch.randn(shape, device=device) for shape in shapes]
     grads = [torch.randn(shape, device=device) for shape in shapes]
     masks = [ops.transposable_mask(w) for w in weights]
-    expected = [ops.masked_decay_(g.clone(), w, m, 1e-2) for g, w, m in zip(grads, weights, masks)]
+    expected = [ops.masked_decay_(g.clone(), w, m, 1e-2) for g, w, m in zip(grads, weights, masks, strict=True)]
     ops.foreach_masked_decay_(grads, weights, [mask.view(torch.uint8) for mask in masks], 1e-2)
-    for ours, theirs in zip(grads, expected):
+    for ours, theirs in zip(grads, expected, strict=True):
         assert_same_bits(ours, theirs, "grad")
 
 

@@ -77,7 +77,7 @@ def test_sparse_linear_compiles_whole_with_any_token_count(device):
         dy = torch.randn(tokens, 48, device=device, dtype=dtype)
         eager = torch.autograd.grad(run(x), (x, w), dy)
         traced = torch.autograd.grad(compiled(x), (x, w), dy)
-        assert all(torch.equal(a, b) for a, b in zip(eager, traced))
+        assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
 @pytest.mark.fault(53)
@@ -98,7 +98,7 @@ def test_feed_forward_compiles_whole(device, gated):
     dy = torch.randn(24, 32, device=device, dtype=dtype)
     eager = torch.autograd.grad(run(x), (x, up, down), dy)
     traced = torch.autograd.grad(compiled(x), (x, up, down), dy)
-    assert all(torch.equal(a, b) for a, b in zip(eager, traced))
+    assert all(torch.equal(a, b) for a, b in zip(eager, traced, strict=True))
 
 
 def test_manual_seed_rules_compiled_noise_too(device):

@@ -1,5 +1,5 @@
-// activation_cuda.h: activations on the GPU. Arguments have been checked by csrc/api; the device of the tensors is
-// current. Semantics: include/sparse24/activation.h.
+// activation_cuda.h: activations on the GPU. Arguments have been checked by csrc/api; the device of
+// the tensors is current. Semantics: include/sparse24/activation.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

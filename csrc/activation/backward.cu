@@ -1,25 +1,27 @@
 // backward.cu: d_gate_up from d_h and gate_up, and h again if wanted, in every mix of layouts.
 //
-//   d_h, h  [tokens, d_ff];  gate_up, d_gate_up  [tokens, 2*d_ff] = [gate | up], plain [tokens, d_ff]
-//   bf16, fp16 or fp32, fp32 inside: d_gate = d_h up act'(gate), d_up = d_h act(gate)
+//   d_h, h              [tokens, d_ff]
+//   gate_up, d_gate_up  [tokens, 2*d_ff] = [gate | up], plain [tokens, d_ff]
+//   all bf16, fp16 or fp32, fp32 inside: d_gate = d_h up act'(gate), d_up = d_h act(gate)
 //
-// The same three ways as in forward.cu: stream (all operands of one layout), patches (mixed), elements (anything else).
+// The same three ways as in forward.cu: stream (all operands of one layout), patches (mixed),
+// elements (anything else).
 //
 // Traffic  10 B a 16-bit element of h gated, 6 B plain; 2 B more for h.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"
 #include "activation/backward_patch.cuh"
-#include "common/element.cuh"
 #include "activation/stream.cuh"
 #include "common/cuda_check.h"
+#include "common/element.cuh"
 #include "common/raster.h"
 #include "common/tile.h"
 
 namespace sparse24 {
 namespace {
 
-// ---- stream ---------------------------------------------------------------------------------------------------------
+// ---- stream -----------------------------------------------------------------------------------
 
 struct StreamBackward {
   StreamOperand d_h, gate_up, d_gate_up, h;
@@ -31,7 +33,8 @@ __device__ __forceinline__ char* output(const StreamOperand& operand, StreamPosi
 }
 
 template <Activation kKind, bool kGated, typename T>
-__global__ void __launch_bounds__(kStreamThreads) backward_stream_kernel(const __grid_constant__ StreamBackward p) {
+__global__ void __launch_bounds__(kStreamThreads)
+    backward_stream_kernel(const __grid_constant__ StreamBackward p) {
   constexpr int kUnroll = 2, kSize = Vector<T>::kSize;
   const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
   StreamPosition position[kUnroll];
@@ -58,10 +61,10 @@ __global__ void __launch_bounds__(kStreamThreads) backward_stream_kernel(const _
       SP24_UNROLL
       for (int i = 0; i < kSize; ++i) {
         if constexpr (kGated) {
-          const GatedBackward back = gated_backward<kKind>(d[i], g[i], x[i]);
+          const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d[i], g[i], x[i]);
           d[i] = back.h, g[i] = back.d_gate, x[i] = back.d_up;
         } else {
-          const ValueAndSlope act = activate<kKind>(g[i]);
+          const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(g[i]);
           g[i] = d[i] * act.slope, d[i] = act.value;
         }
       }
@@ -87,18 +90,21 @@ struct LaunchStream {
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     const int64_t d_ff = args.d_h.cols;
-    const StreamBackward p = {stream_operand(args.d_h, layout, d_ff), stream_operand(args.gate_up, layout, d_ff),
-                              stream_operand(args.d_gate_up, layout, d_ff), stream_operand(args.h, layout, d_ff),
-                              stream_extent(args.d_h, layout)};
+    const StreamBackward p = {
+        stream_operand(args.d_h, layout, d_ff), stream_operand(args.gate_up, layout, d_ff),
+        stream_operand(args.d_gate_up, layout, d_ff), stream_operand(args.h, layout, d_ff),
+        stream_extent(args.d_h, layout)};
     constexpr uint32_t kPerBlock = 2 * kStreamThreads;
-    const uint32_t blocks = static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
+    const uint32_t blocks =
+        static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
     backward_stream_kernel<kKind, kGated, T><<<blocks, kStreamThreads, 0, stream>>>(p);
   }
 };
 
-// ---- patches --------------------------------------------------------------------------------------------------------
+// ---- patches ----------------------------------------------------------------------------------
 
-// A gated 16-bit patch holds 96 words of operands; three blocks an SM keep 12 warps with 24 loads each in flight.
+// A gated 16-bit patch holds 96 words of operands; three blocks an SM keep 12 warps with 24 loads
+// each in flight.
 template <bool kGated, typename T>
 __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
     backward_patch_kernel(const __grid_constant__ PatchBackward p) {
@@ -107,7 +113,8 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
   const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
   const int token = (static_cast<int>(tile.row) * kTileRows + origin.row) / kPatch * kSide;
   const int feature = (static_cast<int>(tile.col) * kTileCols + origin.col) / kPatch * kSide;
-  if (token >= p.tokens || feature >= p.d_ff) return;  // patches are inside or outside: mixed layouts divide both extents
+  if (token >= p.tokens || feature >= p.d_ff)
+    return;  // patches are inside or outside: mixed layouts divide both extents
 
   SquarePatch<T> d_h, gate, up;
   load_backward<kGated>(p, token, feature, kSide, d_h, gate, up);
@@ -115,25 +122,27 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
   store_backward<kGated>(p, token, feature, kSide, d_h, gate, up);
 }
 
-// ---- elements -------------------------------------------------------------------------------------------------------
+// ---- elements ---------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
-    backward_element_kernel(ConstMatrix d_h, ConstMatrix in, Matrix d_in, Matrix h, bool gated, Activation kind) {
+    backward_element_kernel(ConstMatrix d_h, ConstMatrix in, Matrix d_in, Matrix h, bool gated,
+                            Activation kind) {
   ElementIndex at;
   if (!element_index(d_h.rows, d_h.cols, in.row_stride < in.col_stride, at)) return;
   const int64_t row = at.row, col = at.col, up_col = col + d_h.cols;
-  const float d = to_float(element<const T>(d_h, row, col)), gate = to_float(element<const T>(in, row, col));
+  const float d = to_float(element<const T>(d_h, row, col)),
+              gate = to_float(element<const T>(in, row, col));
   const float up = gated ? to_float(element<const T>(in, row, up_col)) : 0.0f;
   with_kind(kind, [&](auto kind_constant) {
     constexpr Activation kKind = decltype(kind_constant)::value;
     if (gated) {
-      const GatedBackward back = gated_backward<kKind>(d, gate, up);
+      const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d, gate, up);
       element<T>(d_in, row, col) = from_float<T>(back.d_gate);
       element<T>(d_in, row, up_col) = from_float<T>(back.d_up);
       if (h.data != nullptr) element<T>(h, row, col) = from_float<T>(back.h);
     } else {
-      const ValueAndSlope act = activate<kKind>(gate);
+      const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(gate);
       element<T>(d_in, row, col) = from_float<T>(d * act.slope);
       if (h.data != nullptr) element<T>(h, row, col) = from_float<T>(act.value);
     }
@@ -150,21 +159,22 @@ void activation_backward_dense(const ActivationBackwardArgs& args, cudaStream_t 
   const BackwardLayouts layouts(args);
   if (layouts.any(Layout::kStrided)) {
     with_type(args.d_h.dtype, [&](auto zero) {
-      backward_element_kernel<decltype(zero)><<<element_blocks(args.d_h), kElementThreads, 0, stream>>>(
-          args.d_h, args.gate_up, args.d_gate_up, args.h, args.gated, args.kind);
+      backward_element_kernel<decltype(zero)>
+          <<<element_blocks(args.d_h), kElementThreads, 0, stream>>>(
+              args.d_h, args.gate_up, args.d_gate_up, args.h, args.gated, args.kind);
     });
   } else if (!layouts.any(Layout::kRowMajor) || !layouts.any(Layout::kColumnMajor)) {
     with_activation(args.kind, LaunchStream{args, layouts.gate_up, stream});
   } else {
     const PatchBackward p = patch_backward(args, layouts);
     with_type(args.d_h.dtype, [&](auto zero) {
-      const auto kernel =
-          args.gated ? backward_patch_kernel<true, decltype(zero)> : backward_patch_kernel<false, decltype(zero)>;
+      const auto kernel = args.gated ? backward_patch_kernel<true, decltype(zero)>
+                                     : backward_patch_kernel<false, decltype(zero)>;
       kernel<<<p.tile_rows * p.tile_cols, kTileThreads, 0, stream>>>(p);
     });
   }
-  SP24_CHECK_LAUNCH("activation_backward of ", name_of(args.d_h.dtype), " gate_up [", args.gate_up.rows, ", ",
-                    args.gate_up.cols, "]");
+  SP24_CHECK_LAUNCH("activation_backward of ", name_of(args.d_h.dtype), " gate_up [",
+                    args.gate_up.rows, ", ", args.gate_up.cols, "]");
 }
 
 }  // namespace cuda

@@ -1,4 +1,5 @@
-// backward_patch.cuh: the backward of one patch in registers, for the dense kernel and for the one that packs too.
+// backward_patch.cuh: the backward of one patch in registers, for the dense kernel and for the one
+// that packs too.
 #pragma once
 
 #include "activation/kinds.cuh"
@@ -6,15 +7,16 @@
 
 namespace sparse24 {
 
-/// In: d_h, gate, up (gated), all held the same way. Out, in their place: h, d_gate, d_up; plain: h and d_x.
+/// In: d_h, gate, up (gated), all held the same way. Out, in their place: h, d_gate, d_up; plain: h
+/// and d_x.
 template <bool kGated, typename T>
-__device__ __forceinline__ void backward_patch(Activation kind, SquarePatch<T>& d_h, SquarePatch<T>& gate,
-                                               SquarePatch<T>& up) {
+__device__ __forceinline__ void backward_patch(Activation kind, SquarePatch<T>& d_h,
+                                               SquarePatch<T>& gate, SquarePatch<T>& up) {
   constexpr int kSide = kVectorSize<T>, kPerWord = kSide / 4;
   SP24_UNROLL
   for (int i = 0; i < kSide; ++i) {
-    // The branch comes once a row: a whole patch as one straight piece of code would be scheduled with all its
-    // intermediate values alive, and spill.
+    // The branch comes once a row: a whole patch as one straight piece of code would be scheduled
+    // with all its intermediate values alive, and spill.
     with_kind(kind, [&](auto kind_constant) {
       constexpr Activation kKind = decltype(kind_constant)::value;
       SP24_UNROLL
@@ -26,10 +28,10 @@ __device__ __forceinline__ void backward_patch(Activation kind, SquarePatch<T>& 
           const int j = w * kPerWord + e;
           const float d = patch_value(d_h, i, j), x = patch_value(gate, i, j);
           if constexpr (kGated) {
-            const GatedBackward back = gated_backward<kKind>(d, x, patch_value(up, i, j));
+            const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d, x, patch_value(up, i, j));
             h[e] = back.h, d_gate[e] = back.d_gate, d_up[e] = back.d_up;
           } else {
-            const ValueAndSlope act = activate<kKind>(x);
+            const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(x);
             h[e] = act.value, d_gate[e] = d * act.slope;
           }
         }
@@ -51,8 +53,9 @@ struct PatchBackward {
 
 /// Loads a patch's operands, all held by rows.
 template <bool kGated, typename T>
-__device__ __forceinline__ void load_backward(const PatchBackward& p, int token, int feature, int valid,
-                                              SquarePatch<T>& d_h, SquarePatch<T>& gate, SquarePatch<T>& up) {
+__device__ __forceinline__ void load_backward(const PatchBackward& p, int token, int feature,
+                                              int valid, SquarePatch<T>& d_h, SquarePatch<T>& gate,
+                                              SquarePatch<T>& up) {
   const char* from = patch_address<T>(p.gate_up, token, feature);
   d_h = load_lines<T>(patch_address<T>(p.d_h, token, feature), p.d_h.line_bytes, valid);
   gate = load_lines<T>(from, p.gate_up.line_bytes, valid);
@@ -66,8 +69,9 @@ __device__ __forceinline__ void load_backward(const PatchBackward& p, int token,
 
 /// Stores what backward_patch made of them.
 template <bool kGated, typename T>
-__device__ __forceinline__ void store_backward(const PatchBackward& p, int token, int feature, int valid,
-                                               const SquarePatch<T>& h, const SquarePatch<T>& d_gate,
+__device__ __forceinline__ void store_backward(const PatchBackward& p, int token, int feature,
+                                               int valid, const SquarePatch<T>& h,
+                                               const SquarePatch<T>& d_gate,
                                                const SquarePatch<T>& d_up) {
   char* to = patch_address<T>(p.d_gate_up, token, feature);
   store_patch(p.d_gate_up, to, valid, d_gate);
@@ -85,10 +89,13 @@ struct BackwardLayouts {
         d_gate_up(vector_layout(args.d_gate_up, args.gated ? 2 : 1)),
         h(args.h.data == nullptr ? d_h : vector_layout(args.h)) {}
 
-  bool any(Layout layout) const { return d_h == layout || gate_up == layout || d_gate_up == layout || h == layout; }
+  bool any(Layout layout) const {
+    return d_h == layout || gate_up == layout || d_gate_up == layout || h == layout;
+  }
 };
 
-inline PatchBackward patch_backward(const ActivationBackwardArgs& args, const BackwardLayouts& layouts) {
+inline PatchBackward patch_backward(const ActivationBackwardArgs& args,
+                                    const BackwardLayouts& layouts) {
   const int64_t side = 16 / bytes_of(args.d_h.dtype), d_ff = args.d_h.cols, tokens = args.d_h.rows;
   const int64_t tile_rows = round_up((tokens + side - 1) / side * kPatch, kTileRows) / kTileRows;
   const int64_t tile_cols = round_up(d_ff / side * kPatch, kTileCols) / kTileCols;

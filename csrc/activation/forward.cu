@@ -1,29 +1,32 @@
 // forward.cu: h = act(gate) * up, or act(x), in every mix of layouts.
 //
-//   gate_up  [tokens, 2*d_ff] = [gate | up], or x [tokens, d_ff];  h [tokens, d_ff]; bf16, fp16 or fp32, fp32 inside
+//   gate_up  [tokens, 2*d_ff] = [gate | up], or x [tokens, d_ff]
+//   h        [tokens, d_ff]; all bf16, fp16 or fp32, fp32 inside
 //
 // Three ways, chosen by what the operands allow:
-//   stream    both row-major, or both column-major: a thread takes vectors of 16 bytes, four loads in flight
-//   patches   one row-, one column-major: a thread takes a square patch and turns it in registers (square_patch.cuh);
-//             tiles go in bands (common/raster.h), so that both directions see long runs in flight
+//   stream    both row-major, or both column-major: a thread takes vectors of 16 bytes, four loads
+//             in flight
+//   patches   one row-, one column-major: a thread takes a square patch and turns it in registers
+//             (common/square_patch.cuh); tiles go in bands (common/raster.h), so that both
+//             directions see long runs in flight
 //   elements  anything else: odd widths, strides or addresses; one element a thread
 //
 // Traffic  6 B a 16-bit output element gated, 4 B plain; each byte once.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"
-#include "common/element.cuh"
 #include "activation/kinds.cuh"
-#include "common/square_patch.cuh"
 #include "activation/stream.cuh"
 #include "common/cuda_check.h"
+#include "common/element.cuh"
 #include "common/raster.h"
+#include "common/square_patch.cuh"
 #include "common/tile.h"
 
 namespace sparse24 {
 namespace {
 
-// ---- stream ---------------------------------------------------------------------------------------------------------
+// ---- stream -----------------------------------------------------------------------------------
 
 struct StreamForward {
   StreamOperand in;
@@ -32,13 +35,15 @@ struct StreamForward {
 };
 
 template <Activation kKind, bool kGated, typename T>
-__global__ void __launch_bounds__(kStreamThreads) forward_stream_kernel(const __grid_constant__ StreamForward p) {
+__global__ void __launch_bounds__(kStreamThreads)
+    forward_stream_kernel(const __grid_constant__ StreamForward p) {
   constexpr int kUnroll = kGated ? 2 : 4;
   const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
   StreamPosition position[kUnroll];
   position[0] = stream_position(first, p.extent.per_line);
   SP24_UNROLL
-  for (int u = 1; u < kUnroll; ++u) position[u] = stream_advance(position[u - 1], kStreamThreads, p.extent.per_line);
+  for (int u = 1; u < kUnroll; ++u)
+    position[u] = stream_advance(position[u - 1], kStreamThreads, p.extent.per_line);
 
   uint4 gate[kUnroll], up[kUnroll];
   SP24_UNROLL
@@ -57,7 +62,7 @@ __global__ void __launch_bounds__(kStreamThreads) forward_stream_kernel(const __
       if (kGated) Vector<T>::unpack(up[u], x);
       SP24_UNROLL
       for (int i = 0; i < Vector<T>::kSize; ++i) {
-        const float value = activate<kKind>(g[i]).value;
+        const float value = activate<kKind, sizeof(T) == 2>(g[i]).value;
         g[i] = kGated ? value * x[i] : value;
       }
       store16(const_cast<char*>(stream_address(p.h, position[u])), Vector<T>::pack(g));
@@ -79,15 +84,16 @@ struct LaunchStream {
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     const int64_t d_ff = args.h.cols;
-    const StreamForward p = {stream_operand(args.gate_up, layout, d_ff), stream_operand(args.h, layout, d_ff),
-                             stream_extent(args.h, layout)};
+    const StreamForward p = {stream_operand(args.gate_up, layout, d_ff),
+                             stream_operand(args.h, layout, d_ff), stream_extent(args.h, layout)};
     constexpr uint32_t kPerBlock = kStreamThreads * (kGated ? 2 : 4);
-    const uint32_t blocks = static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
+    const uint32_t blocks =
+        static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
     forward_stream_kernel<kKind, kGated, T><<<blocks, kStreamThreads, 0, stream>>>(p);
   }
 };
 
-// ---- patches --------------------------------------------------------------------------------------------------------
+// ---- patches ----------------------------------------------------------------------------------
 
 struct PatchForward {
   PatchOperand in, h;
@@ -97,25 +103,28 @@ struct PatchForward {
 };
 
 template <bool kGated, typename T>
-__global__ void __launch_bounds__(kTileThreads, 5) forward_patch_kernel(const __grid_constant__ PatchForward p) {
+__global__ void __launch_bounds__(kTileThreads, 5)
+    forward_patch_kernel(const __grid_constant__ PatchForward p) {
   constexpr int kSide = kVectorSize<T>;
   const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, kMixedBand);
   const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
   const int token = (static_cast<int>(tile.row) * kTileRows + origin.row) / kPatch * kSide;
   const int feature = (static_cast<int>(tile.col) * kTileCols + origin.col) / kPatch * kSide;
-  if (token >= p.tokens || feature >= p.d_ff) return;  // patches are inside or outside, as both extents allow vectors
+  if (token >= p.tokens || feature >= p.d_ff)
+    return;  // patches are inside or outside, as both extents allow vectors
 
   const char* from = patch_address<T>(p.in, token, feature);
   SquarePatch<T> gate = load_lines<T>(from, p.in.line_bytes, kSide), up;
   if (kGated) up = load_lines<T>(from + p.in.half_bytes, p.in.line_bytes, kSide);
-  // Elementwise work does not care for the direction: lines stay as they came, and h is turned on its way out.
+  // Elementwise work does not care for the direction: lines stay as they came, and h is turned on
+  // its way out.
   SP24_UNROLL
   for (int i = 0; i < kSide; ++i) {
     with_kind(p.kind, [&](auto kind) {  // once a line: see backward_patch
       float x[kSide];
       SP24_UNROLL
       for (int j = 0; j < kSide; ++j) {
-        const float value = activate<decltype(kind)::value>(patch_value(gate, i, j)).value;
+        const float value = activate<decltype(kind)::value, sizeof(T) == 2>(patch_value(gate, i, j)).value;
         x[j] = kGated ? value * patch_value(up, i, j) : value;
       }
       SP24_UNROLL
@@ -130,8 +139,10 @@ template <typename T>
 void launch_patches(const ActivationArgs& args, Layout in, Layout out, cudaStream_t stream) {
   constexpr int kSide = kVectorSize<T>;
   const int64_t d_ff = args.h.cols;
-  const uint32_t tile_rows = static_cast<uint32_t>(round_up(args.h.rows / kSide * kPatch, kTileRows) / kTileRows);
-  const uint32_t tile_cols = static_cast<uint32_t>(round_up(d_ff / kSide * kPatch, kTileCols) / kTileCols);
+  const uint32_t tile_rows =
+      static_cast<uint32_t>(round_up(args.h.rows / kSide * kPatch, kTileRows) / kTileRows);
+  const uint32_t tile_cols =
+      static_cast<uint32_t>(round_up(d_ff / kSide * kPatch, kTileCols) / kTileCols);
   const PatchForward p = {patch_operand(args.gate_up, in, d_ff),
                           patch_operand(args.h, out, d_ff),
                           static_cast<int>(args.h.rows),
@@ -143,7 +154,7 @@ void launch_patches(const ActivationArgs& args, Layout in, Layout out, cudaStrea
   kernel<<<tile_rows * tile_cols, kTileThreads, 0, stream>>>(p);
 }
 
-// ---- elements -------------------------------------------------------------------------------------------------------
+// ---- elements ---------------------------------------------------------------------------------
 
 template <typename T>
 __global__ void __launch_bounds__(kElementThreads)
@@ -153,7 +164,7 @@ __global__ void __launch_bounds__(kElementThreads)
   const float gate = to_float(element<const T>(in, at.row, at.col));
   const float up = gated ? to_float(element<const T>(in, at.row, at.col + h.cols)) : 1.0f;
   with_kind(kind, [&](auto kind_constant) {
-    const float value = activate<decltype(kind_constant)::value>(gate).value;
+    const float value = activate<decltype(kind_constant)::value, sizeof(T) == 2>(gate).value;
     element<T>(h, at.row, at.col) = from_float<T>(gated ? value * up : value);
   });
 }
@@ -168,16 +179,18 @@ void activation_forward(const ActivationArgs& args, cudaStream_t stream) {
   const Layout in = vector_layout(args.gate_up, args.gated ? 2 : 1), out = vector_layout(args.h);
   if (in == Layout::kStrided || out == Layout::kStrided) {
     with_type(args.h.dtype, [&](auto zero) {
-      forward_element_kernel<decltype(zero)><<<element_blocks(args.h), kElementThreads, 0, stream>>>(
-          args.gate_up, args.h, args.gated, args.kind);
+      forward_element_kernel<decltype(zero)>
+          <<<element_blocks(args.h), kElementThreads, 0, stream>>>(args.gate_up, args.h, args.gated,
+                                                                   args.kind);
     });
   } else if (in == out) {
     with_activation(args.kind, LaunchStream{args, in, stream});
   } else {
-    with_type(args.h.dtype, [&](auto zero) { launch_patches<decltype(zero)>(args, in, out, stream); });
+    with_type(args.h.dtype,
+              [&](auto zero) { launch_patches<decltype(zero)>(args, in, out, stream); });
   }
-  SP24_CHECK_LAUNCH("activation_forward of ", name_of(args.h.dtype), " gate_up [", args.gate_up.rows, ", ",
-                    args.gate_up.cols, "]");
+  SP24_CHECK_LAUNCH("activation_forward of ", name_of(args.h.dtype), " gate_up [",
+                    args.gate_up.rows, ", ", args.gate_up.cols, "]");
 }
 
 }  // namespace cuda

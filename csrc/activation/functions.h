@@ -24,34 +24,55 @@ struct Sigmoid {
   float complement;  // 1 - value, without cancellation where value is close to 1
 };
 
-/// 1 / (1 + exp(-x)) and 1 minus it, to a few ulp.
-SP24_HD Sigmoid sigmoid(float x) {
-  const float decayed = expf(-x);
+/// exp(x) to a few ulp; `kFor16Bits` on the GPU: to 2^-20 or so, in two instructions, which no result that is rounded to
+/// 16 bits shows.
+template <bool kFor16Bits>
+SP24_HD float exponential(float x) {
 #if defined(__CUDA_ARCH__)
-  const float value = __fdividef(1.0f, 1.0f + decayed);  // one instruction and 2 ulp; 0 past 2^126, as wanted
+  if constexpr (kFor16Bits) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.4426950408889634f));  // log2(e)
+    return power;
+  }
+#endif
+  return expf(x);
+}
+
+/// 1 / (1 + exp(-x)) and 1 minus it, to a few ulp.
+template <bool kFor16Bits>
+SP24_HD Sigmoid sigmoid(float x) {
+  const float decayed = exponential<kFor16Bits>(-x);
+#if defined(__CUDA_ARCH__)
+  float value;
+  if constexpr (kFor16Bits) {
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(1.0f + decayed));
+  } else {
+    value = __fdividef(1.0f, 1.0f + decayed);  // one instruction and 2 ulp; 0 past 2^126, as wanted
+  }
 #else
   const float value = 1.0f / (1.0f + decayed);
 #endif
   return {value, value == 0.0f ? 1.0f : decayed * value};
 }
 
-/// The activation and its derivative at x. Callers that need one of them leave the other to the optimizer.
-template <Activation kKind>
+/// The activation and its derivative at x. Callers that need one of them leave the other to the optimizer. kFor16Bits: the
+/// GPU may be as coarse as 16-bit results allow.
+template <Activation kKind, bool kFor16Bits = false>
 SP24_HD ValueAndSlope activate(float x) {
   if constexpr (kKind == Activation::kSilu) {
-    const Sigmoid s = sigmoid(x);
+    const Sigmoid s = sigmoid<kFor16Bits>(x);
     // Where the sigmoid underflows to 0, so does the product; -inf * 0 would give NaN.
     const float value = s.value == 0.0f ? 0.0f : x * s.value;
     return {value, s.value + value * s.complement};
   } else if constexpr (kKind == Activation::kGelu) {
     constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
     const float phi = 0.5f * erfcf(-x * kInvSqrt2);
-    const float density = kInvSqrt2Pi * expf(-0.5f * x * x);
+    const float density = kInvSqrt2Pi * exponential<kFor16Bits>(-0.5f * x * x);
     return {phi == 0.0f ? 0.0f : x * phi, phi + (density == 0.0f ? 0.0f : x * density)};
   } else if constexpr (kKind == Activation::kGeluTanh) {
     constexpr float kSqrt2OverPi = 0.79788456080286536f, kCubic = 0.044715f;
     const float square = x * x;
-    const Sigmoid s = sigmoid(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
+    const Sigmoid s = sigmoid<kFor16Bits>(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
     const float dz = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * square);
     const float value = s.value == 0.0f ? 0.0f : x * s.value;
     const float tail = value * s.complement;
@@ -69,9 +90,9 @@ struct GatedBackward {
   float d_gate, d_up, h;
 };
 
-template <Activation kKind>
+template <Activation kKind, bool kFor16Bits = false>
 SP24_HD GatedBackward gated_backward(float d_h, float gate, float up) {
-  const ValueAndSlope act = activate<kKind>(gate);
+  const ValueAndSlope act = activate<kKind, kFor16Bits>(gate);
   return {d_h * up * act.slope, d_h * act.value, act.value * up};
 }
 

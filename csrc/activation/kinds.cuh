@@ -1,7 +1,7 @@
 // kinds.cuh: from an activation known at run time to code for it, inside a kernel.
 //
-// The streaming kernels have one instantiation a kind; those of patches are long, and branch once a patch instead: all
-// threads of a launch take the same way.
+// The streaming kernels have one instantiation a kind; those of patches are long, and branch once a
+// patch instead: all threads of a launch take the same way.
 #pragma once
 
 #include <type_traits>

@@ -1,8 +1,8 @@
 // stream.cuh: elementwise passes over matrices that all have the same layout.
 //
-// A row- or column-major matrix is a number of lines, each contiguous. The up half of a gated operand lies d_ff columns
-// behind its gate half. So row- and column-major are the same kernel: thread after thread takes vectors of 16 bytes in
-// memory order.
+// A row- or column-major matrix is a number of lines, each contiguous. The up half of a gated
+// operand lies d_ff columns behind its gate half. So row- and column-major are the same kernel:
+// thread after thread takes vectors of 16 bytes in memory order.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,10 @@ struct StreamOperand {
 
 template <typename Pointer>
 StreamOperand stream_operand(const MatrixView<Pointer>& m, Layout layout, int64_t d_ff) {
-  const int64_t bytes = bytes_of(m.dtype), stride = layout == Layout::kRowMajor ? m.row_stride : m.col_stride;
-  return {m.data, static_cast<uint32_t>(stride * bytes), d_ff * bytes * (layout == Layout::kRowMajor ? 1 : stride)};
+  const int64_t bytes = bytes_of(m.dtype),
+                stride = layout == Layout::kRowMajor ? m.row_stride : m.col_stride;
+  return {m.data, static_cast<uint32_t>(stride * bytes),
+          d_ff * bytes * (layout == Layout::kRowMajor ? 1 : stride)};
 }
 
 /// One 16-byte vector as fp32 values, and back.
@@ -65,13 +67,15 @@ struct StreamPosition {
   uint32_t line, along;
 };
 
-__device__ __forceinline__ StreamPosition stream_position(uint32_t vector, uint32_t vectors_per_line) {
+__device__ __forceinline__ StreamPosition stream_position(uint32_t vector,
+                                                          uint32_t vectors_per_line) {
   const uint32_t line = vector / vectors_per_line;
   return {line, vector - line * vectors_per_line};
 }
 
 /// The position `step` vectors on.
-__device__ __forceinline__ StreamPosition stream_advance(StreamPosition p, uint32_t step, uint32_t vectors_per_line) {
+__device__ __forceinline__ StreamPosition stream_advance(StreamPosition p, uint32_t step,
+                                                         uint32_t vectors_per_line) {
   p.along += step;
   if (p.along >= vectors_per_line) {
     const uint32_t lines = p.along < 2 * vectors_per_line ? 1 : p.along / vectors_per_line;
@@ -81,8 +85,10 @@ __device__ __forceinline__ StreamPosition stream_advance(StreamPosition p, uint3
   return p;
 }
 
-__device__ __forceinline__ const char* stream_address(const StreamOperand& operand, StreamPosition p) {
-  return static_cast<const char*>(operand.data) + uint64_t{operand.line_bytes} * p.line + uint64_t{p.along} * 16;
+__device__ __forceinline__ const char* stream_address(const StreamOperand& operand,
+                                                      StreamPosition p) {
+  return static_cast<const char*>(operand.data) + uint64_t{operand.line_bytes} * p.line +
+         uint64_t{p.along} * 16;
 }
 
 /// The number of vectors in one half, and in a line of it.
@@ -95,7 +101,8 @@ StreamExtent stream_extent(const MatrixView<Pointer>& h, Layout layout) {
   const int64_t per_vector = 16 / bytes_of(h.dtype);
   const int64_t lines = layout == Layout::kRowMajor ? h.rows : h.cols;
   const int64_t per_line = (layout == Layout::kRowMajor ? h.cols : h.rows) / per_vector;
-  SP24_CHECK(lines * per_line < int64_t{1} << 32, "h must have fewer than 2^36 bytes, got [", h.rows, ", ", h.cols, "]");
+  SP24_CHECK(lines * per_line < int64_t{1} << 32, "h must have fewer than 2^36 bytes, got [",
+             h.rows, ", ", h.cols, "]");
   return {static_cast<uint32_t>(lines * per_line), static_cast<uint32_t>(per_line)};
 }
 

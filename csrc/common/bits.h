@@ -30,7 +30,8 @@ SP24_HD float bits_float(uint32_t bits) {
 
 SP24_HD float abs_float(float x) {
 #if defined(__CUDA_ARCH__)
-  return fabsf(x);  // a modifier of the instruction that uses it, where a bit operation would be one of its own
+  return fabsf(x);  // a modifier of the instruction that uses it, where a bit operation would be
+                    // one of its own
 #else
   return bits_float(float_bits(x) & 0x7fffffffu);
 #endif

@@ -1,4 +1,5 @@
-// element.cuh: one element a thread, for operands that no vector fits: right for any strides, and slow.
+// element.cuh: one element a thread, for operands that no vector fits: right for any strides, and
+// slow.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -16,8 +17,10 @@ struct ElementIndex {
   int64_t row, col;
 };
 
-/// This thread's element of [rows, cols], neighbouring threads along columns (`column_major`) or rows; false past the end.
-__device__ __forceinline__ bool element_index(int64_t rows, int64_t cols, bool column_major, ElementIndex& at) {
+/// This thread's element of [rows, cols], neighbouring threads along columns (`column_major`) or
+/// rows; false past the end.
+__device__ __forceinline__ bool element_index(int64_t rows, int64_t cols, bool column_major,
+                                              ElementIndex& at) {
   const int64_t index = int64_t{blockIdx.x} * kElementThreads + threadIdx.x;
   if (index >= rows * cols) return false;
   at.row = column_major ? index % rows : index / cols;
@@ -33,7 +36,8 @@ __device__ __forceinline__ T& element(const MatrixView<Pointer>& m, int64_t row,
 template <typename Pointer>
 uint32_t element_blocks(const MatrixView<Pointer>& m) {
   const int64_t blocks = (m.rows * m.cols + kElementThreads - 1) / kElementThreads;
-  SP24_CHECK(blocks < int64_t{1} << 31, "a matrix that is not aligned for vectors must have fewer than 2^39 elements, got [",
+  SP24_CHECK(blocks < int64_t{1} << 31,
+             "a matrix that is not aligned for vectors must have fewer than 2^39 elements, got [",
              m.rows, ", ", m.cols, "]");
   return static_cast<uint32_t>(blocks);
 }

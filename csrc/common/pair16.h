@@ -1,7 +1,8 @@
-// pair16.h: two 16-bit values in one 32-bit word (the lower address in the lower half), and 8x8 patches of them.
+// pair16.h: two 16-bit values in one 32-bit word (the lower address in the lower half), and 8x8
+// patches of them.
 //
-// Kernels move 16-bit matrices as words and never unpack what they only copy: choosing, pairing and transposing values
-// are byte permutations, one instruction each on the GPU.
+// Kernels move 16-bit matrices as words and never unpack what they only copy: choosing, pairing and
+// transposing values are byte permutations, one instruction each on the GPU.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace sparse24 {
 
-/// Bytes 0-3 are `low`, 4-7 are `high`; nibble i < 4 of the selector (0-7 each) names byte i of the result.
-/// Its upper half is ignored.
+/// Bytes 0-3 are `low`, 4-7 are `high`; nibble i < 4 of the selector (0-7 each) names byte i of the
+/// result. Its upper half is ignored.
 SP24_HD uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
   uint32_t result;  // __byte_perm would first mask a selector that it cannot see through

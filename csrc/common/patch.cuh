@@ -1,8 +1,9 @@
 // patch.cuh: one thread's 8x8 patch of a matrix, from memory to registers and back.
 //
-// A line is eight neighbours in memory: part of a row of a row-major matrix, or of a column of a column-major one. All
-// eight loads of a patch are issued before the first is used. Lines from `valid` on are zero, and not stored; kStep says
-// that `valid` is a multiple of it. Lines lie `stride` bytes apart, below 2^32: then an address is one multiply-add.
+// A line is eight neighbours in memory: part of a row of a row-major matrix, or of a column of a
+// column-major one. All eight loads of a patch are issued before the first is used. Lines from
+// `valid` on are zero, and not stored; kStep says that `valid` is a multiple of it. Lines lie
+// `stride` bytes apart, below 2^32: then an address is one multiply-add.
 #pragma once
 
 #include <cstdint>
@@ -23,18 +24,29 @@ __device__ __forceinline__ T* advance(T* pointer, uint32_t stride, uint32_t coun
 /// 16-bit elements; `first` is the address of the patch's first element.
 template <int kStep>
 __device__ __forceinline__ Patch16 load_patch16(const uint16_t* first, uint32_t stride, int valid) {
+  uint4 v[kPatch];
+  if (valid >= kPatch) {  // nearly always: no zeros to prepare, no conditions to keep
+    SP24_UNROLL
+    for (int i = 0; i < kPatch; ++i) v[i] = load16(advance(first, stride, i));
+  } else {
+    SP24_UNROLL
+    for (int i = 0; i < kPatch; ++i) {
+      v[i] = make_uint4(0, 0, 0, 0);
+      if (i / kStep * kStep < valid) v[i] = load16(advance(first, stride, i));
+    }
+  }
   Patch16 patch;
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (i / kStep * kStep < valid) v = load16(advance(first, stride, i));
-    patch.line[i][0] = v.x, patch.line[i][1] = v.y, patch.line[i][2] = v.z, patch.line[i][3] = v.w;
+    patch.line[i][0] = v[i].x, patch.line[i][1] = v[i].y;
+    patch.line[i][2] = v[i].z, patch.line[i][3] = v[i].w;
   }
   return patch;
 }
 
 template <int kStep>
-__device__ __forceinline__ void store_patch16(uint16_t* first, uint32_t stride, int valid, const Patch16& patch) {
+__device__ __forceinline__ void store_patch16(uint16_t* first, uint32_t stride, int valid,
+                                              const Patch16& patch) {
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
     if (i / kStep * kStep < valid) {
@@ -44,12 +56,14 @@ __device__ __forceinline__ void store_patch16(uint16_t* first, uint32_t stride, 
   }
 }
 
-/// fp32 elements of lanes that are `paired` (tile.h). A pair of lanes loads the same two stretches of a line, side by
-/// side, and exchanges what the other owns. `along` is the patch's place in its line, `half_line` half of what the
-/// warp's lanes span; a line ends at `extent`, a multiple of 4. All lanes of the warp must call this.
+/// fp32 elements of lanes that are `paired` (tile.h). A pair of lanes loads the same two stretches
+/// of a line, side by side, and exchanges what the other owns. `along` is the patch's place in its
+/// line, `half_line` half of what the warp's lanes span; a line ends at `extent`, a multiple of 4.
+/// All lanes of the warp must call this.
 template <int kStep>
-__device__ __forceinline__ void load_patch32(float (&value)[kPatch][kPatch], const float* line, uint32_t stride,
-                                             int along, int half_line, int extent, int valid) {
+__device__ __forceinline__ void load_patch32(float (&value)[kPatch][kPatch], const float* line,
+                                             uint32_t stride, int along, int half_line, int extent,
+                                             int valid) {
   const bool odd = threadIdx.x % 2 == 1;
   const int near = odd ? along - half_line + 4 : along, far = near + half_line;
   uint4 low[kPatch], high[kPatch];

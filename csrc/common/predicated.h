@@ -1,7 +1,8 @@
 // predicated.h: conditional arithmetic without a select.
 //
-// A GPU selects, compares and does logic in a pipe of half the width of the one that adds and multiplies. Where a kernel
-// is bound by the former, `if (p) x += y` as one predicated addition relieves it; the compiler would add and select.
+// A GPU selects, compares and does logic in a pipe of half the width of the one that adds and
+// multiplies. Where a kernel is bound by the former, `if (p) x += y` as one predicated addition
+// relieves it; the compiler would add and select.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,8 @@ SP24_HD void add_if(bool p, float& x, float y) {
 /// if (p) x = y, for y that is not NaN
 SP24_HD void assign_if(bool p, float& x, float y) {
 #if defined(__CUDA_ARCH__)
-  asm("{\n .reg .pred q;\n setp.ne.u32 q, %1, 0;\n @q add.rn.f32 %0, %2, 0f80000000;\n}"  // y + -0 is y
+  asm("{\n .reg .pred q;\n setp.ne.u32 q, %1, 0;\n @q add.rn.f32 %0, %2, 0f80000000;\n}"  // y + -0
+                                                                                          // is y
       : "+f"(x)
       : "r"(static_cast<uint32_t>(p)), "f"(y));
 #else

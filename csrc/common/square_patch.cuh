@@ -1,9 +1,9 @@
 // square_patch.cuh: one thread's square patch of a matrix of either layout, held by rows.
 //
-// A patch is as many lines as a 16-byte vector has elements: 8x8 of 16 bits, 4x4 of fp32 (and 4x4 of 16 bits beside fp32).
-// Column-major operands are turned in registers, by byte permutations. With the warps of common/tile.h (kSquare) each line
-// of a warp is 64 or 128 contiguous bytes whatever the layout, so a mix of layouts costs neither shared memory nor
-// partial sectors.
+// A patch is as many lines as a 16-byte vector has elements: 8x8 of 16 bits, 4x4 of fp32 (and 4x4
+// of 16 bits beside fp32). Column-major operands are turned in registers, by byte permutations.
+// With the warps of common/tile.h (kSquare) each line of a warp is 64 or 128 contiguous bytes
+// whatever the layout, so a mix of layouts costs neither shared memory nor partial sectors.
 #pragma once
 
 #include <cstdint>
@@ -38,14 +38,16 @@ template <typename Pointer>
 PatchOperand patch_operand(const MatrixView<Pointer>& m, Layout layout, int64_t half_cols = 0) {
   const bool by_rows = layout == Layout::kRowMajor;
   const int64_t bytes = bytes_of(m.dtype), stride = by_rows ? m.row_stride : m.col_stride;
-  return {const_cast<void*>(static_cast<const void*>(m.data)), static_cast<uint32_t>(stride * bytes), !by_rows,
+  return {const_cast<void*>(static_cast<const void*>(m.data)),
+          static_cast<uint32_t>(stride * bytes), !by_rows,
           half_cols * bytes * (by_rows ? 1 : stride)};
 }
 
 template <typename T>
 __device__ __forceinline__ char* patch_address(const PatchOperand& operand, int row, int col) {
   const uint32_t line = operand.column_major ? col : row, along = operand.column_major ? row : col;
-  return advance(static_cast<char*>(operand.data), operand.line_bytes, line) + uint64_t{along} * sizeof(T);
+  return advance(static_cast<char*>(operand.data), operand.line_bytes, line) +
+         uint64_t{along} * sizeof(T);
 }
 
 /// Lines become the other direction.
@@ -68,14 +70,16 @@ __device__ __forceinline__ void turn(SquarePatch<T, kSide>& patch) {
 
 /// The lines of a patch as they lie in memory; those from `valid` on read as zero.
 template <typename T, int kSide = kVectorSize<T>>
-__device__ __forceinline__ SquarePatch<T, kSide> load_lines(const char* first, uint32_t line_bytes, int valid) {
+__device__ __forceinline__ SquarePatch<T, kSide> load_lines(const char* first, uint32_t line_bytes,
+                                                            int valid) {
   SquarePatch<T, kSide> patch;
   SP24_UNROLL
   for (int i = 0; i < kSide; ++i) {
     if constexpr (SquarePatch<T, kSide>::kWords == 4) {
       uint4 v = make_uint4(0, 0, 0, 0);
       if (i < valid) v = load16(advance(first, line_bytes, i));
-      patch.word[i][0] = v.x, patch.word[i][1] = v.y, patch.word[i][2] = v.z, patch.word[i][3] = v.w;
+      patch.word[i][0] = v.x, patch.word[i][1] = v.y, patch.word[i][2] = v.z,
+      patch.word[i][3] = v.w;
     } else {
       uint2 v = make_uint2(0, 0);
       if (i < valid) v = load8(advance(first, line_bytes, i));
@@ -93,7 +97,8 @@ __device__ __forceinline__ void store_lines(char* first, uint32_t line_bytes, in
     if (i < valid) {
       char* to = advance(first, line_bytes, i);
       if constexpr (SquarePatch<T, kSide>::kWords == 4) {
-        store16(to, make_uint4(patch.word[i][0], patch.word[i][1], patch.word[i][2], patch.word[i][3]));
+        store16(to,
+                make_uint4(patch.word[i][0], patch.word[i][1], patch.word[i][2], patch.word[i][3]));
       } else {
         store8(to, make_uint2(patch.word[i][0], patch.word[i][1]));
       }
@@ -103,7 +108,8 @@ __device__ __forceinline__ void store_lines(char* first, uint32_t line_bytes, in
 
 /// Stores a patch held by rows.
 template <typename T>
-__device__ __forceinline__ void store_patch(const PatchOperand& operand, char* first, int valid, SquarePatch<T> patch) {
+__device__ __forceinline__ void store_patch(const PatchOperand& operand, char* first, int valid,
+                                            SquarePatch<T> patch) {
   if (operand.column_major) turn(patch);
   store_lines(first, operand.line_bytes, valid, patch);
 }

@@ -1,7 +1,8 @@
-// tensor_list.h: many tensors in one launch. The list travels in the kernel's parameters, so nothing is allocated or
-// copied, and a graph captures it by value.
+// tensor_list.h: many tensors in one launch. The list travels in the kernel's parameters, so
+// nothing is allocated or copied, and a graph captures it by value.
 //
-// Tiles of all tensors are numbered through; a block finds its tensor by bisecting the numbers of their first tiles.
+// Tiles of all tensors are numbered through; a block finds its tensor by bisecting the numbers of
+// their first tiles.
 #pragma once
 
 #include <cstdint>

@@ -1,19 +1,22 @@
-// tile.h: how the 128 threads of a block share a tile of 64 x 128 elements: 8 x 16 patches of 8x8, one a thread.
+// tile.h: how the 128 threads of a block share a tile of 64 x 128 elements: 8 x 16 patches of 8x8.
 //
-// A patch is what one thread needs to make whole bytes of E (two groups of four) in both directions, and to transpose
-// 16-bit values without shared memory. Which thread takes which patch decides what a warp's memory instructions touch;
-// for 16-bit elements, of one line of a row-major / of a column-major matrix:
+// A patch is what one thread needs to make whole bytes of E (two groups of four) in both
+// directions, and to transpose 16-bit values without shared memory. Which thread takes which patch
+// decides what a warp's memory instructions touch; for 16-bit elements, in one line of a
+// row-major / of a column-major matrix:
 //
-//   kRows     a warp is  2 x 16 patches: 256 B of a row    /  32 B of a column    (everything is row-major)
-//   kSquare   a warp is  4 x  8 patches: 128 B of a row    /  64 B of a column    (one side is column-major)
+//   kRows     a warp is 2 x 16 patches: 256 B of a row / 32 B of a column    all row-major
+//   kSquare   a warp is 4 x 8 patches:  128 B of a row / 64 B of a column    one side column-major
 //
 // All are whole DRAM sectors, so no layout needs a pass through shared memory.
 //
-// fp32 elements: a thread's 16-byte loads cover four of its eight columns only. Two loads that a thread makes at once
-// would each use half of a sector; instead neighbouring lanes load whole sectors and exchange halves (patch.cuh), for
-// which the even lane owns a patch in the first half of the warp's line and the odd lane the same in the second.
+// fp32 elements: a thread's 16-byte loads cover four of its eight columns only. Two loads that a
+// thread makes at once would each use half of a sector; instead neighbouring lanes load whole
+// sectors and exchange halves (patch.cuh), for which the even lane owns a patch in the first half
+// of the warp's line and the odd lane the same in the second.
 //
-// Metadata of the tile: blocks of 64x64 elements are staged in shared memory and stored as whole blocks (stage_offset).
+// Metadata of the tile: blocks of 64x64 elements are staged in shared memory and stored as whole
+// blocks (stage_offset).
 #pragma once
 
 #include <cstdint>
@@ -38,7 +41,8 @@ struct PatchOrigin {
   int row, col;
 };
 
-/// `paired`: lanes 2i and 2i + 1 own patches half a line apart, along rows of the matrix (kRows) or columns (kSquare).
+/// `paired`: lanes 2i and 2i + 1 own patches half a line apart, along rows of the matrix (kRows) or
+/// columns (kSquare).
 SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, uint32_t thread) {
   uint32_t row, col;
   if (walk == Walk::kRows) {
@@ -53,10 +57,14 @@ SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, uint32_t thread) {
   return {static_cast<int>(row * kPatch), static_cast<int>(col * kPatch)};
 }
 
-/// Staged metadata blocks lie 528 bytes apart: neighbours written at the same time fall into different banks.
+/// Staged metadata blocks lie 528 bytes apart: neighbours written at the same time fall into
+/// different banks.
 constexpr int kStageStride = kMetaBlockBytes + 16;
 
-/// Where a tile's byte for elements (m, k..k+7) waits: m < 64 along one of the tile's blocks `block`.
-SP24_HD uint32_t stage_offset(uint32_t block, uint32_t m, uint32_t k) { return block * kStageStride + meta_block_offset(static_cast<int>(m), static_cast<int>(k)); }
+/// Where a tile's byte for elements (m, k..k+7) waits: m < 64 along one of the tile's blocks
+/// `block`.
+SP24_HD uint32_t stage_offset(uint32_t block, uint32_t m, uint32_t k) {
+  return block * kStageStride + meta_block_offset(static_cast<int>(m), static_cast<int>(k));
+}
 
 }  // namespace sparse24

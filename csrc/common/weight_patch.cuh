@@ -3,8 +3,9 @@
 //   kRowMajor, kColumnMajor   16-byte loads; extents and strides allow them (patch_layout)
 //   kStrided                  element by element, for anything else: right, and slow
 //
-// rows and cols are multiples of 4, so a patch has 0, 4 or 8 valid rows and columns; the rest reads as zero. Extents are
-// below 2^31 and offsets have 64 bits: a matrix may be larger than 2^31 elements, one row or column may not.
+// rows and cols are multiples of 4, so a patch has 0, 4 or 8 valid rows and columns; the rest reads
+// as zero. Extents are below 2^31 and offsets have 64 bits: a matrix may be larger than 2^31
+// elements, one row or column may not.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +26,17 @@ struct AnyValue {};
 constexpr Walk walk_of(Layout layout) {
   return layout == Layout::kColumnMajor ? Walk::kSquare : Walk::kRows;
 }
-constexpr uint32_t band_of(Layout layout) { return layout == Layout::kColumnMajor ? kMixedBand : 1; }
+constexpr uint32_t band_of(Layout layout) {
+  return layout == Layout::kColumnMajor ? kMixedBand : 1;
+}
 
 /// How many of a patch's rows (or columns) from `start` lie inside: 0, 4 or 8.
 SP24_HD int valid_lines(int start, int extent) {
   return start >= extent ? 0 : extent - start < kPatch ? extent - start : kPatch;
 }
 
-__device__ __forceinline__ uint32_t stride_bytes(const ConstMatrix& w, bool by_rows, uint32_t bytes) {
+__device__ __forceinline__ uint32_t stride_bytes(const ConstMatrix& w, bool by_rows,
+                                                 uint32_t bytes) {
   return static_cast<uint32_t>(by_rows ? w.row_stride : w.col_stride) * bytes;
 }
 
@@ -46,9 +50,11 @@ struct WeightPatch {
   __device__ __forceinline__ void load(const ConstMatrix& w, int row, int col) {
     const int rows = static_cast<int>(w.rows), cols = static_cast<int>(w.cols);
     const int line = kByRows ? row : col, along = kByRows ? col : row;
-    const int valid = along < (kByRows ? cols : rows) ? valid_lines(line, kByRows ? rows : cols) : 0;
+    const int valid =
+        along < (kByRows ? cols : rows) ? valid_lines(line, kByRows ? rows : cols) : 0;
     const uint32_t stride = stride_bytes(w, kByRows, 2);
-    lines = load_patch16<4>(advance(static_cast<const uint16_t*>(w.data), stride, line) + along, stride, valid);
+    lines = load_patch16<4>(advance(static_cast<const uint16_t*>(w.data), stride, line) + along,
+                            stride, valid);
   }
   __device__ __forceinline__ float value(int i, int j) const {
     const int line = kByRows ? i : j, along = kByRows ? j : i;
@@ -84,7 +90,9 @@ struct WeightPatch<float, kLayout> {
                     kByRows ? kTileCols / 2 : kTileRows / 4, kByRows ? cols : rows,
                     valid_lines(line, kByRows ? rows : cols));
   }
-  __device__ __forceinline__ float value(int i, int j) const { return kByRows ? lines[i][j] : lines[j][i]; }
+  __device__ __forceinline__ float value(int i, int j) const {
+    return kByRows ? lines[i][j] : lines[j][i];
+  }
 
   template <typename Out>
   __device__ __forceinline__ Patch16 rows() const {
@@ -92,7 +100,8 @@ struct WeightPatch<float, kLayout> {
     SP24_UNROLL
     for (int i = 0; i < kPatch; ++i) {
       SP24_UNROLL
-      for (int p = 0; p < 4; ++p) out.line[i][p] = make_pair16<Out>(value(i, 2 * p), value(i, 2 * p + 1));
+      for (int p = 0; p < 4; ++p)
+        out.line[i][p] = make_pair16<Out>(value(i, 2 * p), value(i, 2 * p + 1));
     }
     return out;
   }
@@ -127,7 +136,9 @@ struct WeightPatch<AnyValue, Layout::kStrided> {
   __device__ __forceinline__ void load(const ConstMatrix& from, int at_row, int at_col) {
     w = &from, row = at_row, col = at_col;
   }
-  __device__ __forceinline__ float value(int i, int j) const { return read_value(*w, row + i, col + j); }
+  __device__ __forceinline__ float value(int i, int j) const {
+    return read_value(*w, row + i, col + j);
+  }
 
   template <typename Out>
   __device__ __forceinline__ Patch16 rows() const {
@@ -136,7 +147,8 @@ struct WeightPatch<AnyValue, Layout::kStrided> {
     for (int i = 0; i < kPatch; ++i) {
       SP24_UNROLL
       for (int p = 0; p < 4; ++p) {
-        out.line[i][p] = read_bits<Out>(*w, row + i, col + 2 * p) | read_bits<Out>(*w, row + i, col + 2 * p + 1) << 16;
+        out.line[i][p] = read_bits<Out>(*w, row + i, col + 2 * p) |
+                         read_bits<Out>(*w, row + i, col + 2 * p + 1) << 16;
       }
     }
     return out;

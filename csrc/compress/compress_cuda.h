@@ -1,5 +1,5 @@
-// compress_cuda.h: packing and unpacking on the GPU. Arguments have been checked by csrc/api; the device of the tensors
-// is current. Semantics: include/sparse24/compress.h.
+// compress_cuda.h: packing and unpacking on the GPU. Arguments have been checked by csrc/api; the
+// device of the tensors is current. Semantics: include/sparse24/compress.h.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,11 +1,12 @@
 // decompress.cu: the dense form of a packed operand, and a check of metadata from outside.
 //
-//   packed   [rows, cols/2] with E for (m = rows, k = cols): groups of four run along rows, or, `transposed`,
-//            [rows/2, cols] with E for (m = cols, k = rows): along columns
-//   out      [rows, cols] row-major, zeros where nothing was kept; 16 or 32 bits an element, copied as they are
+//   packed   [rows, cols/2], E for (m = rows, k = cols): groups of four run along rows;
+//            `transposed`: [rows/2, cols], E for (m = cols, k = rows): along columns
+//   out      [rows, cols] row-major, zeros where nothing was kept; 16 or 32 bits an element, copied
 //
-// Work     Along rows a thread takes one byte of E: four packed values to eight elements of a row, in vectors where they
-//          fit. Along columns it takes one column of eight rows. Neighbouring threads share rows.
+// Work     Along rows a thread takes one byte of E: four packed values to eight elements of a row,
+//          in vectors where they fit. Along columns it takes one column of eight rows. Neighbouring
+//          threads share rows.
 #include <cuda_runtime.h>
 
 #include "common/block_sum.cuh"
@@ -21,7 +22,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// The four elements of a group, from its two kept ones. Equal positions, which no valid E has, keep the second.
+/// The four elements of a group, from its two kept ones. Equal positions, which no valid E has,
+/// keep the second.
 template <typename Bits>
 __device__ __forceinline__ void place(uint32_t nibble, Bits first, Bits second, Bits (&group)[4]) {
   const int at_first = meta_first(nibble), at_second = meta_second(nibble);
@@ -30,9 +32,9 @@ __device__ __forceinline__ void place(uint32_t nibble, Bits first, Bits second, 
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads) decompress_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out,
-                                                                   int64_t out_stride, int64_t rows, int64_t cols,
-                                                                   bool vectors) {
+__global__ void __launch_bounds__(kThreads)
+    decompress_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out, int64_t out_stride,
+                           int64_t rows, int64_t cols, bool vectors) {
   const int64_t bytes_a_row = (cols + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= rows * bytes_a_row) return;
   const int64_t row = index / bytes_a_row, col = index % bytes_a_row * 8;
@@ -56,7 +58,8 @@ __global__ void __launch_bounds__(kThreads) decompress_rows_kernel(const Bits* p
     uint32_t words[4];
     SP24_UNROLL
     for (int p = 0; p < 4; ++p) {
-      words[p] = groups[p / 2][p % 2 * 2] | static_cast<uint32_t>(groups[p / 2][p % 2 * 2 + 1]) << 16;
+      words[p] = groups[p / 2][p % 2 * 2] | static_cast<uint32_t>(groups[p / 2][p % 2 * 2 + 1])
+                                                << 16;
     }
     store16(to, make_uint4(words[0], words[1], words[2], words[3]));
   } else {
@@ -68,9 +71,11 @@ __global__ void __launch_bounds__(kThreads) decompress_rows_kernel(const Bits* p
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads) decompress_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out,
-                                                                      int64_t out_stride, int64_t rows, int64_t cols) {
-  const int64_t bytes_a_column = (rows + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kThreads)
+    decompress_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out, int64_t out_stride,
+                              int64_t rows, int64_t cols) {
+  const int64_t bytes_a_column = (rows + 7) / 8,
+                index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= cols * bytes_a_column) return;
   const int64_t row = index / cols * 8, col = index % cols;
   const uint32_t byte = E[meta_byte_offset(col, row, cols)];
@@ -86,7 +91,8 @@ __global__ void __launch_bounds__(kThreads) decompress_columns_kernel(const Bits
   }
 }
 
-__global__ void __launch_bounds__(kCountThreads) count_bad_metadata_kernel(const uint8_t* E, int64_t m, int64_t k, int64_t* bad) {
+__global__ void __launch_bounds__(kCountThreads)
+    count_bad_metadata_kernel(const uint8_t* E, int64_t m, int64_t k, int64_t* bad) {
   const int64_t bytes_a_row = (k + 7) / 8, bytes = m * bytes_a_row;
   int64_t count = 0;
   for (int64_t index = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; index < bytes;
@@ -107,11 +113,13 @@ void launch_decompress(const DecompressArgs& args, cudaStream_t stream) {
   const Bits* packed = static_cast<const Bits*>(args.packed);
   Bits* out = static_cast<Bits*>(args.out.data);
   if (args.transposed) {
-    decompress_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride, rows, cols);
+    decompress_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out,
+                                                               args.out.row_stride, rows, cols);
   } else {
-    const bool vectors = vector_layout(args.out) == Layout::kRowMajor && reinterpret_cast<uintptr_t>(packed) % 8 == 0;
-    decompress_rows_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride, rows, cols,
-                                                            vectors);
+    const bool vectors = vector_layout(args.out) == Layout::kRowMajor &&
+                         reinterpret_cast<uintptr_t>(packed) % 8 == 0;
+    decompress_rows_kernel<<<blocks, kThreads, 0, stream>>>(
+        packed, args.E, out, args.out.row_stride, rows, cols, vectors);
   }
 }
 
@@ -133,7 +141,8 @@ void decompress(const DecompressArgs& args, cudaStream_t stream) {
 void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad, cudaStream_t stream) {
   SP24_CHECK_CUDA(cudaMemsetAsync(bad, 0, sizeof *bad, stream));
   if (m == 0 || k == 0) return;
-  count_bad_metadata_kernel<<<count_blocks(m * ((k + 7) / 8)), kCountThreads, 0, stream>>>(E, m, k, bad);
+  count_bad_metadata_kernel<<<count_blocks(m * ((k + 7) / 8)), kCountThreads, 0, stream>>>(E, m, k,
+                                                                                           bad);
   SP24_CHECK_LAUNCH("count_bad_metadata for m = ", m, ", k = ", k);
 }
 

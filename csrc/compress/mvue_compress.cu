@@ -1,16 +1,20 @@
-// mvue_compress.cu: unbiased 2:4 pruning of an output gradient along tokens, straight to the packed operand.
+// mvue_compress.cu: unbiased 2:4 pruning of an output gradient along tokens, straight to the packed
+// operand.
 //
 //   dy       [tokens, features] bf16 or fp16, row- or column-major, any extents
-//   packed   [padded_tokens/2, features], padded_tokens = tokens rounded up to 8;  E for (m = features, k = padded_tokens)
+//   packed   [padded/2, features] with padded = tokens rounded up to 8
+//   E        for (m = features, k = padded)
 //
-// Work     A tile is 64 tokens x 128 features, a thread takes 8 x 8 of it: sixteen groups of four, four Philox calls
-//          (mvue_patch.cuh). Column-major gradients have their groups within words; row-major ones across four rows.
-// Traffic  2 B read, 1 + 1/8 B written an element. About 20 instructions an element: at 4 TB/s the ALU is as busy as the
-//          memory, so the draw (mvue_group.h) counts every instruction.
-// Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles. features % 8 != 0, odd
-//          strides or addresses go element by element (kStrided), as do column-major ones with tokens % 8 != 0.
-// Random   The draw of a group depends on the seed and its own place only. The seed is read from device memory, so a
-//          replayed graph draws anew when it changes.
+// Work     A tile is 64 tokens x 128 features, a thread takes 8 x 8 of it: sixteen groups of four,
+//          four Philox calls (mvue_patch.cuh). Column-major gradients have their groups within
+//          words, row-major ones across four rows.
+// Traffic  2 B read, 1 + 1/8 B written an element. About 23 instructions an element: at 4 TB/s the
+//          ALUs are as busy as the memory, so the draw (mvue_draw.h) counts every one.
+// Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
+//          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
+//          column-major gradients with tokens % 8 != 0.
+// Random   The draw of a group depends on the seed and its own place only. The seed is read from
+//          device memory, so a replayed graph draws anew when it changes.
 #include <cuda_runtime.h>
 
 #include "common/convert.h"
@@ -44,7 +48,7 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
       SP24_UNROLL
       for (int p = 0; p < 4; ++p) {
         patch.line[i][p] = read_bits<T>(dy, token + i, feature + 2 * p) |
-                                 read_bits<T>(dy, token + i, feature + 2 * p + 1) << 16;
+                           read_bits<T>(dy, token + i, feature + 2 * p + 1) << 16;
       }
     }
   } else {
@@ -71,8 +75,8 @@ __global__ void __launch_bounds__(kTileThreads, kLayout == Layout::kStrided ? 1 
 
   const PhiloxKey key = philox_key(p.seed[0], p.seed[1]);
   const Patch16 gradient = load_gradient<T, kLayout>(p.dy, token, feature);
-  const MvuePatch pruned =
-      prune_patch<T, kLayout != Layout::kColumnMajor>(gradient, key, static_cast<uint32_t>(token) / 4, static_cast<uint32_t>(feature) / 4);
+  const MvuePatch pruned = prune_patch<T, kLayout != Layout::kColumnMajor>(
+      gradient, key, static_cast<uint32_t>(token) / 4, static_cast<uint32_t>(feature) / 4);
 
   const uint32_t stride = 2 * static_cast<uint32_t>(features);
   uint16_t* first = advance(p.packed, stride, static_cast<uint32_t>(token) / 2) + feature;
@@ -84,13 +88,15 @@ __global__ void __launch_bounds__(kTileThreads, kLayout == Layout::kStrided ? 1 
       SP24_UNROLL
       for (int f = 0; f < kPatch; ++f) {
         if (token < padded && feature + f < features) {
-          advance(first, stride, i)[f] = static_cast<uint16_t>(pruned.row[i][f / 2] >> (16 * (f % 2)));
+          advance(first, stride, i)[f] =
+              static_cast<uint16_t>(pruned.row[i][f / 2] >> (16 * (f % 2)));
         }
       }
     }
   }
-  stage_bytes(stage, static_cast<uint32_t>(origin.col) / kMetaBlock, static_cast<uint32_t>(origin.col) % kMetaBlock,
-              origin.row, pruned.meta_low, pruned.meta_high);
+  stage_bytes(stage, static_cast<uint32_t>(origin.col) / kMetaBlock,
+              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.meta_low,
+              pruned.meta_high);
 
   __syncthreads();  // all bytes of the tile's blocks are staged
   const uint32_t warp = threadIdx.x / 32;
@@ -106,10 +112,11 @@ void launch_mvue(const MvueArgs& args, cudaStream_t stream) {
   if (!is_aligned16(args.packed)) layout = Layout::kStrided;
   const uint32_t tile_rows = static_cast<uint32_t>(round_up(dy.rows, kTileRows) / kTileRows);
   const uint32_t tile_cols = static_cast<uint32_t>(round_up(dy.cols, kTileCols) / kTileCols);
-  const MvueParams params = {dy, args.seed, static_cast<uint16_t*>(args.packed), args.E, tile_rows, tile_cols};
+  const MvueParams params = {dy,     args.seed, static_cast<uint16_t*>(args.packed),
+                             args.E, tile_rows, tile_cols};
   const auto kernel = layout == Layout::kRowMajor      ? mvue_kernel<T, Layout::kRowMajor>
                       : layout == Layout::kColumnMajor ? mvue_kernel<T, Layout::kColumnMajor>
-                                                             : mvue_kernel<T, Layout::kStrided>;
+                                                       : mvue_kernel<T, Layout::kStrided>;
   kernel<<<tile_rows * tile_cols, kTileThreads, 0, stream>>>(params);
   SP24_CHECK_LAUNCH("mvue_compress of ", name_of(dy.dtype), " [", dy.rows, ", ", dy.cols, "]");
 }
@@ -121,7 +128,8 @@ namespace cuda {
 void mvue_compress(const MvueArgs& args, cudaStream_t stream) {
   if (args.dy.rows == 0 || args.dy.cols == 0) return;
   check_extents32(args.dy.rows, args.dy.cols, "dy");
-  SP24_CHECK(args.dy.dtype != DType::kFloat32, "dy must be bfloat16 or float16 on a GPU, got float32");
+  SP24_CHECK(args.dy.dtype != DType::kFloat32,
+             "dy must be bfloat16 or float16 on a GPU, got float32");
   if (args.dy.dtype == DType::kBFloat16) {
     launch_mvue<BFloat16>(args, stream);
   } else {

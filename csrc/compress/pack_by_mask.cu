@@ -1,4 +1,5 @@
-// pack_by_mask.cu: packing by given masks; what every optimizer step runs. The kernel is in pack_tile.cuh.
+// pack_by_mask.cu: packing by given masks; what every optimizer step runs. The kernel is in
+// pack_tile.cuh.
 #include "compress/compress_cuda.h"
 #include "compress/pack_tile.cuh"
 

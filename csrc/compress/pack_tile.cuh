@@ -1,17 +1,22 @@
-// pack_tile.cuh: weights to packed form, both orientations from one read; the kernel behind compress and prune_compress.
+// pack_tile.cuh: weights to packed form, both orientations from one read; the kernel behind
+// compress and prune_compress.
 //
 //   w          [rows, cols] bf16, fp16 or fp32; rows % 4 == cols % 4 == 0
 //   mask       uint16 [rows/4, cols/4]: read, or searched and written, as the mask source says
-//   packed     16-bit [rows, cols/2], E for (m = rows, k = cols);  packed_t [rows/2, cols], E_t for (m = cols, k = rows)
+//   packed     16-bit [rows, cols/2], E for (m = rows, k = cols)
+//   packed_t   16-bit [rows/2, cols], E_t for (m = cols, k = rows)
 //
-// Work     A block of 128 threads takes a tile of 64 x 128 elements of one of up to 32 weights, a thread 8x8 of them
-//          (tile.h): four masks, and so eight whole bytes of E and eight of E_t.
-// Values   Kept pairs are picked by byte permutations whose selectors come from the bytes of E (pack_group.h).
-// Traffic  bf16: 2 B read, 1.125 + 1.125 B written, 0.125 B of mask an element; fp32 2 B more. A warp reads 2 x 256 B of
-//          rows and writes 2 x 128 B of packed, 2 x 256 B of packed_t at a time; metadata go through stage.cuh.
-// Edges    Row-major weights may end after 4 rows of a patch, column-major ones only after whole patches; cols % 8 != 0,
-//          odd strides or addresses, and 16-bit to other 16-bit dtypes take kStrided. The last tile of each row and column
-//          of tiles owns what is left; metadata past the edge, up to 64, become padding nibbles.
+// Work     A block of 128 threads takes a tile of 64 x 128 elements of one of up to 32 weights, a
+//          thread 8x8 of them (tile.h): four masks, eight whole bytes of E and eight of E_t.
+// Values   Kept pairs are picked by byte permutations; their selectors come from the bytes of E
+//          (pack_group.h). About 11 instructions an element, 9 more with the search.
+// Traffic  bf16: 2 B read, 1.125 + 1.125 B written, 0.125 B of mask an element; fp32 2 B more. A
+//          warp reads 2 x 256 B of rows and writes 2 x 128 B of packed, 2 x 256 B of packed_t at a
+//          time; metadata go through stage.cuh.
+// Edges    Row-major weights may end after 4 rows of a patch, column-major ones after whole patches
+//          only; cols % 8 != 0, odd strides or addresses, and one 16-bit dtype to another take
+//          kStrided. The last tile of a row or column of tiles owns what is left; metadata past
+//          the edge, up to 64, become padding nibbles.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,23 +42,28 @@ struct PackTensor {
   uint32_t tile_rows, tile_cols;
 };
 using PackList = TensorList<PackTensor>;
-static_assert(sizeof(PackList) <= kKernelParameterBytes, "a launch's tensors must fit its parameters");
+static_assert(sizeof(PackList) <= kKernelParameterBytes,
+              "a launch's tensors must fit its parameters");
 
-/// The masks of a patch: blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in those of `bottom`.
+/// The masks of a patch: blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in
+/// those of `bottom`.
 struct PatchMasks {
   uint32_t top, bottom;
 };
 
-/// A mask source that reads: Masks::of(patch, ...) is the other way to get them (fused/search_and_pack.cu).
+/// A mask source that reads: Masks::of(patch, ...) is the other way to get them
+/// (fused/search_and_pack.cu).
 struct ReadMasks {
   template <Layout kLayout, typename Patch>
-  static __device__ __forceinline__ PatchMasks of(const Patch&, const PackTensor& t, int row, int col) {
+  static __device__ __forceinline__ PatchMasks of(const Patch&, const PackTensor& t, int row,
+                                                  int col) {
     // What lies outside gets some valid mask; its metadata are replaced, its values not stored.
     constexpr uint32_t kFirst = 0xC3C3u;
     PatchMasks masks = {kFirst | kFirst << 16, kFirst | kFirst << 16};
     const int rows = static_cast<int>(t.w.rows), cols = static_cast<int>(t.w.cols);
     const uint32_t block_cols = static_cast<uint32_t>(cols) / 4;
-    const uint16_t* first = t.mask + uint64_t{static_cast<uint32_t>(row) / 4} * block_cols + col / 4;
+    const uint16_t* first =
+        t.mask + uint64_t{static_cast<uint32_t>(row) / 4} * block_cols + col / 4;
     SP24_UNROLL
     for (int bi = 0; bi < 2; ++bi) {
       if (row + 4 * bi < rows && col < cols) {
@@ -76,7 +86,8 @@ struct MetaBytes {
 };
 
 __device__ __forceinline__ MetaBytes row_meta(const PatchMasks& masks) {
-  return {meta_from_bits8(interleave_nibbles(masks.top)), meta_from_bits8(interleave_nibbles(masks.bottom))};
+  return {meta_from_bits8(interleave_nibbles(masks.top)),
+          meta_from_bits8(interleave_nibbles(masks.bottom))};
 }
 
 __device__ __forceinline__ MetaBytes column_meta(const PatchMasks& masks) {
@@ -107,10 +118,11 @@ __device__ __forceinline__ KeptPairs kept_pairs(const Patch16& lines, const Meta
     for (int k = 0; k < 4; ++k) {  // nibbles k and k + 4: the same group of lines two apart
       const uint32_t selectors = pair_selectors(half == 0 ? meta.low : meta.high, k);
       const int line = 4 * half + k / 2, group = k % 2;
-      const uint32_t(&upper)[4] = lines.line[line];
-      const uint32_t(&lower)[4] = lines.line[line + 2];
+      const uint32_t (&upper)[4] = lines.line[line];
+      const uint32_t (&lower)[4] = lines.line[line + 2];
       kept.pair[line][group] = select_bytes(upper[2 * group], upper[2 * group + 1], selectors);
-      kept.pair[line + 2][group] = select_bytes(lower[2 * group], lower[2 * group + 1], selectors >> 16);
+      kept.pair[line + 2][group] =
+          select_bytes(lower[2 * group], lower[2 * group + 1], selectors >> 16);
     }
   }
   return kept;
@@ -124,8 +136,8 @@ __device__ __forceinline__ void store_halves(uint16_t* to, int64_t step, uint32_
 
 /// packed: of each row, the kept pair of the left group and that of the right one.
 template <bool kVector>
-__device__ __forceinline__ void store_packed(uint16_t* packed, const KeptPairs& kept, int row, int col, int cols,
-                                             int valid_rows, int valid_cols) {
+__device__ __forceinline__ void store_packed(uint16_t* packed, const KeptPairs& kept, int row,
+                                             int col, int cols, int valid_rows, int valid_cols) {
   if (valid_cols == 0) return;
   const uint32_t stride = static_cast<uint32_t>(cols);  // cols/2 values
   uint16_t* first = advance(packed, stride, row) + col / 2;
@@ -143,10 +155,11 @@ __device__ __forceinline__ void store_packed(uint16_t* packed, const KeptPairs& 
   }
 }
 
-/// packed_t: of each column, the kept pair of the upper group to two rows, that of the lower one to the next two.
+/// packed_t: of each column, the kept pair of the upper group to two rows, that of the lower one to
+/// the next two.
 template <bool kVector>
-__device__ __forceinline__ void store_packed_t(uint16_t* packed_t, const KeptPairs& kept, int row, int col, int cols,
-                                               int valid_rows, int valid_cols) {
+__device__ __forceinline__ void store_packed_t(uint16_t* packed_t, const KeptPairs& kept, int row,
+                                               int col, int cols, int valid_rows, int valid_cols) {
   if (valid_cols == 0) return;
   const uint32_t stride = 2 * static_cast<uint32_t>(cols);
   uint16_t* first = advance(packed_t, stride, static_cast<uint32_t>(row) / 2) + col;
@@ -173,9 +186,12 @@ __device__ __forceinline__ void store_packed_t(uint16_t* packed_t, const KeptPai
   }
 }
 
-// fp32 patches take 64 registers and a search needs about 40 more: four blocks an SM hold all of them.
+// fp32 patches take 64 registers and a search needs about 40 more: four blocks an SM hold all of
+// them.
 template <typename In, Layout kLayout>
-constexpr int kPackBlocksPerSm = std::is_same_v<In, AnyValue> ? 1 : std::is_same_v<In, float> ? 4 : 6;
+constexpr int kPackBlocksPerSm = std::is_same_v<In, AnyValue> ? 1
+                                 : std::is_same_v<In, float>  ? 4
+                                                              : 6;
 
 template <typename In, typename Out, Layout kLayout, typename Masks>
 __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
@@ -184,7 +200,8 @@ __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
 
   const int index = list.find(blockIdx.x);
   const PackTensor& t = list.tensor[index];
-  const TileIndex tile = raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
+  const TileIndex tile =
+      raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
   using Patch = WeightPatch<In, kLayout>;
   const PatchOrigin origin = patch_origin(walk_of(kLayout), Patch::kPaired, threadIdx.x);
   const int row = static_cast<int>(tile.row) * kTileRows + origin.row;
@@ -198,18 +215,20 @@ __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
   const PatchMasks masks = Masks::template of<kLayout>(patch, t, row, col);
   const Patch16 by_row = patch.template rows<Out>();
 
-  const uint32_t tile_row = origin.row, block = origin.col / uint32_t{kMetaBlock}, block_col = origin.col % uint32_t{kMetaBlock};
+  const uint32_t tile_row = origin.row, block = origin.col / uint32_t{kMetaBlock},
+                 block_col = origin.col % uint32_t{kMetaBlock};
   if (t.packed != nullptr) {
     const MetaBytes meta = row_meta(masks);
-    store_packed<kVector>(static_cast<uint16_t*>(t.packed), kept_pairs(by_row, meta), row, col, cols, valid_rows,
-                          valid_cols);
+    store_packed<kVector>(static_cast<uint16_t*>(t.packed), kept_pairs(by_row, meta), row, col,
+                          cols, valid_rows, valid_cols);
     const MetaBytes staged = pad_meta(meta, valid_rows, valid_cols);
     stage_bytes(stage, block, tile_row, block_col, staged.low, staged.high);
   }
   if (t.packed_t != nullptr) {
     const MetaBytes meta = column_meta(masks);
-    store_packed_t<kVector>(static_cast<uint16_t*>(t.packed_t), kept_pairs(patch.columns(by_row), meta), row, col, cols,
-                            valid_rows, valid_cols);
+    store_packed_t<kVector>(static_cast<uint16_t*>(t.packed_t),
+                            kept_pairs(patch.columns(by_row), meta), row, col, cols, valid_rows,
+                            valid_cols);
     const MetaBytes staged = pad_meta(meta, valid_cols, valid_rows);
     stage_bytes(stage, kTileMetaBlocks + block, block_col, tile_row, staged.low, staged.high);
   }
@@ -220,7 +239,8 @@ __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
   if (warp < kTileMetaBlocks) {
     if (t.packed != nullptr) store_staged(t.E, stage, warp, tile.row, block_of_cols, rows, cols);
   } else {
-    if (t.packed_t != nullptr) store_staged(t.E_t, stage, warp, block_of_cols, tile.row, cols, rows);
+    if (t.packed_t != nullptr)
+      store_staged(t.E_t, stage, warp, block_of_cols, tile.row, cols, rows);
   }
 }
 
@@ -238,7 +258,8 @@ inline PackClass classify_pack(const PackArgs& args) {
   Layout layout = patch_layout(args.w);
   const bool converts16 = args.w.dtype != DType::kFloat32 && args.w.dtype != args.out_dtype;
   const bool aligned = reinterpret_cast<uintptr_t>(args.mask) % 4 == 0 &&
-                       reinterpret_cast<uintptr_t>(args.packed) % 8 == 0 && is_aligned16(args.packed_t);
+                       reinterpret_cast<uintptr_t>(args.packed) % 8 == 0 &&
+                       is_aligned16(args.packed_t);
   if (converts16 || !aligned) layout = Layout::kStrided;
   return {args.w.dtype, args.out_dtype, layout};
 }
@@ -248,7 +269,7 @@ using PackKernel = void (*)(PackList);
 template <typename In, typename Out, typename Masks>
 PackKernel choose_pack_kernel(Layout layout) {
   return layout == Layout::kRowMajor ? pack_kernel<In, Out, Layout::kRowMajor, Masks>
-                                           : pack_kernel<In, Out, Layout::kColumnMajor, Masks>;
+                                     : pack_kernel<In, Out, Layout::kColumnMajor, Masks>;
 }
 
 template <typename Masks>
@@ -274,8 +295,8 @@ void launch_pack(const PackArgs* weights, int count, cudaStream_t stream, const 
     if (list.tiles() == 0) return;
     choose_pack_kernel<Masks>(list_class)<<<list.tiles(), kTileThreads, 0, stream>>>(list);
     const ConstMatrix& first = list.tensor[0].w;
-    SP24_CHECK_LAUNCH(op, " of ", list.count, " weights, the first ", name_of(first.dtype), " [", first.rows, ", ",
-                      first.cols, "]");
+    SP24_CHECK_LAUNCH(op, " of ", list.count, " weights, the first ", name_of(first.dtype), " [",
+                      first.rows, ", ", first.cols, "]");
     list.count = 0;
   };
   for (int i = 0; i < count; ++i) {
@@ -287,8 +308,9 @@ void launch_pack(const PackArgs* weights, int count, cudaStream_t stream, const 
     list_class = args_class;
     const uint32_t tile_rows = static_cast<uint32_t>(round_up(args.w.rows, kTileRows) / kTileRows);
     const uint32_t tile_cols = static_cast<uint32_t>(round_up(args.w.cols, kTileCols) / kTileCols);
-    list.add({args.w, args.mask, args.packed, args.E, args.packed_t, args.E_t, tile_rows, tile_cols},
-             tile_rows * tile_cols);
+    list.add(
+        {args.w, args.mask, args.packed, args.E, args.packed_t, args.E_t, tile_rows, tile_cols},
+        tile_rows * tile_cols);
   }
   flush();
 }

@@ -1,17 +1,18 @@
-// activation_backward.cu: backward of the activation whose result leaves twice from one read: dense d_gate_up for the input
-// gradient, and MVUE-packed for the weight gradient.
+// activation_backward.cu: backward of the activation whose result leaves twice from one read: dense
+// d_gate_up for the input gradient, and MVUE-packed for the weight gradient.
 //
 //   d_h, gate_up, d_gate_up, h   as in activation/backward.cu, bf16 or fp16, every mix of layouts
-//   packed [padded_tokens/2, 2*d_ff] (plain: d_ff), E, seed   as in compress/mvue_compress.cu, with the same bits as
-//                                                             mvue_compress(d_gate_up, seed)
+//   packed [padded/2, 2*d_ff] (plain: d_ff), E, seed   as in compress/mvue_compress.cu, and with
+//                                the same bits as mvue_compress(d_gate_up, seed)
 //
-// Work     A tile is 64 tokens x 128 features of h; a thread takes an 8x8 patch of d_h, gate and up, makes d_gate and d_up in
-//          their registers, rounds them, stores them, and prunes both as mvue_compress would (mvue_patch.cuh). The up
-//          half's groups lie d_ff features on.
-// Traffic  10 B dense (6 read, 4 written) + 2.25 B packed for an element of h; 2 B more for h itself.
-// Cost     About 90 instructions an element of h: two elements pruned, one activation with derivative.
-// Edges    Vectors must fit all operands, and metadata blocks of 64 must not straddle gate and up: d_ff % 64 == 0 (gated).
-//          Otherwise the two passes run one after the other, which is the same by definition.
+// Work     A tile is 64 tokens x 128 features of h; a thread takes an 8x8 patch of d_h, gate and
+//          up, makes d_gate and d_up in their registers, rounds them, stores them, and prunes both
+//          as mvue_compress would (mvue_patch.cuh). The up half's groups lie d_ff features on.
+// Traffic  10 B dense (6 read, 4 written) + 2.25 B packed an element of h; 2 B more for h itself.
+// Cost     About 70 instructions an element of h: two elements pruned, one activation with slope.
+// Edges    Vectors must fit all operands, and metadata blocks of 64 must not straddle gate and up:
+//          d_ff % 64 == 0 (gated). Otherwise the two passes run one after the other, which is the
+//          same by definition.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"
@@ -35,10 +36,12 @@ struct BackwardMvue {
   uint8_t* E;
 };
 
-/// Prunes one half's patch, whose first feature is `feature` of `features`, and stages its metadata.
+/// Prunes one half's patch, whose first feature is `feature` of `features`, and stages its
+/// metadata.
 template <typename T>
-__device__ __forceinline__ void prune_half(const BackwardMvue& p, const SquarePatch<T>& gradient, const PhiloxKey& key,
-                                           uint8_t* stage, uint32_t block, const PatchOrigin& origin, uint32_t token,
+__device__ __forceinline__ void prune_half(const BackwardMvue& p, const SquarePatch<T>& gradient,
+                                           const PhiloxKey& key, uint8_t* stage, uint32_t block,
+                                           const PatchOrigin& origin, uint32_t token,
                                            uint32_t feature, uint32_t features, bool inside) {
   Patch16 lines;
   SP24_UNROLL
@@ -47,7 +50,8 @@ __device__ __forceinline__ void prune_half(const BackwardMvue& p, const SquarePa
   const uint32_t stride = 2 * features;
   if (inside) store_mvue(advance(p.packed, stride, token / 2) + feature, stride, 2, pruned);
   stage_bytes(stage, block + static_cast<uint32_t>(origin.col) / kMetaBlock,
-              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.meta_low, pruned.meta_high);
+              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.meta_low,
+              pruned.meta_high);
 }
 
 // 96 words of operands a thread: three blocks an SM keep them all in registers.
@@ -72,7 +76,9 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
 
   const uint32_t features = static_cast<uint32_t>(b.d_ff) * (kGated ? 2 : 1);
   prune_half(p, gate, key, stage, 0, origin, token, feature, features, valid > 0);
-  if (kGated) prune_half(p, up, key, stage, kTileMetaBlocks, origin, token, feature + b.d_ff, features, valid > 0);
+  if (kGated)
+    prune_half(p, up, key, stage, kTileMetaBlocks, origin, token, feature + b.d_ff, features,
+               valid > 0);
 
   __syncthreads();  // all bytes of the tile's blocks are staged
   const uint32_t warp = threadIdx.x / 32, half = warp / kTileMetaBlocks;
@@ -85,18 +91,24 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
 
 bool one_pass_fits(const ActivationBackwardArgs& args, const BackwardLayouts& layouts) {
   const bool blocks_fit = args.d_h.cols % (args.gated ? kMetaBlock : kPatch) == 0;
-  return args.d_h.dtype != DType::kFloat32 && !layouts.any(Layout::kStrided) && blocks_fit && is_aligned16(args.packed);
+  return args.d_h.dtype != DType::kFloat32 && !layouts.any(Layout::kStrided) && blocks_fit &&
+         is_aligned16(args.packed);
 }
 
 template <typename T>
-void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& layouts, cudaStream_t stream) {
+void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& layouts,
+                     cudaStream_t stream) {
   const bool by_rows = !layouts.any(Layout::kColumnMajor);
-  const BackwardMvue p = {patch_backward(args, layouts), by_rows ? Walk::kRows : Walk::kSquare, by_rows ? 1 : kMixedBand,
-                          args.seed, static_cast<uint16_t*>(args.packed), args.E};
+  const BackwardMvue p = {patch_backward(args, layouts),
+                          by_rows ? Walk::kRows : Walk::kSquare,
+                          by_rows ? 1 : kMixedBand,
+                          args.seed,
+                          static_cast<uint16_t*>(args.packed),
+                          args.E};
   const auto kernel = args.gated ? backward_mvue_kernel<true, T> : backward_mvue_kernel<false, T>;
   kernel<<<p.backward.tile_rows * p.backward.tile_cols, kTileThreads, 0, stream>>>(p);
-  SP24_CHECK_LAUNCH("activation_backward with packing of ", name_of(args.d_h.dtype), " gate_up [", args.gate_up.rows,
-                    ", ", args.gate_up.cols, "]");
+  SP24_CHECK_LAUNCH("activation_backward with packing of ", name_of(args.d_h.dtype), " gate_up [",
+                    args.gate_up.rows, ", ", args.gate_up.cols, "]");
 }
 
 }  // namespace
@@ -114,7 +126,11 @@ void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream
   }
   activation_backward_dense(args, stream);
   const Matrix& d = args.d_gate_up;
-  mvue_compress({{d.data, d.dtype, d.rows, d.cols, d.row_stride, d.col_stride}, args.seed, args.packed, args.E}, stream);
+  mvue_compress({{d.data, d.dtype, d.rows, d.cols, d.row_stride, d.col_stride},
+                 args.seed,
+                 args.packed,
+                 args.E},
+                stream);
 }
 
 }  // namespace cuda

@@ -1,5 +1,5 @@
-// fused_cuda.h: kernels that join two siblings, and the choice between them and the siblings in turn. Arguments have
-// been checked by csrc/api; the device of the tensors is current.
+// fused_cuda.h: kernels that join two siblings, and the choice between them and the siblings in
+// turn. Arguments have been checked by csrc/api; the device of the tensors is current.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,7 +12,8 @@ namespace sparse24::cuda {
 /// Mask search and packing in one read.
 void search_and_pack(const PackArgs* weights, int count, cudaStream_t stream);
 
-/// Backward of the activation; with args.packed its result is MVUE-packed too, in the same pass where shapes allow.
+/// Backward of the activation; with args.packed its result is MVUE-packed too, in the same pass
+/// where shapes allow.
 void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace sparse24::cuda

@@ -1,7 +1,8 @@
-// search_and_pack.cu: mask search and packing in one read of each weight. The kernel is in compress/pack_tile.cuh, the
-// search of a block in mask/block_search.h; here the two meet.
+// search_and_pack.cu: mask search and packing in one read of each weight. The kernel is in
+// compress/pack_tile.cuh, the search of a block in mask/block_search.h; here the two meet.
 //
-// A thread searches its four blocks from registers, about 130 instructions each (8 an element), and writes their masks.
+// A thread searches its four blocks from registers, about 130 instructions each, and writes their
+// masks.
 #include "compress/pack_tile.cuh"
 #include "fused/fused_cuda.h"
 #include "mask/search_patch.cuh"
@@ -11,7 +12,8 @@ namespace {
 
 struct SearchMasks {
   template <Layout kLayout, typename Patch>
-  static __device__ __forceinline__ PatchMasks of(const Patch& patch, const PackTensor& t, int row, int col) {
+  static __device__ __forceinline__ PatchMasks of(const Patch& patch, const PackTensor& t, int row,
+                                                  int col) {
     uint32_t top, bottom;
     search_patch(patch, top, bottom);
     store_masks<kLayout>(t.mask, top, bottom, row, col, static_cast<int>(t.w.rows),

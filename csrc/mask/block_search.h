@@ -1,18 +1,25 @@
-// block_search.h: the transposable 2:4 mask of one 4x4 block that keeps the most magnitude, exact over all 90 patterns.
+// block_search.h: the transposable 2:4 mask of one 4x4 block that keeps the most magnitude, exact
+// over all 90 patterns.
 //
-// A row (a, b, c, d) of magnitudes has three coordinates, v = (a+b-c-d, a+c-b-d, a+d-b-c). Each of its six ways to keep
-// two is half the row's sum plus or minus half of one coordinate. Two kept in every column means that the four rows'
-// choices cancel in pairs: rows i and j keep complementary halves along one coordinate, and so do the other two. So
+// A row (a, b, c, d) of magnitudes has three coordinates, v = (a+b-c-d, a+c-b-d, a+d-b-c). Each of
+// its six ways to keep two is half the row's sum plus or minus half of one coordinate. Two kept in
+// every column means that the four rows' choices cancel in pairs: rows i and j keep complementary
+// halves along one coordinate, and so do the other two. So
 //
-//   best = sum / 2 + 1/2 max over the pairings {i,j},{k,l} of (max_c |v_i - v_j|[c] + max_c |v_k - v_l|[c])
+//   best = sum / 2 + 1/2 max over the pairings {i,j},{k,l} of (max_c |v_i - v_j|[c] + max_c |v_k -
+//   v_l|[c])
 //
 // and about 100 instructions find it. Differences are fp32, in one fixed order on CPU and GPU.
 //
-// Ties     The first of equals wins, in this order: pairings (0,1)(2,3), then (0,2)(1,3), then (0,3)(1,2); within a
-//          pair the coordinate {0,1}|{2,3}, then {0,2}|{1,3}, then {0,3}|{1,2}; at difference 0 the pair's first row
-//          keeps the half that holds column 0. An all-equal block therefore gets 0xC3C3.
-// Specials Magnitudes above 2^120, Inf among them, count as 2^120 and NaN as 2^121: nothing overflows, and what is not
-//          finite is kept and stays visible. -0 counts as 0. Always 8 kept, two in every row and column.
+// Ties     The first of equals wins, in this order: pairings (0,1)(2,3), then (0,2)(1,3), then
+// (0,3)(1,2); within a
+//          pair the coordinate {0,1}|{2,3}, then {0,2}|{1,3}, then {0,3}|{1,2}; at difference 0 the
+//          pair's first row keeps the half that holds column 0. An all-equal block therefore gets
+//          0xC3C3.
+// Specials Magnitudes above 2^120, Inf among them, count as 2^120 and NaN as 2^121: nothing
+// overflows, and what is not
+//          finite is kept and stays visible. -0 counts as 0. Always 8 kept, two in every row and
+//          column.
 #pragma once
 
 #include <cmath>
@@ -23,9 +30,9 @@
 
 namespace sparse24 {
 
-constexpr uint16_t kFirstPattern = 0xC3C3;         // the pattern of a block without preferences
-constexpr uint32_t kLargeBits = 0x7B800000u;       // 2^120
-constexpr uint32_t kNanRankBits = 0x7C000000u;     // 2^121
+constexpr uint16_t kFirstPattern = 0xC3C3;      // the pattern of a block without preferences
+constexpr uint32_t kLargeBits = 0x7B800000u;    // 2^120
+constexpr uint32_t kNanRankBits = 0x7C000000u;  // 2^121
 constexpr uint32_t kInfinityBits = 0x7F800000u;
 
 /// The magnitude that a value is ranked by.
@@ -58,7 +65,8 @@ SP24_HD float larger(float a, float b) {
 
 /// What parting two rows gains: the largest |difference|.
 SP24_HD float gain(const RowDifference& difference) {
-  return larger(larger(abs_float(difference.d[0]), abs_float(difference.d[1])), abs_float(difference.d[2]));
+  return larger(larger(abs_float(difference.d[0]), abs_float(difference.d[1])),
+                abs_float(difference.d[2]));
 }
 
 SP24_HD RowDifference choose(bool take_a, const RowDifference& a, const RowDifference& b) {
@@ -76,7 +84,8 @@ SP24_HD uint32_t kept_by_first(const RowDifference& difference) {
 
 /// The bits of two rows that part: `kept` for the first, its complement for the second.
 SP24_HD uint32_t pair_bits(uint32_t kept, int first_row, int second_row) {
-  return (kept << (4 * first_row)) + ((0xFu - kept) << (4 * second_row));  // sums, which fuse into multiply-adds
+  return (kept << (4 * first_row)) +
+         ((0xFu - kept) << (4 * second_row));  // sums, which fuse into multiply-adds
 }
 
 SP24_HD RowCoordinates row_coordinates(float a, float b, float c, float d) {
@@ -109,14 +118,16 @@ SP24_HD float plain_rows(const float (&w)[4][4], RowCoordinates (&row)[4]) {
   float total = 0.0f;
   SP24_UNROLL
   for (int i = 0; i < 4; ++i) {
-    const float a = abs_float(w[i][0]), b = abs_float(w[i][1]), c = abs_float(w[i][2]), d = abs_float(w[i][3]);
+    const float a = abs_float(w[i][0]), b = abs_float(w[i][1]), c = abs_float(w[i][2]),
+                d = abs_float(w[i][3]);
     row[i] = row_coordinates(a, b, c, d);
     total += (a + b) + (c + d);
   }
   return total;
 }
 
-/// A sum of magnitudes is at most 2^120 only if none of them needs the map of specials (NaN fails the test).
+/// A sum of magnitudes is at most 2^120 only if none of them needs the map of specials (NaN fails
+/// the test).
 SP24_HD bool needs_ranking(float total) { return !(total <= bits_float(kLargeBits)); }
 
 /// The mask of a block of any fp32 values.
@@ -125,8 +136,8 @@ SP24_HD uint16_t search_block(const float (&w)[4][4]) {
   if (needs_ranking(plain_rows(w, row))) {
     SP24_UNROLL
     for (int i = 0; i < 4; ++i) {
-      row[i] = row_coordinates(ranked_magnitude(w[i][0]), ranked_magnitude(w[i][1]), ranked_magnitude(w[i][2]),
-                               ranked_magnitude(w[i][3]));
+      row[i] = row_coordinates(ranked_magnitude(w[i][0]), ranked_magnitude(w[i][1]),
+                               ranked_magnitude(w[i][2]), ranked_magnitude(w[i][3]));
     }
   }
   return search_rows(row);

@@ -2,8 +2,9 @@
 //
 //   mask_a, mask_b  uint16 [blocks];  flips  one int64 on the device a tensor
 //
-// Work     A chunk of 16384 blocks of one of up to 32 tensors a block of threads: 16-byte loads where both masks allow
-//          them, population counts of the differing bits, one atomic addition a block.
+// Work     A block of threads takes a chunk of 16384 blocks of one of up to 32 tensors: 16-byte
+//          loads where both masks allow them, population counts of the differing bits, one atomic
+//          addition.
 // Traffic  4 B a mask block, 1/4 B an element.
 #include <cuda_runtime.h>
 
@@ -19,7 +20,8 @@ namespace sparse24 {
 namespace {
 
 using FlipsList = TensorList<MaskFlipsArgs>;
-static_assert(sizeof(FlipsList) <= kKernelParameterBytes, "a launch's tensors must fit its parameters");
+static_assert(sizeof(FlipsList) <= kKernelParameterBytes,
+              "a launch's tensors must fit its parameters");
 
 constexpr int64_t kChunk = 16384;  // mask blocks: 8 vectors a thread
 constexpr int kPerVector = 8;
@@ -28,7 +30,8 @@ __global__ void zero_flips_kernel(const __grid_constant__ FlipsList list) {
   if (static_cast<int>(threadIdx.x) < list.count) *list.tensor[threadIdx.x].flips = 0;
 }
 
-__global__ void __launch_bounds__(kCountThreads) mask_flips_kernel(const __grid_constant__ FlipsList list) {
+__global__ void __launch_bounds__(kCountThreads)
+    mask_flips_kernel(const __grid_constant__ FlipsList list) {
   const int index = list.find(blockIdx.x);
   const MaskFlipsArgs& t = list.tensor[index];
   const int64_t start = int64_t{blockIdx.x - list.first_tile[index]} * kChunk;
@@ -46,7 +49,8 @@ __global__ void __launch_bounds__(kCountThreads) mask_flips_kernel(const __grid_
       flips += __popc(x.x ^ y.x) + __popc(x.y ^ y.y) + __popc(x.z ^ y.z) + __popc(x.w ^ y.w);
     }
   }
-  for (int at = vectors * kPerVector + static_cast<int>(threadIdx.x); at < blocks; at += kCountThreads) {
+  for (int at = vectors * kPerVector + static_cast<int>(threadIdx.x); at < blocks;
+       at += kCountThreads) {
     flips += __popc(static_cast<uint32_t>(a[at] ^ b[at]));
   }
   add_block_sum(flips, t.flips);
@@ -62,7 +66,8 @@ void mask_flips(const MaskFlipsArgs* tensors, int count, cudaStream_t stream) {
     if (list.count == 0) return;
     zero_flips_kernel<<<1, kTensorsPerLaunch, 0, stream>>>(list);
     if (list.tiles() > 0) mask_flips_kernel<<<list.tiles(), kCountThreads, 0, stream>>>(list);
-    SP24_CHECK_LAUNCH("mask_flips of ", list.count, " tensors, the first of ", list.tensor[0].blocks, " blocks");
+    SP24_CHECK_LAUNCH("mask_flips of ", list.count, " tensors, the first of ",
+                      list.tensor[0].blocks, " blocks");
     list.count = 0;
   };
   for (int i = 0; i < count; ++i) {

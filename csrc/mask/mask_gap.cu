@@ -1,9 +1,9 @@
-// mask_gap.cu: the L1 gap between the best and the second-best pattern of every block. For monitoring, on demand.
+// mask_gap.cu: the L1 gap between the best and the second-best pattern of every block. For
+// monitoring, on demand.
 //
 //   w  [rows, cols] of any dtype and strides;  gap  fp32 [rows/4, cols/4]
 //
-// Work     One block a thread through all 90 patterns, some 3000 instructions: bound by arithmetic, 1 ms for 60 million
-//          weights.
+// Work     One block a thread through all 90 patterns, some 3000 instructions: bound by arithmetic.
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
@@ -19,10 +19,12 @@ constexpr int kGapThreads = 128;
 
 __constant__ PatternTable device_patterns = make_pattern_table();
 
-__global__ void __launch_bounds__(kGapThreads) mask_gap_kernel(const __grid_constant__ ConstMatrix w, float* gap) {
+__global__ void __launch_bounds__(kGapThreads)
+    mask_gap_kernel(const __grid_constant__ ConstMatrix w, float* gap) {
   const int64_t block = int64_t{blockIdx.x} * kGapThreads + threadIdx.x, block_cols = w.cols / 4;
   if (block >= w.rows / 4 * block_cols) return;
-  const int row = static_cast<int>(block / block_cols) * 4, col = static_cast<int>(block % block_cols) * 4;
+  const int row = static_cast<int>(block / block_cols) * 4,
+            col = static_cast<int>(block % block_cols) * 4;
   float values[4][4];
   SP24_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -40,7 +42,8 @@ void mask_gap(const ConstMatrix& w, float* gap, cudaStream_t stream) {
   const int64_t blocks = w.rows / 4 * (w.cols / 4);
   if (blocks == 0) return;
   check_extents32(w.rows, w.cols, "w");
-  mask_gap_kernel<<<static_cast<uint32_t>((blocks + kGapThreads - 1) / kGapThreads), kGapThreads, 0, stream>>>(w, gap);
+  mask_gap_kernel<<<static_cast<uint32_t>((blocks + kGapThreads - 1) / kGapThreads), kGapThreads, 0,
+                    stream>>>(w, gap);
   SP24_CHECK_LAUNCH("mask_gap of ", name_of(w.dtype), " [", w.rows, ", ", w.cols, "]");
 }
 

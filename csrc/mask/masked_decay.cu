@@ -1,11 +1,14 @@
 // masked_decay.cu: grad += decay * (1 - mask) * w for a list of tensors, in place.
 //
-//   grad, w  [rows, cols] fp32, bf16 or fp16 each, row- or column-major each;  mask uint16 [rows/4, cols/4]
+//   grad, w  [rows, cols] fp32, bf16 or fp16 each, row- or column-major each
+//   mask     uint16 [rows/4, cols/4]
 //
-// Work     Up to 32 tensors a launch. A thread takes a square patch whose lines are 16-byte vectors (4x4 of fp32, 8x8 of
-//          16 bits; 4x4 if the dtypes differ in size) of grad and w, and the masks of its blocks.
-// Traffic  bf16: 2 B of grad and w read and 2 B of grad written an element, 1/8 B of mask; fp32 twice that.
-// Order    fp32 product of decay (times grad_scale) and w, fp32 sum, one rounding; kept elements are not touched.
+// Work     Up to 32 tensors a launch. A thread takes a square patch whose lines are 16-byte vectors
+//          of grad and w (4x4 of fp32, 8x8 of 16 bits; 4x4 if the dtypes differ in size), and the
+//          masks of its blocks.
+// Traffic  bf16: 4 B read and 2 B written an element, 1/8 B of mask; fp32 twice that.
+// Order    fp32 product of decay (times grad_scale) and w, fp32 sum, one rounding; kept elements
+//          are not touched.
 // Edges    Odd widths, strides or addresses go element by element.
 #include <cuda_runtime.h>
 
@@ -31,7 +34,8 @@ struct DecayTensor {
   uint32_t tile_rows, tile_cols;
 };
 using DecayList = TensorList<DecayTensor>;
-static_assert(sizeof(DecayList) <= kKernelParameterBytes, "a launch's tensors must fit its parameters");
+static_assert(sizeof(DecayList) <= kKernelParameterBytes,
+              "a launch's tensors must fit its parameters");
 
 /// Grad and w in lines of 16 bytes where they are of one size; else the smaller one takes 8.
 template <typename Grad, typename Weight>
@@ -39,8 +43,8 @@ constexpr int kDecaySide = sizeof(Grad) == 2 && sizeof(Weight) == 2 ? 8 : 4;
 
 /// Kept bits of a patch's lines, a byte a line: rows of the matrix, or columns.
 template <int kSide>
-__device__ __forceinline__ void kept_lines(const uint16_t* mask, uint32_t block_cols, bool by_columns,
-                                           uint32_t (&kept)[kSide / 4]) {
+__device__ __forceinline__ void kept_lines(const uint16_t* mask, uint32_t block_cols,
+                                           bool by_columns, uint32_t (&kept)[kSide / 4]) {
   if constexpr (kSide == 4) {
     const uint32_t block = by_columns ? transpose_masks(mask[0]) : mask[0];
     kept[0] = interleave_nibbles(block);
@@ -56,7 +60,8 @@ __device__ __forceinline__ void kept_lines(const uint16_t* mask, uint32_t block_
 }
 
 template <typename Grad, typename Weight>
-__global__ void __launch_bounds__(kTileThreads) masked_decay_kernel(const __grid_constant__ DecayList list) {
+__global__ void __launch_bounds__(kTileThreads)
+    masked_decay_kernel(const __grid_constant__ DecayList list) {
   constexpr int kSide = kDecaySide<Grad, Weight>;
   const int index = list.find(blockIdx.x);
   const DecayTensor& t = list.tensor[index];
@@ -105,9 +110,12 @@ __global__ void __launch_bounds__(kTileThreads) masked_decay_kernel(const __grid
 }
 
 template <typename Grad>
-__global__ void __launch_bounds__(kElementThreads) masked_decay_element_kernel(MaskedDecayArgs args) {
+__global__ void __launch_bounds__(kElementThreads)
+    masked_decay_element_kernel(MaskedDecayArgs args) {
   ElementIndex at;
-  if (!element_index(args.grad.rows, args.grad.cols, args.grad.row_stride < args.grad.col_stride, at)) return;
+  if (!element_index(args.grad.rows, args.grad.cols, args.grad.row_stride < args.grad.col_stride,
+                     at))
+    return;
   const uint16_t mask = args.mask[at.row / 4 * (args.grad.cols / 4) + at.col / 4];
   if (mask >> (4 * (at.row % 4) + at.col % 4) & 1) return;
   const float decay = args.grad_scale == nullptr ? args.decay : args.decay * *args.grad_scale;
@@ -132,7 +140,8 @@ bool patches_fit(const MaskedDecayArgs& args, Layout grad, Layout w) {
   const bool both16 = args.grad.dtype != DType::kFloat32 && args.w.dtype != DType::kFloat32;
   const int64_t side = both16 ? 8 : 4;
   const bool by_columns = grad == Layout::kColumnMajor || w == Layout::kColumnMajor;
-  const bool extents_fit = args.grad.cols % side == 0 && (!by_columns || args.grad.rows % side == 0);
+  const bool extents_fit =
+      args.grad.cols % side == 0 && (!by_columns || args.grad.rows % side == 0);
   return extents_fit && reinterpret_cast<uintptr_t>(args.mask) % 4 == 0;
 }
 
@@ -146,8 +155,8 @@ void masked_decay(const MaskedDecayArgs* tensors, int count, cudaStream_t stream
   const auto flush = [&] {
     if (list.tiles() == 0) return;
     choose_kernel(grad_dtype, w_dtype)<<<list.tiles(), kTileThreads, 0, stream>>>(list);
-    SP24_CHECK_LAUNCH("masked_decay of ", list.count, " tensors, the first ", name_of(grad_dtype), " [",
-                      list.tensor[0].rows, ", ", list.tensor[0].cols, "]");
+    SP24_CHECK_LAUNCH("masked_decay of ", list.count, " tensors, the first ", name_of(grad_dtype),
+                      " [", list.tensor[0].rows, ", ", list.tensor[0].cols, "]");
     list.count = 0;
   };
   for (int i = 0; i < count; ++i) {
@@ -167,10 +176,12 @@ void masked_decay(const MaskedDecayArgs* tensors, int count, cudaStream_t stream
     if (list.full() || args.grad.dtype != grad_dtype || args.w.dtype != w_dtype) flush();
     grad_dtype = args.grad.dtype, w_dtype = args.w.dtype;
     const int64_t side = grad_dtype != DType::kFloat32 && w_dtype != DType::kFloat32 ? 8 : 4;
-    const uint32_t tile_rows = static_cast<uint32_t>(round_up((rows + side - 1) / side * kPatch, kTileRows) / kTileRows);
-    const uint32_t tile_cols = static_cast<uint32_t>(round_up(cols / side * kPatch, kTileCols) / kTileCols);
-    list.add({patch_operand(args.grad, grad), patch_operand(args.w, w), args.mask, args.grad_scale, args.decay,
-              static_cast<int>(rows), static_cast<int>(cols), tile_rows, tile_cols},
+    const uint32_t tile_rows =
+        static_cast<uint32_t>(round_up((rows + side - 1) / side * kPatch, kTileRows) / kTileRows);
+    const uint32_t tile_cols =
+        static_cast<uint32_t>(round_up(cols / side * kPatch, kTileCols) / kTileCols);
+    list.add({patch_operand(args.grad, grad), patch_operand(args.w, w), args.mask, args.grad_scale,
+              args.decay, static_cast<int>(rows), static_cast<int>(cols), tile_rows, tile_cols},
              tile_rows * tile_cols);
   }
   flush();

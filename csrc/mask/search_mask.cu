@@ -1,12 +1,14 @@
 // search_mask.cu: the transposable 2:4 mask that keeps the most magnitude; masks only.
 //
-//   w     [rows, cols] bf16, fp16 or fp32; rows % 4 == cols % 4 == 0; row- or column-major, or any strides (slow)
+//   w     [rows, cols] bf16, fp16 or fp32, rows % 4 == cols % 4 == 0; row- or column-major, or any
+//         strides (slow)
 //   mask  uint16 [rows/4, cols/4], bit 4*i + j
 //
-// Work     Up to 32 weights a launch, tiles of 64 x 128 elements, a thread searches the four blocks of an 8x8 patch
-//          (common/tile.h); the search itself is in block_search.h, about 130 instructions a block.
+// Work     Up to 32 weights a launch, tiles of 64 x 128 elements, a thread searches the four blocks
+//          of an 8x8 patch (common/tile.h); the search itself is in block_search.h, about 130
+//          instructions a block.
 // Traffic  bf16 2 B, fp32 4 B read and 1/8 B written an element.
-// Ties     go by the order in block_search.h, in every layout: a patch is turned to rows before it is searched.
+// Ties     go by the order in block_search.h, in every layout: a patch is searched by rows.
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
@@ -24,13 +26,16 @@ struct SearchTensor {
   uint32_t tile_rows, tile_cols;
 };
 using SearchList = TensorList<SearchTensor>;
-static_assert(sizeof(SearchList) <= kKernelParameterBytes, "a launch's tensors must fit its parameters");
+static_assert(sizeof(SearchList) <= kKernelParameterBytes,
+              "a launch's tensors must fit its parameters");
 
 template <typename In, Layout kLayout>
-__global__ void __launch_bounds__(kTileThreads) search_mask_kernel(const __grid_constant__ SearchList list) {
+__global__ void __launch_bounds__(kTileThreads)
+    search_mask_kernel(const __grid_constant__ SearchList list) {
   const int index = list.find(blockIdx.x);
   const SearchTensor& t = list.tensor[index];
-  const TileIndex tile = raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
+  const TileIndex tile =
+      raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
   using Patch = WeightPatch<In, kLayout>;
   const PatchOrigin origin = patch_origin(walk_of(kLayout), Patch::kPaired, threadIdx.x);
   const int row = static_cast<int>(tile.row) * kTileRows + origin.row;
@@ -40,7 +45,8 @@ __global__ void __launch_bounds__(kTileThreads) search_mask_kernel(const __grid_
   patch.load(t.w, row, col);
   uint32_t top, bottom;
   search_patch(patch, top, bottom);
-  store_masks<kLayout>(t.mask, top, bottom, row, col, static_cast<int>(t.w.rows), static_cast<int>(t.w.cols));
+  store_masks<kLayout>(t.mask, top, bottom, row, col, static_cast<int>(t.w.rows),
+                       static_cast<int>(t.w.cols));
 }
 
 using SearchKernel = void (*)(SearchList);
@@ -48,7 +54,7 @@ using SearchKernel = void (*)(SearchList);
 template <typename In>
 SearchKernel choose_kernel(Layout layout) {
   return layout == Layout::kRowMajor ? search_mask_kernel<In, Layout::kRowMajor>
-                                           : search_mask_kernel<In, Layout::kColumnMajor>;
+                                     : search_mask_kernel<In, Layout::kColumnMajor>;
 }
 
 SearchKernel choose_kernel(DType dtype, Layout layout) {
@@ -70,8 +76,8 @@ void search_mask(const PackArgs* weights, int count, cudaStream_t stream) {
     if (list.tiles() == 0) return;
     choose_kernel(dtype, layout)<<<list.tiles(), kTileThreads, 0, stream>>>(list);
     const ConstMatrix& first = list.tensor[0].w;
-    SP24_CHECK_LAUNCH("search_mask of ", list.count, " weights, the first ", name_of(first.dtype), " [", first.rows,
-                      ", ", first.cols, "]");
+    SP24_CHECK_LAUNCH("search_mask of ", list.count, " weights, the first ", name_of(first.dtype),
+                      " [", first.rows, ", ", first.cols, "]");
     list.count = 0;
   };
   for (int i = 0; i < count; ++i) {

@@ -8,7 +8,8 @@
 
 namespace sparse24 {
 
-/// Masks of blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in those of `bottom`.
+/// Masks of blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in those of
+/// `bottom`.
 template <typename Patch>
 __device__ __forceinline__ void search_patch(const Patch& patch, uint32_t& top, uint32_t& bottom) {
   uint32_t mask[2][2];
@@ -29,10 +30,11 @@ __device__ __forceinline__ void search_patch(const Patch& patch, uint32_t& top, 
   bottom = mask[1][0] | mask[1][1] << 16;
 }
 
-/// Two neighbouring masks at a time, unless kStrided, where the last column of blocks may stand alone.
+/// Two neighbouring masks at a time, unless kStrided, where the last column of blocks may stand
+/// alone.
 template <Layout kLayout>
-__device__ __forceinline__ void store_masks(uint16_t* mask, uint32_t top, uint32_t bottom, int row, int col,
-                                            int rows, int cols) {
+__device__ __forceinline__ void store_masks(uint16_t* mask, uint32_t top, uint32_t bottom, int row,
+                                            int col, int rows, int cols) {
   const uint32_t block_cols = static_cast<uint32_t>(cols) / 4;
   uint16_t* first = mask + uint64_t{static_cast<uint32_t>(row) / 4} * block_cols + col / 4;
   SP24_UNROLL

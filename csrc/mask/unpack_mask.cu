@@ -1,4 +1,4 @@
-// unpack_mask.cu: masks as bytes, and a check of masks from outside. For inspection, export and tests.
+// unpack_mask.cu: masks as bytes, and a check of masks from outside. For inspection, export, tests.
 //
 //   mask  uint16 [rows/4, cols/4];  out  one byte (0 or 1) an element, [rows, cols]
 //
@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kCountThreads)
   }
 }
 
-__global__ void __launch_bounds__(kCountThreads) count_bad_blocks_kernel(const uint16_t* mask, int64_t blocks, int64_t* bad) {
+__global__ void __launch_bounds__(kCountThreads)
+    count_bad_blocks_kernel(const uint16_t* mask, int64_t blocks, int64_t* bad) {
   int64_t count = 0;
   for (int64_t b = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; b < blocks;
        b += int64_t{gridDim.x} * kCountThreads) {
@@ -46,7 +47,8 @@ __global__ void __launch_bounds__(kCountThreads) count_bad_blocks_kernel(const u
 
 namespace cuda {
 
-void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols, cudaStream_t stream) {
+void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols,
+                 cudaStream_t stream) {
   const int64_t blocks = rows / 4 * (cols / 4);
   if (blocks == 0) return;
   const uint32_t grid = static_cast<uint32_t>((blocks + kCountThreads - 1) / kCountThreads);

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES
+from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES, metadata_bytes
 
 WEIGHT_DTYPES = (torch.float32, *HALF_DTYPES)
 
@@ -29,10 +29,12 @@ def where(t: Tensor) -> tuple[object, int, int, int]:
     code = _library.backend_code(device.type)
     if code is None or (t.dtype not in DTYPE_CODE and t.is_floating_point()):
         return None, -1, -1, 0
+    library = _library.binding()
     if code == _library.CUDA:
-        return _library.binding(), code, device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    _library.binding().set_cpu_threads(torch.get_num_threads())
-    return _library.binding(), code, 0, 0
+        index = device.index
+        return library, code, index, torch._C._cuda_getCurrentRawStream(index)
+    library.set_cpu_threads(torch.get_num_threads())
+    return library, code, 0, 0
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -109,8 +111,22 @@ def check_same_device(first: Tensor, first_name: str, **others: Tensor | None) -
 
 def check_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int, int], m: int, k: int) -> None:
     """Values and metadata of a sparse operand against the extents that its use declares."""
-    from ..layout import metadata_bytes
+    # Every product pays for this check, so what is right takes the short way.
+    fits = (
+        packed.shape == shape
+        and packed.dtype in DTYPE_CODE
+        and packed.is_contiguous()
+        and E.shape == (metadata_bytes(m, k),)
+        and E.dtype == torch.uint8
+        and E.is_contiguous()
+        and E.device == packed.device
+    )
+    if not fits:
+        _explain_packed_operand(packed, E, name, shape, m, k)
 
+
+def _explain_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int, int], m: int, k: int) -> None:
+    """Raise for the first rule that the operand breaks; float64 values on the CPU break none."""
     if packed.dim() != 2 or tuple(packed.shape) != shape:
         raise Sparse24Error(f"{name} must have shape {shape}, got {tuple(packed.shape)}")
     if not packed.is_contiguous():

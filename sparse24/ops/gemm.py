@@ -82,9 +82,13 @@ def _output_dtype(t: Tensor, out_dtype: torch.dtype | None, name: str = "x") -> 
 
 
 def _check_values_fit(packed: Tensor, packed_name: str, t: Tensor, name: str) -> None:
+    if packed.device != t.device:
+        check_same_device(t, name, **{packed_name: packed})
+    if packed.dtype == t.dtype:
+        return
     # On the CPU an fp32 master may serve 16-bit activations: decompression casts, as autocast does for dense layers.
     on_cpu = t.device.type == "cpu" and packed.dtype in (torch.float32, torch.float64) and t.is_floating_point()
-    if packed.dtype != t.dtype and not on_cpu:
+    if not on_cpu:
         raise Sparse24DtypeError(
             f"{name} and {packed_name} must have the same dtype, got {t.dtype} and {packed.dtype}; "
             f"cast {name}, run under autocast, or pack with dtype={t.dtype}"
@@ -99,8 +103,9 @@ def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, 
         raise Sparse24Error("x must have at least one dimension, got a scalar")
     in_features = x.shape[-1]
     check_packed_operand(packed, E, "packed", (out_features, in_features // 2), out_features, in_features)
-    check_same_device(x, "x", packed=packed, bias=bias)
     _check_values_fit(packed, "packed", x, "x")
+    if bias is not None:
+        check_same_device(x, "x", bias=bias)
     if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
         raise Sparse24Error(
             f"bias must have shape ({out_features},) and x's dtype {x.dtype}, got {tuple(bias.shape)} and {bias.dtype}"
@@ -110,11 +115,11 @@ def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, 
 
 def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
     in_features, out_dtype = _check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
-    y = x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+    y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
     if y.numel() == 0:
         return y
     rows = as_rows(x)
-    y_rows = y.view(-1, out_features)
+    y_rows = y if y.dim() == 2 else y.view(-1, out_features)
     library, *place = where(x)
     if library is not None and _sparse_kernel_runs(FORWARD, place[0], out_features, 64, in_features, rows, y_rows):
         bias = bias if bias is None else bias.contiguous()
@@ -173,17 +178,16 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
         raise Sparse24Error("dy must have at least one dimension, got a scalar")
     out_features = dy.shape[-1]
     check_packed_operand(packed_t, E_t, "packed_t", (out_features // 2, in_features), in_features, out_features)
-    check_same_device(dy, "dy", packed_t=packed_t)
     _check_values_fit(packed_t, "packed_t", dy, "dy")
     return out_features, _output_dtype(dy, out_dtype, "dy")
 
 
 def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     out_features, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
-    dx = dy.new_empty((*dy.shape[:-1], in_features), dtype=out_dtype)
+    dx = torch.empty((*dy.shape[:-1], in_features), dtype=out_dtype, device=dy.device)
     if dx.numel() == 0:
         return dx
-    rows, dx_rows = as_rows(dy), dx.view(-1, in_features)
+    rows, dx_rows = as_rows(dy), dx if dx.dim() == 2 else dx.view(-1, in_features)
     library, *place = where(dy)
     if library is not None and _sparse_kernel_runs(GRAD_INPUT, place[0], in_features, 64, out_features, rows, dx_rows):
         _run_sparse_gemm(
@@ -230,7 +234,8 @@ def _check_grad_weight(packed_dy, E_dy, x, out_features, out_dtype) -> tuple[int
     tokens, in_features = x.shape
     padded = padded_tokens(tokens)
     check_packed_operand(packed_dy, E_dy, "packed_dy", (padded // 2, out_features), out_features, padded)
-    check_same_device(x, "x", packed_dy=packed_dy)
+    if packed_dy.device != x.device:
+        check_same_device(x, "x", packed_dy=packed_dy)
     if packed_dy.dtype != x.dtype:
         raise Sparse24DtypeError(f"x and packed_dy must have the same dtype, got {x.dtype} and {packed_dy.dtype}")
     return tokens, in_features, _output_dtype(x, out_dtype)

@@ -23,7 +23,11 @@ def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int
     s = settings
     ffn_width = s.ffn_width // 2 if arm == "half" else s.ffn_width
     shared = dict(
-        vocab_size=padded_vocab(vocab_size), bos_token_id=end_of_text, eos_token_id=end_of_text, use_cache=False
+        initializer_range=s.init_std,
+        vocab_size=padded_vocab(vocab_size),
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        use_cache=False,
     )
     if s.model == "gpt2":
         from transformers import GPT2Config

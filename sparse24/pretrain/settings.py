@@ -28,15 +28,17 @@ COUNTS = (
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         layers=4, width=192, heads=4, ctx=256, vocab_size=2048, batch=8, micro_batch=8, steps=400, lr=2e-3,
-        warmup=40, decay=2e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
+        warmup=40, init_std=0.04, decay=6e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
     ),
     "124m": dict(
         layers=12, width=768, heads=12, ctx=1024, vocab_size=50_304, batch=64, micro_batch=32, steps=2000, lr=6e-4,
-        warmup=None, decay=6e-5, mask_interval=40, eval_interval=100, eval_tokens=524_288, save_interval=500,
+        warmup=None, init_std=0.02, decay=6e-5, mask_interval=40, eval_interval=100,
+        eval_tokens=524_288, save_interval=500,
     ),
     "350m": dict(
         layers=24, width=1024, heads=16, ctx=1024, vocab_size=50_304, batch=64, micro_batch=16, steps=2000, lr=3e-4,
-        warmup=None, decay=2e-4, mask_interval=40, eval_interval=100, eval_tokens=524_288, save_interval=500,
+        warmup=None, init_std=0.02, decay=2e-4, mask_interval=40, eval_interval=100,
+        eval_tokens=524_288, save_interval=500,
     ),
 }  # fmt: skip
 
@@ -75,6 +77,7 @@ class Settings:
     ffn_width: int | None = option(
         None, "Hidden width of the FFN. Default: 4x width (GPT-2), 8/3x rounded up to 64 (Llama)."
     )
+    init_std: float | None = option(None, "Standard deviation of the initial weights.")
     dropout: float = option(0.0, "Dropout of GPT-2 (Llama has none).")
     # tokenizer
     tokenizer: str = option("bpe", "bpe (byte-level, trained on the training text) or bytes.")
@@ -188,7 +191,7 @@ def check(s: Settings) -> None:
         rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("samples", "sample_tokens", "seed", "warmup"):
         rule(name, getattr(s, name) >= 0, "must not be negative", "give 0 or more")
-    for name in ("lr", "min_lr"):
+    for name in ("lr", "min_lr", "init_std"):
         rule(name, 0 < getattr(s, name) < math.inf, "must be finite and above 0", "give a small positive number")
     for name in ("decay", "weight_decay", "clip"):
         rule(name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative", "give 0 or a small number")

@@ -1,16 +1,21 @@
 // memory_kernels_gpu_test.cu: the kernels of mask/, compress/, activation/ and fused/ on a GPU.
 //
-//   equal     masks, packed values, E, MVUE draws, decay, flips, gaps: the bytes of the CPU backend, on all shapes,
-//             layouts, dtypes and alignments below, special values included. Outputs start as poison, which must
-//             survive wherever the CPU leaves it: between lines, behind the end, 256 bytes around every buffer
-//   activation   the bytes of a plain kernel over the same per-element functions, and close to the CPU's
-//   fused     the bytes of the two passes it replaces
-//   --bench   times the layers of GPT-2 and Llama as CSV, next to a copy; buffers rotate, so that L2 is cold
+//   equal       masks, packed values, E, MVUE draws, decay, flips, gaps: the bytes of the CPU
+//               backend, on all shapes, layouts, dtypes and alignments below, special values too.
+//               Outputs start as poison, which must survive wherever the CPU leaves it: between
+//               lines, behind the end, 256 bytes around every buffer
+//   activation  the bytes of a plain kernel over the same per-element functions, and close to the
+//               CPU's
+//   fused       the bytes of the two passes it replaces
+//   --tight     no guards: buffers end where the tensors end, for compute-sanitizer
+//   --bench     besides, times layers of GPT-2 and Llama as CSV, next to a copy; buffers rotate,
+//               so that L2 is cold. --bench-only: nothing but that
 //
 // CMake builds it with the library's objects. Alone, from the repository root:
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --fmad=false --expt-relaxed-constexpr
-//     -Xcompiler=-ffp-contract=off -Icsrc -Icsrc/include -o memory_kernels_gpu_test
-//     tests/cpp/memory_kernels_gpu_test.cu csrc/{mask,compress,activation,fused}/*.cu csrc/cpu/*.cpp
+//   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --fmad=false
+//     --expt-relaxed-constexpr -Xcompiler=-ffp-contract=off -Icsrc -Icsrc/include
+//     -o memory_kernels_gpu_test tests/cpp/memory_kernels_gpu_test.cu
+//     csrc/{mask,compress,activation,fused}/*.cu csrc/cpu/*.cpp
 //
 // One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no GPU).
 #include <cuda_runtime.h>
@@ -74,14 +79,15 @@ class Random {
 
 Random random_source(1);
 
-constexpr int kGuard = 256;
+int guard = 256;  // --tight: 0
 constexpr uint8_t kPoison = 0xA5;
 
-/// The same bytes on the host and on the device, with poisoned guards around. `shift` misaligns both.
+/// The same bytes on the host and on the device, with poisoned guards around. `shift` misaligns
+/// both.
 class Twin {
  public:
   explicit Twin(int64_t bytes, int shift = 0)
-      : host_(static_cast<size_t>(bytes + shift + 2 * kGuard), kPoison), offset_(kGuard + shift) {
+      : host_(static_cast<size_t>(bytes + shift + 2 * guard), kPoison), offset_(guard + shift) {
     SP24_CHECK_CUDA(cudaMalloc(&device_, host_.size()));
     upload();
   }
@@ -89,11 +95,17 @@ class Twin {
   Twin(const Twin&) = delete;
   Twin& operator=(const Twin&) = delete;
 
-  void upload() { SP24_CHECK_CUDA(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice)); }
+  void upload() {
+    SP24_CHECK_CUDA(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice));
+  }
   template <typename T = uint8_t>
-  T* host() { return reinterpret_cast<T*>(host_.data() + offset_); }
+  T* host() {
+    return reinterpret_cast<T*>(host_.data() + offset_);
+  }
   template <typename T = uint8_t>
-  T* device() { return reinterpret_cast<T*>(device_ + offset_); }
+  T* device() {
+    return reinterpret_cast<T*>(device_ + offset_);
+  }
 
   /// After both backends ran: all bytes equal, guards included?
   void compare(const std::string& what) {
@@ -108,10 +120,13 @@ class Twin {
     compare_bytes(got, expected.host_, what);
   }
   /// Takes over what the device has.
-  void download() { SP24_CHECK_CUDA(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost)); }
+  void download() {
+    SP24_CHECK_CUDA(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost));
+  }
 
  private:
-  void compare_bytes(const std::vector<uint8_t>& got, const std::vector<uint8_t>& expected, const std::string& what) {
+  void compare_bytes(const std::vector<uint8_t>& got, const std::vector<uint8_t>& expected,
+                     const std::string& what) {
     ++checks;
     if (got == expected) return;
     size_t at = 0, count = 0;
@@ -120,7 +135,7 @@ class Twin {
     char bytes[80];
     std::snprintf(bytes, sizeof bytes, "first at byte %lld: %02x, expected %02x",
                   static_cast<long long>(at) - offset_, got[at], expected[at]);
-    fail(what, ": ", count, " bytes differ of ", got.size() - 2 * kGuard, ", ", bytes);
+    fail(what, ": ", count, " bytes differ of ", got.size() - 2 * guard, ", ", bytes);
   }
 
   std::vector<uint8_t> host_;
@@ -137,13 +152,16 @@ constexpr DType k16[] = {DType::kBFloat16, DType::kFloat16};
 constexpr Order kOrders[] = {Order::kRows, Order::kColumns};
 
 float random_value(Fill fill) {
-  static const float special[] = {0.0f,    -0.0f,     1e-45f, -3e-39f, 1.0f, -1.0f, 65504.0f, -3e38f, 3.4e38f,
-                                  INFINITY, -INFINITY, NAN,    1e-8f,   -6e-5f};
+  static const float special[] = {0.0f,   -0.0f,   1e-45f,   -3e-39f,   1.0f, -1.0f, 65504.0f,
+                                  -3e38f, 3.4e38f, INFINITY, -INFINITY, NAN,  1e-8f, -6e-5f};
   switch (fill) {
     case Fill::kNormal: return random_source.normal();
     case Fill::kIntegers: return static_cast<float>(random_source.below(5) - 2);
     case Fill::kSpecial: return special[random_source.below(14)];
-    case Fill::kSparse: return random_source.below(2) != 0 ? random_source.normal() : random_source.below(2) != 0 ? -0.0f : 0.0f;
+    case Fill::kSparse:
+      return random_source.below(2) != 0   ? random_source.normal()
+             : random_source.below(2) != 0 ? -0.0f
+                                           : 0.0f;
     case Fill::kBits: {
       const uint32_t bits = random_source.bits();
       float x;
@@ -158,8 +176,13 @@ float random_value(Fill fill) {
 class TwinMatrix {
  public:
   TwinMatrix(int64_t rows, int64_t cols, DType dtype, Order order, int64_t gap = 0, int shift = 0)
-      : rows_(rows), cols_(cols), dtype_(dtype), ld_((order == Order::kRows ? cols : rows) + gap), order_(order),
-        twin_(((order == Order::kRows ? rows : cols) * ld_) * bytes_of(dtype), shift * bytes_of(dtype)) {}
+      : rows_(rows),
+        cols_(cols),
+        dtype_(dtype),
+        ld_((order == Order::kRows ? cols : rows) + gap),
+        order_(order),
+        twin_(((order == Order::kRows ? rows : cols) * ld_) * bytes_of(dtype),
+              shift * bytes_of(dtype)) {}
 
   void fill(Fill fill) {
     with_type(dtype_, [&](auto zero) {
@@ -187,9 +210,16 @@ class TwinMatrix {
 
  private:
   Matrix view(void* data) {
-    return {data, dtype_, rows_, cols_, order_ == Order::kRows ? ld_ : 1, order_ == Order::kRows ? 1 : ld_};
+    return {data,
+            dtype_,
+            rows_,
+            cols_,
+            order_ == Order::kRows ? ld_ : 1,
+            order_ == Order::kRows ? 1 : ld_};
   }
-  static ConstMatrix constant(const Matrix& m) { return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride}; }
+  static ConstMatrix constant(const Matrix& m) {
+    return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
+  }
 
   int64_t rows_, cols_;
   DType dtype_;
@@ -209,10 +239,11 @@ struct Shape {
   int64_t rows, cols;
 };
 
-constexpr Shape kWeightShapes[] = {{4, 4},   {4, 8},    {8, 4},    {12, 20},  {64, 64},   {68, 132},
-                                   {128, 128}, {132, 260}, {200, 72}, {72, 200}, {256, 4096}, {4096, 64}};
+constexpr Shape kWeightShapes[] = {{4, 4},    {4, 8},    {8, 4},      {12, 20},
+                                   {64, 64},  {68, 132}, {128, 128},  {132, 260},
+                                   {200, 72}, {72, 200}, {256, 4096}, {4096, 64}};
 
-// ---- masks and packing ----------------------------------------------------------------------------------------------
+// ---- masks and packing ------------------------------------------------------------------------
 
 /// All outputs of one weight, on both sides.
 struct TwinWeight {
@@ -221,7 +252,8 @@ struct TwinWeight {
   DType out;
   bool with_packed, with_packed_t;
 
-  TwinWeight(Shape s, DType in, DType to, Order order, int64_t gap, int shift, bool rows_too = true, bool cols_too = true)
+  TwinWeight(Shape s, DType in, DType to, Order order, int64_t gap, int shift, bool rows_too = true,
+             bool cols_too = true)
       : w(s.rows, s.cols, in, order, gap, shift),
         mask(s.rows / 4 * (s.cols / 4) * 2, 2 * shift),
         packed(s.rows * s.cols, 2 * shift),
@@ -258,8 +290,9 @@ struct TwinWeight {
 };
 
 std::string describe(Shape s, DType in, DType out, Order order, int64_t gap, int shift, Fill fill) {
-  return concat("[", s.rows, ", ", s.cols, "] ", sparse24::name_of(in), "->", sparse24::name_of(out), " by ", name_of(order),
-                " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+  return concat("[", s.rows, ", ", s.cols, "] ", sparse24::name_of(in), "->",
+                sparse24::name_of(out), " by ", name_of(order), " gap ", gap, " shift ", shift,
+                " fill ", static_cast<int>(fill));
 }
 
 void test_pack(Shape s, DType in, DType out, Order order, int64_t gap, int shift, Fill fill) {
@@ -306,7 +339,8 @@ void test_packing() {
     }
   }
   for (int n = 0; n < 2; ++n) {  // one orientation only
-    TwinWeight t({132, 264}, DType::kBFloat16, DType::kBFloat16, Order::kRows, 0, 0, n % 2 == 0, n % 2 == 1);
+    TwinWeight t({132, 264}, DType::kBFloat16, DType::kBFloat16, Order::kRows, 0, 0, n % 2 == 0,
+                 n % 2 == 1);
     t.w.fill(Fill::kNormal);
     const PackArgs host = t.args(false), device = t.args(true);
     cpu::search_and_pack(&host, 1);
@@ -319,17 +353,20 @@ void test_packing() {
 void test_many_tensors() {
   std::vector<std::unique_ptr<TwinWeight>> weights;
   std::vector<PackArgs> host, device;
-  for (int i = 0; i < 71; ++i) {  // more than two launches hold, of mixed classes, with empty ones between
+  for (int i = 0; i < 71;
+       ++i) {  // more than two launches hold, of mixed classes, with empty ones between
     const Shape s = i % 13 == 5 ? Shape{0, 64} : Shape{4 + 4 * (i * 7 % 40), 8 + 4 * (i * 11 % 70)};
-    weights.push_back(std::make_unique<TwinWeight>(s, DType::kFloat32, DType::kBFloat16,
-                                                   i < 40 || i % 3 != 0 ? Order::kRows : Order::kColumns, 0, i % 17 == 3));
+    weights.push_back(std::make_unique<TwinWeight>(
+        s, DType::kFloat32, DType::kBFloat16, i < 40 || i % 3 != 0 ? Order::kRows : Order::kColumns,
+        0, i % 17 == 3));
     weights.back()->w.fill(Fill::kNormal);
     host.push_back(weights.back()->args(false)), device.push_back(weights.back()->args(true));
   }
   cpu::search_and_pack(host.data(), static_cast<int>(host.size()));
   cuda::search_and_pack(device.data(), static_cast<int>(device.size()), nullptr);
   synchronize("many tensors");
-  for (size_t i = 0; i < weights.size(); ++i) weights[i]->compare(concat("search_and_pack, tensor ", i, " of many"));
+  for (size_t i = 0; i < weights.size(); ++i)
+    weights[i]->compare(concat("search_and_pack, tensor ", i, " of many"));
 
   std::vector<std::unique_ptr<Twin>> flips, others;
   std::vector<MaskFlipsArgs> host_flips, device_flips;
@@ -337,10 +374,13 @@ void test_many_tensors() {
     flips.push_back(std::make_unique<Twin>(8));
     const int64_t blocks = host[i].w.rows / 4 * (host[i].w.cols / 4);
     others.push_back(std::make_unique<Twin>(blocks * 2, i % 5 == 0 ? 2 : 0));
-    for (int64_t b = 0; b < blocks * 2; ++b) others.back()->host()[b] = static_cast<uint8_t>(random_source.bits());
+    for (int64_t b = 0; b < blocks * 2; ++b)
+      others.back()->host()[b] = static_cast<uint8_t>(random_source.bits());
     others.back()->upload();
-    host_flips.push_back({host[i].mask, others.back()->host<uint16_t>(), blocks, flips[i]->host<int64_t>()});
-    device_flips.push_back({device[i].mask, others.back()->device<uint16_t>(), blocks, flips[i]->device<int64_t>()});
+    host_flips.push_back(
+        {host[i].mask, others.back()->host<uint16_t>(), blocks, flips[i]->host<int64_t>()});
+    device_flips.push_back(
+        {device[i].mask, others.back()->device<uint16_t>(), blocks, flips[i]->device<int64_t>()});
   }
   cpu::mask_flips(host_flips.data(), static_cast<int>(host_flips.size()));
   cuda::mask_flips(device_flips.data(), static_cast<int>(device_flips.size()), nullptr);
@@ -355,7 +395,8 @@ void test_masks() {
       const int64_t blocks = s.rows / 4 * (s.cols / 4);
       Twin mask(blocks * 2, 2 * shift), bytes(s.rows * s.cols, shift), bad(8);
       for (int64_t b = 0; b < blocks; ++b) {
-        mask.host<uint16_t>()[b] = random_source.below(3) == 0 ? static_cast<uint16_t>(random_source.bits()) : 0xC3C3;
+        mask.host<uint16_t>()[b] =
+            random_source.below(3) == 0 ? static_cast<uint16_t>(random_source.bits()) : 0xC3C3;
       }
       mask.upload();
       cpu::unpack_mask(mask.host<uint16_t>(), bytes.host(), s.rows, s.cols);
@@ -366,7 +407,8 @@ void test_masks() {
       bytes.compare("unpack_mask " + what), bad.compare("count_bad_blocks " + what);
 
       Twin E(meta_bytes(s.rows, s.cols), shift), bad_meta(8);
-      for (int64_t i = 0; i < meta_bytes(s.rows, s.cols); ++i) E.host()[i] = static_cast<uint8_t>(random_source.bits());
+      for (int64_t i = 0; i < meta_bytes(s.rows, s.cols); ++i)
+        E.host()[i] = static_cast<uint8_t>(random_source.bits());
       E.upload();
       cpu::count_bad_metadata(E.host(), s.rows, s.cols, bad_meta.host<int64_t>());
       cuda::count_bad_metadata(E.device(), s.rows, s.cols, bad_meta.device<int64_t>(), nullptr);
@@ -382,7 +424,8 @@ void test_masks() {
         cpu::mask_gap(w.const_host(), gap.host<float>());
         cuda::mask_gap(w.const_device(), gap.device<float>(), nullptr);
         synchronize("mask_gap");
-        gap.compare(concat("mask_gap [", s.rows, ", ", s.cols, "] ", sparse24::name_of(dtype), " by ", name_of(order)));
+        gap.compare(concat("mask_gap [", s.rows, ", ", s.cols, "] ", sparse24::name_of(dtype),
+                           " by ", name_of(order)));
       }
     }
   }
@@ -393,27 +436,32 @@ void test_decompress() {
     for (bool transposed : {false, true}) {
       for (DType dtype : kDTypes) {
         for (int64_t gap : {0, 3, 8}) {
-          const int64_t cols = transposed && s.cols < 100 ? s.cols + 3 : s.cols;  // any width for gradients
+          const int64_t cols =
+              transposed && s.cols < 100 ? s.cols + 3 : s.cols;  // any width for gradients
           TwinMatrix out(s.rows, cols, dtype, Order::kRows, gap);
-          Twin packed(s.rows * cols / 2 * bytes_of(dtype)), E(transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols));
+          Twin packed(s.rows * cols / 2 * bytes_of(dtype)),
+              E(transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols));
           for (int64_t i = 0; i < s.rows * cols / 2 * bytes_of(dtype); ++i)
             packed.host()[i] = static_cast<uint8_t>(random_source.bits());
           const uint32_t valid[] = {0x4, 0x8, 0xC, 0x9, 0xD, 0xE};
-          for (int64_t i = 0; i < (transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols)); ++i)
-            E.host()[i] = static_cast<uint8_t>(valid[random_source.below(6)] | valid[random_source.below(6)] << 4);
+          for (int64_t i = 0;
+               i < (transposed ? meta_bytes(cols, s.rows) : meta_bytes(s.rows, cols)); ++i)
+            E.host()[i] = static_cast<uint8_t>(valid[random_source.below(6)] |
+                                               valid[random_source.below(6)] << 4);
           packed.upload(), E.upload();
           cpu::decompress({packed.host<void>(), E.host(), transposed, out.host()});
           cuda::decompress({packed.device<void>(), E.device(), transposed, out.device()}, nullptr);
           synchronize("decompress");
-          out.twin().compare(concat("decompress [", s.rows, ", ", cols, "] ", sparse24::name_of(dtype),
-                                    transposed ? " transposed" : "", " gap ", gap));
+          out.twin().compare(concat("decompress [", s.rows, ", ", cols, "] ",
+                                    sparse24::name_of(dtype), transposed ? " transposed" : "",
+                                    " gap ", gap));
         }
       }
     }
   }
 }
 
-// ---- masked decay ---------------------------------------------------------------------------------------------------
+// ---- masked decay -----------------------------------------------------------------------------
 
 void test_decay() {
   for (const Shape s : kWeightShapes) {
@@ -433,13 +481,14 @@ void test_decay() {
             mask.upload(), scale.upload();
             MaskedDecayArgs host = {grad.host(), w.const_host(), mask.host<uint16_t>(), 2e-4f,
                                     variant == 1 ? scale.host<float>() : nullptr};
-            MaskedDecayArgs device = {grad.device(), w.const_device(), mask.device<uint16_t>(), 2e-4f,
-                                      variant == 1 ? scale.device<float>() : nullptr};
+            MaskedDecayArgs device = {grad.device(), w.const_device(), mask.device<uint16_t>(),
+                                      2e-4f, variant == 1 ? scale.device<float>() : nullptr};
             cpu::masked_decay(&host, 1);
             cuda::masked_decay(&device, 1, nullptr);
             synchronize("masked_decay");
-            grad.twin().compare(concat("masked_decay [", s.rows, ", ", s.cols, "] grad ", sparse24::name_of(grad_dtype),
-                                       " w ", sparse24::name_of(w_dtype), " orders ", orders, " variant ", variant));
+            grad.twin().compare(concat(
+                "masked_decay [", s.rows, ", ", s.cols, "] grad ", sparse24::name_of(grad_dtype),
+                " w ", sparse24::name_of(w_dtype), " orders ", orders, " variant ", variant));
           }
         }
       }
@@ -447,30 +496,36 @@ void test_decay() {
   }
 }
 
-// ---- MVUE -----------------------------------------------------------------------------------------------------------
+// ---- MVUE -------------------------------------------------------------------------------------
 
-void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order, int64_t gap, int shift, Fill fill) {
+void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order, int64_t gap,
+                     int shift, Fill fill) {
   const int64_t padded = round_up(tokens, 8);
   TwinMatrix dy(tokens, features, dtype, order, gap, shift);
   dy.fill(fill);
-  Twin packed(padded / 2 * features * 2, 2 * shift), E(meta_bytes(features, padded), shift), seed(16);
+  Twin packed(padded / 2 * features * 2, 2 * shift), E(meta_bytes(features, padded), shift),
+      seed(16);
   seed.host<int64_t>()[0] = 0x0123456789ABCDEFll, seed.host<int64_t>()[1] = random_source.bits();
   seed.upload();
   cpu::mvue_compress({dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
-  cuda::mvue_compress({dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device()}, nullptr);
-  const std::string what = concat("mvue_compress [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
-                                  name_of(order), " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+  cuda::mvue_compress(
+      {dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device()}, nullptr);
+  const std::string what =
+      concat("mvue_compress [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
+             name_of(order), " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
   synchronize(what);
   packed.compare(what + " packed");
   E.compare(what + " E");
 }
 
 void test_mvue() {
-  const Shape shapes[] = {{1, 1}, {3, 5}, {4, 8}, {8, 8}, {31, 12}, {64, 64}, {65, 128}, {72, 136}, {100, 200}, {128, 132}, {264, 72}};
+  const Shape shapes[] = {{1, 1},    {3, 5},    {4, 8},     {8, 8},     {31, 12}, {64, 64},
+                          {65, 128}, {72, 136}, {100, 200}, {128, 132}, {264, 72}};
   for (const Shape s : shapes) {
     for (DType dtype : k16) {
       for (Order order : kOrders) {
-        for (Fill fill : {Fill::kNormal, Fill::kIntegers, Fill::kSpecial, Fill::kBits, Fill::kSparse}) {
+        for (Fill fill :
+             {Fill::kNormal, Fill::kIntegers, Fill::kSpecial, Fill::kBits, Fill::kSparse}) {
           test_mvue_shape(s.rows, s.cols, dtype, order, 0, 0, fill);
           test_mvue_shape(s.rows, s.cols, dtype, order, fill == Fill::kNormal ? 8 : 5, 0, fill);
         }
@@ -478,30 +533,33 @@ void test_mvue() {
       }
     }
   }
-  for (Order order : kOrders) test_mvue_shape(2048, 1024, DType::kBFloat16, order, 0, 0, Fill::kNormal);
-  for (Order order : kOrders) test_mvue_shape(1024, 512, DType::kFloat16, order, 0, 0, Fill::kSparse);
+  for (Order order : kOrders)
+    test_mvue_shape(2048, 1024, DType::kBFloat16, order, 0, 0, Fill::kNormal);
+  for (Order order : kOrders)
+    test_mvue_shape(1024, 512, DType::kFloat16, order, 0, 0, Fill::kSparse);
 }
 
-// ---- activations ----------------------------------------------------------------------------------------------------
+// ---- activations ------------------------------------------------------------------------------
 
-constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh, Activation::kRelu,
-                                 Activation::kSquaredRelu};
+constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
+                                 Activation::kRelu, Activation::kSquaredRelu};
 
 /// The plain way: one thread an element, any strides.
 template <Activation kKind, typename T>
-__global__ void reference_kernel(ConstMatrix d_h, ConstMatrix in, Matrix d_in, Matrix h, bool gated, bool backward) {
+__global__ void reference_kernel(ConstMatrix d_h, ConstMatrix in, Matrix d_in, Matrix h, bool gated,
+                                 bool backward) {
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (index >= h.rows * h.cols) return;
   const int64_t r = index / h.cols, c = index % h.cols;
   const auto at = [&](const auto& m, int64_t col) { return r * m.row_stride + col * m.col_stride; };
   const float gate = to_float(static_cast<const T*>(in.data)[at(in, c)]);
   const float up = gated ? to_float(static_cast<const T*>(in.data)[at(in, c + h.cols)]) : 0.0f;
-  const ValueAndSlope act = activate<kKind>(gate);
+  const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(gate);
   static_cast<T*>(h.data)[at(h, c)] = from_float<T>(gated ? act.value * up : act.value);
   if (!backward) return;
   const float d = to_float(static_cast<const T*>(d_h.data)[at(d_h, c)]);
   if (gated) {
-    const GatedBackward back = gated_backward<kKind>(d, gate, up);
+    const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d, gate, up);
     static_cast<T*>(d_in.data)[at(d_in, c)] = from_float<T>(back.d_gate);
     static_cast<T*>(d_in.data)[at(d_in, c + h.cols)] = from_float<T>(back.d_up);
   } else {
@@ -542,32 +600,41 @@ float distance(TwinMatrix& got, TwinMatrix& cpu_result, int64_t rows, int64_t co
   return worst;
 }
 
-void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation kind, bool gated, int orders,
-                           int64_t gap, int shift, Fill fill) {
+void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation kind, bool gated,
+                           int orders, int64_t gap, int shift, Fill fill) {
   const int64_t width = gated ? 2 * d_ff : d_ff;
   const Order in_order = kOrders[orders & 1], h_order = kOrders[orders >> 1 & 1];
   const Order dh_order = kOrders[orders >> 2 & 1], din_order = kOrders[orders >> 3 & 1];
-  TwinMatrix in(tokens, width, dtype, in_order, gap, shift), d_h(tokens, d_ff, dtype, dh_order, gap, shift);
+  TwinMatrix in(tokens, width, dtype, in_order, gap, shift),
+      d_h(tokens, d_ff, dtype, dh_order, gap, shift);
   in.fill(fill), d_h.fill(Fill::kNormal);
-  const std::string what =
-      concat("[", tokens, ", ", d_ff, "] ", sparse24::name_of(dtype), " kind ", static_cast<int>(kind), gated ? " gated" : "",
-             " orders ", orders, " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
+  const std::string what = concat("[", tokens, ", ", d_ff, "] ", sparse24::name_of(dtype), " kind ",
+                                  static_cast<int>(kind), gated ? " gated" : "", " orders ", orders,
+                                  " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
 
-  TwinMatrix h(tokens, d_ff, dtype, h_order, gap, shift), d_in(tokens, width, dtype, din_order, gap, shift);
-  with_activation(kind, Reference{d_h.const_device(), in.const_device(), d_in.device(), h.device(), gated, true});
+  TwinMatrix h(tokens, d_ff, dtype, h_order, gap, shift),
+      d_in(tokens, width, dtype, din_order, gap, shift);
+  with_activation(kind, Reference{d_h.const_device(), in.const_device(), d_in.device(), h.device(),
+                                  gated, true});
   synchronize("reference " + what);
   h.twin().download(), d_in.twin().download();
   {
-    TwinMatrix expected(tokens, d_ff, dtype, h_order, gap, shift), d_expected(tokens, width, dtype, din_order, gap, shift);
+    TwinMatrix expected(tokens, d_ff, dtype, h_order, gap, shift),
+        d_expected(tokens, width, dtype, din_order, gap, shift);
     cpu::activation_forward({kind, gated, in.const_host(), expected.host()});
     ActivationBackwardArgs args;
-    args.kind = kind, args.gated = gated, args.d_h = d_h.const_host(), args.gate_up = in.const_host();
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_host(),
+    args.gate_up = in.const_host();
     args.d_gate_up = d_expected.host();
     cpu::activation_backward(args);
-    const float bound = dtype == DType::kFloat32 ? 1e-5f : dtype == DType::kFloat16 ? 2e-3f : 1.6e-2f;
+    const float bound = dtype == DType::kFloat32   ? 1e-5f
+                        : dtype == DType::kFloat16 ? 2e-3f
+                                                   : 1.6e-2f;
     if (fill == Fill::kNormal) {
-      expect(distance(h, expected, tokens, d_ff) <= bound, "activation_forward close to the CPU " + what);
-      expect(distance(d_in, d_expected, tokens, width) <= bound, "activation_backward close to the CPU " + what);
+      expect(distance(h, expected, tokens, d_ff) <= bound,
+             "activation_forward close to the CPU " + what);
+      expect(distance(d_in, d_expected, tokens, width) <= bound,
+             "activation_backward close to the CPU " + what);
     }
   }
   {
@@ -577,27 +644,32 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
     got.twin().compare_with(h.twin(), "activation_forward " + what);
   }
   for (bool with_h : {false, true}) {
-    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift), got(tokens, width, dtype, din_order, gap, shift);
+    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift),
+        got(tokens, width, dtype, din_order, gap, shift);
     ActivationBackwardArgs args;
-    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(), args.gate_up = in.const_device();
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(),
+    args.gate_up = in.const_device();
     args.d_gate_up = got.device();
     if (with_h) args.h = got_h.device();
     cuda::activation_backward(args, nullptr);
     synchronize(what);
-    got.twin().compare_with(d_in.twin(), concat("activation_backward, with h: ", with_h, " ", what));
+    got.twin().compare_with(d_in.twin(),
+                            concat("activation_backward, with h: ", with_h, " ", what));
     if (with_h) got_h.twin().compare_with(h.twin(), "h of activation_backward " + what);
   }
   if (dtype == DType::kFloat32) return;
   const int64_t padded = round_up(tokens, 8);
   for (bool with_h : {false, true}) {
-    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift), got(tokens, width, dtype, din_order, gap, shift);
+    TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift),
+        got(tokens, width, dtype, din_order, gap, shift);
     Twin packed(padded / 2 * width * 2, 2 * shift), E(meta_bytes(width, padded), shift), seed(16);
     seed.host<int64_t>()[0] = -7, seed.host<int64_t>()[1] = random_source.bits();
     seed.upload();
     // d_in holds on its host what the kernels make of it on the device: prune that on the CPU.
     cpu::mvue_compress({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
     ActivationBackwardArgs args;
-    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(), args.gate_up = in.const_device();
+    args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(),
+    args.gate_up = in.const_device();
     args.d_gate_up = got.device();
     if (with_h) args.h = got_h.device();
     args.seed = seed.device<int64_t>(), args.packed = packed.device<void>(), args.E = E.device();
@@ -611,7 +683,8 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
 }
 
 void test_activations() {
-  const Shape shapes[] = {{1, 1}, {1, 64}, {3, 12}, {8, 8}, {7, 64}, {31, 128}, {72, 72}, {64, 192}, {136, 320}, {200, 128}};
+  const Shape shapes[] = {{1, 1},    {1, 64},  {3, 12},   {8, 8},     {7, 64},
+                          {31, 128}, {72, 72}, {64, 192}, {136, 320}, {200, 128}};
   int turn = 0;
   for (const Shape s : shapes) {
     for (DType dtype : kDTypes) {
@@ -628,26 +701,32 @@ void test_activations() {
     }
   }
   for (Activation kind : kKinds)
-    for (int orders : {0, 15, 1, 14, 6}) test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
+    for (int orders : {0, 15, 1, 14, 6})
+      test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
 }
 
 void test_empty() {
   PackArgs empty;
-  cuda::search_mask(&empty, 1, nullptr), cuda::pack_by_mask(&empty, 1, nullptr), cuda::search_and_pack(&empty, 0, nullptr);
-  cuda::mvue_compress({}, nullptr), cuda::decompress({}, nullptr), cuda::unpack_mask(nullptr, nullptr, 0, 4, nullptr);
-  cuda::mask_gap({}, nullptr, nullptr), cuda::masked_decay(nullptr, 0, nullptr), cuda::mask_flips(nullptr, 0, nullptr);
+  cuda::search_mask(&empty, 1, nullptr), cuda::pack_by_mask(&empty, 1, nullptr),
+      cuda::search_and_pack(&empty, 0, nullptr);
+  cuda::mvue_compress({}, nullptr), cuda::decompress({}, nullptr),
+      cuda::unpack_mask(nullptr, nullptr, 0, 4, nullptr);
+  cuda::mask_gap({}, nullptr, nullptr), cuda::masked_decay(nullptr, 0, nullptr),
+      cuda::mask_flips(nullptr, 0, nullptr);
   cuda::activation_forward({}, nullptr), cuda::activation_backward({}, nullptr);
   synchronize("empty inputs");
   ++checks;
 }
 
-// ---- benchmark ------------------------------------------------------------------------------------------------------
+// ---- benchmark --------------------------------------------------------------------------------
 
 /// Normal values (sum of uniforms), made on the device.
 template <typename T>
 __global__ void fill_normal_kernel(T* data, int64_t count, uint32_t seed) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    const Philox4 random = philox4x32_10({{static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), seed, 0}}, 1, 2);
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    const Philox4 random =
+        philox4x32_10({{static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), seed, 0}}, 1, 2);
     float sum = -2.0f;
     for (uint32_t word : random.word) sum += static_cast<float>(word) * 0x1p-32f;
     data[i] = from_float<T>(sum * 1.7f);
@@ -656,14 +735,20 @@ __global__ void fill_normal_kernel(T* data, int64_t count, uint32_t seed) {
 
 class Device {
  public:
-  explicit Device(int64_t bytes) { SP24_CHECK_CUDA(cudaMalloc(&data_, static_cast<size_t>(bytes))); }
+  explicit Device(int64_t bytes) {
+    SP24_CHECK_CUDA(cudaMalloc(&data_, static_cast<size_t>(bytes)));
+  }
   ~Device() { cudaFree(data_); }
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
   template <typename T = void>
-  T* as() { return static_cast<T*>(data_); }
+  T* as() {
+    return static_cast<T*>(data_);
+  }
   Device& fill(DType dtype, int64_t count) {
-    with_type(dtype, [&](auto zero) { fill_normal_kernel<<<2048, 256>>>(as<decltype(zero)>(), count, ++seed()); });
+    with_type(dtype, [&](auto zero) {
+      fill_normal_kernel<<<2048, 256>>>(as<decltype(zero)>(), count, ++seed());
+    });
     return *this;
   }
   static uint32_t& seed() {
@@ -700,17 +785,21 @@ double time_us(int sets, const std::function<void(int)>& run) {
 
 void report(const std::string& name, double bytes, double us) {
   const double tb_per_s = bytes / us * 1e-6;
-  std::printf("%s,%.2f,%.3f,%.1f%%\n", name.c_str(), us, tb_per_s, copy_tb_per_s > 0 ? 100 * tb_per_s / copy_tb_per_s : 100.0);
+  std::printf("%s,%.2f,%.3f,%.1f%%\n", name.c_str(), us, tb_per_s,
+              copy_tb_per_s > 0 ? 100 * tb_per_s / copy_tb_per_s : 100.0);
   std::fflush(stdout);
 }
 
-int sets_for(double bytes) { return static_cast<int>(std::max(2.0, std::min(64.0, std::ceil(kRotation / bytes)))); }
+int sets_for(double bytes) {
+  return static_cast<int>(std::max(2.0, std::min(64.0, std::ceil(kRotation / bytes))));
+}
 
 void bench_copy() {
   const int64_t bytes = int64_t{1} << 30;
   Device from(bytes), to(bytes);
   const double us = time_us(2, [&](int i) {
-    cudaMemcpyAsync(i ? from.as() : to.as(), i ? to.as() : from.as(), bytes, cudaMemcpyDeviceToDevice);
+    cudaMemcpyAsync(i ? from.as() : to.as(), i ? to.as() : from.as(), bytes,
+                    cudaMemcpyDeviceToDevice);
   });
   copy_tb_per_s = 2.0 * static_cast<double>(bytes) / us * 1e-6;
   report("copy 1 GiB", 2.0 * static_cast<double>(bytes), us);
@@ -721,10 +810,19 @@ struct BenchWeight {
   PackArgs args;
 
   BenchWeight(Shape s, DType dtype, Order order)
-      : w(s.rows * s.cols * bytes_of(dtype)), mask(s.rows * s.cols / 8), packed(s.rows * s.cols), E(meta_bytes(s.rows, s.cols)),
-        packed_t(s.rows * s.cols), E_t(meta_bytes(s.cols, s.rows)) {
+      : w(s.rows * s.cols * bytes_of(dtype)),
+        mask(s.rows * s.cols / 8),
+        packed(s.rows * s.cols),
+        E(meta_bytes(s.rows, s.cols)),
+        packed_t(s.rows * s.cols),
+        E_t(meta_bytes(s.cols, s.rows)) {
     w.fill(dtype, s.rows * s.cols);
-    args.w = {w.as(), dtype, s.rows, s.cols, order == Order::kRows ? s.cols : 1, order == Order::kRows ? 1 : s.rows};
+    args.w = {w.as(),
+              dtype,
+              s.rows,
+              s.cols,
+              order == Order::kRows ? s.cols : 1,
+              order == Order::kRows ? 1 : s.rows};
     args.mask = mask.as<uint16_t>(), args.packed = packed.as(), args.packed_t = packed_t.as();
     args.E = E.as<uint8_t>(), args.E_t = E_t.as<uint8_t>();
     cuda::search_mask(&args, 1, nullptr);
@@ -732,51 +830,70 @@ struct BenchWeight {
 };
 
 void bench_packing() {
-  for (const Shape s : {Shape{14336, 4096}, Shape{11008, 4096}, Shape{4096, 11008}, Shape{3072, 768}}) {
+  for (const Shape s :
+       {Shape{14336, 4096}, Shape{11008, 4096}, Shape{4096, 11008}, Shape{3072, 768}}) {
     for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
       for (Order order : kOrders) {
-        const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols), in = bytes_of(dtype);
+        const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols),
+                     in = bytes_of(dtype);
         const int sets = sets_for(elements * (in + 2.375));
         std::vector<std::unique_ptr<BenchWeight>> weights;
-        for (int i = 0; i < sets; ++i) weights.push_back(std::make_unique<BenchWeight>(s, dtype, order));
-        const std::string what = concat(" ", s.rows, "x", s.cols, " ", sparse24::name_of(dtype), " by ", name_of(order));
-        report("pack_by_mask" + what, elements * (in + 2.375), time_us(sets, [&](int i) { cuda::pack_by_mask(&weights[i]->args, 1, nullptr); }));
-        report("search_and_pack" + what, elements * (in + 2.375), time_us(sets, [&](int i) { cuda::search_and_pack(&weights[i]->args, 1, nullptr); }));
-        report("search_mask" + what, elements * (in + 0.125), time_us(sets, [&](int i) { cuda::search_mask(&weights[i]->args, 1, nullptr); }));
+        for (int i = 0; i < sets; ++i)
+          weights.push_back(std::make_unique<BenchWeight>(s, dtype, order));
+        const std::string what =
+            concat(" ", s.rows, "x", s.cols, " ", sparse24::name_of(dtype), " by ", name_of(order));
+        report("pack_by_mask" + what, elements * (in + 2.375),
+               time_us(sets, [&](int i) { cuda::pack_by_mask(&weights[i]->args, 1, nullptr); }));
+        report("search_and_pack" + what, elements * (in + 2.375),
+               time_us(sets, [&](int i) { cuda::search_and_pack(&weights[i]->args, 1, nullptr); }));
+        report("search_mask" + what, elements * (in + 0.125),
+               time_us(sets, [&](int i) { cuda::search_mask(&weights[i]->args, 1, nullptr); }));
       }
     }
   }
-  for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {  // all FFN weights of GPT-2 124M, several models in turn
+  for (DType dtype : {DType::kBFloat16,
+                      DType::kFloat32}) {  // all FFN weights of GPT-2 124M, several models in turn
     const double elements = 24.0 * 3072 * 768, in = bytes_of(dtype);
     std::vector<std::unique_ptr<BenchWeight>> weights;
     std::vector<PackArgs> args;
     for (int i = 0; i < 48; ++i) {
-      weights.push_back(std::make_unique<BenchWeight>(i % 2 ? Shape{3072, 768} : Shape{768, 3072}, dtype, Order::kRows));
+      weights.push_back(std::make_unique<BenchWeight>(i % 2 ? Shape{3072, 768} : Shape{768, 3072},
+                                                      dtype, Order::kRows));
       args.push_back(weights.back()->args);
     }
     const std::string what = concat(" 24 of 3072x768 ", sparse24::name_of(dtype));
-    report("pack_by_mask" + what, elements * (in + 2.375), time_us(2, [&](int i) { cuda::pack_by_mask(&args[24 * i], 24, nullptr); }));
-    report("search_and_pack" + what, elements * (in + 2.375), time_us(2, [&](int i) { cuda::search_and_pack(&args[24 * i], 24, nullptr); }));
+    report("pack_by_mask" + what, elements * (in + 2.375),
+           time_us(2, [&](int i) { cuda::pack_by_mask(&args[24 * i], 24, nullptr); }));
+    report("search_and_pack" + what, elements * (in + 2.375),
+           time_us(2, [&](int i) { cuda::search_and_pack(&args[24 * i], 24, nullptr); }));
   }
 }
 
 void bench_mvue() {
-  for (const Shape s : {Shape{8192, 11008}, Shape{16384, 14336}, Shape{16384, 4096}, Shape{16384, 3072}}) {
+  for (const Shape s :
+       {Shape{8192, 11008}, Shape{16384, 14336}, Shape{16384, 4096}, Shape{16384, 3072}}) {
     for (Order order : kOrders) {
       const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
       const int sets = sets_for(elements * 3.125);
       std::vector<std::unique_ptr<Device>> dy, packed, E;
       for (int i = 0; i < sets; ++i) {
-        dy.push_back(std::make_unique<Device>(s.rows * s.cols * 2)), packed.push_back(std::make_unique<Device>(s.rows * s.cols));
+        dy.push_back(std::make_unique<Device>(s.rows * s.cols * 2)),
+            packed.push_back(std::make_unique<Device>(s.rows * s.cols));
         E.push_back(std::make_unique<Device>(meta_bytes(s.cols, s.rows)));
         dy.back()->fill(DType::kBFloat16, s.rows * s.cols);
       }
       Device seed(16);
       cudaMemset(seed.as(), 7, 16);
-      report(concat("mvue_compress ", s.rows, "x", s.cols, " by ", name_of(order)), elements * 3.125, time_us(sets, [&](int i) {
-               const ConstMatrix view = {dy[i]->as(), DType::kBFloat16, s.rows, s.cols, order == Order::kRows ? s.cols : 1,
+      report(concat("mvue_compress ", s.rows, "x", s.cols, " by ", name_of(order)),
+             elements * 3.125, time_us(sets, [&](int i) {
+               const ConstMatrix view = {dy[i]->as(),
+                                         DType::kBFloat16,
+                                         s.rows,
+                                         s.cols,
+                                         order == Order::kRows ? s.cols : 1,
                                          order == Order::kRows ? 1 : s.rows};
-               cuda::mvue_compress({view, seed.as<int64_t>(), packed[i]->as(), E[i]->as<uint8_t>()}, nullptr);
+               cuda::mvue_compress({view, seed.as<int64_t>(), packed[i]->as(), E[i]->as<uint8_t>()},
+                                   nullptr);
              }));
     }
   }
@@ -787,20 +904,29 @@ void bench_decay() {
   const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
   for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     for (Order order : kOrders) {
-      Device grad(s.rows * s.cols * 4), w(s.rows * s.cols * 4), mask(s.rows * s.cols / 8), mask_b(s.rows * s.cols / 8), flips(8);
+      Device grad(s.rows * s.cols * 4), w(s.rows * s.cols * 4), mask(s.rows * s.cols / 8),
+          mask_b(s.rows * s.cols / 8), flips(8);
       grad.fill(dtype, s.rows * s.cols), w.fill(dtype, s.rows * s.cols);
-      mask.fill(DType::kBFloat16, s.rows * s.cols / 16), mask_b.fill(DType::kBFloat16, s.rows * s.cols / 16);
-      const int64_t row_stride = order == Order::kRows ? s.cols : 1, col_stride = order == Order::kRows ? 1 : s.rows;
+      mask.fill(DType::kBFloat16, s.rows * s.cols / 16),
+          mask_b.fill(DType::kBFloat16, s.rows * s.cols / 16);
+      const int64_t row_stride = order == Order::kRows ? s.cols : 1,
+                    col_stride = order == Order::kRows ? 1 : s.rows;
       const MaskedDecayArgs args = {{grad.as(), dtype, s.rows, s.cols, row_stride, col_stride},
                                     {w.as(), dtype, s.rows, s.cols, row_stride, col_stride},
-                                    mask.as<uint16_t>(), 1e-7f, nullptr};
+                                    mask.as<uint16_t>(),
+                                    1e-7f,
+                                    nullptr};
       report(concat("masked_decay 14336x4096 ", sparse24::name_of(dtype), " by ", name_of(order)),
-             elements * (3.0 * bytes_of(dtype) + 0.125), time_us(1, [&](int) { cuda::masked_decay(&args, 1, nullptr); }));
+             elements * (3.0 * bytes_of(dtype) + 0.125),
+             time_us(1, [&](int) { cuda::masked_decay(&args, 1, nullptr); }));
       if (order == Order::kColumns || dtype == DType::kFloat32) continue;
-      const MaskFlipsArgs flip_args = {mask.as<uint16_t>(), mask_b.as<uint16_t>(), s.rows * s.cols / 16, flips.as<int64_t>()};
-      report("mask_flips 14336x4096 (warm)", elements * 0.25, time_us(1, [&](int) { cuda::mask_flips(&flip_args, 1, nullptr); }));
+      const MaskFlipsArgs flip_args = {mask.as<uint16_t>(), mask_b.as<uint16_t>(),
+                                       s.rows * s.cols / 16, flips.as<int64_t>()};
+      report("mask_flips 14336x4096 (warm)", elements * 0.25,
+             time_us(1, [&](int) { cuda::mask_flips(&flip_args, 1, nullptr); }));
       const ConstMatrix view = {w.as(), dtype, s.rows, s.cols, row_stride, col_stride};
-      report("mask_gap 14336x4096", elements * 2.25, time_us(1, [&](int) { cuda::mask_gap(view, grad.as<float>(), nullptr); }));
+      report("mask_gap 14336x4096", elements * 2.25,
+             time_us(1, [&](int) { cuda::mask_gap(view, grad.as<float>(), nullptr); }));
     }
   }
 }
@@ -812,45 +938,66 @@ void bench_activations() {
     const int sets = sets_for(elements * 6);
     std::vector<std::unique_ptr<Device>> in, h, d_h, d_in, packed, E;
     for (int i = 0; i < sets; ++i) {
-      in.push_back(std::make_unique<Device>(tokens * d_ff * 4)), d_in.push_back(std::make_unique<Device>(tokens * d_ff * 4));
-      h.push_back(std::make_unique<Device>(tokens * d_ff * 2)), d_h.push_back(std::make_unique<Device>(tokens * d_ff * 2));
-      packed.push_back(std::make_unique<Device>(tokens * d_ff * 2)), E.push_back(std::make_unique<Device>(meta_bytes(2 * d_ff, tokens)));
-      in.back()->fill(DType::kBFloat16, tokens * d_ff * 2), d_h.back()->fill(DType::kBFloat16, tokens * d_ff);
+      in.push_back(std::make_unique<Device>(tokens * d_ff * 4)),
+          d_in.push_back(std::make_unique<Device>(tokens * d_ff * 4));
+      h.push_back(std::make_unique<Device>(tokens * d_ff * 2)),
+          d_h.push_back(std::make_unique<Device>(tokens * d_ff * 2));
+      packed.push_back(std::make_unique<Device>(tokens * d_ff * 2)),
+          E.push_back(std::make_unique<Device>(meta_bytes(2 * d_ff, tokens)));
+      in.back()->fill(DType::kBFloat16, tokens * d_ff * 2),
+          d_h.back()->fill(DType::kBFloat16, tokens * d_ff);
     }
     Device seed(16);
     cudaMemset(seed.as(), 7, 16);
     const auto view = [&](auto* data, int64_t cols, Order order) {
-      MatrixView<decltype(data)> m = {data, DType::kBFloat16, tokens, cols, order == Order::kRows ? cols : 1,
+      MatrixView<decltype(data)> m = {data,
+                                      DType::kBFloat16,
+                                      tokens,
+                                      cols,
+                                      order == Order::kRows ? cols : 1,
                                       order == Order::kRows ? 1 : tokens};
       return m;
     };
-    const auto constant = [&](void* data, int64_t cols, Order order) { return view(static_cast<const void*>(data), cols, order); };
+    const auto constant = [&](void* data, int64_t cols, Order order) {
+      return view(static_cast<const void*>(data), cols, order);
+    };
     const std::string shape = concat(" ", tokens, "x", d_ff);
     for (Activation kind : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh}) {
       for (Order in_order : kOrders) {
         for (Order h_order : kOrders) {
           if (kind != Activation::kSilu && in_order != h_order) continue;
-          report(concat("forward", shape, " kind ", static_cast<int>(kind), " in by ", name_of(in_order), ", out by ", name_of(h_order)),
+          report(concat("forward", shape, " kind ", static_cast<int>(kind), " in by ",
+                        name_of(in_order), ", out by ", name_of(h_order)),
                  elements * 6, time_us(sets, [&](int i) {
-                   cuda::activation_forward({kind, true, constant(in[i]->as(), 2 * d_ff, in_order), view(h[i]->as(), d_ff, h_order)}, nullptr);
+                   cuda::activation_forward({kind, true, constant(in[i]->as(), 2 * d_ff, in_order),
+                                             view(h[i]->as(), d_ff, h_order)},
+                                            nullptr);
                  }));
         }
       }
     }
-    report(concat("forward plain", shape, " kind 2 by rows"), elements * 4, time_us(sets, [&](int i) {
-             cuda::activation_forward({Activation::kGeluTanh, false, constant(in[i]->as(), d_ff, Order::kRows), view(h[i]->as(), d_ff, Order::kRows)}, nullptr);
+    report(concat("forward plain", shape, " kind 2 by rows"), elements * 4,
+           time_us(sets, [&](int i) {
+             cuda::activation_forward(
+                 {Activation::kGeluTanh, false, constant(in[i]->as(), d_ff, Order::kRows),
+                  view(h[i]->as(), d_ff, Order::kRows)},
+                 nullptr);
            }));
     for (int fused = 0; fused < 2; ++fused) {
       for (Activation kind : {Activation::kSilu, Activation::kGeluTanh}) {
         for (int orders : {0, 1, 2, 3}) {  // gate_up by columns: 1; d_h, d_gate_up by columns: 2
           const Order in_order = kOrders[orders & 1], d_order = kOrders[orders >> 1];
-          report(concat(fused ? "backward + mvue" : "backward", shape, " kind ", static_cast<int>(kind), " gate_up by ", name_of(in_order),
+          report(concat(fused ? "backward + mvue" : "backward", shape, " kind ",
+                        static_cast<int>(kind), " gate_up by ", name_of(in_order),
                         ", gradients by ", name_of(d_order)),
                  elements * (fused ? 12.25 : 10), time_us(sets, [&](int i) {
                    ActivationBackwardArgs args;
                    args.kind = kind, args.d_h = constant(d_h[i]->as(), d_ff, d_order);
-                   args.gate_up = constant(in[i]->as(), 2 * d_ff, in_order), args.d_gate_up = view(d_in[i]->as(), 2 * d_ff, d_order);
-                   if (fused) args.seed = seed.as<int64_t>(), args.packed = packed[i]->as(), args.E = E[i]->as<uint8_t>();
+                   args.gate_up = constant(in[i]->as(), 2 * d_ff, in_order),
+                   args.d_gate_up = view(d_in[i]->as(), 2 * d_ff, d_order);
+                   if (fused)
+                     args.seed = seed.as<int64_t>(), args.packed = packed[i]->as(),
+                     args.E = E[i]->as<uint8_t>();
                    cuda::activation_backward(args, nullptr);
                  }));
         }
@@ -872,6 +1019,7 @@ int main(int argc, char** argv) {
       if (std::strcmp(argv[i], name) == 0) return true;
     return false;
   };
+  if (asked("--tight")) guard = 0;
   try {
     if (!asked("--bench-only")) {
       test_empty();

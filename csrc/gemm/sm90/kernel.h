@@ -8,7 +8,7 @@
 //
 // Roles     one warp loads by TMA; two warpgroups multiply, 64 rows of the tile each, and store by TMA through shared
 //           memory; persistent over tiles.
-// Stages    as many K tiles as fit beside the epilogue: five of 41 KB at 128x256x64.
+// Stages    as many K tiles as fit beside the epilogue: five of 41 KB at 128x256x64 (four for fp32 outputs).
 // Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense flops.
 // Epilogue  alpha acc + beta out + bias, beta and bias at run time: a null bias and beta = 0 read nothing.
 #pragma once
@@ -64,9 +64,10 @@ struct SparseGemm {
   static constexpr int kOutAlignment = 16 / sizeof(Output);
 
   using Fusion = cutlass::epilogue::fusion::LinCombPerRowBias<Output, float, Element, Output, float>;
+  // Narrow epilogue tiles: CUTLASS keeps four of them in shared memory, and what they leave free is a fifth stage.
+  using EpilogueTile = cute::Shape<cute::Int<kTileM>, cute::_16>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, Output, LayoutOut, kOutAlignment, Output, LayoutOut,
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape, EpilogueTile, float, float, Output, LayoutOut, kOutAlignment, Output, LayoutOut,
       kOutAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Fusion>::CollectiveOp;
   using StockMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment, Element, LayoutRhs,
