@@ -11,6 +11,8 @@ Ratios   only within one run.
 from __future__ import annotations
 
 import csv
+import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -47,8 +49,10 @@ LAYERS = [
 
 
 def header() -> dict[str, str]:
-    """Device, versions and commit, for the first lines of every result."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """Device, versions and commit, for the first lines of every result. GIT_COMMIT names it where git cannot."""
+    commit = os.environ.get("GIT_COMMIT", "")
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

@@ -12,7 +12,6 @@ the same in plain PyTorch: `reference`.
 from . import errors, functional, integrations, ops, reference
 from ._library import Availability, is_available
 from ._version import __version__
-from .conv1d import SparseConv1D
 from .convert import densify, refresh, sparsify
 from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from .exporting import export
@@ -46,3 +45,12 @@ __all__ = [
     "tune_decay",
     "verify",
 ]
+
+
+def __getattr__(name: str):
+    # transformers' Conv1D is its base class, and sparse24 does not need transformers.
+    if name == "SparseConv1D":
+        from .conv1d import SparseConv1D
+
+        return SparseConv1D
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

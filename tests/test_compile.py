@@ -66,7 +66,6 @@ def test_dynamic_batch_compiles_once():
     assert counter.frame_count == 1
 
 
-@pytest.mark.fault(54)
 def test_compiled_graph_sees_new_masks_and_weights_without_recompiling():
     model, optimizer, _ = make(MLP, dense_fraction=0)
     counter = CompileCounterWithBackend(BACKEND)
@@ -80,6 +79,7 @@ def test_compiled_graph_sees_new_masks_and_weights_without_recompiling():
     assert counter.frame_count == 1
 
 
+@pytest.mark.fault(54)
 def test_checkpointed_block_inside_a_compiled_function():
     """Recomputation by the compiler does not draw the noise twice."""
     model, _, _ = make(MLP, dense_fraction=0)

@@ -123,7 +123,6 @@ def test_sparsify_twice_changes_nothing_the_second_time():
     assert model.fc1.mask is mask
 
 
-@pytest.mark.fault(76)
 def test_own_gated_block_counts_as_converted_already():
     model = nn.ModuleDict({"ffn": sparse24.SparseGatedMLP(8, 16)})
     assert [s.name for s in sparse24.sparsify(model).skipped] == ["ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"]
@@ -142,6 +141,7 @@ def test_patterns_choose_and_exclude():
     assert len(sparse24.sparsify(model, exclude=("*c_fc",)).converted) == 2
 
 
+@pytest.mark.fault(76)
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -224,7 +224,6 @@ def test_tied_weights_are_refused_unless_allowed():
     torch.testing.assert_close(bad.fc1.weight.grad, torch.where(kept, 0, 0.5 * bad.fc1.weight))
 
 
-@pytest.mark.fault(40)
 def test_a_module_used_twice_is_one_layer_and_not_tied():
     class Shared(nn.Module):
         def __init__(self):
@@ -300,6 +299,7 @@ def test_hooks_and_references_survive_conversion():
     assert model.fc1 is layer and isinstance(layer, SparseLinear) and seen == [layer]
 
 
+@pytest.mark.fault(40)
 def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch):
     """Out of memory in a packed copy changes nothing, and the next attempt works."""
     model, calls = MLP(), []
@@ -319,7 +319,6 @@ def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch):
     assert len(sparse24.sparsify(model).converted) == 2
 
 
-@pytest.mark.fault(36)
 def test_pytorchs_encoder_layer_does_not_bypass_the_sparse_layers():
     """Its inference fast path multiplies with linear1.weight itself."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
@@ -335,6 +334,7 @@ def test_pytorchs_encoder_layer_does_not_bypass_the_sparse_layers():
         torch.testing.assert_close(layer(x), dense)
 
 
+@pytest.mark.fault(36)
 def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_forced(monkeypatch):
     """The reason is told, and only backend='sparse' makes it an error."""
     monkeypatch.setattr(
@@ -348,7 +348,6 @@ def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_for
         sparse24.sparsify(model, backend="sparse")
 
 
-@pytest.mark.fault(66)
 def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatch):
     """Which function a layer trains is decided at conversion, from shape, tokens and device."""
     layer = MLP(512, 1024).fc1
@@ -366,6 +365,7 @@ def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatc
     assert not choose(on_gpu, "auto", None)[0] and choose(on_gpu, "sparse", None)[0]
 
 
+@pytest.mark.fault(66)
 def test_ddp_neither_broadcasts_nor_checks_the_packed_forms():
     """They are as large as the model; each rank makes its own."""
     model = nn.Sequential(MLP())

@@ -41,7 +41,6 @@ def sparse_names(model):
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.fault(60)
 def test_trainer_trains_sparse_then_dense_and_logs(tmp_path, make):
     trainer, callback = hf_trainer(tmp_path, make)
     assert len(callback.report.converted) == len(sparse_names(trainer.model)) > 0
@@ -55,6 +54,7 @@ def test_trainer_trains_sparse_then_dense_and_logs(tmp_path, make):
     assert sparse24.verify(trainer.model)
 
 
+@pytest.mark.fault(60)
 def test_decay_follows_the_trainers_clipping(tmp_path):
     """Un-scale, clip, decay, step; the Trainer clips before it calls the optimizer."""
     trainer, callback = hf_trainer(tmp_path, steps=2, decay=10.0, dense_fraction=0)

@@ -44,7 +44,6 @@ def assert_packed_is_current(layer):
 # -- the function ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(15, 16, 17, 18)
 def test_forward_is_linear_with_masked_weight():
     layer, x = sparse_linear(), torch.randn(5, 16)
     torch.testing.assert_close(layer(x), F.linear(x, masked(layer), layer.bias), rtol=0, atol=1e-6)
@@ -87,6 +86,7 @@ def test_module_is_a_linear_with_the_same_state_dict():
     assert layer.mask.dtype == torch.uint8 and layer.mask.shape == (6, 8)
 
 
+@pytest.mark.fault(15, 16, 17, 18)
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (3, 2, 16), (2, 2, 2, 16), (31, 16), (0, 16), (2, 0, 16)], ids=str)
 def test_any_number_of_leading_dimensions_and_tokens(shape):
     """Odd token counts, none, one; 1-D to 4-D input."""
@@ -153,7 +153,6 @@ def test_sizes_that_are_not_multiples_of_four_are_refused(sizes):
         SparseLinear(*sizes)
 
 
-@pytest.mark.fault(55, 78)
 def test_values_packed_in_16_bits_serve_another_dtype_by_the_same_function():
     layer, x = sparse_linear(compute_dtype=torch.bfloat16, mvue=False), torch.randn(4, 16, requires_grad=True)
     with pytest.warns(Sparse24Warning, match="packed for torch.bfloat16 but called in torch.float32"):
@@ -166,6 +165,7 @@ def test_values_packed_in_16_bits_serve_another_dtype_by_the_same_function():
 # -- autograd -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(55, 78)
 def test_noise_follows_torch_seeds_and_is_fresh_in_each_backward():
     """The same seed gives the same gradient, another backward gives another."""
     layer, x, dy = sparse_linear(), torch.randn(64, 16), torch.randn(64, 24)
@@ -389,7 +389,6 @@ def test_change_of_dtype_packs_anew_and_keeps_the_mask(convert):
     assert_packed_is_current(layer)
 
 
-@pytest.mark.fault(56)
 def test_move_without_effect_keeps_the_addresses():
     layer = sparse_linear()
     addresses = [buffer.data_ptr() for buffer in layer.buffers()]
@@ -397,6 +396,7 @@ def test_move_without_effect_keeps_the_addresses():
     assert addresses == [buffer.data_ptr() for buffer in layer.buffers()]
 
 
+@pytest.mark.fault(56)
 def test_meta_device_then_empty_then_weights():
     """Built on the meta device, materialised, then loaded."""
     layer = SparseLinear(16, 24, device="meta")

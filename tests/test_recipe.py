@@ -43,7 +43,6 @@ def run(model, optimizer, steps, first=0):
 # -- masked decay ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(60)
 def test_decay_is_added_to_the_gradients_of_pruned_weights_only():
     model, optimizer, _ = make(lr=0.0, decay=0.03)
     for p in model.parameters():
@@ -54,6 +53,7 @@ def test_decay_is_added_to_the_gradients_of_pruned_weights_only():
         assert torch.equal(layer.bias.grad, torch.ones_like(layer.bias))
 
 
+@pytest.mark.fault(60)
 def test_decay_comes_after_clipping_and_before_the_optimizers_moments():
     """Un-scale, clip, decay, step."""
     model, optimizer, _ = make(torch.optim.Adam, decay=0.5)
@@ -83,7 +83,6 @@ def test_accumulation_decays_once_and_keeps_mask_and_packed_forms_fixed():
 
 
 @pytest.mark.parametrize("make_model", [gpt2, llama])
-@pytest.mark.fault(70)
 def test_training_a_real_model_lowers_its_loss_in_both_phases(make_model):
     model, optimizer, recipe = make(
         torch.optim.AdamW, 3e-3, make_model(), total_steps=24, mask_interval=4, dense_fraction=0.25
@@ -107,6 +106,7 @@ def test_packed_forms_follow_every_step_and_masks_every_interval():
     assert not torch.equal(masks[0], masks[-1])
 
 
+@pytest.mark.fault(70)
 @pytest.mark.parametrize(
     "optimizer, options",
     [
@@ -153,7 +153,6 @@ def test_optimizer_made_before_sparsify_works():
     assert not torch.equal(before, model.fc1.weight) and sparse24.verify(model)
 
 
-@pytest.mark.fault(58)
 def test_closures_run_before_the_decay():
     model, optimizer, recipe = make(lr=0.0, decay=1.0)
 
@@ -189,6 +188,7 @@ def scaled_step(model, optimizer, scaler, poison=False, unscale=False):
     scaler.update()
 
 
+@pytest.mark.fault(58)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
 def test_decay_under_a_gradient_scaler_is_that_without(fused, unscale):
@@ -247,7 +247,6 @@ def test_infinite_gradients_survive_the_pruning():
         (1, 1 / 6, "end", range(1)),
     ],
 )
-@pytest.mark.fault(71)
 def test_phases_of_a_run(total, fraction, at, sparse):
     phases = Phases.plan(total, fraction, at)
     assert [step for step in range(total) if phases.at(step) == "sparse"] == list(sparse)
@@ -416,6 +415,7 @@ def test_dense_method_trains_dense_and_only_watches_the_masks():
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -451,7 +451,6 @@ def test_decay_zero_is_plain_straight_through():
     assert torch.equal(*results)
 
 
-@pytest.mark.fault(77)
 def test_model_and_optimizer_must_fit():
     model = MLP()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -471,6 +470,7 @@ def test_model_and_optimizer_must_fit():
         Recipe(model, split, total_steps=1)
 
 
+@pytest.mark.fault(77)
 def test_second_recipe_on_the_same_optimizer_is_refused_and_a_new_pair_takes_over():
     """No double decay."""
     model, optimizer, recipe = make(lr=0.0, decay=1.0)
