@@ -28,7 +28,8 @@ __device__ __forceinline__ void backward_patch(Activation kind, SquarePatch<T>& 
           const int j = w * kPerWord + e;
           const float d = patch_value(d_h, i, j), x = patch_value(gate, i, j);
           if constexpr (kGated) {
-            const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d, x, patch_value(up, i, j));
+            const GatedBackward back =
+                gated_backward<kKind, sizeof(T) == 2>(d, x, patch_value(up, i, j));
             h[e] = back.h, d_gate[e] = back.d_gate, d_up[e] = back.d_up;
           } else {
             const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(x);

@@ -124,7 +124,8 @@ __global__ void __launch_bounds__(kTileThreads, 5)
       float x[kSide];
       SP24_UNROLL
       for (int j = 0; j < kSide; ++j) {
-        const float value = activate<decltype(kind)::value, sizeof(T) == 2>(patch_value(gate, i, j)).value;
+        const float value =
+            activate<decltype(kind)::value, sizeof(T) == 2>(patch_value(gate, i, j)).value;
         x[j] = kGated ? value * patch_value(up, i, j) : value;
       }
       SP24_UNROLL

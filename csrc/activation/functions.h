@@ -2,8 +2,8 @@
 //
 //   silu       x sigmoid(x)
 //   gelu       x Phi(x), Phi by erf
-//   gelu_tanh  x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh z), without its cancellation
-//   relu       max(x, 0), derivative 0 at 0;  squared_relu  max(x, 0)^2
+//   gelu_tanh  x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh z),
+//   without its cancellation relu       max(x, 0), derivative 0 at 0;  squared_relu  max(x, 0)^2
 //   NaN stays NaN everywhere.
 #pragma once
 
@@ -24,8 +24,8 @@ struct Sigmoid {
   float complement;  // 1 - value, without cancellation where value is close to 1
 };
 
-/// exp(x) to a few ulp; `kFor16Bits` on the GPU: to 2^-20 or so, in two instructions, which no result that is rounded to
-/// 16 bits shows.
+/// exp(x) to a few ulp; `kFor16Bits` on the GPU: to 2^-20 or so, in two instructions, which no
+/// result that is rounded to 16 bits shows.
 template <bool kFor16Bits>
 SP24_HD float exponential(float x) {
 #if defined(__CUDA_ARCH__)
@@ -55,8 +55,8 @@ SP24_HD Sigmoid sigmoid(float x) {
   return {value, value == 0.0f ? 1.0f : decayed * value};
 }
 
-/// The activation and its derivative at x. Callers that need one of them leave the other to the optimizer. kFor16Bits: the
-/// GPU may be as coarse as 16-bit results allow.
+/// The activation and its derivative at x. Callers that need one of them leave the other to the
+/// optimizer. kFor16Bits: the GPU may be as coarse as 16-bit results allow.
 template <Activation kKind, bool kFor16Bits = false>
 SP24_HD ValueAndSlope activate(float x) {
   if constexpr (kKind == Activation::kSilu) {

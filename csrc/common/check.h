@@ -1,4 +1,5 @@
-// check.h: failed checks become sparse24::Error. A message gives argument, rule and value, and where it helps the remedy:
+// check.h: failed checks become sparse24::Error. A message gives argument, rule and value, and
+// where it helps the remedy:
 //   SP24_CHECK(k % 32 == 0, "k must be a multiple of 32, got ", k);
 #pragma once
 
@@ -18,7 +19,7 @@ std::string concat(const Parts&... parts) {
 
 }  // namespace sparse24
 
-#define SP24_CHECK(condition, ...)                                          \
-  do {                                                                      \
+#define SP24_CHECK(condition, ...)                                              \
+  do {                                                                          \
     if (!(condition)) throw ::sparse24::Error(::sparse24::concat(__VA_ARGS__)); \
   } while (false)

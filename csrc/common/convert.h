@@ -1,4 +1,5 @@
-// convert.h: fp32 from and to the 16-bit types, rounding to nearest even, the same bits on CPU and GPU.
+// convert.h: fp32 from and to the 16-bit types, rounding to nearest even, the same bits on CPU and
+// GPU.
 //
 // A NaN becomes 0x7FFF in both 16-bit types, as the GPU's own conversion has it.
 #pragma once
@@ -70,9 +71,11 @@ SP24_HD Float16 from_float<Float16>(float x) {
   const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu;
   const uint32_t sign = (bits >> 16) & 0x8000u;
   if (magnitude > 0x7F800000u) return {kNan16};
-  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // rounds past 65504
+  if (magnitude >= 0x477FF000u)
+    return {static_cast<uint16_t>(sign | 0x7C00u)};  // rounds past 65504
   if (magnitude < 0x38800000u) {
-    // Denormal in fp16: adding 0.5 puts the last fp16 place at the last fp32 place, and the sum rounds once.
+    // Denormal in fp16: adding 0.5 puts the last fp16 place at the last fp32 place, and the sum
+    // rounds once.
     const float shifted = bits_float(magnitude) + 0.5f;
     return {static_cast<uint16_t>(sign | (float_bits(shifted) - 0x3F000000u))};
   }

@@ -1,4 +1,5 @@
-// cuda_check.h: CUDA calls and launches that fail become sparse24::Error; work runs on the device of its tensors.
+// cuda_check.h: CUDA calls and launches that fail become sparse24::Error; work runs on the device
+// of its tensors.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,8 +15,9 @@ inline void check_cuda(cudaError_t status, const char* what) {
 
 /// Makes `device` current for its own lifetime, so that an op runs where its tensors are.
 ///
-/// A thread that has made no CUDA call yet, such as autograd's, reports a current device but has no context, and encoding
-/// a TMA descriptor needs one: the first guard of a thread sets its device even where it is the right one already.
+/// A thread that has made no CUDA call yet, such as autograd's, reports a current device but has no
+/// context, and encoding a TMA descriptor needs one: the first guard of a thread sets its device
+/// even where it is the right one already.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -41,8 +43,9 @@ class DeviceGuard {
 
 #define SP24_CHECK_CUDA(call) ::sparse24::check_cuda((call), #call)
 /// After each launch: `what` names the op and its shapes.
-#define SP24_CHECK_LAUNCH(...)                                                                            \
-  do {                                                                                                    \
-    const cudaError_t launched = cudaGetLastError();                                                      \
-    if (launched != cudaSuccess) ::sparse24::check_cuda(launched, ::sparse24::concat(__VA_ARGS__).c_str()); \
+#define SP24_CHECK_LAUNCH(...)                                                   \
+  do {                                                                           \
+    const cudaError_t launched = cudaGetLastError();                             \
+    if (launched != cudaSuccess)                                                 \
+      ::sparse24::check_cuda(launched, ::sparse24::concat(__VA_ARGS__).c_str()); \
   } while (false)

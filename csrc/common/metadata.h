@@ -1,9 +1,11 @@
-// metadata.h: E, the positions of kept elements, in the byte order that the sm_90 sparse wgmma path reads.
+// metadata.h: E, the positions of kept elements, in the byte order that the sm_90 sparse wgmma path
+// reads.
 //
-// A group of four elements along k keeps two, at idx0 < idx1: the nibble idx0 | idx1 << 2. A byte holds the nibbles of
-// two neighbouring groups, the lower one (smaller k) in the lower half. The bytes of a 64 (m) x 64 (k) block are 512
-// contiguous ones; blocks run along m first, then along k. This is CUTLASS' order for 16-bit types and a K tile of 64
-// (checked against its compressor in tests/cpp/gemm_gpu_test.cu); the library uses it for every operand.
+// A group of four elements along k keeps two, at idx0 < idx1: the nibble idx0 | idx1 << 2. A byte
+// holds the nibbles of two neighbouring groups, the lower one (smaller k) in the lower half. The
+// bytes of a 64 (m) x 64 (k) block are 512 contiguous ones; blocks run along m first, then along k.
+// This is CUTLASS' order for 16-bit types and a K tile of 64 (checked against its compressor in
+// tests/cpp/gemm_gpu_test.cu); the library uses it for every operand.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +14,21 @@
 
 namespace sparse24 {
 
-constexpr int kMetaBlock = 64;             // extents of a metadata block, in elements, along m and along k
+constexpr int kMetaBlock = 64;  // extents of a metadata block, in elements, along m and along k
 constexpr int kMetaBlockBytes = 512;       // 64 * 64 elements / 8 a byte
 constexpr uint32_t kPaddingNibble = 0x4u;  // positions 0 and 1: what lies past the operand's end
 
 SP24_HD int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-/// Offset of the byte of elements (m, k..k+7) within its 64 x 64 block; m, k in [0, 64), k % 8 == 0.
+/// Offset of the byte of elements (m, k..k+7) within its 64 x 64 block; m, k in [0, 64), k % 8 ==
+/// 0.
 SP24_HD int meta_block_offset(int m, int k) {
-  return (m / 16) * 128 + ((k / 16) % 2) * 64 + (m % 8) * 8 + (k / 32) * 4 + ((m / 8) % 2) * 2 + (k % 16) / 8;
+  return (m / 16) * 128 + ((k / 16) % 2) * 64 + (m % 8) * 8 + (k / 32) * 4 + ((m / 8) % 2) * 2 +
+         (k % 16) / 8;
 }
 
-/// Offset of the first byte of metadata block (block_m, block_k) of an operand with `blocks_m` of them along m.
+/// Offset of the first byte of metadata block (block_m, block_k) of an operand with `blocks_m` of
+/// them along m.
 SP24_HD int64_t meta_block_start(int64_t block_m, int64_t block_k, int64_t blocks_m) {
   return (block_k * blocks_m + block_m) * kMetaBlockBytes;
 }

@@ -1,6 +1,8 @@
-// philox.h: Philox4x32-10, a counter-based generator: the same four words for the same key and counter, everywhere.
+// philox.h: Philox4x32-10, a counter-based generator: the same four words for the same key and
+// counter, everywhere.
 //
-// Source   Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011), section 4.3.
+// Source   Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011),
+// section 4.3.
 #pragma once
 
 #include <cstdint>
@@ -38,7 +40,7 @@ SP24_HD Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
 
 /// The Philox key of a seed pair (two int64): both halves of both numbers enter it.
 struct PhiloxKey {
-  uint32_t key0, key1;      // the key proper, from the first number
+  uint32_t key0, key1;        // the key proper, from the first number
   uint32_t stream0, stream1;  // the upper half of the counter, from the second
 };
 

@@ -1,22 +1,29 @@
-// mvue_group.h: unbiased, minimum-variance 2:4 pruning of one group of four gradients, with one uniform number.
+// mvue_group.h: unbiased, minimum-variance 2:4 pruning of one group of four gradients, with one
+// uniform number.
 //
-// Element i is kept with probability p_i (their sum is 2) and then scaled by 1/p_i; p_i = min(1, c |a_i|) has the least
-// variance. With S the sum of magnitudes that means
+// Element i is kept with probability p_i (their sum is 2) and then scaled by 1/p_i; p_i = min(1, c
+// |a_i|) has the least variance. With S the sum of magnitudes that means
 //
 //   level   no magnitude above S/2: p_i = 2 |a_i| / S, and every kept value becomes sign(a_i) S/2;
-//   heavy   one above: it is kept as it is, and one of the other three, drawn with p_i = |a_i| / R where R is the sum
+//   heavy   one above: it is kept as it is, and one of the other three, drawn with p_i = |a_i| / R
+//   where R is the sum
 //           of their magnitudes, becomes sign(a_i) R.
 //
-// Systematic sampling needs one uniform u: with running sums C_i of p, the picks are the first C_i > u and the first
-// later C_i > u + 1. Here sums of magnitudes are compared with u S/2 and (u + 1) S/2, so there is no division at all.
+// Systematic sampling needs one uniform u: with running sums C_i of p, the picks are the first C_i
+// > u and the first later C_i > u + 1. Here sums of magnitudes are compared with u S/2 and (u + 1)
+// S/2, so there is no division at all.
 //
-// Exactness  u = (k + 1/2) 2^-22 from 22 random bits: u and u + 1 are exact in fp32, and never 0, 1 or 2. The last
-//            non-zero element ends the running sum by decree, whatever rounding left of it, and the first pick leaves
-//            a non-zero element for the second: always two picks where two are non-zero, and never a zero one.
-// Range      Groups whose sum is tiny or huge are scaled by a power of two first: denormals stay exact, sums of finite
+// Exactness  u = (k + 1/2) 2^-22 from 22 random bits: u and u + 1 are exact in fp32, and never 0, 1
+// or 2. The last
+//            non-zero element ends the running sum by decree, whatever rounding left of it, and the
+//            first pick leaves a non-zero element for the second: always two picks where two are
+//            non-zero, and never a zero one.
+// Range      Groups whose sum is tiny or huge are scaled by a power of two first: denormals stay
+// exact, sums of finite
 //            numbers finite.
-// Specials   Inf and NaN are kept as they are, so that they reach the weight gradient and a GradScaler sees them.
-// Source     arXiv 2404.01847, section on MVUE; the level case and the one-uniform draw are derived there anew.
+// Specials   Inf and NaN are kept as they are, so that they reach the weight gradient and a
+// GradScaler sees them. Source     arXiv 2404.01847, section on MVUE; the level case and the
+// one-uniform draw are derived there anew.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +44,8 @@ SP24_HD float mvue_uniform(uint32_t random) {
   return static_cast<float>(2u * (random >> 10) + 1u) * 0x1p-23f;
 }
 
-/// The four uniforms of groups (token_group, features 4*quad .. 4*quad + 3): a function of the seed and these alone.
+/// The four uniforms of groups (token_group, features 4*quad .. 4*quad + 3): a function of the seed
+/// and these alone.
 SP24_HD Philox4 mvue_random(const PhiloxKey& key, uint32_t token_group, uint32_t feature_quad) {
   return philox4x32_10({{feature_quad, token_group, key.stream0, key.stream1}}, key.key0, key.key1);
 }
@@ -69,9 +77,11 @@ SP24_HD MvuePick keep_nonfinite(const float (&a)[4]) {
   return {pick_of_four(a, first), pick_of_four(a, second), first | (second << 2)};
 }
 
-/// The draw proper, for magnitudes whose sum is neither tiny, huge nor non-finite. Values carry the sign of a.
+/// The draw proper, for magnitudes whose sum is neither tiny, huge nor non-finite. Values carry the
+/// sign of a.
 SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
-  const float b0 = abs_float(a[0]), b1 = abs_float(a[1]), b2 = abs_float(a[2]), b3 = abs_float(a[3]);
+  const float b0 = abs_float(a[0]), b1 = abs_float(a[1]), b2 = abs_float(a[2]),
+              b3 = abs_float(a[3]);
 
   // The largest (the first of equals) and the other three, in order.
   uint32_t heavy = 0;
@@ -88,7 +98,8 @@ SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
   float first_scale, second_scale;
   if (top > rest) {  // heavy
     const float target = u * rest;
-    // Past the last non-zero there is nothing to pick: stop there even if rounding left the sum at the target.
+    // Past the last non-zero there is nothing to pick: stop there even if rounding left the sum at
+    // the target.
     const bool at0 = r0 > target || (r1 == 0.0f && r2 == 0.0f);
     const bool at1 = r0 + r1 > target || r2 == 0.0f;
     const uint32_t among_rest = at0 ? 0u : at1 ? 1u : 2u;
@@ -102,7 +113,8 @@ SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
     const float target = u * half, next = (u + 1.0f) * half;
     const bool zero3 = b3 == 0.0f, zero2 = b2 == 0.0f, zero1 = b1 == 0.0f;
     // The first pick must leave a non-zero element behind it.
-    const bool one_left_after_0 = static_cast<int>(!zero1) + static_cast<int>(!zero2) + static_cast<int>(!zero3) == 1;
+    const bool one_left_after_0 =
+        static_cast<int>(!zero1) + static_cast<int>(!zero2) + static_cast<int>(!zero3) == 1;
     const bool one_left_after_1 = static_cast<int>(!zero2) + static_cast<int>(!zero3) == 1;
     const bool first_is_0 = b0 != 0.0f && (b0 > target || one_left_after_0);
     const bool first_is_1 = b1 != 0.0f && (c1 > target || one_left_after_1);
@@ -113,7 +125,8 @@ SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
     first_scale = second_scale = half;
   }
   const float first_a = pick_of_four(a, first), second_a = pick_of_four(a, second);
-  // A zero stays zero: only groups with fewer than two non-zero elements pick one, to fill the second place.
+  // A zero stays zero: only groups with fewer than two non-zero elements pick one, to fill the
+  // second place.
   return {first_a == 0.0f ? 0.0f : with_sign_of(first_scale, first_a),
           second_a == 0.0f ? 0.0f : with_sign_of(second_scale, second_a), first | (second << 2)};
 }
@@ -122,7 +135,8 @@ SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
 SP24_HD MvuePick mvue_group(const float (&a)[4], float u) {
   const float sum = (abs_float(a[0]) + abs_float(a[1])) + (abs_float(a[2]) + abs_float(a[3]));
   if (sum > 0x1p-60f && sum < 0x1p+120f) return draw_group(a, u);
-  // Rare from here on. 2^64 lifts every denormal into the normal range; 2^-8 brings four times the largest fp32 down.
+  // Rare from here on. 2^64 lifts every denormal into the normal range; 2^-8 brings four times the
+  // largest fp32 down.
   if (sum == 0.0f) return {0.0f, 0.0f, 0x4u};
   bool finite = true;
   SP24_UNROLL
@@ -135,7 +149,8 @@ SP24_HD MvuePick mvue_group(const float (&a)[4], float u) {
   pick.first_value *= down;
   pick.second_value *= down;
   // What 2^-8 sent to zero beside a huge neighbour is kept as it was.
-  const float first_a = pick_of_four(a, pick.nibble & 3u), second_a = pick_of_four(a, pick.nibble >> 2);
+  const float first_a = pick_of_four(a, pick.nibble & 3u),
+              second_a = pick_of_four(a, pick.nibble >> 2);
   if (pick.first_value == 0.0f && first_a != 0.0f) pick.first_value = first_a;
   if (pick.second_value == 0.0f && second_a != 0.0f) pick.second_value = second_a;
   return pick;

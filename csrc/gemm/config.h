@@ -1,4 +1,5 @@
-// config.h: which sparse GEMM kernel runs a product. Pure host code: no CUDA, no CUTLASS; tested without a GPU.
+// config.h: which sparse GEMM kernel runs a product. Pure host code: no CUDA, no CUTLASS; tested
+// without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ struct GemmDesc {
 
 enum class Raster : int { kAlongM, kAlongN };
 
-/// How a kernel computes it. The tile and the cluster pick a compiled kernel; the rest are run-time choices.
+/// How a kernel computes it. The tile and the cluster pick a compiled kernel; the rest are run-time
+/// choices.
 struct GemmConfig {
   int tile_m, tile_n, tile_k;
   int cluster_m, cluster_n;
@@ -36,7 +38,8 @@ struct KernelEntry {
 /// The table that the heuristic, the build and the tests read.
 const KernelEntry* kernel_table(int* count);
 
-/// The config for a product on a GPU of `multiprocessors`, among the compiled ones. Throws Error where none fits.
+/// The config for a product on a GPU of `multiprocessors`, among the compiled ones. Throws Error
+/// where none fits.
 GemmConfig choose_config(const GemmDesc& desc, int multiprocessors);
 
 std::string to_string(const GemmDesc& desc);

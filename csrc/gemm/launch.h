@@ -10,8 +10,8 @@
 
 namespace sparse24::gemm {
 
-using Launcher = void(const SparseGemmArgs& args, const GemmConfig& config, int device, int multiprocessors,
-                      cudaStream_t stream);
+using Launcher = void(const SparseGemmArgs& args, const GemmConfig& config, int device,
+                      int multiprocessors, cudaStream_t stream);
 
 #define SP24_GEMM_KERNEL(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m, cluster_n) \
   Launcher SP24_GEMM_LAUNCHER(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m, cluster_n);

@@ -24,15 +24,18 @@ Gpu gpu(int device) {
   const bool cached = device >= 0 && device < 64;
   if (cached) {
     if (const uint64_t packed = known[device].load(std::memory_order_relaxed)) {
-      return {static_cast<int>(packed >> 48), static_cast<int>(packed >> 32 & 0xFFFF), static_cast<int>(packed)};
+      return {static_cast<int>(packed >> 48), static_cast<int>(packed >> 32 & 0xFFFF),
+              static_cast<int>(packed)};
     }
   }
   Gpu out;
   SP24_CHECK_CUDA(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device));
   SP24_CHECK_CUDA(cudaDeviceGetAttribute(&out.minor, cudaDevAttrComputeCapabilityMinor, device));
-  SP24_CHECK_CUDA(cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  SP24_CHECK_CUDA(
+      cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   if (cached) {
-    known[device].store(static_cast<uint64_t>(out.major) << 48 | static_cast<uint64_t>(out.minor) << 32 |
+    known[device].store(static_cast<uint64_t>(out.major) << 48 |
+                            static_cast<uint64_t>(out.minor) << 32 |
                             static_cast<uint32_t>(out.multiprocessors),
                         std::memory_order_relaxed);
   }
@@ -46,10 +49,10 @@ GemmDesc describe(const SparseGemmArgs& args) {
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 Launcher* find_launcher(const GemmDesc& desc, const GemmConfig& config) {
-#define SP24_GEMM_KERNEL(pass_, dtype_, out_, tm, tn, tk, cm, cn)                                              \
-  if (desc.pass == GemmPass::k##pass_ && desc.dtype == DType::k##dtype_ && desc.out_dtype == DType::k##out_ && \
-      config.tile_m == tm && config.tile_n == tn && config.tile_k == tk && config.cluster_m == cm &&           \
-      config.cluster_n == cn)                                                                                  \
+#define SP24_GEMM_KERNEL(pass_, dtype_, out_, tm, tn, tk, cm, cn)                       \
+  if (desc.pass == GemmPass::k##pass_ && desc.dtype == DType::k##dtype_ &&              \
+      desc.out_dtype == DType::k##out_ && config.tile_m == tm && config.tile_n == tn && \
+      config.tile_k == tk && config.cluster_m == cm && config.cluster_n == cn)          \
     return &SP24_GEMM_LAUNCHER(pass_, dtype_, out_, tm, tn, tk, cm, cn);
 #include "gemm/kernels.def"
 #undef SP24_GEMM_KERNEL
@@ -61,27 +64,35 @@ Launcher* find_launcher(const GemmDesc& desc, const GemmConfig& config) {
 std::string unsupported(const SparseGemmArgs& args, int device) {
   const Gpu properties = gpu(device);
   if (properties.major != 9) {
-    return concat("the GPU is sm_", properties.major, properties.minor, ", sparse GEMM kernels are built for sm_90a");
+    return concat("the GPU is sm_", properties.major, properties.minor,
+                  ", sparse GEMM kernels are built for sm_90a");
   }
-  if (args.dtype == DType::kFloat32) return "float32 operands (sparse tensor cores take bfloat16 and float16)";
+  if (args.dtype == DType::kFloat32)
+    return "float32 operands (sparse tensor cores take bfloat16 and float16)";
   if (args.out_dtype != args.dtype && args.out_dtype != DType::kFloat32) {
-    return concat("output ", sparse24::name_of(args.out_dtype), " for operands ", sparse24::name_of(args.dtype));
+    return concat("output ", sparse24::name_of(args.out_dtype), " for operands ",
+                  sparse24::name_of(args.dtype));
   }
   // TMA reads and writes rows of whole 16-byte units.
   const int64_t out_unit = 16 / bytes_of(args.out_dtype);
-  if (args.rhs_ld % 8 != 0) return concat("rows of the dense operand ", args.rhs_ld, " elements apart, not a multiple of 8");
+  if (args.rhs_ld % 8 != 0)
+    return concat("rows of the dense operand ", args.rhs_ld,
+                  " elements apart, not a multiple of 8");
   if (args.out_ld % out_unit != 0) {
-    return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ", out_unit);
+    return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ",
+                  out_unit);
   }
   if (args.pass == GemmPass::kForward && args.k % 16 != 0) {
     return concat("in_features ", args.k, ", not a multiple of 16");
   }
   if (args.pass != GemmPass::kForward && args.m % 8 != 0) {
-    return concat(args.pass == GemmPass::kGradInput ? "in_features " : "out_features ", args.m, ", not a multiple of 8");
+    return concat(args.pass == GemmPass::kGradInput ? "in_features " : "out_features ", args.m,
+                  ", not a multiple of 8");
   }
   // Coordinates are 32-bit; addresses are not.
   constexpr int64_t kLargest = std::numeric_limits<int>::max() - 1024;
-  if (args.m > kLargest || args.n > kLargest || args.k > kLargest) return "an extent of 2^31 or more";
+  if (args.m > kLargest || args.n > kLargest || args.k > kLargest)
+    return "an extent of 2^31 or more";
   return "";
 }
 
@@ -90,16 +101,18 @@ int64_t workspace_bytes(const SparseGemmArgs&, int) { return 0; }
 void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   const std::string why_not = unsupported(args, device);
   SP24_CHECK(why_not.empty(), "sparse_gemm cannot run ", to_string(describe(args)), ": ", why_not);
-  SP24_CHECK(is_aligned(args.packed) && is_aligned(args.E) && is_aligned(args.rhs) && is_aligned(args.out),
-             "packed, E, rhs and out must be 16-byte aligned, got ", args.packed, ", ",
-             static_cast<const void*>(args.E), ", ", args.rhs, ", ", args.out);
+  SP24_CHECK(
+      is_aligned(args.packed) && is_aligned(args.E) && is_aligned(args.rhs) && is_aligned(args.out),
+      "packed, E, rhs and out must be 16-byte aligned, got ", args.packed, ", ",
+      static_cast<const void*>(args.E), ", ", args.rhs, ", ", args.out);
   if (args.m == 0 || args.n == 0) return;
   if (args.k == 0) {
     if (!args.accumulate) {
       const bool tall = args.pass == GemmPass::kGradWeight;
-      const int64_t rows = tall ? args.m : args.n, width = (tall ? args.n : args.m) * bytes_of(args.out_dtype);
-      SP24_CHECK_CUDA(
-          cudaMemset2DAsync(args.out, args.out_ld * bytes_of(args.out_dtype), 0, width, rows, stream));
+      const int64_t rows = tall ? args.m : args.n,
+                    width = (tall ? args.n : args.m) * bytes_of(args.out_dtype);
+      SP24_CHECK_CUDA(cudaMemset2DAsync(args.out, args.out_ld * bytes_of(args.out_dtype), 0, width,
+                                        rows, stream));
     }
     return;
   }
@@ -107,7 +120,8 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   const int multiprocessors = gpu(device).multiprocessors;
   const GemmConfig config = choose_config(desc, multiprocessors);
   Launcher* launch = find_launcher(desc, config);
-  SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ", to_string(desc));
+  SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ",
+             to_string(desc));
   launch(args, config, device, multiprocessors, stream);
 }
 

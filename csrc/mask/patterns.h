@@ -1,7 +1,8 @@
-// patterns.h: all 90 transposable patterns of a 4x4 block, and the gap between the best and the second best.
+// patterns.h: all 90 transposable patterns of a 4x4 block, and the gap between the best and the
+// second best.
 //
-// The search itself does not need the list (block_search.h). The gap statistic of the flip-rate monitor does: blocks
-// whose two best patterns are nearly level are those that oscillate.
+// The search itself does not need the list (block_search.h). The gap statistic of the flip-rate
+// monitor does: blocks whose two best patterns are nearly level are those that oscillate.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +29,10 @@ constexpr PatternTable make_pattern_table() {
         for (uint32_t r3 : kPairs) {
           bool two_each = true;
           for (int j = 0; j < 4; ++j)
-            two_each = two_each && ((r0 >> j & 1) + (r1 >> j & 1) + (r2 >> j & 1) + (r3 >> j & 1)) == 2;
-          if (two_each) table.mask[count++] = static_cast<uint16_t>(r0 | r1 << 4 | r2 << 8 | r3 << 12);
+            two_each =
+                two_each && ((r0 >> j & 1) + (r1 >> j & 1) + (r2 >> j & 1) + (r3 >> j & 1)) == 2;
+          if (two_each)
+            table.mask[count++] = static_cast<uint16_t>(r0 | r1 << 4 | r2 << 8 | r3 << 12);
         }
   return table;
 }

@@ -6,11 +6,13 @@
 //   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
 //   grad_weight  packed [k/2, m] MN-major   rhs [k, n] MN-major   out [m, n], n contiguous
 //
-// Roles     one warp loads by TMA; two warpgroups multiply, 64 rows of the tile each, and store by TMA through shared
+// Roles     one warp loads by TMA; two warpgroups multiply, 64 rows of the tile each, and store by
+// TMA through shared
 //           memory; persistent over tiles.
-// Stages    as many K tiles as fit beside the epilogue: five of 41 KB at 128x256x64 (four for fp32 outputs).
-// Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense flops.
-// Epilogue  alpha acc + beta out + bias, beta and bias at run time: a null bias and beta = 0 read nothing.
+// Stages    as many K tiles as fit beside the epilogue: four of 41 KB at 128x256x64.
+// Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense
+// flops. Epilogue  alpha acc + beta out + bias, beta and bias at run time: a null bias and beta = 0
+// read nothing.
 #pragma once
 
 #include <atomic>
@@ -45,8 +47,8 @@ struct ElementOf<DType::kFloat16> {
   using type = cutlass::half_t;
 };
 
-template <GemmPass kPass, DType kDType, DType kOutDType, int kTileM, int kTileN, int kTileK, int kClusterM,
-          int kClusterN>
+template <GemmPass kPass, DType kDType, DType kOutDType, int kTileM, int kTileN, int kTileK,
+          int kClusterM, int kClusterN>
 struct SparseGemm {
   using Element = typename ElementOf<kDType>::type;
   using Output = typename ElementOf<kOutDType>::type;
@@ -54,35 +56,43 @@ struct SparseGemm {
   using ClusterShape = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
 
   // CUTLASS names layouts after BLAS: RowMajor lhs is K-major, ColumnMajor rhs is K-major.
-  using LayoutLhs =
-      cute::conditional_t<kPass == GemmPass::kForward, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
-  using LayoutRhs =
-      cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
-  using LayoutOut =
-      cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
-  static constexpr int kAlignment = 8;  // elements of 16 bits: 16 bytes, what TMA wants of every row
+  using LayoutLhs = cute::conditional_t<kPass == GemmPass::kForward, cutlass::layout::RowMajor,
+                                        cutlass::layout::ColumnMajor>;
+  using LayoutRhs = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
+                                        cutlass::layout::ColumnMajor>;
+  using LayoutOut = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
+                                        cutlass::layout::ColumnMajor>;
+  static constexpr int kAlignment =
+      8;  // elements of 16 bits: 16 bytes, what TMA wants of every row
   static constexpr int kOutAlignment = 16 / sizeof(Output);
 
-  using Fusion = cutlass::epilogue::fusion::LinCombPerRowBias<Output, float, Element, Output, float>;
-  // Narrow epilogue tiles: CUTLASS keeps four of them in shared memory, and what they leave free is a fifth stage.
-  using EpilogueTile = cute::Shape<cute::Int<kTileM>, cute::_16>;
+  using Fusion =
+      cutlass::epilogue::fusion::LinCombPerRowBias<Output, float, Element, Output, float>;
+  // CUTLASS keeps four epilogue tiles in shared memory: 32 KB, whatever the output. Half of that
+  // would leave room for a fifth stage, but stores of narrower tiles cost short K loops more than
+  // the stage gives (docs/kernels/gemm.md).
+  using EpilogueTile = cute::Shape<cute::Int<kTileM>, cute::Int<64 / sizeof(Output)>>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape, EpilogueTile, float, float, Output, LayoutOut, kOutAlignment, Output, LayoutOut,
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
+      EpilogueTile, float, float, Output, LayoutOut, kOutAlignment, Output, LayoutOut,
       kOutAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Fusion>::CollectiveOp;
   using StockMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment, Element, LayoutRhs,
-      kAlignment, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment,
+      Element, LayoutRhs, kAlignment, float, TileShape, ClusterShape,
+      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+          sizeof(typename Epilogue::SharedStorage))>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Mainloop = SparseMainloop<StockMainloop>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue,
-                                                      cutlass::gemm::PersistentScheduler>;
+  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
+                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
 
   static typename Kernel::Arguments arguments(const SparseGemmArgs& args, const GemmConfig& config,
                                               int multiprocessors) {
-    const int m = static_cast<int>(args.m), n = static_cast<int>(args.n), k = static_cast<int>(args.k);
+    const int m = static_cast<int>(args.m), n = static_cast<int>(args.n),
+              k = static_cast<int>(args.k);
     // The gradient operand is padded with zero rows; rhs ends at k, and TMA fills zeros past it.
-    const int packed_k = kPass == GemmPass::kGradWeight ? static_cast<int>(padded_tokens(args.k)) : k;
+    const int packed_k =
+        kPass == GemmPass::kGradWeight ? static_cast<int>(padded_tokens(args.k)) : k;
     const auto packed_shape = cute::make_shape(m, n, packed_k, 1);
 
     typename Kernel::Arguments out{};
@@ -108,17 +118,18 @@ struct SparseGemm {
     return out;
   }
 
-  static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device, int multiprocessors,
-                     cudaStream_t stream) {
+  static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device,
+                     int multiprocessors, cudaStream_t stream) {
     allow_shared_memory(device);
-    auto params = Kernel::to_underlying_arguments(arguments(args, config, multiprocessors), args.workspace);
+    auto params =
+        Kernel::to_underlying_arguments(arguments(args, config, multiprocessors), args.workspace);
     const dim3 grid = Kernel::get_grid_shape(params), cluster(kClusterM, kClusterN, 1);
     void* kernel_args[] = {&params};
-    const auto status =
-        cutlass::ClusterLauncher::launch(grid, cluster, Kernel::get_block_shape(), Kernel::SharedStorageSize, stream,
-                                         reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>), kernel_args);
-    SP24_CHECK(status == cutlass::Status::kSuccess, "sparse_gemm launch failed: ",
-               cudaGetErrorString(cudaGetLastError()));
+    const auto status = cutlass::ClusterLauncher::launch(
+        grid, cluster, Kernel::get_block_shape(), Kernel::SharedStorageSize, stream,
+        reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>), kernel_args);
+    SP24_CHECK(status == cutlass::Status::kSuccess,
+               "sparse_gemm launch failed: ", cudaGetErrorString(cudaGetLastError()));
   }
 
  private:
@@ -137,7 +148,8 @@ struct SparseGemm {
     static std::atomic<uint64_t> asked{0};
     const uint64_t bit = uint64_t{1} << (device % 64);
     if (device < 64 && (asked.load(std::memory_order_relaxed) & bit)) return;
-    SP24_CHECK_CUDA(cudaFuncSetAttribute(cutlass::device_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+    SP24_CHECK_CUDA(cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          Kernel::SharedStorageSize));
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
@@ -146,11 +158,14 @@ struct SparseGemm {
 }  // namespace sparse24::gemm::sm90
 
 /// The body of an instantiation file: the launcher of one row of kernels.def.
-#define SP24_DEFINE_GEMM_KERNEL(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m, cluster_n)             \
-  namespace sparse24::gemm {                                                                                      \
-  void SP24_GEMM_LAUNCHER(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m, cluster_n)(                  \
-      const SparseGemmArgs& args, const GemmConfig& config, int device, int multiprocessors, cudaStream_t stream) { \
-    sm90::SparseGemm<GemmPass::k##pass, DType::k##dtype, DType::k##out_dtype, tile_m, tile_n, tile_k, cluster_m,  \
-                     cluster_n>::launch(args, config, device, multiprocessors, stream);                           \
-  }                                                                                                               \
+#define SP24_DEFINE_GEMM_KERNEL(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m,        \
+                                cluster_n)                                                        \
+  namespace sparse24::gemm {                                                                      \
+  void SP24_GEMM_LAUNCHER(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m,              \
+                          cluster_n)(const SparseGemmArgs& args, const GemmConfig& config,        \
+                                     int device, int multiprocessors, cudaStream_t stream) {      \
+    sm90::SparseGemm<GemmPass::k##pass, DType::k##dtype, DType::k##out_dtype, tile_m, tile_n,     \
+                     tile_k, cluster_m, cluster_n>::launch(args, config, device, multiprocessors, \
+                                                           stream);                               \
+  }                                                                                               \
   }

@@ -1,12 +1,15 @@
 // mainloop.h: the K loop of the sparse GEMM on Hopper, with one batch of wgmma always in flight.
 //
-// CUTLASS' sparse collective supplies the types, the TMA loads and the shared-memory layouts. Its own loop waits for a
-// K tile's wgmma before it fetches the metadata of the next, so the tensor cores drain once a tile. This loop keeps the
-// previous tile's wgmma running meanwhile: metadata registers are double-buffered, and a stage goes back to the
-// producer one tile later, when the wait for the batch after it shows that it has been read.
+// CUTLASS' sparse collective supplies the types, the TMA loads and the shared-memory layouts. Its
+// own loop waits for a K tile's wgmma before it fetches the metadata of the next, so the tensor
+// cores drain once a tile. This loop keeps the previous tile's wgmma running meanwhile: metadata
+// registers are double-buffered, and a stage goes back to the producer one tile later, when the
+// wait for the batch after it shows that it has been read.
 //
-// Metadata  A 64 (m) x 64 (k) block of E is 512 bytes: 128 threads x two 32-bit words, one word for each wgmma of k 32.
-//           Thread t of a warpgroup reads the 8 bytes at warp*128 + (t%2)*64 + (t%32/4)*8 (common/metadata.h).
+// Metadata  A 64 (m) x 64 (k) block of E is 512 bytes: 128 threads x two 32-bit words, one word for
+// each wgmma of k 32.
+//           Thread t of a warpgroup reads the 8 bytes at warp*128 + (t%2)*64 + (t%32/4)*8
+//           (common/metadata.h).
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -16,13 +19,13 @@ namespace sparse24::gemm::sm90 {
 
 template <typename Stock>
 struct SparseMainloop : Stock {
+  using Stock::Stock;
   using typename Stock::MainloopPipeline;
   using typename Stock::Params;
   using typename Stock::PipelineState;
   using typename Stock::TensorStorage;
   using typename Stock::TiledMma;
   using typename Stock::TileShape;
-  using Stock::Stock;
 
   static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kTileK = cute::size<2>(TileShape{});
@@ -39,21 +42,22 @@ struct SparseMainloop : Stock {
       cute::Shape<cute::_1, cute::Int<kMmaM>, cute::Int<kMmaK>>{}));
 
   template <typename Accumulators>
-  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators, int k_tiles,
-                          int thread, TensorStorage& shared, Params const&) {
+  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators,
+                          int k_tiles, int thread, TensorStorage& shared, Params const&) {
     using namespace cute;
     Tensor sA = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Stock::SmemLayoutA{});
     Tensor sB = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Stock::SmemLayoutB{});
     const int warpgroup = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
     TiledMma tiled_mma;
-    // wgmma operands come from shared memory: a thread's slice is its warpgroup's, and fragments are descriptors.
+    // wgmma operands come from shared memory: a thread's slice is its warpgroup's, and fragments
+    // are descriptors.
     auto slice = tiled_mma.get_thread_slice(warpgroup * cutlass::NumThreadsPerWarpGroup);
     Tensor a = slice.make_fragment_A(slice.partition_A(sA));  // (MMA, MMA_M, MMA_K, stage)
     Tensor b = slice.make_fragment_B(slice.partition_B(sB));  // (MMA, MMA_N, MMA_K, stage)
 
     const int lane = thread % 32, warp = thread % cutlass::NumThreadsPerWarpGroup / 32;
-    const char* meta = reinterpret_cast<const char*>(&shared.smem_E) + warpgroup * 512 + warp * 128 +
-                       lane % 2 * 64 + lane / 4 * 8;
+    const char* meta = reinterpret_cast<const char*>(&shared.smem_E) + warpgroup * 512 +
+                       warp * 128 + lane % 2 * 64 + lane / 4 * 8;
 
     const auto load_meta = [&](int stage, auto& words) {
       CUTLASS_PRAGMA_UNROLL
@@ -69,7 +73,8 @@ struct SparseMainloop : Stock {
       warpgroup_arrive();
       CUTLASS_PRAGMA_UNROLL
       for (int k = 0; k < kMmaK; ++k) {
-        cute::gemm(tiled_mma, make_zip_tensor(a(_, _, k, stage), words(_, _, k)), b(_, _, k, stage), accumulators);
+        cute::gemm(tiled_mma, make_zip_tensor(a(_, _, k, stage), words(_, _, k)), b(_, _, k, stage),
+                   accumulators);
         tiled_mma.accumulate_ = GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
