@@ -350,18 +350,18 @@ def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_for
 
 def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatch):
     """Which function a layer trains is decided at conversion, from shape, tokens and device."""
-    layer = MLP(512, 1024).fc1
+    layer = MLP(768, 1024).fc1
     on_gpu = type("Layer", (), {"weight": type("W", (), {"device": torch.device("cuda:0")})})()
     on_gpu.in_features, on_gpu.out_features = layer.in_features, layer.out_features
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     choose = sparse24.convert.choose_function
-    assert choose(on_gpu, "auto", None) == (True, "1024 x 512 on GPU")
+    assert choose(on_gpu, "auto", None) == (True, "1024 x 768 on GPU")
     assert (
         choose(on_gpu, "auto", 64) == (False, choose(on_gpu, "auto", 64)[1])
         and "64 tokens" in choose(on_gpu, "auto", 64)[1]
     )
     assert choose(on_gpu, "sparse", 64)[0]
-    on_gpu.in_features = 128
+    on_gpu.in_features = 512
     assert not choose(on_gpu, "auto", None)[0] and choose(on_gpu, "sparse", None)[0]
 
 
