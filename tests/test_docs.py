@@ -118,4 +118,4 @@ def test_make_targets_exist():
 def test_every_kernel_page_is_in_the_index():
     folder = ROOT / "docs" / "kernels"
     index = (folder / "README.md").read_text(encoding="utf-8")
-    assert [p.name for p in folder.glob("*.md") if p.name != "README.md" and f"`{p.name}`" not in index] == []
+    assert [p.name for p in folder.glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []

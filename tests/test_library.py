@@ -1,0 +1,86 @@
+"""The compiled library: its absence, a mismatch and importing are explained, never a surprise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import sparse24
+from sparse24 import Sparse24BuildError, Sparse24Warning, _library, ops, reference
+from sparse24.testing import assert_same_bits
+
+
+def forget_what_was_found():
+    for cached in (_library.binding, _library.backend_code, _library.warn_once, _library.cuda_built):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def another_library(monkeypatch):
+    """Puts another binding in place of the compiled one, for one test."""
+
+    def put(binding, why_missing=""):
+        monkeypatch.setattr(_library, "_binding", binding)
+        monkeypatch.setattr(_library, "_why_missing", why_missing)
+        forget_what_was_found()
+
+    yield put
+    monkeypatch.undo()
+    forget_what_was_found()
+
+
+@pytest.mark.fault(37)
+def test_without_a_library_ops_run_the_reference_and_say_so_once(another_library, recwarn):
+    another_library(None, "sparse24._C was not built")
+    w = torch.randn(64, 64)
+    with pytest.warns(Sparse24Warning, match="no compiled library .*not built.*rebuild"):
+        mask, packed, *_ = ops.prune_compress(w)
+    assert_same_bits(mask, reference.transposable_mask(w), "mask")
+    recwarn.clear()
+    ops.decompress(packed, ops.prune_compress(w)[2], 64, 64)
+    assert not [warning for warning in recwarn if issubclass(warning.category, Sparse24Warning)]
+    answer = sparse24.is_available("cpu")
+    assert not answer and answer.backend == "reference" and "not built" in answer.reason
+
+
+@pytest.mark.fault(38)
+def test_a_library_of_another_version_is_named_at_the_first_op(another_library):
+    class Old:
+        @staticmethod
+        def version():
+            return "0.0.9"
+
+    another_library(Old())
+    with pytest.raises(Sparse24BuildError, match=rf"{sparse24.__version__} found libsparse24 0\.0\.9.*pip install"):
+        ops.transposable_mask(torch.randn(8, 8))
+    assert "0.0.9" in sparse24.is_available("cpu").reason
+
+
+@pytest.mark.fault(39)
+def test_importing_makes_no_cuda_context_and_survives_a_fork():
+    code = (
+        "import os, torch, sparse24\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    w = torch.randn(8, 8)\n"
+        "    os._exit(0 if sparse24.ops.is_transposable(sparse24.ops.transposable_mask(w)) else 1)\n"
+        "raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_threads_share_the_library_without_disturbing_each_other(device):
+    """Bits do not depend on what other threads run; two devices in one thread need two GPUs."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    weights = [torch.randn(256, 256, device=device).to(dtype) for _ in range(8)]
+    expected = [ops.prune_compress(w) for w in weights]
+    with ThreadPoolExecutor(4) as pool:
+        for ours, theirs in zip(pool.map(ops.prune_compress, weights * 4), expected * 4, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a, b)
