@@ -23,7 +23,7 @@ LIBRARY = "libsparse24.so"
 
 
 def find_tool(name: str) -> str:
-    """cmake or ninja: of this Python's environment first (its bin folder need not be on the PATH), else the system's."""
+    """cmake or ninja: of this Python's environment first (its bin folder may be off the PATH), else the system's."""
     try:
         module = __import__(name)
         folder = Path(getattr(module, "CMAKE_BIN_DIR", None) or module.BIN_DIR)

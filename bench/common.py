@@ -82,7 +82,7 @@ def time_cold(candidates: dict[str, Callable], rounds: int = 20) -> dict[str, fl
 def time_hot(
     candidates: dict[str, Callable], rounds: int = 20, warm_seconds: float = 2.0, calls: int = 1
 ) -> dict[str, float]:
-    """Median microseconds of a call of each candidate, interleaved, on a chip that matrix products have heated up first.
+    """Median microseconds of a call of each candidate, interleaved, on a chip that matrix products have heated up.
 
     calls  in a row between two events: for calls of many kernels, whose host cost one wait would not hide
     """

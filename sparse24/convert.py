@@ -25,8 +25,8 @@ from .errors import Sparse24Error, Sparse24Warning
 from .modules import DTYPES, SparseLayer, SparseLinear
 
 BACKENDS = ("auto", "sparse")
-# Smallest extent for which backend="auto" expects a GPU to gain. Measured on an H200: GPT-2 of width 768 trains 1.60x as
-# fast as eager PyTorch, but its FFN alone does not beat a compiled one (docs/results, bench/results/ffn.csv).
+# Smallest extent for which backend="auto" expects a GPU to gain. Measured on an H200: GPT-2 of width 768 trains 1.60x
+# as fast as eager PyTorch, but its FFN alone does not beat a compiled one (docs/results, bench/results/ffn.csv).
 MIN_GPU_FEATURES = 768
 # Tokens per call below which re-packing after each step costs more than sparse products save (published: 0.62x).
 MIN_GPU_TOKENS = 2048

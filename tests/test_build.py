@@ -1,4 +1,4 @@
-"""The build: what the library needs and exports, what an sdist holds, and what the build says when something is missing."""
+"""The build: what the library needs and exports, what an sdist holds, what the build says when something is missing."""
 
 import ctypes
 import os
@@ -37,7 +37,8 @@ def run_cmake_function(tmp_path: Path, module: str, call: str, **environment):
     """Call one function of cmake/*.cmake in a script; its last argument `result` is printed."""
     script = tmp_path / "call.cmake"
     script.write_text(
-        f"cmake_minimum_required(VERSION 3.20)\ninclude({ROOT}/cmake/{module})\n{call}\nmessage(STATUS \"got ${{result}}\")\n"
+        f"cmake_minimum_required(VERSION 3.20)\ninclude({ROOT}/cmake/{module})\n"
+        f'{call}\nmessage(STATUS "got ${{result}}")\n'
     )
     done = run(find_cmake(), "-P", script, **environment)
     done.text = " ".join((done.stdout + done.stderr).split())
@@ -106,7 +107,8 @@ def test_a_ready_library_is_taken_as_it_is(tmp_path):
     build = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", *map(str, build)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "SPARSE24_LIBRARY": str(ready), "PATH": os.environ["PATH"]},
+        cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "SPARSE24_LIBRARY": str(ready), "PATH": os.environ["PATH"]},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     built = tmp_path / "lib" / "sparse24"

@@ -37,9 +37,7 @@ EXTERNAL = {
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
 
-sources = sorted(
-    path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.is_file()
-)
+sources = sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh") and path.is_file())
 
 
 def folder_of(path: Path) -> str:
