@@ -1,25 +1,15 @@
 // gemm_gpu_test.cu: the sparse GEMM on a Hopper GPU, in every pass.
 //
-// Tested are the library's choice (gemm::run) and, with -DSPARSE24_GEMM_CANDIDATES, all configs of
-// the skewed kernels.
-//
+//   metadata  our order of E equals that of CUTLASS' own compressor
 //   exact     small integers: equal to the host's product, with bias, accumulation, both output
-//   dtypes, odd token counts bounded   normal values: error against fp64 within the rounding of the
-//   output and of fp32 sums repeat    250 runs give the same bits E         our order of metadata
-//   equals that of CUTLASS' own compressor
-//   --bench   times everything on the layers of GPT-2 and Llama, as CSV; --full: more settings,
-//   --rounds N,
-//             --model NAME. Each config's result is compared with the first one's.
+//             dtypes and odd token counts; canaries around the output stay
+//   bounded   normal values: error against fp64 within the rounding of the output and of fp32 sums
+//   repeats   250 runs give the same bits
+//   refusals  what the kernels cannot take is said, not run
 //
-// CMake builds it with the library's objects. With the candidates, from the repository root, every
-// .cpp and .cu of csrc/gemm/skewed and its instantiations/ compiled with the same flags:
-//   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --expt-relaxed-constexpr
-//   -cudart static
-//     -DSPARSE24_GEMM_CANDIDATES -Icsrc -Icsrc/include -I$CUTLASS_DIR/include
-//     tests/cpp/gemm_gpu_test.cu <objects>
-// -DSPARSE24_GEMM_CANDIDATES_ONLY besides: the candidates alone, without the library's own kernels.
-//
-// One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
+// CMake builds it with the library's objects (SPARSE24_TESTS=ON). One line a failure, a summary at
+// the end; exit status 0, 1 (failures) or 77 (no Hopper GPU). Speed is measured by
+// bench/bench_gemm.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -41,12 +31,7 @@
 #include "common/check.h"
 #include "common/cuda_check.h"
 #include "common/metadata.h"
-#ifndef SPARSE24_GEMM_CANDIDATES_ONLY
 #include "gemm/sparse_gemm.h"
-#endif
-#ifdef SPARSE24_GEMM_CANDIDATES
-#include "gemm/skewed/run.h"
-#endif
 
 using namespace sparse24;
 
@@ -140,12 +125,9 @@ struct Kernel {
   std::string name;
   std::function<int64_t(const SparseGemmArgs&)> workspace_bytes;
   std::function<void(const SparseGemmArgs&)> run;
-  bool has_fp16 = true;
-  bool all_variants = true;  // meets every epilogue on every small problem, not one in turn
 };
 
 // ---- problems
-// -------------------------------------------------------------------------------------------------------
 
 constexpr float kExisting = 3.0f;  // what out holds before an accumulating product
 constexpr int kPad = 8;  // columns between rows of rhs and out, which no kernel may use or touch
@@ -358,58 +340,16 @@ void check_case(const Problem& p, DType dtype, const Operands& o, const Device& 
 }
 
 // ---- tests
-// ----------------------------------------------------------------------------------------------------------
-
-#ifdef SPARSE24_GEMM_CANDIDATES
-Kernel make_kernel(const gemm::skewed::GemmConfig& config) {
-  return {gemm::skewed::to_string(config),
-          [config](const SparseGemmArgs& a) {
-            return gemm::skewed::config_workspace_bytes(a, config, 0);
-          },
-          [config](const SparseGemmArgs& a) { gemm::skewed::run_config(a, config, 0, nullptr); },
-          gemm::skewed::gemm_tiles()[config.tile].has_fp16};
-}
-#endif
 
 std::vector<Kernel> library_kernels() {
   std::vector<Kernel> kernels;
-#ifndef SPARSE24_GEMM_CANDIDATES_ONLY
   kernels.push_back({"library", [](const SparseGemmArgs& a) { return gemm::workspace_bytes(a, 0); },
                      [](const SparseGemmArgs& a) { gemm::run(a, 0, nullptr); }});
-#endif
-#ifdef SPARSE24_GEMM_CANDIDATES
-  kernels.push_back({"skewed, chosen",
-                     [](const SparseGemmArgs& a) { return gemm::skewed::workspace_bytes(a, 0); },
-                     [](const SparseGemmArgs& a) { gemm::skewed::run(a, 0, nullptr); }});
-#endif
-  return kernels;
-}
-
-std::vector<Kernel> kernels_to_check() {
-  std::vector<Kernel> kernels = library_kernels();
-#ifdef SPARSE24_GEMM_CANDIDATES
-  for (int tile = 0; tile < static_cast<int>(gemm::skewed::gemm_tiles().size()); ++tile) {
-    for (const auto& [cluster_m, cluster_n] : {std::pair(1, 1), {2, 1}, {1, 2}, {4, 1}, {2, 2}}) {
-      for (const bool stream : {false, true}) {
-        gemm::skewed::GemmConfig config;
-        config.tile = tile;
-        config.cluster_m = cluster_m, config.cluster_n = cluster_n;
-        config.stream = stream;
-        config.skew = (cluster_m + cluster_n + stream) % 4;
-        config.band = 1 + cluster_m;
-        config.band_along_n = !stream;
-        if (!gemm::skewed::is_valid(config, {}, 132)) continue;
-        kernels.push_back(make_kernel(config));
-        kernels.back().all_variants = cluster_m == 2 && cluster_n == 1;
-      }
-    }
-  }
-#endif
   return kernels;
 }
 
 void test_products() {
-  const std::vector<Kernel> kernels = kernels_to_check();
+  const std::vector<Kernel> kernels = library_kernels();
   const Variant variants[] = {{false, false, false}, {true, false, false}, {false, true, true},
                               {true, true, false},   {false, false, true}, {false, true, false}};
   std::vector<Problem> problems;
@@ -430,8 +370,8 @@ void test_products() {
       const Operands o = make_operands(p, dtype);
       const Device d(o);
       for (const Kernel& kernel : kernels) {
-        if (dtype == DType::kFloat16 && !kernel.has_fp16) continue;
-        const bool all = kernel.all_variants && p.m < 1000;
+        const bool all =
+            p.m < 1000;  // every epilogue on every small problem, one in turn on large ones
         for (size_t i = 0; i < (all ? std::size(variants) : 1); ++i) {
           Variant v = variants[all ? i : next_variant++ % std::size(variants)];
           if (p.pass != GemmPass::kForward) v.bias = false;
@@ -444,13 +384,6 @@ void test_products() {
 
 void test_repeats() {
   std::vector<Kernel> kernels = library_kernels();
-#ifdef SPARSE24_GEMM_CANDIDATES
-  gemm::skewed::GemmConfig config;
-  config.cluster_m = 2;
-  config.skew = 2;
-  config.stream = true;
-  kernels.push_back(make_kernel(config));
-#endif
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradWeight}) {
     const Problem p{pass, 1280, 1024, 2048, false};
     const Operands o = make_operands(p, DType::kBFloat16);
@@ -478,11 +411,7 @@ void test_repeats() {
   }
 }
 
-#ifdef SPARSE24_GEMM_CANDIDATES_ONLY
-std::string unsupported(const SparseGemmArgs& a) { return gemm::skewed::unsupported(a, 0); }
-#else
 std::string unsupported(const SparseGemmArgs& a) { return gemm::unsupported(a, 0); }
-#endif
 
 void test_refusals() {
   const Problem p{GemmPass::kForward, 64, 64, 64, true};
@@ -556,166 +485,9 @@ void test_metadata_order() {
   }
 }
 
-// ---- benchmark
-// ------------------------------------------------------------------------------------------------------
-
-__global__ void fill_kernel(uint16_t* data, size_t count, uint32_t seed) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
-       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    float sum = -2.0f;
-    uint32_t h = static_cast<uint32_t>(i) * 0x9E3779B9u + seed;
-    for (int j = 0; j < 4; ++j) {
-      h ^= h >> 16, h *= 0x7FEB352Du, h ^= h >> 15, h *= 0x846CA68Bu;
-      sum += h * 0x1p-32f;
-    }
-    const __nv_bfloat16 v = __float2bfloat16_rn(sum);
-    memcpy(&data[i], &v, 2);
-  }
-}
-
-__global__ void fill_meta_kernel(uint8_t* data, size_t count) {
-  const uint32_t nibbles = 0xED9C84u;  // the six valid ones
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
-       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    uint32_t h = static_cast<uint32_t>(i) * 0x9E3779B9u;
-    h ^= h >> 16, h *= 0x7FEB352Du, h ^= h >> 15;
-    data[i] = (nibbles >> (h % 6 * 4) & 15u) | (nibbles >> (h / 6 % 6 * 4) & 15u) << 4;
-  }
-}
-
-/// Elements of out that differ from the first config's by more than rounding explains.
-__global__ void differ_kernel(const __nv_bfloat16* a, const __nv_bfloat16* b, size_t count,
-                              float scale, int* differ) {
-  for (size_t i = blockIdx.x * static_cast<size_t>(blockDim.x) + threadIdx.x; i < count;
-       i += static_cast<size_t>(gridDim.x) * blockDim.x) {
-    const float x = a[i], y = b[i];
-    if (!(fabsf(x - y) <= 0.008f * fabsf(y) + 0.001f * scale)) atomicAdd(differ, 1);
-  }
-}
-
-struct Layer {
-  const char* model;
-  int d_model, d_ff, tokens;
-};
-constexpr Layer kLayers[] = {{"gpt2-124M", 768, 3072, 16384},  {"gpt2-350M", 1024, 4096, 16384},
-                             {"gpt2-774M", 1280, 5120, 16384}, {"gpt2-1558M", 1600, 6400, 8192},
-                             {"llama7B", 4096, 11008, 8192},   {"llama8B", 4096, 14336, 16384},
-                             {"sq8192", 8192, 8192, 8192}};
-
-std::vector<Kernel> kernels_to_time(bool full) {
-  std::vector<Kernel> kernels = library_kernels();
-#ifdef SPARSE24_GEMM_CANDIDATES
-  auto add = [&](int tile, int cluster_m, int cluster_n, int skew, int band, bool along_n,
-                 bool stream) {
-    gemm::skewed::GemmConfig c;
-    c.tile = tile, c.cluster_m = cluster_m, c.cluster_n = cluster_n, c.skew = skew;
-    c.band = band, c.band_along_n = along_n, c.stream = stream;
-    if (gemm::skewed::is_valid(c, {}, 132)) kernels.push_back(make_kernel(c));
-  };
-  const int tiles = static_cast<int>(gemm::skewed::gemm_tiles().size());
-  for (int tile = 0; tile < tiles; ++tile) {
-    for (const bool stream : {false, true}) {
-      add(tile, 2, 1, 2, 8, true, stream);
-      add(tile, 1, 2, 2, 8, true, stream);
-      add(tile, 1, 1, 2, 8, true, stream);
-      if (!stream) add(tile, 4, 1, 2, 8, true, false), add(tile, 2, 2, 2, 8, true, false);
-    }
-  }
-  if (full) {
-    for (const int tile : {0, 1, 3}) {
-      for (const int skew : {0, 1, 3}) add(tile, 2, 1, skew, 8, true, false);
-      for (const int band : {1, 2, 4, 16}) add(tile, 2, 1, 2, band, true, false);
-      for (const int band : {1, 4, 8}) add(tile, 2, 1, 2, band, false, false);
-    }
-  }
-#else
-  (void)full;
-#endif
-  return kernels;
-}
-
-/// Interleaved: each round runs every config once, L2 cleared before each. The first round warms
-/// up.
-void bench_problem(const char* model, const char* pass_name, const Problem& p,
-                   const std::vector<Kernel>& kernels, int rounds) {
-  const Buffer packed(static_cast<size_t>(p.m) * p.packed_k()), E(meta_bytes(p.m, p.packed_k()));
-  const size_t out_count = static_cast<size_t>(p.m) * p.n;
-  const Buffer rhs(static_cast<size_t>(p.n) * p.k * 2), out(out_count * 2),
-      reference(out_count * 2);
-  const Buffer flush(size_t{256} << 20), count(4);
-  fill_kernel<<<1024, 256>>>(static_cast<uint16_t*>(packed.get()), packed.bytes() / 2, 1);
-  fill_kernel<<<1024, 256>>>(static_cast<uint16_t*>(rhs.get()), rhs.bytes() / 2, 2);
-  fill_meta_kernel<<<1024, 256>>>(static_cast<uint8_t*>(E.get()), E.bytes());
-
-  SparseGemmArgs a;
-  a.pass = p.pass;
-  a.m = p.m, a.n = p.n, a.k = p.k;
-  a.packed = packed.get();
-  a.E = static_cast<const uint8_t*>(E.get());
-  a.rhs = rhs.get();
-  a.rhs_ld = p.rhs_columns();
-  a.out = out.get();
-  a.out_ld = p.out_columns();
-  size_t workspace_bytes = 0;
-  for (const Kernel& kernel : kernels) {
-    workspace_bytes = std::max<size_t>(workspace_bytes, kernel.workspace_bytes(a));
-  }
-  const Buffer workspace(workspace_bytes);
-  a.workspace = workspace.get();
-
-  cudaEvent_t begin, end;
-  cudaEventCreate(&begin), cudaEventCreate(&end);
-  std::vector<std::vector<float>> times(kernels.size());
-  for (int round = 0; round < rounds + 1; ++round) {
-    for (size_t i = 0; i < kernels.size(); ++i) {
-      cudaMemsetAsync(flush.get(), 0, flush.bytes());
-      cudaEventRecord(begin);
-      kernels[i].run(a);
-      cudaEventRecord(end);
-      SP24_CHECK_CUDA(cudaEventSynchronize(end));
-      float ms = 0.0f;
-      cudaEventElapsedTime(&ms, begin, end);
-      if (round > 0) times[i].push_back(ms * 1e3f);
-      if (round == 0 && i == 0)
-        cudaMemcpy(reference.get(), out.get(), out.bytes(), cudaMemcpyDeviceToDevice);
-      if (round == 0 && i > 0) {
-        cudaMemset(count.get(), 0, 4);
-        differ_kernel<<<1024, 256>>>(static_cast<const __nv_bfloat16*>(out.get()),
-                                     static_cast<const __nv_bfloat16*>(reference.get()), out_count,
-                                     std::sqrt(p.k / 2.0f) / 3.0f, static_cast<int*>(count.get()));
-        const int differ = count.read<int>()[0];
-        if (differ > 0)
-          fail(model, " ", pass_name, ": ", differ, " elements differ | ", kernels[i].name);
-      }
-    }
-  }
-  for (size_t i = 0; i < kernels.size(); ++i) {
-    std::sort(times[i].begin(), times[i].end());
-    const double us = times[i][times[i].size() / 2];
-    std::printf("%s,%s,%d,%d,%d,\"%s\",%.2f,%.1f\n", model, pass_name, p.m, p.n, p.k,
-                kernels[i].name.c_str(), us, 2.0 * p.m * p.n * p.k / us * 1e-6);
-  }
-  std::fflush(stdout);
-  cudaEventDestroy(begin), cudaEventDestroy(end);
-}
-
-void bench(bool full, int rounds, const std::string& only) {
-  std::printf("model,pass,m,n,k,config,median_us,tflops_dense_count\n");
-  const std::vector<Kernel> kernels = kernels_to_time(full);
-  for (const Layer& layer : kLayers) {
-    if (!only.empty() && only != layer.model) continue;
-    const int d = layer.d_model, f = layer.d_ff, t = layer.tokens;
-    bench_problem(layer.model, "fwd_up", {GemmPass::kForward, f, t, d, false}, kernels, rounds);
-    if (std::strcmp(layer.model, "sq8192") == 0) continue;
-    bench_problem(layer.model, "fwd_down", {GemmPass::kForward, d, t, f, false}, kernels, rounds);
-    bench_problem(layer.model, "dX_up", {GemmPass::kGradInput, d, t, f, false}, kernels, rounds);
-    bench_problem(layer.model, "dW_up", {GemmPass::kGradWeight, f, d, t, false}, kernels, rounds);
-  }
-}
-
 }  // namespace
 
-int main(int argc, char** argv) {
+int main() {
   int devices = 0;
   cudaDeviceProp properties;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
@@ -723,21 +495,6 @@ int main(int argc, char** argv) {
     std::printf("skipped: no Hopper GPU\n");
     return 77;
   }
-  bool run_bench = false, full = false;
-  int rounds = 9;
-  std::string only;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    if (argument == "--bench") run_bench = true;
-    if (argument == "--full") full = true;
-    if (argument == "--rounds" && i + 1 < argc) rounds = std::atoi(argv[++i]);
-    if (argument == "--model" && i + 1 < argc) only = argv[++i];
-  }
-  if (run_bench) {
-    bench(full, rounds, only);
-    return failures == 0 ? 0 : 1;
-  }
-
   const std::pair<const char*, void (*)()> tests[] = {{"metadata_order", test_metadata_order},
                                                       {"refusals", test_refusals},
                                                       {"products", test_products},
