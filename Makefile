@@ -33,7 +33,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(she
 .PHONY: demo test build env bench format clean distclean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m sparse24 pretrain --preset tiny --compare --out runs/demo $(DEMO_ARGS)
+	$(BIN)/python -m sparse24 pretrain --preset tiny --compare --overwrite --out runs/demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-for-tests
 	$(BIN)/cmake -S . -B $(BUILD) -DSPARSE24_TESTS=ON >/dev/null
