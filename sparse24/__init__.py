@@ -18,6 +18,7 @@ from .exporting import export
 from .gated_mlp import SparseGatedMLP
 from .modules import SparseLinear
 from .recipe import Recipe
+from .semi_structured import to_semi_structured
 from .tune import tune_decay
 from .verification import verify
 
@@ -42,6 +43,7 @@ __all__ = [
     "reference",
     "refresh",
     "sparsify",
+    "to_semi_structured",
     "tune_decay",
     "verify",
 ]

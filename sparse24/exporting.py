@@ -45,19 +45,12 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
         raise Sparse24Error(
             f"{type(model).__name__} has no sparse layers, so there are no masks to apply; export it plain"
         )
-    if masked and any(layer.phase == DENSE for layer in layers.values()):
-        warnings.warn(
-            "exporting masked weights of a model in its dense phase: it does not compute with these weights; train "
-            "with dense_fraction=0 for a 2:4 model",
-            Sparse24Warning,
-            stacklevel=2,
-        )
-    state = {
-        plain_name(n): t.full_tensor() if packing.is_dtensor(t) else t for n, t in unwrap(model).state_dict().items()
-    }
+    if masked:
+        warn_of_dense_phase(layers, "exporting")
+    state = plain_state(model)
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
     for name, layer in layers.items() if masked else ():
-        key, weight = f"{name}.weight", _masked_weight(name, layer)
+        key, weight = weight_key(name), masked_weight(name, layer)
         transposed = layer.as_kernel_sees(layer.weight) is not layer.weight
         if format == "safetensors":
             state[key] = weight.t() if transposed else weight
@@ -76,6 +69,24 @@ def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises Sparse24Error for another kind of file, another version, sizes that do not fit and positions that are not two
     rising ones a group; OSError for a missing file.
     """
+    state, header = _read(path)
+    if header.get("format") != "compressed" or not isinstance(header.get("layers"), dict):
+        raise Sparse24Error(f"{path} is not a compressed sparse24 file; read plain ones with safetensors itself")
+    return _unpack(state, header, path)
+
+
+@torch.no_grad()
+def load_exported(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
+    """(state_dict, masked) of any file that `export` made, zeros written out; for `verify`. Raises as load_compressed.
+
+    A safetensors file that somebody else made counts as a plain one.
+    """
+    state, header = _read(path)
+    return _unpack(state, header, path), bool(header.get("masked", False))
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, and its sparse24 header ({} without one)."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -84,23 +95,55 @@ def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
             state = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, json.JSONDecodeError) as error:
         raise Sparse24Error(f"{path} is not a whole safetensors file: {error}") from error
-    if header.get("format") != "compressed" or not isinstance(header.get("layers"), dict):
-        raise Sparse24Error(f"{path} is not a compressed sparse24 file; read plain ones with safetensors itself")
-    if header.get("version") != VERSION:
+    if not isinstance(header, dict):
+        raise Sparse24Error(f"the header of {path} is corrupt: {type(header).__name__} instead of an object")
+    return state, header
+
+
+def _unpack(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state_dict that was exported. Whoever made the file, what is in the header is checked before it is used."""
+    if header and header.get("version") != VERSION:
         raise Sparse24Error(f"{path} has version {header.get('version')}, this sparse24 reads {VERSION}")
-    for key, shape in header["layers"].items():
+    for key, shape in header.get("layers", {}).items():
         values, positions = state.pop(f"{key}.values", None), state.pop(f"{key}.positions", None)
         if values is None or positions is None:
             raise Sparse24Error(f"{path} lacks the values or positions of {key}")
-        weight = _unpack_positions(values, positions, shape["rows"], shape["cols"], key)
-        state[key] = weight.t().contiguous() if shape["transposed"] else weight
+        sizes = [shape.get(axis) for axis in ("rows", "cols")] if isinstance(shape, dict) else []
+        if not sizes or not all(type(size) is int and size >= 0 for size in sizes):
+            raise Sparse24Error(f"the header of {path} is corrupt: {key} has the shape {shape!r}")
+        weight = _unpack_positions(values, positions, *sizes, key)
+        state[key] = weight.t().contiguous() if shape.get("transposed") else weight
     for name, kept in header.get("same", {}).items():
+        if kept not in state:
+            raise Sparse24Error(f"the header of {path} is corrupt: {name} is to be {kept}, which is not in the file")
         state[name] = state[kept]
     return state
 
 
-def _masked_weight(name: str, layer: SparseLayer) -> Tensor:
-    """weight * mask, [out_features, in_features], known to be 2:4."""
+def weight_key(layer: str) -> str:
+    """The key in a state_dict of the weight of the layer of this name; "" is the model itself."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict under the names of the dense, unwrapped model, gathered where FSDP2 has sharded it."""
+    state = unwrap(model).state_dict()
+    return {plain_name(name): t.full_tensor() if packing.is_dtensor(t) else t for name, t in state.items()}
+
+
+def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
+    """Say so where masked weights are asked of a model that does not multiply with them."""
+    if any(layer.phase == DENSE for layer in layers.values()):
+        warnings.warn(
+            f"{doing} masked weights of a model in its dense phase: it does not compute with these weights; train "
+            "with dense_fraction=0 for a 2:4 model",
+            Sparse24Warning,
+            stacklevel=3,
+        )
+
+
+def masked_weight(name: str, layer: SparseLayer) -> Tensor:
+    """weight * mask, [out_features, in_features], known to be 2:4; Sparse24Error, naming the layer, if it is not."""
     weight = packing.full_weight(layer)
     if layer.soft is not None:
         out = layer.soft.clone()

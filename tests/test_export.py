@@ -57,7 +57,6 @@ def test_masked_export_is_two_of_four_and_computes_what_the_sparse_model_does(ma
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [MLP, gpt2, lambda: MLP(12, 20)])
-@pytest.mark.fault(44, 46)
 def test_compressed_file_gives_the_masked_weights_back(make, dtype, tmp_path):
     model = sparse(lambda: make().to(dtype))
     sparse24.export(model, tmp_path / "masked.safetensors", masked=True)
@@ -122,8 +121,12 @@ def rewrite(path, change):
         (lambda state, header: state.pop("fc1.weight.values"), "lacks the values or positions of fc1.weight"),
         (lambda state, header: state["fc1.weight.positions"].fill_(0x55), "corrupt: a group does not hold two rising"),
         (lambda state, header: header["layers"]["fc1.weight"].update(rows=8), "do not fit a 8 x 16 weight"),
+        (lambda state, header: header["layers"].update({"fc1.weight": 7}), "corrupt: fc1.weight has the shape 7"),
+        (lambda state, header: header["layers"]["fc1.weight"].update(cols="16"), "corrupt: fc1.weight has the shape"),
+        (lambda state, header: header["same"].update({"head": "nothing"}), "head is to be nothing, which is not in"),
     ],
 )
+@pytest.mark.fault(44, 45, 46, 47)
 def test_damaged_compressed_files_are_refused(change, words, tmp_path):
     """Positions and sizes of a file are checked, and its version."""
     path = tmp_path / "c.safetensors"
@@ -159,3 +162,65 @@ def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         sparse24.export(model, path, masked=True)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
+
+
+# -- verify against a file --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [dict(), dict(masked=True), dict(format="compressed")], ids=str)
+@pytest.mark.parametrize("make", [MLP, gpt2, lambda: MLP().bfloat16()])
+def test_verify_accepts_what_was_exported_and_finds_what_changed(make, form, tmp_path):
+    model, path = sparse(make), tmp_path / "exported"
+    sparse24.export(model, path, **form)
+    report = sparse24.verify(model, path)
+    assert report and report.file == ("masked" if form else "dense"), str(report)
+    assert f"the file holds its {report.file} weights" in str(report)
+    layer = next(m for m in model.modules() if isinstance(m, SparseLayer))
+    with torch.no_grad():
+        layer.weight.mul_(1.5)
+    sparse24.refresh(model)
+    report = sparse24.verify(model, path)
+    assert not report and [what for _, what in report.problems] == ["is another tensor in the file"]
+
+
+@pytest.mark.fault(75)
+def test_verify_finds_a_masked_file_that_is_not_sparse(tmp_path):
+    """A file that calls itself masked and holds dense weights."""
+    model, path = sparse(), tmp_path / "liar"
+    sparse24.export(model, path, masked=True)
+    rewrite(path, lambda state, header: state["fc1.weight"].copy_(model.fc1.weight))
+    assert sparse24.verify(model, path).problems == [("fc1.weight", "is another tensor in the file")]
+
+
+def test_verify_names_tensors_that_only_one_side_has(tmp_path):
+    model, path = sparse(), tmp_path / "other"
+    sparse24.export(model, path)
+    rewrite(path, lambda state, header: state.update({"fc3.bias": state.pop("fc2.bias")}))
+    assert sparse24.verify(model, path).problems == [
+        ("fc2.bias", "is in the model, not in the file"),
+        ("fc3.bias", "is in the file, not in the model"),
+    ]
+
+
+def test_verify_compares_dense_models_with_plain_files_too(tmp_path):
+    model, path = MLP(), tmp_path / "plain"
+    sparse24.export(model, path)
+    assert sparse24.verify(model, path) and not sparse24.verify(model)
+    assert "no sparse layers; the file holds its dense weights" in str(sparse24.verify(model, path))
+
+
+def test_soft_thresholded_weights_export_and_verify(tmp_path):
+    """Method s-ste: two of four along rows only."""
+    model, path = sparse(), tmp_path / "soft"
+    sparse24.Recipe(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4, method="s-ste")
+    sparse24.export(model, path, format="compressed")
+    assert torch.equal(load_compressed(path)["fc1.weight"], model.fc1.soft)
+    assert sparse24.verify(model, path)
+
+
+def test_a_single_layer_is_a_model_too(tmp_path):
+    layer = sparse24.SparseLinear(16, 32)
+    for form in (dict(), dict(masked=True), dict(format="compressed")):
+        sparse24.export(layer, tmp_path / "layer", **form)
+        assert sparse24.verify(layer, tmp_path / "layer")
+    assert set(load_compressed(tmp_path / "layer")) == {"weight", "bias"}
