@@ -1,4 +1,7 @@
-"""Two processes over gloo: the same masks on all ranks, different noise, and the single-process result."""
+"""Two processes over gloo: the same masks on all ranks, different noise, and the single-process result.
+
+On one GPU the same functions run over nccl with a world of one; `multigpu` tests are those with a world of two.
+"""
 
 import functools
 import os
@@ -7,6 +10,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from tiny_models import MLP
 from torch import nn
@@ -216,12 +220,12 @@ def test_fsdp2_equals_the_single_process_run(on_two_ranks, make):
         torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), rtol=1e-4, atol=1e-5)
 
 
-def _tensor_parallel(rank):
+def _tensor_parallel(rank, layer, plan):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+    from torch.distributed.tensor import parallel
 
     model = sparse_model()
-    parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {"fc1": ColwiseParallel()})
+    parallel.parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {layer: getattr(parallel, plan)()})
     try:
         model(data(0))
     except Sparse24Error as error:
@@ -230,12 +234,192 @@ def _tensor_parallel(rank):
 
 
 @pytest.mark.fault(68)
-def test_tensor_parallel_plan_on_a_sparse_layer_is_refused(on_two_ranks):
+@pytest.mark.parametrize("layer, plan, dim", [("fc1", "ColwiseParallel", 0), ("fc2", "RowwiseParallel", 1)])
+def test_tensor_parallel_plan_on_a_sparse_layer_is_refused(on_two_ranks, layer, plan, dim):
     """The message names the placement and what is supported."""
-    for message in on_two_ranks(_tensor_parallel):
-        assert "DTensor with placements (Shard(dim=0),)" in message and "fully_shard" in message
+    for message in on_two_ranks(functools.partial(_tensor_parallel, layer=layer, plan=plan)):
+        assert f"DTensor with placements (Shard(dim={dim}),)" in message and "fully_shard" in message
 
 
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+HALF = STEPS // 2
+WRAPS = ("ddp", "fsdp2", "none")
+
+
+def wrapped_run(wrap, mvue=True, device="cpu", dtype=torch.float32, seed=0):
+    """(model, optimizer, recipe) of one rank; without `wrap` that of a program without processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = sparse_model(seed).to(device, dtype)
+    if wrap == "ddp":
+        model = nn.parallel.DistributedDataParallel(model)
+    elif wrap == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, optimizer, Recipe(model, optimizer, mvue=mvue, **SETTINGS)
+
+
+def steps(model, optimizer, first, last, rank=0, world=1, device="cpu"):
+    for step in range(first, last):
+        x = data(step).chunk(world)[rank].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            y = model(x)
+        (y - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(folder, model, optimizer, recipe, rank=0):
+    """As docs/distributed.md has it, with each rank's generators beside."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    if rank == 0:
+        torch.save(recipe.state_dict(), folder / "recipe.pt")
+    torch.save(recipe.state_dict()["rng"], folder / f"rng{rank}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load(folder, model, optimizer, recipe, rank=None):
+    """The whole checkpoint; with a rank, its generators too."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    state = torch.load(folder / "recipe.pt", weights_only=True)
+    if rank is not None:
+        state["rng"] = torch.load(folder / f"rng{rank}.pt", weights_only=True)
+    recipe.load_state_dict(state, rng=rank is not None)
+
+
+def outcome(model, recipe):
+    """Weights, masks and flips, as lists."""
+    parameters = {name.removeprefix("module."): p.detach() for name, p in model.named_parameters()}
+    whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).tolist() for n, p in parameters.items()}
+    return whole, {n: m.tolist() for n, m in recipe.state_dict()["masks"].items()}, recipe.monitor.history()
+
+
+def _save_and_go_on(rank, folder, wrap, mvue=True, device="cpu"):
+    """Train half, save, train the rest; then the same from the checkpoint. Both outcomes, and that at the checkpoint."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    model, optimizer, recipe = wrapped_run(wrap, mvue, device)
+    torch.manual_seed(7 + rank)
+    steps(model, optimizer, 0, HALF, rank, world, device)
+    save(folder, model, optimizer, recipe, rank)
+    saved = outcome(model, recipe)
+    steps(model, optimizer, HALF, STEPS, rank, world, device)
+    resumed, again, recipe_again = wrapped_run(wrap, mvue, device, seed=1)
+    torch.manual_seed(99)
+    load(folder, resumed, again, recipe_again, rank)
+    assert outcome(resumed, recipe_again) == saved
+    steps(resumed, again, HALF, STEPS, rank, world, device)
+    assert sparse24.verify(resumed), str(sparse24.verify(resumed))
+    return saved, outcome(model, recipe), outcome(resumed, recipe_again)
+
+
+def _load_and_go_on(rank, folder, wrap):
+    """Take up a checkpoint of another world: the state as loaded, and the end of the run. No noise, so both compare."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    model, optimizer, recipe = wrapped_run(wrap, mvue=False, seed=1)
+    load(folder, model, optimizer, recipe)
+    loaded = outcome(model, recipe)
+    assert recipe.step == HALF and recipe.last_refresh == 2
+    steps(model, optimizer, HALF, STEPS, rank, world)
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    return loaded, outcome(model, recipe)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_distributed_checkpoint_resumes_bit_for_bit(on_two_ranks, wrap, tmp_path):
+    """With noise, at a step between two refreshes; each rank has its own generators back."""
+    for saved, whole, resumed in on_two_ranks(functools.partial(_save_and_go_on, folder=tmp_path, wrap=wrap)):
+        assert whole == resumed != saved
+
+
+def assert_close_outcomes(ours, theirs):
+    (weights, masks, flips), (other_weights, other_masks, other_flips) = ours, theirs
+    assert masks == other_masks and flips == other_flips
+    for name, weight in weights.items():
+        torch.testing.assert_close(torch.tensor(weight), torch.tensor(other_weights[name]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_two_ranks_checkpoint_goes_on_in_one_process(on_two_ranks, wrap, tmp_path):
+    """Weights, moments and masks are those that were saved; the rest of the run is that of the two ranks."""
+    run = functools.partial(_save_and_go_on, folder=tmp_path, wrap=wrap, mvue=False)
+    saved, whole, _ = on_two_ranks(run)[0]
+    loaded, end = _load_and_go_on(0, tmp_path, "none")
+    assert loaded == saved
+    assert_close_outcomes(end, whole)
+
+
+@pytest.mark.fault(63)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_one_processs_checkpoint_goes_on_on_two_ranks(on_two_ranks, wrap, tmp_path):
+    saved, whole, resumed = _save_and_go_on(0, tmp_path, "none", mvue=False)
+    assert whole == resumed
+    for loaded, end in on_two_ranks(functools.partial(_load_and_go_on, folder=tmp_path, wrap=wrap)):
+        assert loaded == saved
+        assert_close_outcomes(end, whole)
+
+
+# -- nccl -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone_over_nccl(tmp_path):
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_a_world_of_one_over_nccl_trains_saves_and_resumes(alone_over_nccl, wrap, tmp_path):
+    """As a process without a group does, bit for bit; DDP and FSDP2 add nothing where there is one rank."""
+    saved, whole, resumed = _save_and_go_on(0, tmp_path, wrap, device="cuda")
+    assert whole == resumed != saved
+    assert_close_outcomes(whole, _save_and_go_on(0, tmp_path, "none", device="cuda")[1])
+
+
+def _over_nccl(rank, folder, wrap, results):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+    try:
+        model, optimizer, recipe = wrapped_run(wrap, device="cuda")
+        recipe.check_ranks_every = 1
+        torch.manual_seed(0)
+        steps(model, optimizer, 0, STEPS, rank, WORLD, "cuda")
+        results.put((rank, model.fc1.rank if wrap == "fsdp2" else model.module.fc1.rank, outcome(model, recipe)))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.multigpu
+@pytest.mark.fault(64, 65)
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
+def test_two_gpus_over_nccl_keep_the_same_masks(wrap, tmp_path):
+    """The checksum runs at each step and finds nothing; each rank has noise of its own."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_over_nccl, args=(r, tmp_path, wrap, results)) for r in range(WORLD)]
+    for worker in workers:
+        worker.start()
+    (_, rank0, first), (_, rank1, second) = sorted(results.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=30)
+    assert (rank0, rank1) == (0, 1) and first == second
+
+
+@pytest.mark.fault(64)
 def test_checksum_tells_masks_apart_that_differ_in_one_block_or_in_order():
     from sparse24.recipe import _checksum
 
