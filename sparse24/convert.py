@@ -140,10 +140,14 @@ def sparsify(
 
 
 def densify(model: nn.Module) -> list[str]:
-    """Give every sparse layer its dense class back, with the same parameter objects; returns the layers' names."""
+    """Give every sparse layer its dense class back, with the same parameter objects; returns the layers' names.
+
+    A recipe of the model ends: its hooks come off the optimizer, which trains the dense layers from then on.
+    """
     feedforward.unfuse(model)
-    names = []
-    for name, layer in sparse_layers(model).items():
+    names, layers = [], sparse_layers(model)
+    end_recipes(layers)
+    for name, layer in layers.items():
         dense = _dense_class(layer)
         layer._drop_sparse()
         layer.__class__ = dense
@@ -163,6 +167,16 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
     for layer in layers:
         layer._repack(search=search)
     return len(layers)
+
+
+def end_recipes(layers: dict[str, SparseLayer]) -> None:
+    """Detach the recipes of layers that are about to become dense."""
+    from .recipe import _owners  # late: that module imports this one
+
+    for layer in layers.values():
+        recipe = _owners.get(layer, lambda: None)()
+        if recipe is not None:
+            recipe.detach()
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:

@@ -1,9 +1,9 @@
 """to_semi_structured: a 2:4 model for inference by PyTorch's own sparse kernels.
 
-Each sparse layer becomes an nn.Linear whose weight is a `torch.sparse.SparseSemiStructuredTensor`; no kernel of sparse24
-is needed any more. PyTorch has two backends: cuSPARSELt (sm_80 and later, Hopper among them) and CUTLASS, whose
-kernels refuse Hopper. Both take 16-bit weights on a GPU, whole tiles only; layers of other sizes keep a dense weight
-with the zeros written out, so that the model computes the same function.
+Each sparse layer becomes an nn.Linear whose weight is a `torch.sparse.SparseSemiStructuredTensor`; no kernel of
+sparse24 is needed any more. PyTorch has two backends: cuSPARSELt (sm_80 and later, Hopper among them) and CUTLASS,
+whose kernels refuse Hopper. Both take 16-bit weights on a GPU, whole tiles only; layers of other sizes keep a dense
+weight with the zeros written out, so that the model computes the same function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import feedforward, packing
-from .convert import Skipped, _after_conversion, sparse_layers, unwrap
+from .convert import Skipped, _after_conversion, end_recipes, sparse_layers, unwrap
 from .errors import Sparse24DtypeError, Sparse24Error
 from .exporting import masked_weight, warn_of_dense_phase
 from .layout import HALF_DTYPES
@@ -81,6 +81,7 @@ def to_semi_structured(
         _check_equal(name, weights[name], masked)
         report.converted.append(name)
     feedforward.unfuse(model)
+    end_recipes(layers)
     for name, layer in layers.items():
         _become_linear(layer, weights[name])
     _after_conversion(model)
