@@ -1,0 +1,154 @@
+"""What the order of a walk costs: a gated activation over a column-major input, in DRAM bytes an element of h.
+
+A product may leave gate_up column-major (tokens contiguous) while the next reads h by rows. Three walks of it:
+
+rows      a program takes 1024 features of one token, programs go along rows: each read is 2 B of a 32 B sector, and
+          the other tokens of that sector are asked for one row later
+columns   a program takes 1024 tokens of one feature, programs go along columns: reads are whole, but each write is
+          2 B of a sector
+tiles     the library's kernel: tiles whose both sides are whole sectors, in the order of csrc/common/raster.h
+
+Ideal: 4 B read and 2 B written. Nsight Compute (`ncu`) counts, from an empty L2; bytes that still wait in L2 when a
+kernel ends are not counted.
+
+    python -m bench.l2_walks [--csv FOLDER] [--png FOLDER]
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from bench.common import Table, arguments
+from bench.profile import READ, TIME, WRITTEN, number
+from sparse24 import ops
+
+HIT_RATE = "lts__t_sector_hit_rate.pct"
+SHAPES = [("llama-7B", 8192, 11008), ("llama-8B", 16384, 14336)]
+WALKS = ["rows", "columns", "tiles"]
+COLUMNS = ["walk", "shape", "time_us", "TB/s", "read B/element", "written B/element", "bytes over ideal", "L2 hit %"]
+
+
+@triton.jit
+def walk_kernel(gu, h, tokens, d_ff, by_rows: tl.constexpr, block: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    length = d_ff if by_rows else tokens
+    blocks = tl.cdiv(length, block)
+    line, along = program // blocks, program % blocks * block + tl.arange(0, block)
+    token = line if by_rows else along
+    feature = along if by_rows else line
+    inside = along < length
+    gate = tl.load(gu + token + feature * tokens, mask=inside).to(tl.float32)
+    up = tl.load(gu + token + (feature + d_ff) * tokens, mask=inside).to(tl.float32)
+    tl.store(h + token * d_ff + feature, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
+
+
+def walk(gu: torch.Tensor, h: torch.Tensor, by_rows: bool) -> None:
+    tokens, d_ff = h.shape
+    lines, length = (tokens, d_ff) if by_rows else (d_ff, tokens)
+    walk_kernel[(lines * triton.cdiv(length, 1024),)](gu, h, tokens, d_ff, by_rows=by_rows, block=1024)
+
+
+def child() -> None:
+    """Runs each walk once with the profiler on; its result must be the library's, up to rounding."""
+    for _, tokens, d_ff in SHAPES:
+        gu = torch.randn(2 * d_ff, tokens, device="cuda", dtype=torch.bfloat16).t()
+        h = torch.empty(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
+        expected = ops.gated_activation(gu, "silu")
+        for by_rows in (True, False):
+            walk(gu, h, by_rows)
+            torch.testing.assert_close(h, expected)
+        for name in WALKS:
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStart()
+            if name == "tiles":
+                ops.gated_activation(gu, "silu")
+            else:
+                walk(gu, h, by_rows=name == "rows")
+            torch.cuda.synchronize()
+            torch.cuda.cudart().cudaProfilerStop()
+
+
+def counters(ncu: str) -> list[dict]:
+    """One record a kernel, in the order of `child`."""
+    command = [ncu, "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
+    command += ["--print-units", "base", "--metrics", ",".join([TIME, READ, WRITTEN, HIT_RATE])]
+    output = subprocess.run(
+        [*command, sys.executable, "-m", "bench.l2_walks", "--child"], capture_output=True, text=True
+    )
+    lines = output.stdout.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        raise RuntimeError(f"ncu gave no table:\n{output.stdout[-2000:]}\n{output.stderr[-2000:]}")
+    table = [line for line in lines[start:] if line.startswith('"')]
+    return list(csv.DictReader(io.StringIO("\n".join([table[0], *table[2:]]))))  # the second line has the units
+
+
+def plot(table: Table, folder: Path) -> Path:
+    """Bytes an element of each walk, read and written, with the ideal as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(8, 0.5 * len(table.rows) + 1.6))
+    at = {name: i for i, name in enumerate(COLUMNS)}
+    for place, row in enumerate(table.rows):
+        read, written = row[at["read B/element"]], row[at["written B/element"]]
+        axes.barh(place, read, color="#4477aa", label="read" if place == 0 else None)
+        axes.barh(place, written, left=read, color="#ee6677", label="written" if place == 0 else None)
+        axes.text(read + written, place, f" {row[at['TB/s']]:.2f} TB/s", va="center")
+    axes.set_yticks(range(len(table.rows)), [f"{row[1]}, {row[0]}" for row in table.rows])
+    axes.invert_yaxis()
+    axes.axvline(6, color="black", linewidth=1, linestyle="--", label="ideal, 6 B")
+    axes.set_xlim(right=1.2 * max(row[at["read B/element"]] + row[at["written B/element"]] for row in table.rows))
+    axes.set_xlabel("DRAM bytes an element of h; beside it the rate of 6 B an element")
+    axes.set_title(f"SwiGLU over a column-major input, by the order of the walk, {torch.cuda.get_device_name()}")
+    axes.legend(loc="lower right")
+    figure.tight_layout()
+    path = folder / "l2-walks.png"
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--child", action="store_true", help="what ncu runs")
+    args = parser.parse_args()
+    if args.child:
+        return child()
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        raise SystemExit("error: ncu (Nsight Compute) is not on the PATH; it comes with the CUDA toolkit")
+    table = Table("l2_walks", COLUMNS)
+    cases = [(order, name, tokens * d_ff) for name, tokens, d_ff in SHAPES for order in WALKS]
+    for (order, name, elements), record in zip(cases, counters(ncu), strict=True):
+        time_ns, read, written = (number(record, key) for key in (TIME, READ, WRITTEN))
+        table.add(
+            order,
+            name,
+            time_ns / 1e3,
+            6 * elements / time_ns / 1e3,
+            read / elements,
+            written / elements,
+            (read + written) / (6 * elements),
+            number(record, HIT_RATE),
+        )
+    if args.csv:
+        print("wrote", table.write(args.csv))
+    if args.png:
+        print("wrote", plot(table, args.png))
+
+
+if __name__ == "__main__":
+    main()
