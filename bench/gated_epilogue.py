@@ -1,0 +1,65 @@
+"""Would gating inside the epilogue of the gate-and-up product beat a separate pass? A bound from above, measured.
+
+Training needs gate_up for its backward pass, so such an epilogue writes gate_up and h; what it saves is the separate
+pass (4 B read and 2 B written an element of h), what it costs is an epilogue with half as much again to write.
+That cost is measured on a product with the same multiplications and 1.5 times the output: 3*d_ff rows of two thirds
+of the depth. It leaves out the activation's own arithmetic in the epilogue, so the gain is an upper bound.
+
+    gain = (separate pass - (product of 1.5 times the output - product)) / forward of the FFN
+
+Hot chip, candidates interleaved.
+
+    python -m bench.gated_epilogue [--csv FOLDER]
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.bench_ffn import SHAPES
+from bench.common import Table, arguments, header, time_hot
+from sparse24 import ops
+
+COLUMNS = ["shape", "gate_up_us", "activation_us", "down_us", "forward_us", "output_x1.5_us", "cost_us", "gain_bound"]
+
+
+def sparse_weight(rows: int, cols: int):
+    """Packed values and metadata of a random weight."""
+    w = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16) * cols**-0.5
+    return ops.prune_compress(w)[1:3]
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0]).parse_args()
+    print(header())
+    table = Table("gated_epilogue", COLUMNS)
+    for name, tokens, d_model, d_ff in SHAPES:
+        depth = max(64, round(d_model * 2 / 3 / 64) * 64)
+        x = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16)
+        short = x[:, :depth].contiguous()
+        up, down, wide = sparse_weight(2 * d_ff, d_model), sparse_weight(d_model, d_ff), sparse_weight(3 * d_ff, depth)
+        gate_up = ops.sparse_mm(x, *up, 2 * d_ff)
+        h = ops.gated_activation(gate_up, "silu")
+
+        def forward(x=x, up=up, down=down, d_model=d_model, d_ff=d_ff):
+            hidden = ops.gated_activation(ops.sparse_mm(x, *up, 2 * d_ff), "silu")
+            return ops.sparse_mm(hidden, *down, d_model)
+
+        calls = {
+            "gate_up": lambda x=x, up=up, rows=2 * d_ff: ops.sparse_mm(x, *up, rows),
+            "activation": lambda gate_up=gate_up: ops.gated_activation(gate_up, "silu"),
+            "down": lambda h=h, down=down, rows=d_model: ops.sparse_mm(h, *down, rows),
+            "forward": forward,
+            "wide": lambda short=short, wide=wide, rows=3 * d_ff: ops.sparse_mm(short, *wide, rows),
+        }
+        time_us = time_hot(calls, rounds=15, calls=3)
+        time_us["wide"] *= 2 * d_ff * d_model / (3 * d_ff * depth)  # the same number of multiplications
+        cost = time_us["wide"] - time_us["gate_up"]
+        gain = (time_us["activation"] - cost) / time_us["forward"]
+        table.add(name, *(time_us[key] for key in calls), cost, gain)
+    if args.csv:
+        print("wrote", table.write(args.csv))
+
+
+if __name__ == "__main__":
+    main()
