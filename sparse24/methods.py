@@ -5,8 +5,8 @@ ste     straight-through alone: no decay
 sr-ste  the decay on the weights instead (arXiv 2102.04010), dense at the end
 step    dense first, until Adam's second moment has settled; then that is frozen and training is sparse
         (arXiv 2302.01172)
-s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase. Runs
-        by dense products over the thresholded weight, with exact gradients (no MVUE): the function, not the speed
+s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase; its
+        input gradient is a dense product (sparse24/soft.py)
 dense   trains dense and only looks: masks are searched, so that flip rates can be compared, and not applied
 """
 
@@ -48,28 +48,6 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise Sparse24Error(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     return METHODS[name]
-
-
-# -- S-STE ----------------------------------------------------------------------------------------------------------
-
-
-def soft_threshold(w: Tensor) -> Tensor:
-    """sign(w) * max(|w| - t, 0), t the second smallest magnitude of each group of four along a row; [rows, cols].
-
-    Keeps at most two of four and is continuous in w: an entry that falls out of its group has shrunk to 0 by then.
-    """
-    groups = w.unflatten(-1, (-1, 4))
-    magnitude = groups.abs()
-    threshold = magnitude.sort(dim=-1).values[..., 1:2]
-    return (groups.sign() * (magnitude - threshold).clamp_min(0)).flatten(-2)
-
-
-def soft_scale(w: Tensor) -> Tensor:
-    """<w, S(w)> / <S(w), S(w)>, fp32 scalar: the scale at which S(w) is nearest to w; 1 where S(w) is all zero."""
-    w = w.float()
-    soft = soft_threshold(w)
-    norm = (soft * soft).sum()
-    return torch.where(norm > 0, (w * soft).sum() / norm.clamp_min(torch.finfo(torch.float32).tiny), 1.0)
 
 
 # -- STEP -----------------------------------------------------------------------------------------------------------

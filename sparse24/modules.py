@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import functional, ops, packing
 from .errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from .soft import soft_linear
 
 SPARSE, DENSE = "sparse", "dense"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -102,7 +103,7 @@ class SparseLayer:
         self._stamp = None
         for name in packing.SPARSE_BUFFERS:
             self.register_buffer(name, None, persistent=False)
-        # S-STE multiplies with this instead of the packed forms: the thresholded, scaled weight, [rows, cols].
+        # S-STE's thresholded, scaled weight, [rows, cols]: what its packed form holds.
         self.register_buffer("soft", None, persistent=False)
         self.soft_scale: Tensor | None = None  # set: this layer is S-STE's
         self._repack()
@@ -246,11 +247,14 @@ class SparseLayer:
                 f"mat1 and mat2 must have the same dtype, but x is {x.dtype} and the weight {weight.dtype}; "
                 "cast one of them or run under torch.autocast"
             )
-        if self.soft is not None:
-            return F.linear(x, _SoftWeight.apply(weight, self.soft).to(x.dtype), bias)
         packed = self.packed
         # Packed float32 values, a CPU's, serve every dtype; 16-bit ones serve their own.
-        if packed.dtype != x.dtype and packed.dtype not in (torch.float32, torch.float64):
+        fits = packed.dtype == x.dtype or packed.dtype in (torch.float32, torch.float64)
+        if self.soft is not None:
+            if fits:
+                return soft_linear(x, weight, packed, self.E, bias, mvue=self.mvue, rank=self.rank)
+            return F.linear(x, _SoftWeight.apply(weight, self.soft).to(x.dtype), bias)
+        if not fits:
             return self._masked_forward(x, weight, bias)
         return functional.sparse_linear(
             x, weight, packed, self.E, self.packed_t, self.E_t, bias, mvue=self.mvue, rank=self.rank

@@ -15,8 +15,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from . import ops, reference
-from .methods import soft_threshold
+from . import ops
+from .soft import row_mask, soft_threshold
 
 # The packed forms of a layer, by buffer name, in the order in which every op takes and gives them.
 PACKED_NAMES = ("packed", "E", "packed_t", "E_t")
@@ -68,7 +68,7 @@ def pack(layers: Iterable, *, search: bool) -> None:
         if layer.weight.is_meta:
             continue
         if layer.soft_scale is not None:
-            _pack_soft(layer)
+            _pack_soft(layer, search)
         else:
             groups[layer.weight.device, layer.weight.dtype].append(layer)
     for group in groups.values():
@@ -89,15 +89,21 @@ def _tell_blocks(layers: Iterable) -> None:
         block.link()
 
 
-def _pack_soft(layer) -> None:
-    """S-STE: the thresholded weight times its fixed scale; the mask says where it is not zero."""
+def _pack_soft(layer, search: bool) -> None:
+    """S-STE: the thresholded weight times its fixed scale, packed along rows; packed_t and E_t are of no use.
+
+    What is kept follows the weights at each step. The layer's mask, which flip rates compare, moves with a search.
+    """
     weight = full_weight(layer)
+    mask = row_mask(weight)
     soft = soft_threshold(weight) * layer.soft_scale.to(weight)
     if layer.soft is None or (layer.soft.shape, layer.soft.dtype) != (soft.shape, soft.dtype):
         layer.soft = soft
     else:
         layer.soft.copy_(soft)
-    layer.mask.copy_(mask_bytes(reference.pack_bits(reference.to_blocks(soft != 0))))
+    ops.compress_([soft], [mask], *([getattr(layer, name)] for name in PACKED_NAMES))
+    if search:
+        layer.mask.copy_(mask_bytes(mask))
     layer.note_packed()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
+from contextlib import contextmanager
 from numbers import Integral
 
 import torch
@@ -23,6 +24,7 @@ from .errors import Sparse24Error
 from .modules import DENSE, SPARSE, SparseLayer, distributed_rank
 from .phases import PLACES, SCHEDULES, Phases, check_decay, scheduled_decay
 from .recipe_state import check_state, restore_rng, rng_state
+from .soft import soft_scale
 
 _owners: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[Recipe]] = weakref.WeakKeyDictionary()
 
@@ -92,16 +94,20 @@ class Recipe:
         )
         self.block_flips = BlockFlips() if track_blocks else None
         self._unfinished: int | None = None  # the step that an interrupt has left half done
+        self._entered = ""  # the phase that all layers are in
         self._frozen_moment: methods.FrozenSecondMoment | None = None
-        self._gaps: tuple[int, list[float]] | None = None
+        self._gaps: tuple[int, dict[str, float]] | None = None
+        self._capture_allowed = False
+        self._captured: tuple[str, float] | None = None  # phase and decay of the step in the user's CUDA graph
         self._take_over()
         rank = distributed_rank()
         for layer in self.layers.values():
             layer.mvue, layer.rank, layer.mask_is_state = bool(mvue), rank, False
             layer.soft = layer.soft_scale = None
             if self.method.soft:
-                layer.soft_scale = methods.soft_scale(packing.full_weight(layer))
+                layer.soft_scale = soft_scale(packing.full_weight(layer))
         self._before = [layer.mask.clone() for layer in self.layers.values()]
+        self._before_of = 0  # the refresh that `_before` belongs to, by its step
         self._start_phase(self.phase, search=True)
         self._hooks = [
             self.optimizer.register_step_pre_hook(self._pre_hook),
@@ -149,7 +155,7 @@ class Recipe:
         mask_age   steps since the masks were searched      step      optimizer steps taken
         gap_q10, gap_q50, gap_q90  quantiles over 4x4 blocks of the magnitude between the best and the next pattern
         """
-        gaps = self._gap_quantiles()
+        self._check_layers()
         return {
             "flip_rate": self.monitor.rate(),
             "flip_rate_per_step": self.monitor.rate_per_step(),
@@ -157,8 +163,18 @@ class Recipe:
             "phase": float(self.phase == DENSE),
             "mask_age": float(self.step - self.last_refresh),
             "step": float(self.step),
-            **{f"gap_q{int(100 * q)}": gap for q, gap in zip((0.1, 0.5, 0.9), gaps, strict=True)},
+            **self._gap_quantiles(),
         }
+
+    def write_tensorboard(self, writer, prefix: str = "sparse24") -> None:
+        """All of `metrics()` to a `torch.utils.tensorboard.SummaryWriter`, at the current step; the flip rate of each
+        layer, and histograms of these and of the gaps of 4x4 blocks.
+        """
+        for name, value in self.metrics().items():
+            if name != "step":
+                writer.add_scalar(f"{prefix}/{name}", value, self.step)
+        self.monitor.write_tensorboard(writer, prefix)
+        writer.add_histogram(f"{prefix}/gap", monitor.gap_sample(self._block_gaps(), 1 << 16).cpu(), self.step)
 
     def plot_flips_against_gap(self, path) -> None:
         """A picture of which blocks flip; needs track_blocks=True. Raises Sparse24Error before the first refresh."""
@@ -197,11 +213,9 @@ class Recipe:
         return (args[0], closure_then_decay, *args[2:]), kwargs
 
     def _post_hook(self, optimizer, args, kwargs) -> None:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise Sparse24Error(
-                "optimizer.step() is being captured in a CUDA graph, whose replays the recipe could not count; capture "
-                "forward and backward, and leave the optimizer's step outside"
-            )
+        if is_capturing():
+            self._capture_step()
+            return
         if self._frozen_moment is not None:
             self._frozen_moment.after_step()
         # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
@@ -215,6 +229,7 @@ class Recipe:
     @torch.no_grad()
     def _before_step(self) -> None:
         """Masked decay, on gradients that are final: accumulated, un-scaled (or fused), clipped."""
+        self._finish_interrupted()
         if self._frozen_moment is not None:
             self._frozen_moment.before_step()
         decay = self.current_decay
@@ -261,24 +276,82 @@ class Recipe:
                 self._add_decay(chosen, float(group["lr"]) * decay, keep, terms)
                 torch._foreach_sub_([sharding.local(layer.weight) for layer in chosen], [*map(sharding.local, terms)])
 
+    # -- whole steps in a CUDA graph ------------------------------------------------------------------------------
+
+    @contextmanager
+    def capturing(self):
+        """Within it `optimizer.step()` may be captured in a CUDA graph; run that graph by `replay` and not otherwise.
+
+        The graph holds forward, backward, decay, the optimizer's step and the packing of the new weights; `replay` adds
+        what a graph cannot do: it counts, searches masks when they are due, and knows when the phase ends. Raises
+        Sparse24Error for a decay schedule and for methods that work on more than gradients ("sr-ste", "step").
+        """
+        if self.method.decay_on == "weight" or self.method.freezes_second_moment:
+            raise Sparse24Error(
+                f"a step of method={self.method.name!r} cannot be captured in a CUDA graph; capture forward and "
+                "backward only"
+            )
+        if self.decay and self.decay_schedule != "constant":
+            raise Sparse24Error(
+                f"decay_schedule={self.decay_schedule!r} changes the decay at each step, and a captured step keeps the "
+                "one that it was captured with; use decay_schedule='constant', or capture forward and backward only"
+            )
+        self._finish_interrupted()
+        self._capture_allowed, self._captured = True, None
+        try:
+            yield
+        finally:
+            self._capture_allowed = False
+
+    def replay(self, graph) -> None:
+        """Replay the CUDA graph of a whole training step that was captured under `capturing`, and count the step.
+
+        Raises Sparse24Error, before anything runs, when the graph is no longer that of the next step: the phase has
+        changed, or somebody has set another decay. Capture it anew then.
+        """
+        if self._captured is None:
+            raise Sparse24Error("no step has been captured; capture one under `with recipe.capturing():`")
+        self._finish_interrupted()
+        now = (self.phase, self.current_decay)
+        if self._captured != now:
+            (phase, decay), (phase_now, decay_now) = self._captured, now
+            raise Sparse24Error(
+                f"the graph holds a step of the {phase} phase with decay {decay:g}, the next step is {phase_now} with "
+                f"decay {decay_now:g}; capture it anew"
+            )
+        graph.replay()
+        self._finish_step(self.step + 1, packed=True)
+
+    def _capture_step(self) -> None:
+        """The post-hook inside a capture: what each replay is to do after the optimizer's step."""
+        if not self._capture_allowed:
+            raise Sparse24Error(
+                "optimizer.step() is being captured in a CUDA graph, whose replays the recipe could not count; capture "
+                "under `with recipe.capturing():` and call recipe.replay(graph), or leave optimizer.step() outside"
+            )
+        if getattr(self.optimizer, "found_inf", None) is not None:
+            raise Sparse24Error("a step under GradScaler cannot be captured in a CUDA graph; use bfloat16")
+        if self.phase == SPARSE:
+            packing.pack(self.layers.values(), search=False)
+        self._captured = (self.phase, self.current_decay)
+
     # -- after the optimizer's step -------------------------------------------------------------------------------
 
-    def _finish_step(self, step: int) -> None:
-        """All that belongs to optimizer step number `step`; the count moves last.
+    def _finish_step(self, step: int, *, packed: bool = False) -> None:
+        """All that belongs to optimizer step number `step`; the count moves last. `packed`: values are packed already.
 
         An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is
         harmless: masks and packed forms depend on the weights alone.
         """
         self._unfinished = step
-        phase_before = self.phase
         phase = DENSE if self.method.probes else self.phases.at(step)
-        if phase != phase_before:
+        if phase != self._entered:
             self.step = step
             self._start_phase(phase, search=True)
         elif phase == SPARSE or self.method.probes:
             if step % self.mask_interval == 0 and not self.masks_frozen:
                 self._refresh(step)
-            elif phase == SPARSE:
+            elif phase == SPARSE and not packed:
                 packing.pack(self.layers.values(), search=False)
             for layer in self.layers.values():
                 if not layer.mask_is_state:
@@ -287,26 +360,32 @@ class Recipe:
             check_ranks(self.layers)
         self.step, self._unfinished = step, None
 
+    def _finish_interrupted(self) -> None:
+        if self._unfinished is not None:
+            self._finish_step(self._unfinished)
+
     def _refresh(self, step: int) -> None:
         """Search the masks, pack, and count the flips since the masks before."""
         layers = self.layers.values()
-        if step != self.last_refresh:
-            for before, layer in zip(self._before, layers, strict=True):
-                before.copy_(layer.mask)
+        if self._before_of != step:  # else an interrupt has come, and the masks are partly new already
+            torch._foreach_copy_(self._before, [layer.mask for layer in layers])
+            self._before_of = step
         if self.method.probes:
             for layer, mask in zip(layers, packing.search_masks(layers), strict=True):
                 layer.mask.copy_(packing.mask_bytes(mask))
         else:
             packing.pack(layers, search=True)
-        flips = ops.foreach_mask_flips(
-            [packing.mask_bits(before) for before in self._before], [packing.mask_bits(layer.mask) for layer in layers]
-        )
         if step != self.last_refresh:
-            progress = (step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
-            self.monitor.push(flips, step, step - self.last_refresh, progress)
-            if self.block_flips is not None:
-                self.block_flips.add(self._before, [layer.mask for layer in layers])
+            self._count_flips(step)
         self.last_refresh, self._gaps = step, None
+
+    def _count_flips(self, step: int) -> None:
+        masks = [layer.mask for layer in self.layers.values()]
+        flips = ops.foreach_mask_flips([*map(packing.mask_bits, self._before)], [*map(packing.mask_bits, masks)])
+        progress = (step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
+        self.monitor.push(flips, step, step - self.last_refresh, None if self.method.probes else progress)
+        if self.block_flips is not None:
+            self.block_flips.add(self._before, masks)
 
     def _start_phase(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches the masks unless told otherwise."""
@@ -321,11 +400,12 @@ class Recipe:
                 layer.mask.copy_(packing.mask_bytes(mask))
         for layer in self.layers.values():
             layer.phase = phase
+        self._entered = phase
 
     def _unique_layers(self) -> list[SparseLayer]:
         return list({id(layer.weight): layer for layer in self.layers.values()}.values())
 
-    def _gap_quantiles(self) -> list[float]:
+    def _gap_quantiles(self) -> dict[str, float]:
         if self._gaps is None or self._gaps[0] != self.last_refresh:
             self._gaps = (self.last_refresh, monitor.gap_quantiles(self._block_gaps()))
         return self._gaps[1]
@@ -345,6 +425,15 @@ class Recipe:
                 other.detach()  # a new optimizer: the old pair is out of use
             _owners[layer] = weakref.ref(self)
 
+    def _check_layers(self) -> None:
+        """`densify` ends a recipe: its masks are gone."""
+        dense = [name for name, layer in self.layers.items() if not isinstance(layer, SparseLayer)]
+        if dense:
+            raise Sparse24Error(
+                f"layers of this recipe are dense again ({', '.join(dense[:4])}); sparsify the model, make a new recipe "
+                "and load a state that was saved before"
+            )
+
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict:
@@ -353,8 +442,8 @@ class Recipe:
         Step, settings, masks, flip history, and the states of torch's generators that MVUE draws from. With it a
         resumed run equals the uninterrupted one bit for bit; save it between two optimizer steps.
         """
-        if self._unfinished is not None:
-            self._finish_step(self._unfinished)
+        self._check_layers()
+        self._finish_interrupted()
         return {
             "version": 1,
             "step": self.step,
@@ -380,6 +469,7 @@ class Recipe:
         Load the model's weights before or after: either order gives the same masks and packed forms. Raises
         Sparse24Error, changing nothing, for a state that is corrupt, of another model or of other settings.
         """
+        self._check_layers()
         masks = check_state(state, self._settings(), {n: layer.mask for n, layer in self.layers.items()}, override)
         planned = DENSE if self.method.probes else self.phases.at(state["step"])
         if state["phase"] != planned and not override:
@@ -391,6 +481,7 @@ class Recipe:
         self.step, self._unfinished = state["step"], None
         self._decay = check_decay(state["decay"])
         self.last_refresh, self.masks_frozen = state["last_refresh"], state["masks_frozen"]
+        self._before_of, self._captured = self.last_refresh, None
         self._gaps = self._frozen_moment = None
         for name, layer in self.layers.items():
             layer.mask.copy_(masks[name])
@@ -423,6 +514,11 @@ class Recipe:
             f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay "
             f"{self.decay:g}, mask_interval {self.mask_interval}, {len(self.layers)} layers)"
         )
+
+
+def is_capturing() -> bool:
+    """Whether work on the current CUDA stream is being captured in a graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_ranks(layers: dict[str, SparseLayer]) -> None:

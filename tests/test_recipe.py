@@ -13,9 +13,10 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, ops
 from sparse24.errors import Sparse24Error, Sparse24Warning
-from sparse24.methods import METHODS, soft_scale, soft_threshold
+from sparse24.methods import METHODS
 from sparse24.monitor import FlipMonitor
 from sparse24.phases import Phases, scheduled_decay
+from sparse24.soft import row_mask, soft_scale, soft_threshold
 
 
 def kept(layer):
@@ -383,7 +384,7 @@ def test_soft_threshold_is_the_published_function():
 
 
 def test_s_ste_multiplies_with_the_scaled_soft_threshold_and_trains_straight_through():
-    model, optimizer, recipe = make(method="s-ste", lr=0.05)
+    model, optimizer, recipe = make(method="s-ste", lr=0.05, mvue=False)
     scale = soft_scale(model.fc1.weight.detach())
     assert recipe.phase == "sparse" and recipe.metrics()["decay"] == 0.0
     for step in range(12):
@@ -397,6 +398,41 @@ def test_s_ste_multiplies_with_the_scaled_soft_threshold_and_trains_straight_thr
         run(model, optimizer, 1, step)
     assert recipe.phase == "sparse" and sparse24.verify(model)
     assert recipe.metrics()["flip_rate"] > 0
+
+
+def test_s_ste_keeps_exactly_two_of_four_of_each_row():
+    w = torch.tensor([[3.0, -1.0, 2.0, -5.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.0, math.nan, 0.5, 0.0]])
+    rows = [[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
+    assert torch.equal(ops.unpack_mask(row_mask(w)), torch.tensor(rows).bool())
+    kept = ops.unpack_mask(row_mask(w := torch.randn(64, 32)))
+    assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    assert not (~kept & (soft_threshold(w) != 0)).any()
+
+
+def test_s_ste_multiplies_with_its_packed_form():
+    """Forward and, with MVUE, the weight gradient are sparse products; the packed values are those thresholded."""
+    model, optimizer, recipe = make(method="s-ste", lr=0.05)
+    for step in range(3):
+        run(model, optimizer, 1, step)
+        layer = model.fc1
+        assert torch.equal(ops.decompress(layer.packed, layer.E, 32, 16), layer.soft)
+    x, dy = torch.randn(64, 16, requires_grad=True), torch.randn(64, 32)
+    gradients = [torch.autograd.grad(layer(x), (x, layer.weight), dy) for _ in range(2)]
+    torch.testing.assert_close(gradients[0][0], dy @ layer.soft)
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert not torch.equal(gradients[0][1], gradients[1][1]), "MVUE draws anew"
+    mean = sum(torch.autograd.grad(layer(x), layer.weight, dy)[0] for _ in range(400)) / 400
+    exact = dy.t() @ x.detach()
+    spread = (gradients[0][1] - exact).square().mean().sqrt()
+    assert (mean - exact).square().mean().sqrt() < 3 * spread / 400**0.5
+
+
+def test_s_ste_flip_rate_is_that_of_a_whole_interval():
+    model, optimizer, recipe = make(method="s-ste", lr=0.2, mask_interval=5)
+    before = row_mask(model.fc1.weight.detach())
+    run(model, optimizer, 5)
+    flips = ops.mask_flips(before, row_mask(model.fc1.weight.detach()))
+    assert recipe.monitor.layer_rates()["fc1"] == int(flips) / model.fc1.weight.numel() > 0
 
 
 def test_dense_method_trains_dense_and_only_watches_the_masks():
@@ -617,9 +653,9 @@ def test_masks_of_a_state_serve_another_dtype():
 @pytest.mark.fault(62)
 def test_interrupt_inside_a_step_is_made_good_before_saving(monkeypatch):
     """The refresh belongs to the step; a save right after an interrupt is that of a whole step."""
-    model, optimizer, recipe = make(lr=0.2)
+    model, optimizer, recipe = make(lr=0.2, mvue=False)
     run(model, optimizer, 3)
-    twin, twin_optimizer, twin_recipe = make(lr=0.2)
+    twin, twin_optimizer, twin_recipe = make(lr=0.2, mvue=False)
     run(twin, twin_optimizer, 4)
 
     real = ops.prune_compress_
@@ -638,6 +674,32 @@ def test_interrupt_inside_a_step_is_made_good_before_saving(monkeypatch):
     assert state["step"] == 4 and state["last_refresh"] == 4
     assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), state["masks"]["fc1"])
     assert len(state["monitor"]["steps"]) == 1
+    assert recipe.monitor.history() == twin_recipe.monitor.history() and recipe.monitor.rate() > 0
+
+
+@pytest.mark.fault(62)
+@pytest.mark.filterwarnings("ignore:the weight of a sparse layer has changed")
+@pytest.mark.parametrize("saves", [False, True])
+def test_training_that_goes_on_after_an_interrupt_loses_no_step(monkeypatch, saves):
+    """Also when the interrupt hits the change of phases: every layer is in the new one before the next step."""
+    model, optimizer, recipe = make(lr=0.2, total_steps=8)
+    run(model, optimizer, 5)
+
+    def interrupted(self, name, value):
+        if name == "phase" and self is model.fc2:
+            raise KeyboardInterrupt
+        object.__setattr__(self, name, value)
+
+    monkeypatch.setattr(type(model.fc1), "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, optimizer, 1, 5)
+    monkeypatch.undo()
+    assert [model.fc1.phase, model.fc2.phase] == ["dense", "sparse"]
+    if saves:
+        assert recipe.state_dict()["step"] == 6
+        assert [model.fc1.phase, model.fc2.phase] == ["dense", "dense"]
+    run(model, optimizer, 1, 6)
+    assert recipe.step == 7 and [model.fc1.phase, model.fc2.phase] == ["dense", "dense"]
 
 
 @pytest.mark.fault(56, 57)
@@ -700,7 +762,7 @@ def test_history_is_written_as_csv_and_picture(tmp_path):
     monitor.write_csv(tmp_path / "flips.csv")
     lines = (tmp_path / "flips.csv").read_text().splitlines()
     assert (
-        lines[0] == "step,interval,flip_rate,a,b"
+        lines[0] == "step,interval,flip_rate,flip_rate_per_step,a,b"
         and lines[2].startswith("80,40,0.0666")
         and lines[2].endswith("0.1,0.0")
     )

@@ -7,6 +7,7 @@ from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, SparseLinear
+from sparse24.testing import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
 WIDTH, HIDDEN = 256, 512
@@ -148,6 +149,132 @@ def test_captured_graph_replays_with_new_weights_masks_and_noise():
         p.grad.zero_()
     graph.replay()
     assert torch.equal(expected, model(x))
+
+
+class CapturedStep:
+    """A whole training step in a CUDA graph: forward, backward, masked decay, fused AdamW and packing."""
+
+    def __init__(self, lr=1e-3, warm_up=3, **settings):
+        self.model = make()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, fused=True, capturable=True)
+        self.recipe = Recipe(self.model, self.optimizer, **(dict(total_steps=1000, mask_interval=4) | settings))
+        self.x = batch(0)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for step in range(warm_up):  # real steps, which count
+                self.x.copy_(batch(step))
+                self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.capture()
+
+    def capture(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        self.graph = torch.cuda.CUDAGraph()
+        with self.recipe.capturing(), torch.cuda.graph(self.graph):
+            self.step()
+
+    def step(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = F.mse_loss(self.model(self.x), self.x.flip(-1))
+        loss.backward()
+        self.optimizer.step()
+
+    def replay(self, step):
+        self.x.copy_(batch(step))
+        self.recipe.replay(self.graph)
+
+
+@pytest.mark.fault(35)
+def test_captured_training_steps_are_the_eager_ones():
+    """Counting, mask searches and packing included; without MVUE, whose noise would differ."""
+    captured = CapturedStep(mvue=False, decay=1e-3)
+    twin = make()
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True, capturable=True)
+    recipe = Recipe(twin, optimizer, total_steps=1000, mask_interval=4, mvue=False, decay=1e-3)
+    assert captured.recipe.step == 3
+    for step in range(3, 12):
+        captured.replay(step)
+    train(twin, optimizer, 12)
+    assert captured.recipe.step == recipe.step == 12
+    assert captured.recipe.last_refresh == recipe.last_refresh == 12
+    assert sparse24.verify(captured.model)
+    for ours, theirs in zip(captured.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+    ours, theirs = (r.monitor.history() for r in (captured.recipe, recipe))
+    assert [step for step, _ in ours] == [step for step, _ in theirs] == [4, 8, 12]
+
+
+@pytest.mark.fault(35)
+def test_replays_of_a_captured_step_draw_new_noise():
+    captured = CapturedStep(lr=0.0, decay=0.0)
+    gradients = []
+    for _ in range(3):
+        captured.replay(0)
+        gradients.append(captured.model[0].fc1.weight.grad.clone())
+    assert not torch.equal(gradients[0], gradients[1]) and not torch.equal(gradients[1], gradients[2])
+    torch.manual_seed(7)
+    captured.replay(0)
+    first = captured.model[0].fc1.weight.grad.clone()
+    torch.manual_seed(7)
+    captured.replay(0)
+    assert torch.equal(first, captured.model[0].fc1.weight.grad), "torch's generator rules it"
+
+
+@pytest.mark.fault(35)
+def test_captured_step_is_refused_once_it_is_no_longer_the_next_one():
+    captured = CapturedStep(total_steps=6, dense_fraction=1 / 3)
+    captured.replay(3)
+    assert captured.recipe.phase == "dense"
+    with pytest.raises(sparse24.Sparse24Error, match="step of the sparse phase.*the next step is dense.*capture it"):
+        captured.replay(4)
+    captured.capture()
+    captured.replay(4)
+    assert captured.recipe.step == 5
+    captured = CapturedStep()
+    captured.recipe.decay = 1.0
+    with pytest.raises(sparse24.Sparse24Error, match="with decay 1; capture it anew"):
+        captured.replay(3)
+
+
+@pytest.mark.fault(35)
+def test_capturing_the_optimizers_step_unannounced_is_refused():
+    captured = CapturedStep()
+    with pytest.raises(sparse24.Sparse24Error, match="recipe.capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        captured.step()
+    captured.replay(3)
+
+
+def test_s_ste_multiplies_sparse_and_learns():
+    model = make()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    recipe = Recipe(model, optimizer, total_steps=30, mask_interval=10, method="s-ste")
+    losses = train(model, optimizer, 30)
+    assert losses[-1] < losses[0] and recipe.phase == "sparse" and sparse24.verify(model)
+    layer, x = model[0].fc1, batch(0).bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    exact = x.double() @ layer.soft.bfloat16().double().t() + layer.bias.double()
+    plain = F.linear(x, layer.soft.bfloat16(), layer.bias.bfloat16())
+    assert_as_accurate(y, plain, exact)
+
+
+def test_flip_counts_do_not_wait_for_the_device():
+    """A refresh while the GPU is busy returns at once; the counts arrive later."""
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = Recipe(model, optimizer, total_steps=100, mask_interval=1, dense_fraction=0)
+    train(model, optimizer, 3)
+    torch.cuda.synchronize()
+    for layer in recipe.layers.values():
+        layer.weight.grad = torch.randn_like(layer.weight)
+    busy = torch.cuda.Event()
+    torch.cuda._sleep(1_000_000_000)
+    busy.record()
+    optimizer.step()
+    assert not busy.query(), "the step came back while the GPU was still asleep"
+    assert recipe.metrics()["flip_rate"] > 0
 
 
 def test_float32_outside_autocast_is_the_same_function():
