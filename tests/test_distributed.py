@@ -305,7 +305,7 @@ def outcome(model, recipe):
 
 
 def _save_and_go_on(rank, folder, wrap, mvue=True, device="cpu"):
-    """Train half, save, train the rest; then the same from the checkpoint. Both outcomes, and that at the checkpoint."""
+    """Train half, save, train the rest; then the rest from the checkpoint. Outcomes at the checkpoint and of both."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     model, optimizer, recipe = wrapped_run(wrap, mvue, device)
     torch.manual_seed(7 + rank)

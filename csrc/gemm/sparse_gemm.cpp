@@ -122,7 +122,11 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   Launcher* launch = find_launcher(desc, config);
   SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ",
              to_string(desc));
-  launch(args, config, device, multiprocessors, stream);
+  try {
+    launch(args, config, device, multiprocessors, stream);
+  } catch (const Error& error) {
+    throw Error(concat(error.what(), "; ", to_string(desc), " by ", to_string(config)));
+  }
 }
 
 std::string config_text(const SparseGemmArgs& args, int device) {
