@@ -131,6 +131,116 @@ def test_any_strides_and_leading_dimensions(device):
     assert_same_bits(ops.gated_activation(row, "silu"), ops.gated_activation(row.contiguous(), "silu"), "expanded")
 
 
+@pytest.mark.fault(18)
+@pytest.mark.parametrize("shape", [(40,), (3, 40), (2, 3, 40), (2, 1, 3, 40)])
+def test_leading_dimensions_are_flattened_and_given_back(device, shape):
+    gu, dh = torch.randn(shape, device=device), torch.randn(*shape[:-1], 20, device=device)
+    flat_gu, flat_dh = gu.reshape(-1, 40), dh.reshape(-1, 20)
+    assert_same_bits(ops.gated_activation(gu, "silu").reshape(-1, 20), ops.gated_activation(flat_gu, "silu"), "h")
+    column = ops.gated_activation(gu, "silu", column_major=True)
+    assert_same_bits(column, ops.gated_activation(gu, "silu"), "h, tokens contiguous")
+    d_gu, h = ops.gated_activation_backward(dh, gu, "silu", recompute_h=True)
+    assert d_gu.shape == gu.shape and h.shape == dh.shape
+    assert_same_bits(d_gu.reshape(-1, 40), ops.gated_activation_backward(flat_dh, flat_gu, "silu"), "d_gu")
+    with pytest.raises(Sparse24Error, match="at least one dimension, got a scalar"):
+        ops.gated_activation(torch.tensor(1.0, device=device), "silu")
+
+
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_gives_the_bits_that_it_gives_among_many(device, dtype):
+    gu, dh = torch.randn(9, 272, device=device).to(dtype), torch.randn(9, 136, device=device).to(dtype)
+    h, d_gu = ops.gated_activation(gu, "silu"), ops.gated_activation_backward(dh, gu, "silu")
+    for layout in ("row", "column"):
+        one = laid_out(gu[4:5], layout)
+        for column_major_out in (False, True):
+            assert_same_bits(ops.gated_activation(one, "silu", column_major=column_major_out), h[4:5], layout)
+        assert_same_bits(ops.gated_activation_backward(dh[4:5], one, "silu"), d_gu[4:5], f"d_gu {layout}")
+
+
+@pytest.mark.fault(19)
+def test_slices_and_overlaps_in_forward_and_backward(device):
+    base = torch.randn(24, 160, device=device, dtype=torch.bfloat16)
+    windows = torch.randn(300, device=device, dtype=torch.bfloat16).as_strided((24, 80), (8, 1))
+    for gu in (
+        base[:, ::2],
+        base[::2, :80],
+        base[:, 40:120],
+        base.flip(1)[:, :80],
+        windows,
+        base[:1, :80].expand(24, 80),
+    ):
+        dh = torch.randn(gu.shape[0], 120, device=device, dtype=torch.bfloat16)[:, ::3]
+        dense_gu, dense_dh = gu.clone(memory_format=torch.contiguous_format), dh.contiguous()
+        for column_major_out in (False, True):
+            h = ops.gated_activation(gu, "gelu", column_major=column_major_out)
+            assert_same_bits(h, ops.gated_activation(dense_gu, "gelu"), f"h of strides {gu.stride()}")
+        expected = ops.gated_activation_backward(dense_dh, dense_gu, "gelu")
+        assert_same_bits(ops.gated_activation_backward(dh, gu, "gelu"), expected, f"d_gu of strides {gu.stride()}")
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("offset", [1, 3, 4, 8])
+def test_any_first_element_in_forward_and_backward(device, offset):
+    gu, dh = torch.randn(40, 128, device=device).half(), torch.randn(40, 64, device=device).half()
+    shifted = [torch.empty(t.numel() + offset, device=device).half()[offset:].view_as(t).copy_(t) for t in (gu, dh)]
+    assert shifted[0].data_ptr() % 16 == offset * 2 % 16
+    assert_same_bits(ops.gated_activation(shifted[0], "silu"), ops.gated_activation(gu, "silu"), "h")
+    expected = ops.gated_activation_backward(dh, gu, "silu", recompute_h=True)
+    for ours, theirs in zip(
+        ops.gated_activation_backward(shifted[1], shifted[0], "silu", recompute_h=True), expected, strict=True
+    ):
+        assert_same_bits(ours, theirs, "backward")
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("column_major_out", [False, True])
+def test_offsets_past_2_to_the_31(device, column_major_out):
+    """Two tokens, 2^31 elements apart; the room between them is never touched."""
+    room = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    gu = room.as_strided((2, 32), (2**31, 1))
+    values = torch.randn(2, 32).to(device, torch.bfloat16)
+    gu.copy_(values)
+    assert_same_bits(
+        ops.gated_activation(gu, "silu", column_major=column_major_out), ops.gated_activation(values, "silu"), "h"
+    )
+    dh = torch.ones(2, 16, dtype=torch.bfloat16, device=device)
+    assert_same_bits(
+        ops.gated_activation_backward(dh, gu, "silu"), ops.gated_activation_backward(dh, values, "silu"), "d_gu"
+    )
+
+
+@pytest.mark.fault(23)
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_elements_in_every_layout():
+    tokens, d_ff = 4194312, 256  # gu: 2^31 + 3584 elements
+    rows = torch.tensor([0, 1, 2**22 - 1, 2**22, tokens - 1], device="cuda")
+    gu = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
+    expected = ops.gated_activation(gu[rows], "silu")
+    for layout in ("row", "column"):
+        source = laid_out(gu, layout)
+        for column_major_out in (False, True):
+            h = ops.gated_activation(source, "silu", column_major=column_major_out)
+            assert_same_bits(h[rows], expected, f"{layout} in, column_major={column_major_out} out")
+            del h
+    del source
+    dh = torch.randn(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
+    expected = ops.gated_activation_backward(dh[rows], gu[rows], "silu")
+    assert_same_bits(ops.gated_activation_backward(dh, gu, "silu")[rows], expected, "d_gu")
+
+
+@pytest.mark.fault(24)
+@pytest.mark.parametrize("tokens, d_ff", [(65536 * 64 + 8, 8), (8, 65536 * 64 + 8)])
+def test_more_tiles_than_a_grid_counts_in_y(device, tokens, d_ff):
+    gu = torch.randn(tokens, 2 * d_ff, device=device, dtype=torch.bfloat16)
+    corner = torch.cat([gu[-8:, d_ff - 8 : d_ff], gu[-8:, -8:]], 1)
+    expected = ops.gated_activation(corner, "silu")
+    for layout in ("row", "column"):
+        for column_major_out in (False, True):
+            h = ops.gated_activation(laid_out(gu, layout), "silu", column_major=column_major_out)
+            assert_same_bits(h[-8:, -8:], expected, f"{layout} in, column_major={column_major_out} out")
+
+
 @pytest.mark.fault(16)
 def test_empty_inputs_give_empty_outputs(device):
     gu = torch.empty(0, 16, device=device)
