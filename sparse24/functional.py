@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import ops
@@ -33,6 +34,16 @@ def _cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+
+
+def _check_no_transform(x: Tensor) -> None:
+    """vmap, functional gradients and forward mode have no rule here; say so, instead of PyTorch's words to authors."""
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
+        raise Sparse24Error(
+            "2:4 layers do not work under torch.func transforms (vmap, grad, jvp, ...) nor in forward-mode "
+            "differentiation; use backward(), or sparse24.densify(model) for such a computation"
+        )
 
 
 def _constant(values: Tensor) -> Tensor:
@@ -123,6 +134,7 @@ def sparse_linear(
     """
     if weight.dim() != 2:
         raise Sparse24Error(f"weight must be 2-D, (out_features, in_features), got shape {tuple(weight.shape)}")
+    _check_no_transform(x)
     x, bias = _cast_as_autocast_does(x, bias)
     _check_bias(x, bias)
     packed, packed_t = _constant(packed), _constant(packed_t)
@@ -146,11 +158,13 @@ class _Activation(torch.autograd.Function):
 
 def gated_activation(gu: Tensor, kind: str = "silu") -> Tensor:
     """h = act(gate) * up for gu = [gate | up] (..., 2*d_ff); saves gu alone. Kinds as `ops.gated_activation`."""
+    _check_no_transform(gu)
     return _Activation.apply(gu, kind, True)
 
 
 def activation(x: Tensor, kind: str = "gelu_tanh") -> Tensor:
     """act(x), saving x alone; kinds as `ops.gated_activation`, "squared_relu" among them."""
+    _check_no_transform(x)
     return _Activation.apply(x, kind, False)
 
 
@@ -223,6 +237,7 @@ def _check_seed_pairs(seed: Tensor | None) -> None:
 
 
 def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bias_down, mvue, seed, rank) -> Tensor:
+    _check_no_transform(x)
     x, bias_up, bias_down = _cast_as_autocast_does(x, bias_up, bias_down)
     _check_bias(x, bias_up)
     _check_bias(x, bias_down)

@@ -132,10 +132,30 @@ def test_double_backward_is_refused(device, dtype):
 @pytest.mark.fault(52)
 def test_vmap_and_forward_mode_are_refused(device, dtype):
     x, w, b, packed, _ = make_layer(device, dtype)
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(lambda row: functional.sparse_linear(row, w, *packed, b))(x)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda t: functional.sparse_linear(t, w, *packed, b), (x.detach(),), (x.detach(),))
+    gu = torch.randn(4, 32, device=device, dtype=dtype)
+    up, down = ops.prune_compress(w.detach(), dtype)[1:], ops.prune_compress(w.detach().t(), dtype)[1:]
+    functions = (
+        (lambda t: functional.sparse_linear(t, w, *packed, b), x.detach()),
+        (lambda t: functional.mlp(t, w, up, w.t(), down), x.detach()),
+        (functional.gated_activation, gu),
+        (functional.activation, gu),
+    )
+    for function, t in functions:
+        for call in (
+            lambda f=function, t=t: torch.func.vmap(f)(t),
+            lambda f=function, t=t: torch.func.jvp(f, (t,), (t,)),
+            lambda f=function, t=t: torch.func.grad(lambda s: f(s).sum())(t),
+            lambda f=function, t=t: forward_mode(f, t),
+        ):
+            with pytest.raises(Sparse24Error, match="torch.func transforms.*forward-mode.*densify"):
+                call()
+        with torch.autograd.forward_ad.dual_level():
+            function(t)  # no tangent comes in: nothing to refuse
+
+
+def forward_mode(function, t):
+    with torch.autograd.forward_ad.dual_level():
+        function(torch.autograd.forward_ad.make_dual(t, t))
 
 
 @pytest.mark.fault(30)

@@ -75,8 +75,9 @@ def test_importing_makes_no_cuda_context_and_survives_a_fork():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.fault(34)
 def test_threads_share_the_library_without_disturbing_each_other(device):
-    """Bits do not depend on what other threads run; two devices in one thread need two GPUs."""
+    """Bits do not depend on what other threads run."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     weights = [torch.randn(256, 256, device=device).to(dtype) for _ in range(8)]
     expected = [ops.prune_compress(w) for w in weights]

@@ -258,12 +258,15 @@ def test_double_backward_is_refused():
 
 @pytest.mark.fault(52)
 def test_function_transforms_are_refused():
-    """Vmap and forward-mode raise instead of giving something."""
+    """Vmap and forward-mode raise instead of giving something; the dense phase is plain PyTorch again."""
     layer, x = sparse_linear(), torch.randn(4, 16)
-    with pytest.raises(RuntimeError):
-        torch.func.vmap(layer)(x)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(layer, (x,), (x,))
+    for block in (layer, SparseGatedMLP(16, 64)):
+        with pytest.raises(Sparse24Error, match="torch.func transforms"):
+            torch.func.vmap(block)(x)
+        with pytest.raises(Sparse24Error, match="forward-mode"):
+            torch.func.jvp(block, (x,), (x,))
+    layer.phase = "dense"
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
