@@ -8,6 +8,7 @@ import argparse
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+import sparse24
 from sparse24.integrations.transformers import Sparse24Callback
 
 
@@ -33,7 +34,8 @@ def main(steps: int = 20, out: str = "hf-run") -> Trainer:
         bos_token_id=0,
         eos_token_id=0,
     )
-    callback = Sparse24Callback(decay=6e-5, mask_interval=5)
+    # backend="sparse": also layers as small as these, which a GPU would not run faster
+    callback = Sparse24Callback(backend="sparse", decay=6e-5, mask_interval=5)
     trainer = Trainer(
         model=LlamaForCausalLM(config),
         args=TrainingArguments(
@@ -44,10 +46,12 @@ def main(steps: int = 20, out: str = "hf-run") -> Trainer:
             logging_steps=5,
             save_steps=10,
             report_to=[],
+            use_cpu=not sparse24.is_available("cuda"),
         ),
         train_dataset=Sequences(),
         callbacks=[callback],  # here, not by add_callback: the model is converted before the optimizer is made
     )
+    callback.log_through(trainer)  # the Trainer's progress bar and report_to show the metrics too
     print(callback.report)
     trainer.train()
     print(callback.recipe)

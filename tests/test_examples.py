@@ -32,6 +32,19 @@ def test_hf_trainer(tmp_path):
     assert any("sparse24/flip_rate" in entry for entry in trainer.state.log_history)
 
 
+def test_accelerate_loop(tmp_path):
+    """Its checkpoint takes the recipe along, so that a run in two parts equals one in one part."""
+    pytest.importorskip("accelerate")
+    main = example("accelerate_loop.py")
+    recipe = main(steps=12, out="whole", cpu=True)
+    assert recipe.step == 12 and recipe.phase == "dense"
+    assert torch.load(tmp_path / "whole" / "custom_checkpoint_0.pkl", weights_only=True)["step"] == 12
+    again = main(steps=12, out="whole", cpu=True, resume=True)
+    assert again.step == 12 and again.monitor.history() == recipe.monitor.history()
+    for ours, theirs in zip(again.layers.values(), recipe.layers.values(), strict=True):
+        assert torch.equal(ours.weight, theirs.weight)
+
+
 def test_lightning_module():
     pytest.importorskip("lightning")
     assert example("lightning_module.py")(steps=10).recipe.step == 10

@@ -1,5 +1,7 @@
 """Hugging Face Trainer, accelerate and Lightning, with the real libraries on tiny models."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import MLP, gpt2, llama, tokens
@@ -88,7 +90,7 @@ def test_resumed_trainer_equals_the_uninterrupted_one(tmp_path):
     assert callback_again.recipe.monitor.history() == callback.recipe.monitor.history()
 
 
-@pytest.mark.fault(59, 60)
+@pytest.mark.fault(61)
 def test_resuming_without_the_recipes_file_is_an_error(tmp_path):
     trainer, _ = hf_trainer(tmp_path)
     trainer.train()
@@ -106,9 +108,89 @@ def test_callback_added_too_late_is_an_error(tmp_path):
         trainer.train()
 
 
+def test_metrics_reach_the_trainers_own_loggers(tmp_path):
+    """Trainer puts the callbacks of report_to before ours, and they see what is in the logs by then."""
+    trainer, callback = hf_trainer(tmp_path, steps=4)
+    seen = []
+
+    class Logger(transformers.TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer.callback_handler.callbacks.insert(0, Logger())
+    callback.log_through(trainer)
+    trainer.train()
+    assert len(seen) >= 2 and all("sparse24/flip_rate" in logs for logs in seen)
+
+
+@pytest.mark.fault(69)
+def test_model_made_anew_by_the_trainer_is_converted_too(tmp_path):
+    """model_init makes another model in train(), and its optimizer, before we see it."""
+    callback = HFCallback(mask_interval=2)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=3, report_to=[], use_cpu=True)
+    trainer = Trainer(model_init=lambda: gpt2(1), args=arguments, train_dataset=Texts(), callbacks=[callback])
+    trainer.train()
+    assert callback.recipe.step == 3 and sparse_names(trainer.model) and sparse24.verify(trainer.model)
+
+
+@pytest.mark.parametrize(
+    "settings, device, expected",
+    [
+        (dict(fp16=True, bf16=False), "cuda", torch.float16),
+        (dict(fp16=False, bf16=True), "cuda", torch.bfloat16),
+        (dict(fp16=False, bf16=False), "cuda", None),
+        (dict(fp16=False, bf16=True), "cpu", None),
+    ],
+)
+def test_packed_dtype_follows_the_trainers_arguments(settings, device, expected):
+    from sparse24.integrations.transformers import packed_dtype
+
+    assert packed_dtype(SimpleNamespace(device=torch.device(device), **settings)) is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_trainer_in_half_precision_on_a_gpu(tmp_path, precision):
+    callback = HFCallback(backend="sparse", mask_interval=2, dense_fraction=0)
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=6, report_to=[], **{precision: True})
+    model = llama(1, 64)
+    trainer = Trainer(model=model, args=arguments, train_dataset=Texts(), callbacks=[callback])
+    layer = model.get_submodule(callback.report.converted[0])
+    assert layer.packed.dtype == (torch.float16 if precision == "fp16" else torch.bfloat16)
+    trainer.train()
+    assert 0 < callback.recipe.step <= 6 and sparse24.verify(model)
+
+
 # -- accelerate -----------------------------------------------------------------------------------------------------
 
 
+def accelerated(model, optimizer, scaler=None):
+    """An optimizer as `accelerator.prepare` wraps it, on a CPU also with a scaler."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    return accelerate.optimizer.AcceleratedOptimizer(optimizer, scaler=scaler)
+
+
+@pytest.mark.fault(58)
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_accelerates_scaler_skips_do_not_count(fused):
+    model = MLP()
+    sparse24.sparsify(model)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = accelerated(model, plain, scaler)
+    recipe = sparse24.Recipe(model, optimizer, total_steps=8, mask_interval=1, dense_fraction=0)
+    assert recipe.optimizer is plain
+    before = [p.clone() for p in model.parameters()]
+    for factor, steps in ((torch.inf, 0), (1.0, 1)):
+        scaler.scale(model(torch.ones(4, 16)).square().sum() * factor).backward()
+        optimizer.step()
+        assert recipe.step == steps
+        assert all(map(torch.equal, before, model.parameters())) is (steps == 0)
+        optimizer.zero_grad()
+
+
+@pytest.mark.fault(59)
 def test_accelerate_loop_with_a_wrapped_optimizer():
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -166,6 +248,51 @@ def test_lightning_trains_sparse_then_dense_and_logs(tmp_path):
     assert callback.recipe.step == 12 and callback.recipe.phase == "dense"
     assert trainer.callback_metrics["sparse24/phase"] == 1.0 and "sparse24/flip_rate" in trainer.callback_metrics
     assert [step for step, _ in callback.recipe.monitor.history()] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    "precision, device, expected",
+    [
+        ("16-mixed", "cuda", torch.float16),
+        ("bf16-mixed", "cuda", torch.bfloat16),
+        ("32-true", "cuda", None),
+        ("bf16-true", "cuda", None),
+        ("bf16-mixed", "cpu", None),
+    ],
+)
+def test_packed_dtype_follows_lightnings_precision(precision, device, expected):
+    from sparse24.integrations.lightning import packed_dtype
+
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    assert packed_dtype(SimpleNamespace(strategy=strategy, precision=precision)) is expected
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_lightning_in_half_precision(tmp_path, precision, dtype):
+    data = torch.utils.data.TensorDataset(torch.randn(32, 16))
+    callback = LightningCallback(total_steps=4, mask_interval=2, dense_fraction=0)
+    trainer = lightning.Trainer(
+        max_steps=4, callbacks=[callback], accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, precision=precision, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Regression()
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    assert callback.recipe.step == 4 and module.net.fc1.packed.dtype == dtype and sparse24.verify(module)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed"])
+def test_lightning_in_mixed_precision_on_a_gpu(tmp_path, precision):
+    data = torch.utils.data.TensorDataset(torch.randn(48, 16))
+    callback = LightningCallback(backend="sparse", total_steps=6, mask_interval=2, dense_fraction=0)
+    trainer = lightning.Trainer(
+        max_steps=6, callbacks=[callback], accelerator="gpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, precision=precision, default_root_dir=tmp_path,
+    )  # fmt: skip
+    module = Regression()
+    trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8))
+    assert module.net.fc1.packed.dtype == (torch.float16 if precision == "16-mixed" else torch.bfloat16)
+    assert 0 < callback.recipe.step <= 6 and sparse24.verify(module)
 
 
 def test_decay_follows_lightnings_closure_and_clipping(tmp_path):

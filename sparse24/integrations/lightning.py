@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 try:
     from lightning.pytorch import Callback
 except ImportError:  # the same library under its older name
@@ -20,10 +22,22 @@ from ..errors import Sparse24Error
 from ..recipe import Recipe
 
 
+#: Strategies that place a module's parameters themselves.
+SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+def packed_dtype(trainer) -> torch.dtype | None:
+    """What products will take under the Trainer's precision on a GPU; None: what the weights' own dtype asks for."""
+    if trainer.strategy.root_device.type != "cuda":
+        return None
+    return {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
+
+
 class Sparse24Callback(Callback):
     """Trains the FFNs of a LightningModule 2:4 sparse.
 
-    include, exclude, backend   as in `sparse24.sparsify`
+    include, exclude, backend, tokens   as in `sparse24.sparsify`
+    dtype                       of packed values; default: what the Trainer's precision multiplies in
     total_steps                 optimizer steps; default: the Trainer's estimate
     log                         log `recipe.metrics()` with the module's own logs
     recipe settings             decay, mask_interval, dense_fraction, mvue, method, ... as in `sparse24.Recipe`
@@ -39,19 +53,31 @@ class Sparse24Callback(Callback):
         *,
         total_steps: int | None = None,
         tokens: int | None = None,
+        dtype: torch.dtype | None = None,
         log: bool = True,
         **settings,
     ):
-        self.include, self.exclude, self.backend, self.tokens = include, exclude, backend, tokens
+        self.include, self.exclude, self.backend, self.tokens, self.dtype = include, exclude, backend, tokens, dtype
         self.total_steps, self.log_metrics, self.settings = total_steps, log, settings
         self.report = None
         self.recipe: Recipe | None = None
         self._loaded: dict | None = None
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        if stage == "fit" and not sparse_layers(pl_module):
-            mvue = self.settings.get("mvue", True)
-            self.report = sparsify(pl_module, self.include, self.exclude, self.backend, tokens=self.tokens, mvue=mvue)
+        if stage != "fit" or sparse_layers(pl_module):
+            return
+        if type(trainer.strategy).__name__ not in SHARDING:
+            # Lightning moves it later; which layers gain from being 2:4 depends on the device.
+            pl_module.to(trainer.strategy.root_device)
+        self.report = sparsify(
+            pl_module,
+            self.include,
+            self.exclude,
+            self.backend,
+            tokens=self.tokens,
+            dtype=self.dtype or packed_dtype(trainer),
+            mvue=self.settings.get("mvue", True),
+        )
 
     def on_train_start(self, trainer, pl_module) -> None:
         steps = self.total_steps or trainer.estimated_stepping_batches

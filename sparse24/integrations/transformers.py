@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from ..convert import sparsify
+from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
 from ..recipe import Recipe
@@ -20,15 +20,24 @@ from ..recipe import Recipe
 STATE_FILE = "sparse24.pt"
 
 
+def packed_dtype(args) -> torch.dtype | None:
+    """What products will take under the Trainer's autocast on a GPU; None: what the weights' own dtype asks for."""
+    if args.device.type != "cuda":
+        return None
+    return torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+
+
 class Sparse24Callback(TrainerCallback):
     """Trains the FFNs of a Trainer's model 2:4 sparse.
 
-    include, exclude, backend   as in `sparse24.sparsify`
+    include, exclude, backend, tokens   as in `sparse24.sparsify`
+    dtype                       of packed values; default: what the Trainer's fp16 or bf16 multiplies in
     total_steps                 optimizer steps; default: the Trainer's max_steps
     recipe settings             decay, mask_interval, dense_fraction, mvue, method, ... as in `sparse24.Recipe`
 
     The model is converted when the Trainer is made, before its optimizer. Checkpoints get a file sparse24.pt beside the
     Trainer's own; `trainer.train(resume_from_checkpoint=...)` reads it. `report` and `recipe` are there to look at.
+    The metrics go into the Trainer's log history; `log_through` shows them to its other loggers too.
     """
 
     def __init__(
@@ -38,26 +47,36 @@ class Sparse24Callback(TrainerCallback):
         backend: str = "auto",
         *,
         total_steps: int | None = None,
-        tokens=None,
+        tokens: int | None = None,
+        dtype: torch.dtype | None = None,
         **settings,
     ):
-        self.include, self.exclude, self.backend, self.tokens = include, exclude, backend, tokens
+        self.include, self.exclude, self.backend, self.tokens, self.dtype = include, exclude, backend, tokens, dtype
         self.total_steps, self.settings = total_steps, settings
         self.report = None
         self.recipe: Recipe | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
-        # With fp16/bf16 the Trainer runs under autocast: pack for what the products will take.
-        dtype = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
+        self._convert(model, args)
+
+    def _convert(self, model, args) -> None:
         self.report = sparsify(
             model,
             self.include,
             self.exclude,
             self.backend,
-            dtype=dtype if args.device.type == "cuda" else None,
+            dtype=self.dtype or packed_dtype(args),
             tokens=self.tokens,
             mvue=self.settings.get("mvue", True),
         )
+
+    def log_through(self, trainer) -> None:
+        """Come before the Trainer's own callbacks, so that TensorBoard and whatever else `report_to` names, and the
+        progress bar, get the metrics with its logs.
+        """
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.remove(self)
+        callbacks.insert(0, self)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.report is None:
@@ -65,6 +84,8 @@ class Sparse24Callback(TrainerCallback):
                 "Sparse24Callback was added after the Trainer was made; pass it as Trainer(..., callbacks=[...]), so "
                 "that the model is converted before its optimizer is made"
             )
+        if not sparse_layers(model):  # made anew by Trainer(model_init=...)
+            self._convert(unwrap(model), args)
         self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.settings)
         if state.global_step > 0:
             self._resume(args, state)
