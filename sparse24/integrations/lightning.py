@@ -21,7 +21,6 @@ from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..recipe import Recipe
 
-
 #: Strategies that place a module's parameters themselves.
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
