@@ -77,6 +77,18 @@ def cuda_built() -> bool:
     return binding() is not None and bool(binding().device_info(-1)["cuda_built"])
 
 
+@cache
+def runs_on(index: int) -> bool:
+    """Whether libsparse24 has kernels for CUDA device `index`; where it has none, says so once and what happens."""
+    reason = device_info(index)["reason"]
+    if reason:
+        warn_once(
+            f"ops on cuda:{index} run in plain PyTorch, correct but slow: {reason} (sparse24 {__version__}, "
+            f"libsparse24 {binding().version()}); if that library is not the one for this GPU, {_REBUILD}"
+        )
+    return not reason
+
+
 @dataclass(frozen=True)
 class Availability:
     """Whether sparse GEMM kernels run on a device; truthy when they do.

@@ -56,6 +56,7 @@ def test_work_goes_to_the_device_of_the_tensor_and_to_its_stream(monkeypatch):
     """With made-up GPUs: the current device is never asked for, the current stream of the tensor's device is."""
     asked = []
     monkeypatch.setattr(_library, "backend_code", lambda kind: _library.CUDA if kind == "cuda" else _library.CPU)
+    monkeypatch.setattr(_library, "runs_on", lambda index: True)
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda index: asked.append(index) or 1000 + index, raising=False
     )

@@ -11,12 +11,14 @@ import torch
 
 import sparse24
 from sparse24 import Sparse24BuildError, Sparse24Warning, _library, ops, reference
+from sparse24.ops._common import where
 from sparse24.testing import assert_same_bits
 
 
 def forget_what_was_found():
-    for cached in (_library.binding, _library.backend_code, _library.warn_once, _library.cuda_built):
-        cached.cache_clear()
+    for cached in vars(_library).values():
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()
 
 
 @pytest.fixture
@@ -58,6 +60,34 @@ def test_a_library_of_another_version_is_named_at_the_first_op(another_library):
     with pytest.raises(Sparse24BuildError, match=rf"{sparse24.__version__} found libsparse24 0\.0\.9.*pip install"):
         ops.transposable_mask(torch.randn(8, 8))
     assert "0.0.9" in sparse24.is_available("cpu").reason
+
+
+class Ampere:
+    """A library with CUDA kernels for Hopper, beside a made-up GPU of another kind."""
+
+    @staticmethod
+    def version():
+        return sparse24.__version__
+
+    @staticmethod
+    def device_info(index):
+        reason = "sparse kernels are built for sm_90a, and this GPU is sm_80" if index == 0 else ""
+        return {"cuda_built": True, "reason": reason, "capability_major": 8 + index, "capability_minor": 0}
+
+
+@pytest.mark.fault(36, 38)
+def test_a_gpu_without_kernels_is_named_once_and_its_ops_run_in_plain_pytorch(another_library, monkeypatch, recwarn):
+    """Both versions, the GPU and the way to rebuild are in the message; a GPU with kernels is not affected."""
+    another_library(Ampere())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    tensors = [
+        type("OnGpu", (), {"device": torch.device("cuda", index), "dtype": torch.bfloat16})() for index in (0, 1)
+    ]
+    with pytest.warns(Sparse24Warning, match=rf"cuda:0 .*sm_80 \(sparse24 .* {sparse24.__version__}\).*pip install"):
+        assert where(tensors[0])[0] is None
+    recwarn.clear()
+    assert where(tensors[0])[0] is None and where(tensors[1])[1] == _library.CUDA
+    assert not recwarn.list
 
 
 @pytest.mark.fault(39)

@@ -32,6 +32,8 @@ def where(t: Tensor) -> tuple[object, int, int, int]:
     library = _library.binding()
     if code == _library.CUDA:
         index = device.index
+        if not _library.runs_on(index):
+            return None, -1, -1, 0
         return library, code, index, torch._C._cuda_getCurrentRawStream(index)
     library.set_cpu_threads(torch.get_num_threads())
     return library, code, 0, 0
