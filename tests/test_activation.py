@@ -70,8 +70,18 @@ def test_backward_is_as_accurate_as_eager_in_every_layout(device, kind, gated, s
         assert_same_bits(h, (ops.gated_activation if gated else ops.activation)(gu, kind), "recomputed h")
         for layout_dh in ("row", "column"):
             for layout_gu in ("row", "column"):
+                for column_major_out in (False, True):
+                    d_gu, again_h = backward(
+                        laid_out(dh, layout_dh), laid_out(gu, layout_gu), kind,
+                        recompute_h=True, column_major=column_major_out,
+                    )  # fmt: skip
+                    where = f"dh {layout_dh}, gu {layout_gu}, column_major={column_major_out} out, {dtype}"
+                    assert_same_bits(d_gu, first, f"d_gu, {where}")
+                    assert_same_bits(again_h, h, f"h, {where}")
+                    if column_major_out:
+                        assert d_gu.t().is_contiguous() and again_h.t().is_contiguous()
                 again = backward(laid_out(dh, layout_dh), laid_out(gu, layout_gu), kind)
-                assert_same_bits(again, first, f"dh {layout_dh}, gu {layout_gu}, {dtype}")
+                assert_same_bits(again, first, f"without h, dh {layout_dh}, gu {layout_gu}, {dtype}")
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu_tanh", "squared_relu"])

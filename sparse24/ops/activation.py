@@ -96,14 +96,19 @@ def _check_backward(dh: Tensor, gu: Tensor, kind: str, gated: bool) -> int:
     return width
 
 
-def _backward(dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool) -> tuple[Tensor, Tensor]:
-    width = _check_backward(dh, gu, kind, gated)
+def _empty_backward(gu: Tensor, width: int, recompute_h: bool, column_major: bool) -> tuple[Tensor, Tensor]:
+    h = _empty_h(gu, width, column_major) if recompute_h else gu.new_empty(0)
+    return _empty_h(gu, gu.shape[-1], column_major), h
+
+
+def _backward(
+    dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    d_gu, h = _empty_backward(gu, _check_backward(dh, gu, kind, gated), recompute_h, column_major)
     library, *place = where(gu)
     if library is None:
-        d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
-        return d_gu.contiguous(), h.contiguous() if recompute_h else gu.new_empty(0)
-    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
-    h = gu.new_empty((*gu.shape[:-1], width) if recompute_h else 0)
+        result, result_h = reference.gated_activation_backward(dh, gu, kind, gated)
+        return d_gu.copy_(result), h.copy_(result_h) if recompute_h else h
     if d_gu.numel() == 0:
         return d_gu, h
     _run_backward(library, place, kind, gated, dh, gu, d_gu, h if recompute_h else None)
@@ -112,42 +117,51 @@ def _backward(dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool)
 
 def _run_backward(library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None) -> None:
     dh, gu = _as_matrix(dh), _as_matrix(gu)
-    width = dh.shape[-1]
+    d_gu = d_gu.reshape(gu.shape)  # views: leading dimensions of results are dense
+    h_place = (0, 0, 0)
+    if h is not None:
+        h = h.reshape(dh.shape)
+        h_place = (h.data_ptr(), *h.stride())
     mvue = (seed.data_ptr(), packed.data_ptr(), E.data_ptr()) if seed is not None else (0, 0, 0)
     library.activation_backward(
         KINDS[kind], gated, dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gu.data_ptr(), *gu.stride(),
-        d_gu.data_ptr(), gu.shape[-1], 1, h.data_ptr() if h is not None else 0, width, 1, *mvue, *place,
+        d_gu.data_ptr(), *d_gu.stride(), *h_place, *mvue, *place,
     )  # fmt: skip
 
 
-def _backward_fake(dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool) -> tuple[Tensor, Tensor]:
-    width = _check_backward(dh, gu, kind, gated)
-    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
-    return d_gu, gu.new_empty((*gu.shape[:-1], width) if recompute_h else 0)
+def _backward_fake(
+    dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _empty_backward(gu, _check_backward(dh, gu, kind, gated), recompute_h, column_major)
 
 
 _op_backward = define_op(
     "activation_backward",
-    "(Tensor dh, Tensor gu, str kind, bool gated, bool recompute_h) -> (Tensor, Tensor)",
+    "(Tensor dh, Tensor gu, str kind, bool gated, bool recompute_h, bool column_major=False) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 
 
-def gated_activation_backward(dh: Tensor, gu: Tensor, kind: str = "silu", *, recompute_h: bool = False):
+def gated_activation_backward(
+    dh: Tensor, gu: Tensor, kind: str = "silu", *, recompute_h: bool = False, column_major: bool = False
+):
     """d_gu = [d_gate | d_up] from dh and gu; with `recompute_h`, the pair (d_gu, h) from the same read.
 
-    dh       (..., d_ff), gu (..., 2*d_ff), one dtype; each row- or column-major where 2-D
-    returns  d_gu (..., 2*d_ff), and h (..., d_ff), row-major
+    dh            (..., d_ff), gu (..., 2*d_ff), one dtype; each row- or column-major where 2-D
+    column_major  lay d_gu and h out with tokens contiguous instead of features
+    returns       d_gu (..., 2*d_ff), and h (..., d_ff)
     """
-    args = (dh, gu, kind, True, recompute_h)
+    args = (dh, gu, kind, True, recompute_h, column_major)
     d_gu, h = call_without_grad("gated_activation_backward", "functional.gated_activation", _op_backward, args)
     return (d_gu, h) if recompute_h else d_gu
 
 
-def activation_backward(dh: Tensor, x: Tensor, kind: str = "gelu_tanh", *, recompute_h: bool = False):
+def activation_backward(
+    dh: Tensor, x: Tensor, kind: str = "gelu_tanh", *, recompute_h: bool = False, column_major: bool = False
+):
     """dx of `activation`; arguments and results as `gated_activation_backward`."""
-    args = (dh, x, kind, False, recompute_h)
+    args = (dh, x, kind, False, recompute_h, column_major)
     d_x, h = call_without_grad("activation_backward", "functional.activation", _op_backward, args)
     return (d_x, h) if recompute_h else d_x
 
