@@ -19,20 +19,40 @@ def dtype_pairs(device):
     return pairs + [(torch.float32, torch.float32)] if device == "cpu" else pairs
 
 
+def misaligned(w):
+    room = torch.zeros(w.shape[0], w.shape[1] + 3, dtype=w.dtype, device=w.device)
+    room[:, 1:-2] = w
+    return room[:, 1:-2]
+
+
+def every_second_column(w):
+    room = torch.zeros(w.shape[0], 2 * w.shape[1], dtype=w.dtype, device=w.device)
+    room[:, ::2] = w
+    return room[:, ::2]
+
+
+def expanded(w):
+    """Every row is the first one, at stride 0."""
+    return w[:1].expand(w.shape)
+
+
+LAYOUTS = [
+    pytest.param(torch.clone, id="row"),
+    pytest.param(column_major, id="column"),
+    pytest.param(misaligned, id="misaligned", marks=pytest.mark.fault(22)),
+    pytest.param(every_second_column, id="sliced", marks=pytest.mark.fault(19)),
+    pytest.param(expanded, id="expanded", marks=pytest.mark.fault(19)),
+]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("layout", ["row", "column", "misaligned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_forms_equal_the_reference_bit_for_bit(device, shape, layout):
     for dtype, packed_dtype in dtype_pairs(device):
-        w = torch.randn(shape).to(dtype)
+        on_device = layout(torch.randn(shape).to(device, dtype))
+        w = on_device.cpu().contiguous()
         mask = reference.transposable_mask(w)
         expected = reference.compress(w, mask, packed_dtype)
-        on_device = w.to(device)
-        if layout == "column":
-            on_device = column_major(on_device)
-        if layout == "misaligned":
-            room = torch.zeros(shape[0], shape[1] + 3, dtype=dtype, device=device)
-            room[:, 1:-2] = on_device
-            on_device = room[:, 1:-2]
         for name, ours, theirs in zip(
             NAMES, ops.compress(on_device, mask.to(device), packed_dtype), expected, strict=True
         ):
@@ -49,6 +69,46 @@ def test_decompress_returns_exactly_the_masked_weight(device, shape):
     expected = w.masked_fill(~ops.unpack_mask(mask), 0.0)
     assert_same_bits(ops.decompress(packed, E, *shape), expected, "packed")
     assert_same_bits(ops.decompress(packed_t, E_t, *shape, transposed=True), expected, "packed_t")
+
+
+def any_bits(dtype):
+    """Every bit pattern is likely: NaNs with payloads, infinities, denormals, both zeros."""
+    size = torch.int32 if dtype == torch.float32 else torch.int16
+    return torch.randint(-(2 ** (8 * size.itemsize - 1)), 2 ** (8 * size.itemsize - 1), (132, 264), dtype=size).view(
+        dtype
+    )
+
+
+@pytest.mark.fault(1, 2, 4, 6, 8)
+@pytest.mark.parametrize("layout", LAYOUTS[:4])
+def test_packing_is_lossless_for_any_bits_both_ways(device, layout):
+    for dtype, packed_dtype in dtype_pairs(device):
+        if dtype != packed_dtype:
+            continue  # rounding: compared with the reference above
+        w = layout(any_bits(dtype).to(device))
+        mask, packed, E, packed_t, E_t = ops.prune_compress(w)
+        expected = w.contiguous().masked_fill(~ops.unpack_mask(mask), 0.0)
+        assert_same_bits(ops.decompress(packed, E, *w.shape), expected, f"packed {dtype}")
+        assert_same_bits(ops.decompress(packed_t, E_t, *w.shape, transposed=True), expected, f"packed_t {dtype}")
+
+
+@pytest.mark.fault(3, 5, 7)
+@pytest.mark.parametrize(
+    "block, dtype, kept",
+    [
+        ([[1.0, 65504, 65504, 65504], *[[65504.0] * 4] * 3], torch.float16, 0xC33C),  # sums past fp16
+        ([[0.0] * 4] * 4, torch.bfloat16, 0xC3C3),
+        ([[-2.5] * 4] * 4, torch.float32, 0xC3C3),
+        ([[1 + 2.0**-20, 1, 1 + 2.0**-20, 1], [1, 1 + 2.0**-20, 1, 1 + 2.0**-20]] * 2, torch.float32, 0xA5A5),
+    ],
+)
+def test_packing_searches_in_fp32_with_the_order_of_ties(device, block, dtype, kept):
+    w = torch.tensor(block, device=device).to(dtype).repeat(2, 4)
+    mask, packed, E, packed_t, E_t = ops.prune_compress(w, torch.float16 if dtype == torch.float16 else torch.bfloat16)
+    assert (mask.to(torch.int32) == kept).all()
+    bits = ops.unpack_mask(mask)
+    assert torch.equal(ops.decompress(packed, E, 8, 16) != 0, bits & (w != 0))
+    assert torch.equal(ops.decompress(packed_t, E_t, 8, 16, transposed=True) != 0, bits & (w != 0))
 
 
 @pytest.mark.fault(8)
@@ -136,6 +196,26 @@ def test_masks_that_are_not_transposable_are_refused_when_asked(device):
     mask = torch.full((4, 4), 0x00FF, dtype=torch.uint16, device=device)
     with pytest.raises(Sparse24Error, match="two elements in every row and column"):
         ops.compress(torch.randn(16, 16, device=device), mask, torch.bfloat16, validate=True)
+
+
+@pytest.mark.fault(9)
+def test_masks_are_not_checked_unless_asked(device):
+    """The training path: whatever the mask says is read, and nothing is launched to look at it."""
+    w, mask = torch.randn(16, 16, device=device), torch.full((4, 4), 0x5A5A, dtype=torch.uint16, device=device)
+    expected = w.bfloat16().masked_fill(~ops.unpack_mask(mask), 0.0)
+    packed, E, packed_t, E_t = ops.compress(w, mask, torch.bfloat16)
+    assert_same_bits(ops.decompress(packed, E, 16, 16), expected, "packed")
+    assert_same_bits(ops.decompress(packed_t, E_t, 16, 16, transposed=True), expected, "packed_t")
+
+
+@pytest.mark.fault(13, 25)
+@pytest.mark.parametrize("shape", [(6, 8), (8, 6), (1, 4), (2, 8), (4, 3)])
+def test_extents_that_are_not_multiples_of_four_are_named(device, shape):
+    w = torch.randn(shape, device=device)
+    with pytest.raises(Sparse24Error, match="multiples of 4"):
+        ops.prune_compress(w, torch.bfloat16)
+    with pytest.raises(Sparse24Error, match="multiples of 4"):
+        ops.compress(w, torch.zeros(1, 1, dtype=torch.uint16, device=device), torch.bfloat16)
 
 
 @pytest.mark.fault(42)

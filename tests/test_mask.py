@@ -16,13 +16,13 @@ SPECIAL_VALUES = torch.tensor(
 
 
 def kept_magnitude(w, mask):
-    """Kept magnitude of each block in float64, ranked as the search ranks."""
-    kept = reference.to_blocks(reference.unpack_mask(mask.cpu()))
-    return (reference.to_blocks(reference.ranked_magnitude(w.cpu()).double()) * kept).sum((-1, -2))
+    """Kept magnitude of each block in float64, ranked as the search ranks; where the mask is."""
+    kept = reference.to_blocks(ops.unpack_mask(mask))
+    return (reference.to_blocks(reference.ranked_magnitude(w.to(mask.device)).double()) * kept).sum((-1, -2))
 
 
 def assert_optimal(w, mask, ulps=4):
-    best = reference.pattern_scores(w.cpu()).amax(-1)
+    best = reference.pattern_scores(w.to(mask.device)).amax(-1)
     ours = kept_magnitude(w, mask)
     assert (best - ours <= ulps * 2.0**-23 * best).all(), f"worst gap {(best - ours).max()} of {best.max()}"
 
@@ -34,6 +34,7 @@ def test_mask_equals_the_reference_bit_for_bit(device, shape, dtype):
     assert_same_bits(ops.transposable_mask(w.to(device)), reference.transposable_mask(w), "mask")
 
 
+@pytest.mark.fault(19, 22)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_mask_does_not_depend_on_layout(device, shape):
     w = torch.randint(-2, 3, shape).float().to(device)  # many ties: the order of ties must not follow the layout
@@ -45,6 +46,8 @@ def test_mask_does_not_depend_on_layout(device, shape):
     padded = torch.zeros(shape[0], shape[1] + 3, device=device)
     padded[:, 1:-2] = w
     assert_same_bits(ops.transposable_mask(padded[:, 1:-2]), expected, "misaligned rows")
+    one_row = w[:1].expand(shape)
+    assert_same_bits(ops.transposable_mask(one_row), ops.transposable_mask(one_row.contiguous()), "stride 0")
 
 
 def test_no_pattern_keeps_more_than_the_mask_on_normal_weights(device):
@@ -62,6 +65,30 @@ def test_no_pattern_keeps_more_on_every_block_of_zeros_and_ones(device):
     mask = ops.transposable_mask(w.to(device))
     assert ops.is_transposable(mask)
     assert_optimal(w, mask, ulps=0)
+
+
+def ten_million_blocks(kind: str):
+    """Weights on the GPU with 10 * 2^20 blocks, in parts that leave room for 90 scores a block."""
+    for _ in range(10):
+        if kind == "special":
+            yield SPECIAL_VALUES.cuda()[torch.randint(len(SPECIAL_VALUES), (4096, 4096), device="cuda")]
+        elif kind == "wide":
+            exponents = torch.randint(-20, 20, (4096, 4096), device="cuda")
+            yield torch.ldexp(torch.randn(4096, 4096, device="cuda"), exponents)
+        else:
+            yield torch.randn(4096, 4096, device="cuda", dtype=getattr(torch, kind))
+
+
+@pytest.mark.gpu
+@pytest.mark.fault(1, 2, 3, 4, 6, 7)
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "wide", "special"])
+def test_no_pattern_keeps_more_on_ten_million_blocks(kind):
+    """The CPU's turn at as many blocks is in cpp/mask_test.cpp."""
+    for w in ten_million_blocks(kind):
+        mask = ops.transposable_mask(w)
+        assert ops.is_transposable(mask)
+        assert_optimal(w, mask)
+        assert torch.equal(ops.prune_compress(w, torch.bfloat16)[0].view(torch.uint8), mask.view(torch.uint8))
 
 
 def test_small_integers_are_searched_exactly(device):
@@ -119,7 +146,7 @@ def test_denormals_are_ranked(device):
 def test_weights_that_differ_below_bf16_are_ranked_in_fp32(device):
     w = 1.0 + torch.rand(256, 256) * 2.0**-12  # all equal in bf16 and TF32
     mask = ops.transposable_mask(w.to(device))
-    best = reference.pattern_scores(w).amax(-1)
+    best = reference.pattern_scores(w.to(device)).amax(-1)
     assert (best - kept_magnitude(w, mask)).max() < 2.0**-19
 
 

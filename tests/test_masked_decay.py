@@ -44,6 +44,7 @@ def test_many_tensors_at_once_equal_one_by_one(device):
         assert_same_bits(ours, theirs, "grad")
 
 
+@pytest.mark.fault(19)
 def test_views_with_any_strides_are_updated_in_place(device):
     w = torch.randn(8, 8, device=device)
     mask = ops.transposable_mask(w)
@@ -51,6 +52,27 @@ def test_views_with_any_strides_are_updated_in_place(device):
     ops.masked_decay_(room[:, ::2], w, mask, 0.5)
     assert_same_bits(room[:, ::2].contiguous(), reference.masked_decay(torch.zeros(8, 8), w.cpu(), mask.cpu(), 0.5))
     assert not room[:, 1::2].any()
+
+
+@pytest.mark.fault(22)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_data_off_vector_boundaries_are_updated_in_place(device, dtype):
+    w, grad = torch.randn(64 * 72 + 1).to(dtype), torch.randn(64 * 72 + 1).to(dtype)
+    mask = reference.transposable_mask(w[1:].view(64, 72))
+    expected = reference.masked_decay(grad[1:].view(64, 72), w[1:].view(64, 72), mask, 0.37)
+    ours = grad.to(device)
+    ops.masked_decay_(ours[1:].view(64, 72), w.to(device)[1:].view(64, 72), mask.to(device), 0.37)
+    assert_same_bits(ours[1:].view(64, 72), expected, "grad")
+    assert ours[0].item() == grad[0].item()
+
+
+@pytest.mark.fault(1, 2)
+def test_what_is_not_finite_stays_visible_where_it_is_pruned(device):
+    w = torch.ones(8, 8, device=device)
+    mask = ops.transposable_mask(w)  # 0xC3C3: (0, 2) and (0, 3) are pruned
+    w[0, 2], w[0, 3] = float("nan"), float("inf")
+    grad = ops.masked_decay_(torch.zeros(8, 8, device=device), w, mask, 0.5)
+    assert grad[0, 2].isnan() and grad[0, 3].isinf() and grad.isfinite().sum() == 62
 
 
 @pytest.mark.fault(58)
