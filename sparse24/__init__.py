@@ -17,6 +17,7 @@ from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Spars
 from .exporting import export
 from .gated_mlp import SparseGatedMLP
 from .modules import SparseLinear
+from .probe import MaskProbe
 from .recipe import Recipe
 from .semi_structured import to_semi_structured
 from .tune import tune_decay
@@ -24,6 +25,7 @@ from .verification import verify
 
 __all__ = [
     "Availability",
+    "MaskProbe",
     "Recipe",
     "Sparse24BuildError",
     "Sparse24DtypeError",

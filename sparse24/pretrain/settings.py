@@ -18,6 +18,8 @@ from ..errors import Sparse24Error
 ARMS = ("dense", "sparse", "half")  # what the feed-forward layers are
 METHODS = ("fst", "ste", "sr-ste", "step", "s-ste")
 DTYPES = ("float32", "bfloat16", "float16")
+SCHEDULES = ("constant", "linear", "cosine")
+PLACES = ("auto", "start", "end", "none")
 COUNTS = (
     "layers", "width", "heads", "ctx", "ffn_width", "steps", "batch", "micro_batch", "mask_interval",
     "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes",
@@ -91,7 +93,9 @@ class Settings:
     # the 2:4 recipe
     decay: float | None = option(None, "Masked decay of pruned weights. `python -m sparse24 tune` finds it.")
     mask_interval: int | None = option(None, "Optimizer steps between mask searches.")
-    dense_fraction: float = option(1 / 6, "Part of the steps at the end that is dense.")
+    decay_schedule: str = option("constant", "constant, linear (rising) or cosine (falling), over the sparse steps.")
+    dense_fraction: float = option(1 / 6, "Part of the steps that is dense.")
+    dense_at: str = option("auto", "Where: end, start, none, or auto (as the method has it; the paper's: end).")
     mvue: bool = option(True, "2:4 pruning of the output gradient, without bias.")
     method: str = option("fst", "fst, ste, sr-ste, step or s-ste.")
     backend: str = option("auto", "auto or sparse: passed to sparse24.sparsify.")
@@ -183,6 +187,8 @@ def check(s: Settings) -> None:
     require_choice("--model", s.model, ("gpt2", "llama"))
     require_choice("--tokenizer", s.tokenizer, ("bpe", "bytes"))
     require_choice("--method", s.method, METHODS)
+    require_choice("--decay-schedule", s.decay_schedule, SCHEDULES)
+    require_choice("--dense-at", s.dense_at, PLACES)
     require_choice("--dtype", s.dtype, DTYPES)
     require_choice("--backend", s.backend, ("auto", "sparse"))
     for arm in s.arms:

@@ -15,11 +15,11 @@ from torch import nn
 
 from .. import Recipe, sparsify, verify
 from ..errors import Sparse24Error
+from ..probe import MaskProbe
 from . import checkpoint, tokens
 from .interrupt import StopRequest
 from .metrics import MetricsLog, Row
 from .model import build_model, build_optimizer, count_parameters, model_config, next_token_loss
-from .probe import MaskProbe
 from .samples import write_samples
 from .settings import Settings, differences
 
@@ -110,10 +110,12 @@ class Trainer:
         if arm == "sparse":
             self.recipe = Recipe(
                 self.model, self.optimizer, total_steps=s.steps, decay=s.decay, mask_interval=s.mask_interval,
-                dense_fraction=s.dense_fraction, mvue=s.mvue, method=s.method,
+                dense_fraction=s.dense_fraction, mvue=s.mvue, method=s.method, decay_schedule=s.decay_schedule,
+                dense_at=s.dense_at,
             )  # fmt: skip
         else:
-            self.probe = MaskProbe(self.model, s.mask_interval)
+            with contextlib.suppress(Sparse24Error):  # of a model whose widths no mask fits there is nothing to see
+                self.probe = MaskProbe(self.model, mask_interval=s.mask_interval)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.manual_seed(s.seed)  # from here on a run's draws depend on nothing before
         if s.resume:
@@ -295,7 +297,8 @@ class Trainer:
                 row |= {"step_ms": step_ms, "tokens_per_s": 1e3 * s.batch * s.ctx / step_ms}
             rows.append(row)
         pending.clear()
-        extra = dict((self.recipe or self.probe).metrics())
+        watcher = self.recipe or self.probe
+        extra = dict(watcher.metrics()) if watcher else {}
         if self.recipe and rows[-1]["phase"] == "dense":
             extra = {}  # masks are not searched any more
         rows[-1] |= {k: extra.pop(k) for k in ("flip_rate", "flip_rate_per_step", "mask_age", "decay") if k in extra}
