@@ -16,11 +16,6 @@ kernel ends are not counted.
 
 from __future__ import annotations
 
-import csv
-import io
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -28,10 +23,10 @@ import triton
 import triton.language as tl
 
 from bench.common import Table, arguments
-from bench.profile import READ, TIME, WRITTEN, number
+from bench.counters import READ, TIME_NS, WRITTEN, counted, counters
 from sparse24 import ops
 
-HIT_RATE = "lts__t_sector_hit_rate.pct"
+METRICS = [TIME_NS, READ, WRITTEN, "lts__t_sector_hit_rate.pct"]
 SHAPES = [("llama-7B", 8192, 11008), ("llama-8B", 16384, 14336)]
 WALKS = ["rows", "columns", "tiles"]
 COLUMNS = ["walk", "shape", "time_us", "TB/s", "read B/element", "written B/element", "bytes over ideal", "L2 hit %"]
@@ -58,7 +53,7 @@ def walk(gu: torch.Tensor, h: torch.Tensor, by_rows: bool) -> None:
 
 
 def child() -> None:
-    """Runs each walk once with the profiler on; its result must be the library's, up to rounding."""
+    """Counts each walk once; its result must be the library's, up to rounding."""
     for _, tokens, d_ff in SHAPES:
         gu = torch.randn(2 * d_ff, tokens, device="cuda", dtype=torch.bfloat16).t()
         h = torch.empty(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
@@ -66,30 +61,9 @@ def child() -> None:
         for by_rows in (True, False):
             walk(gu, h, by_rows)
             torch.testing.assert_close(h, expected)
-        for name in WALKS:
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStart()
-            if name == "tiles":
-                ops.gated_activation(gu, "silu")
-            else:
-                walk(gu, h, by_rows=name == "rows")
-            torch.cuda.synchronize()
-            torch.cuda.cudart().cudaProfilerStop()
-
-
-def counters(ncu: str) -> list[dict]:
-    """One record a kernel, in the order of `child`."""
-    command = [ncu, "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
-    command += ["--print-units", "base", "--metrics", ",".join([TIME, READ, WRITTEN, HIT_RATE])]
-    output = subprocess.run(
-        [*command, sys.executable, "-m", "bench.l2_walks", "--child"], capture_output=True, text=True
-    )
-    lines = output.stdout.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        raise RuntimeError(f"ncu gave no table:\n{output.stdout[-2000:]}\n{output.stderr[-2000:]}")
-    table = [line for line in lines[start:] if line.startswith('"')]
-    return list(csv.DictReader(io.StringIO("\n".join([table[0], *table[2:]]))))  # the second line has the units
+        counted(lambda gu=gu, h=h: walk(gu, h, by_rows=True))
+        counted(lambda gu=gu, h=h: walk(gu, h, by_rows=False))
+        counted(lambda gu=gu: ops.gated_activation(gu, "silu"))
 
 
 def plot(table: Table, folder: Path) -> Path:
@@ -127,13 +101,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child()
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        raise SystemExit("error: ncu (Nsight Compute) is not on the PATH; it comes with the CUDA toolkit")
     table = Table("l2_walks", COLUMNS)
     cases = [(order, name, tokens * d_ff) for name, tokens, d_ff in SHAPES for order in WALKS]
-    for (order, name, elements), record in zip(cases, counters(ncu), strict=True):
-        time_ns, read, written = (number(record, key) for key in (TIME, READ, WRITTEN))
+    for (order, name, elements), (record,) in zip(cases, counters("bench.l2_walks", METRICS), strict=True):
+        time_ns, read, written, hit_rate = (record[key] for key in METRICS)
         table.add(
             order,
             name,
@@ -142,7 +113,7 @@ def main() -> None:
             read / elements,
             written / elements,
             (read + written) / (6 * elements),
-            number(record, HIT_RATE),
+            hit_rate,
         )
     if args.csv:
         print("wrote", table.write(args.csv))
