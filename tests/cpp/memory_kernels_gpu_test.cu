@@ -7,7 +7,10 @@
 //   activation  the bytes of a plain kernel over the same per-element functions, and close to the
 //               CPU's
 //   fused       the bytes of the two passes it replaces
-//   --tight     no guards: buffers end where the tensors end, for compute-sanitizer
+//   --quick     all shapes, layouts and dtypes, but few of their combinations with fills, gaps and
+//               shifts
+//   --tight     no guards and no poison: buffers end where the tensors end, and outputs start
+//               uninitialised. For compute-sanitizer (tests/sanitize.sh)
 //   --bench     besides, times layers of GPT-2 and Llama as CSV, next to a copy; buffers rotate,
 //               so that L2 is cold. --bench-only: nothing but that
 //
@@ -79,7 +82,23 @@ class Random {
 
 Random random_source(1);
 
-int guard = 256;  // --tight: 0
+int guard = 256;     // --tight: 0
+bool quick = false;  // --quick
+
+/// Of a list of variants, all in turn; --quick takes one of them each time, the next the next time.
+class Turns {
+ public:
+  explicit Turns(int variants) : variants_(variants) {}
+  bool takes(int variant) {
+    if (!quick) return true;
+    if (variant == 0) chosen_ = (chosen_ + 1) % variants_;
+    return variant == chosen_;
+  }
+
+ private:
+  int variants_, chosen_ = -1;
+};
+
 constexpr uint8_t kPoison = 0xA5;
 
 /// The same bytes on the host and on the device, with poisoned guards around. `shift` misaligns
@@ -89,7 +108,7 @@ class Twin {
   explicit Twin(int64_t bytes, int shift = 0)
       : host_(static_cast<size_t>(bytes + shift + 2 * guard), kPoison), offset_(guard + shift) {
     SP24_CHECK_CUDA(cudaMalloc(&device_, host_.size()));
-    upload();
+    if (guard > 0 || shift > 0) upload();
   }
   ~Twin() { cudaFree(device_); }
   Twin(const Twin&) = delete;
@@ -182,7 +201,9 @@ class TwinMatrix {
         ld_((order == Order::kRows ? cols : rows) + gap),
         order_(order),
         twin_(((order == Order::kRows ? rows : cols) * ld_) * bytes_of(dtype),
-              shift * bytes_of(dtype)) {}
+              shift * bytes_of(dtype)) {
+    if (gap > 0) twin_.upload();  // between lines nothing is written
+  }
 
   void fill(Fill fill) {
     with_type(dtype_, [&](auto zero) {
@@ -262,7 +283,10 @@ struct TwinWeight {
         E_t(meta_bytes(s.cols, s.rows), shift),
         out(to),
         with_packed(rows_too),
-        with_packed_t(cols_too) {}
+        with_packed_t(cols_too) {
+    if (!with_packed) packed.upload(), E.upload();  // which nothing writes
+    if (!with_packed_t) packed_t.upload(), E_t.upload();
+  }
 
   PackArgs args(bool device) {
     PackArgs a;
@@ -323,17 +347,19 @@ void test_pack(Shape s, DType in, DType out, Order order, int64_t gap, int shift
 }
 
 void test_packing() {
+  Turns outs(2), variants(4);
   for (const Shape s : kWeightShapes) {
     const bool large = s.rows * s.cols > 100000;
     for (DType in : kDTypes) {
-      for (DType out : k16) {
+      for (int out = 0; out < 2; ++out) {
+        if (!outs.takes(out)) continue;
         for (Order order : kOrders) {
-          test_pack(s, in, out, order, 0, 0, Fill::kNormal);
+          test_pack(s, in, k16[out], order, 0, 0, Fill::kNormal);
           if (large) continue;
-          test_pack(s, in, out, order, 8, 0, Fill::kIntegers);
-          test_pack(s, in, out, order, 4, 0, Fill::kSpecial);
-          test_pack(s, in, out, order, 3, 0, Fill::kBits);
-          test_pack(s, in, out, order, 0, 1, Fill::kSpecial);
+          if (variants.takes(0)) test_pack(s, in, k16[out], order, 8, 0, Fill::kIntegers);
+          if (variants.takes(1)) test_pack(s, in, k16[out], order, 4, 0, Fill::kSpecial);
+          if (variants.takes(2)) test_pack(s, in, k16[out], order, 3, 0, Fill::kBits);
+          if (variants.takes(3)) test_pack(s, in, k16[out], order, 0, 1, Fill::kSpecial);
         }
       }
     }
@@ -464,12 +490,15 @@ void test_decompress() {
 // ---- masked decay -----------------------------------------------------------------------------
 
 void test_decay() {
+  Turns all_orders(4), variants(3);
   for (const Shape s : kWeightShapes) {
     if (s.rows * s.cols > 600000) continue;
     for (DType grad_dtype : kDTypes) {
       for (DType w_dtype : kDTypes) {
         for (int orders = 0; orders < 4; ++orders) {
+          if (!all_orders.takes(orders)) continue;
           for (int variant = 0; variant < 3; ++variant) {  // vectors; wider lines; misaligned
+            if (!variants.takes(variant)) continue;
             const int64_t gap = variant == 1 ? 8 : variant == 2 ? 1 : 0;
             TwinMatrix grad(s.rows, s.cols, grad_dtype, kOrders[orders / 2], gap);
             TwinMatrix w(s.rows, s.cols, w_dtype, kOrders[orders % 2], 0, variant == 2 ? 1 : 0);
@@ -521,11 +550,13 @@ void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order,
 void test_mvue() {
   const Shape shapes[] = {{1, 1},    {3, 5},    {4, 8},     {8, 8},     {31, 12}, {64, 64},
                           {65, 128}, {72, 136}, {100, 200}, {128, 132}, {264, 72}};
+  Turns fills(5);
   for (const Shape s : shapes) {
     for (DType dtype : k16) {
       for (Order order : kOrders) {
         for (Fill fill :
              {Fill::kNormal, Fill::kIntegers, Fill::kSpecial, Fill::kBits, Fill::kSparse}) {
+          if (!fills.takes(static_cast<int>(fill))) continue;
           test_mvue_shape(s.rows, s.cols, dtype, order, 0, 0, fill);
           test_mvue_shape(s.rows, s.cols, dtype, order, fill == Fill::kNormal ? 8 : 5, 0, fill);
         }
@@ -686,10 +717,12 @@ void test_activations() {
   const Shape shapes[] = {{1, 1},    {1, 64},  {3, 12},   {8, 8},     {7, 64},
                           {31, 128}, {72, 72}, {64, 192}, {136, 320}, {200, 128}};
   int turn = 0;
+  Turns some_orders(8);
   for (const Shape s : shapes) {
     for (DType dtype : kDTypes) {
       for (bool gated : {true, false}) {
         for (int orders = 0; orders < 16; ++orders) {
+          if (!some_orders.takes(orders % 8)) continue;
           const Activation kind = kKinds[turn++ % 5];
           test_activation_shape(s.rows, s.cols, dtype, kind, gated, orders, 0, 0, Fill::kNormal);
           if (orders % 5 != 0) continue;
@@ -702,7 +735,8 @@ void test_activations() {
   }
   for (Activation kind : kKinds)
     for (int orders : {0, 15, 1, 14, 6})
-      test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
+      if (!quick || kind == Activation::kSilu)
+        test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
 }
 
 void test_empty() {
@@ -1020,6 +1054,7 @@ int main(int argc, char** argv) {
     return false;
   };
   if (asked("--tight")) guard = 0;
+  quick = asked("--quick");
   try {
     if (!asked("--bench-only")) {
       test_empty();
