@@ -1,0 +1,161 @@
+"""What all benchmarks share: timing, the header of a result, tables as text, CSV and PNG.
+
+Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. A short wait on the GPU
+         before each call lets the host run ahead, as it does in training, so that times are those of the GPU.
+         Memory-bound kernels start with a cold L2: a buffer larger than the cache is written before each call.
+         Compute-bound ones run on a hot chip: Hopper is limited by power, and a rested one shows a dense GEMM 20 %
+         faster than training ever sees it.
+Ratios   only within one run.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+
+
+def header() -> dict[str, str]:
+    """Device, versions and commit, for the first lines of every result. GIT_COMMIT names it where git cannot."""
+    commit = os.environ.get("GIT_COMMIT", "")
+    if not commit and shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "sparse24": __version__,
+        "commit": commit or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+class ColdL2:
+    """Empties the L2 by writing more than it holds."""
+
+    def __init__(self, megabytes: int = 256):
+        self.room = torch.empty(megabytes << 20, dtype=torch.uint8, device="cuda")
+
+    def __call__(self) -> None:
+        self.room.zero_()
+
+
+def time_cold(candidates: dict[str, Callable], rounds: int = 20) -> dict[str, float]:
+    """Median microseconds of each candidate, interleaved, each after the L2 was emptied."""
+    flush = ColdL2()
+    return _time(candidates, rounds, flush)
+
+
+def time_hot(
+    candidates: dict[str, Callable], rounds: int = 20, warm_seconds: float = 2.0, calls: int = 1
+) -> dict[str, float]:
+    """Median microseconds of a call of each candidate, interleaved, on a chip that matrix products have heated up.
+
+    calls  in a row between two events: for calls of many kernels, whose host cost one wait would not hide
+    """
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    start = time.time()
+    while time.time() - start < warm_seconds:
+        for _ in range(10):
+            torch.mm(a, a)
+        torch.cuda.synchronize()
+    return _time(candidates, rounds, lambda: None, calls)
+
+
+def _time(candidates: dict[str, Callable], rounds: int, before: Callable, calls: int = 1) -> dict[str, float]:
+    events: dict[str, list] = {name: [] for name in candidates}
+    for run in candidates.values():  # compile, allocate, warm caches of descriptors
+        run()
+        run()
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            before()
+            torch.cuda._sleep(500_000)  # a quarter of a millisecond: the host is ahead, and its costs stay outside
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(calls):
+                run()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {
+        name: 1e3 * statistics.median(start.elapsed_time(end) for start, end in pairs) / calls
+        for name, pairs in events.items()
+    }
+
+
+def copy_bandwidth() -> float:
+    """TB/s, read plus written, of a large device-to-device copy in this run: the ceiling of memory-bound kernels."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    time_us = time_cold({"copy": lambda: target.copy_(source)}, rounds=10)["copy"]
+    return 2 * source.numel() / time_us / 1e6
+
+
+@dataclass
+class Table:
+    """Rows of one benchmark, printed as they come and written as CSV under the header of `header()`."""
+
+    name: str
+    columns: list[str]
+    rows: list[list] = field(default_factory=list)
+
+    def add(self, *cells) -> None:
+        self.rows.append(list(cells))
+        text = "  ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
+        print(f"{self.name:<12} {text}", flush=True)
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.csv"
+        with path.open("w", newline="") as file:
+            for key, value in header().items():
+                file.write(f"# {key}: {value}\n")
+            writer = csv.writer(file)
+            writer.writerow(self.columns)
+            writer.writerows([f"{c:.4g}" if isinstance(c, float) else c for c in row] for row in self.rows)
+        return path
+
+    def plot(self, folder: Path, label: str, value: str, unit: str, reference: float | None = None) -> Path:
+        """A bar chart of column `value` with the labels of column `label`."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        folder.mkdir(parents=True, exist_ok=True)
+        labels = [str(row[self.columns.index(label)]) for row in self.rows]
+        values = [float(row[self.columns.index(value)]) for row in self.rows]
+        figure, axes = plt.subplots(figsize=(9, 0.4 * len(labels) + 1.5))
+        axes.barh(range(len(labels)), values, color="#4477aa")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.invert_yaxis()
+        axes.set_xlabel(unit)
+        if reference is not None:
+            axes.axvline(reference, color="black", linewidth=1, linestyle="--")
+        axes.set_title(f"{self.name}, {torch.cuda.get_device_name()}")
+        figure.tight_layout()
+        path = folder / f"{self.name}.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        return path
+
+
+def arguments(description: str):
+    """The options of every benchmark script: where CSV and PNG go."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--csv", type=Path, default=None, help="folder for the table as CSV")
+    parser.add_argument("--png", type=Path, default=None, help="folder for the picture")
+    return parser
