@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -28,15 +27,23 @@ GRID = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PREFERRED_MU = 0.8
 # The flip rate at the probe step is the mean over this many refreshes before it: one refresh is noisy.
 WINDOW = 3
-# An arm whose rate is this far below the lower bound, halfway, does not come back: larger decays only lower it further.
-HOPELESS = 0.5
+# An arm whose mu, at a refresh past half of its steps, is this far outside the target does not come back into it.
+HOPELESS_BELOW, HOPELESS_ABOVE = 0.5, 2.0
+# GradScaler finds its scale in a few dozen steps; more skipped ones than this mean gradients that are never finite.
+MOST_SKIPPED = 100
 DENSE_ARM = "dense"
 
 
 @dataclass
 class Arm:
-    """One probe: decay (None: the dense run), flip rate per refresh near the probe step, mu, the last loss, the
-    steps taken.
+    """One probe.
+
+    decay      None: the dense run
+    flip_rate  per refresh, the mean over the last few before the probe step
+    mu         flip_rate over that of the dense run at the same steps
+    loss       at the last step
+    steps      taken; fewer than asked for when the arm was given up, and `note` says why
+    history    (step, flip rate) of each refresh
     """
 
     decay: float | None
@@ -46,6 +53,12 @@ class Arm:
     steps: int
     feasible: bool = False
     note: str = ""
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    def rate_at(self, step: int) -> float:
+        """Mean flip rate of the last refreshes up to `step`; 0 before the first."""
+        rates = [rate for at, rate in self.history if at <= step][-WINDOW:]
+        return sum(rates) / max(1, len(rates))
 
 
 @dataclass
@@ -108,6 +121,8 @@ def tune_decay(
     target: tuple[float, float] = (0.60, 0.95),
     *,
     loss: Callable[[nn.Module, object], Tensor] | None = None,
+    split: Callable[[object], Sequence] | None = None,
+    make_scaler: Callable[[], torch.amp.GradScaler] | None = None,
     mask_interval: int = 40,
     clip: float | None = None,
     seed: int = 0,
@@ -121,19 +136,23 @@ def tune_decay(
     make_model      returns a new dense model on its device; called once an arm, under the same torch seed
     make_optimizer  model -> optimizer, or (optimizer, scheduler); give the schedule of the real run, warm-up included
     batches         an iterable that can be read again, or a function that returns one: each arm reads it from the
-                    start, and starts over where it is shorter than `probe_step`
+                    start, and starts over where it is shorter than `probe_step`. What it draws from torch's CPU
+                    generator, to shuffle for instance, is the same in all arms
     grid            decays to try, on top of the dense run
     probe_step      optimizer steps of each arm, inside the warm-up of the real run
     target          bounds of a feasible mu
     loss            (model, batch) -> scalar; default: model(**batch).loss or model(*batch) as the loss itself
+    split           batch -> its micro-batches, whose gradients are accumulated; default: the batch itself
+    make_scaler     returns a new GradScaler for an arm in float16; steps that it skips are taken on further batches
     clip            largest gradient norm, as in the real run
     seed            torch seed of every arm: weights, data order and noise are the same in all
     sparsify_settings, recipe_settings  passed on, such as backend or mvue
     path            a JSON file: arms found in it are not run again, and each finished arm is written to it
     say             called with one line of text an arm
 
-    Arms that will not come back into `target` are stopped halfway. Raises Sparse24Error for an empty grid, a probe step
-    before the first few refreshes, and a dense run whose masks never change.
+    Arms that will not come back into `target` are given up past half of their steps. Raises Sparse24Error for an empty
+    grid, batches that can be read only once, a probe step before the first few refreshes, and a dense run whose masks
+    never change.
     """
     grid = sorted({check_decay(decay) for decay in grid})
     low, high = target
@@ -145,22 +164,31 @@ def tune_decay(
         raise Sparse24Error(
             f"probe_step must be at least two refreshes (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
         )
+    if not callable(batches) and iter(batches) is batches:
+        raise Sparse24Error(
+            "batches is an iterator, which only the first arm could read; give a list, a DataLoader, or a function "
+            "that returns a new iterator"
+        )
     say = say or (lambda line: None)
     probe = _Probe(
-        make_model, make_optimizer, batches, loss or _default_loss, probe_step, mask_interval, clip, seed,
+        make_model, make_optimizer, batches, loss or _default_loss, split or (lambda batch: (batch,)),
+        make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step, mask_interval, clip, seed,
         sparsify_settings or {}, recipe_settings or {},
     )  # fmt: skip
-    settings = {"probe_step": probe_step, "mask_interval": mask_interval, "clip": clip, "seed": seed}
+    settings = {
+        "probe_step": probe_step, "mask_interval": mask_interval, "clip": clip, "seed": seed,
+        "sparsify": repr(sparsify_settings or {}), "recipe": repr(recipe_settings or {}),
+    }  # fmt: skip
     arms = _read(path, settings)
 
-    def run(decay: float | None, floor: float) -> Arm:
+    def run(decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
         key = DENSE_ARM if decay is None else repr(decay)
         if key not in arms:
-            arms[key] = probe.run(decay, floor)
+            arms[key] = probe.run(decay, hopeless)
             _write(path, settings, arms)
         return arms[key]
 
-    dense = run(None, 0.0)
+    dense = run(None, lambda step, rate: "")
     if dense.flip_rate == 0:
         raise Sparse24Error(
             "the masks of the dense run never change up to probe_step: probe later, or check the optimizer"
@@ -168,9 +196,19 @@ def tune_decay(
     dense.mu = 1.0
     say(f"dense: flip rate {dense.flip_rate:.5f}")
     table = [dense]
+
+    def hopeless(step: int, rate: float) -> str:
+        """Why an arm with this flip rate at this step is to be given up, or "". In warm-up rates rise: compare with the
+        dense run at the same step.
+        """
+        dense_rate = dense.rate_at(step)
+        if rate < HOPELESS_BELOW * low * dense_rate:
+            return "masks are held too tightly"
+        return "masks move too much" if rate > HOPELESS_ABOVE * high * dense_rate else ""
+
     for decay in grid:
-        arm = run(decay, HOPELESS * low * dense.flip_rate)
-        arm.mu = arm.flip_rate / dense.flip_rate
+        arm = run(decay, hopeless)
+        arm.mu = arm.flip_rate / (dense.rate_at(arm.steps) or dense.flip_rate)
         arm.feasible = not arm.note and low <= arm.mu <= high
         table.append(arm)
         verdict = " feasible" if arm.feasible else f" {arm.note}" if arm.note else ""
@@ -186,6 +224,8 @@ class _Probe:
     make_optimizer: Callable
     batches: Iterable | Callable
     loss: Callable
+    split: Callable
+    make_scaler: Callable
     probe_step: int
     mask_interval: int
     clip: float | None
@@ -193,8 +233,8 @@ class _Probe:
     sparsify_settings: dict
     recipe_settings: dict
 
-    def run(self, decay: float | None, floor: float) -> Arm:
-        """Train one arm to the probe step; `floor`: the flip rate below which it is given up halfway."""
+    def run(self, decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
+        """Train one arm to the probe step, or until its loss is not finite or it is `hopeless`."""
         torch.manual_seed(self.seed)
         model = self.make_model()
         if not sparse_layers(model):
@@ -210,51 +250,87 @@ class _Probe:
             dense_fraction=0.0,
             **{**self.recipe_settings, **method},
         )
+        scaler = self.make_scaler()
         torch.manual_seed(self.seed + 1)
-        source = self.batches() if callable(self.batches) else self.batches
-        value, note = math.nan, ""
-        for step, batch in zip(range(1, self.probe_step + 1), _again(source), strict=False):
-            loss = self.loss(model, batch)
-            loss.backward()
-            if self.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        value, note, skipped = math.nan, "", 0
+        for batch in _with_own_generator(_over_and_over(self.batches), self.seed + 2):
+            before = recipe.step
+            loss = self._step(model, optimizer, scaler, batch)
             if scheduler is not None:
                 scheduler.step()
-            if step % self.mask_interval == 0 or step == self.probe_step:
-                value = loss.item()
-                if not math.isfinite(value):
-                    note = f"stopped at step {step}: the loss is {value}"
-                elif 2 * step >= self.probe_step and len(recipe.monitor.history()) >= WINDOW:
-                    if step < self.probe_step and _recent(recipe) < floor:
-                        note = f"stopped at step {step}: masks are held too tightly"
-                if note:
+            if recipe.step == before:  # the scaler has skipped the step
+                skipped += 1
+                if skipped > MOST_SKIPPED:
                     break
+                continue
+            if recipe.step % self.mask_interval == 0 or recipe.step == self.probe_step:
+                value = loss.item()
+                rates = recipe.monitor.history()
+                if not math.isfinite(value):
+                    note = f"the loss is {value}"
+                elif 2 * recipe.step >= self.probe_step > recipe.step and len(rates) >= WINDOW:
+                    note = hopeless(recipe.step, _mean([rate for _, rate in rates[-WINDOW:]]))
+                if note:
+                    note = f"stopped at step {recipe.step}: {note}"
+                    break
+            if recipe.step == self.probe_step:
+                break
         if recipe.step < self.probe_step and not note:
-            raise Sparse24Error(f"batches are empty, or the optimizer counted {recipe.step} of {self.probe_step} steps")
+            raise Sparse24Error(
+                f"the optimizer counted {recipe.step} of {self.probe_step} steps: batches are empty, or loss scaling "
+                "skips every step"
+            )
         recipe.detach()
-        return Arm(decay, _recent(recipe), math.nan, value, recipe.step, note=note)
+        history = recipe.monitor.history()
+        return Arm(
+            decay, _mean([rate for _, rate in history[-WINDOW:]]), math.nan, value, recipe.step, note=note,
+            history=history,
+        )  # fmt: skip
+
+    def _step(self, model: nn.Module, optimizer, scaler: torch.amp.GradScaler, batch) -> Tensor:
+        """One optimizer step on a batch; its mean loss, on the device."""
+        parts, total = list(self.split(batch)), 0.0
+        for part in parts:
+            loss = self.loss(model, part) / len(parts)
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if self.clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
 
 
-def _recent(recipe: Recipe) -> float:
-    rates = [rate for _, rate in recipe.monitor.history()[-WINDOW:]]
-    return sum(rates) / max(1, len(rates))
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
-def _again(source: Iterable):
-    """`source` over and over; an iterator that cannot start again is remembered batch by batch."""
-    return cycle(source) if iter(source) is source else _restart(source)
-
-
-def _restart(source: Iterable):
+def _over_and_over(batches: Iterable | Callable[[], Iterable]) -> Iterator:
     while True:
         empty = True
-        for batch in source:
+        for batch in batches() if callable(batches) else batches:
             empty = False
             yield batch
         if empty:
             return
+
+
+def _with_own_generator(source: Iterator, seed: int) -> Iterator:
+    """`source` with a torch CPU generator to itself: what a model draws meanwhile does not change the data."""
+    own = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(own)
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        finally:
+            own = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield batch
 
 
 def _default_loss(model: nn.Module, batch) -> Tensor:
@@ -277,7 +353,10 @@ def _read(path, settings: dict) -> dict[str, Arm]:
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if saved["settings"] != settings:
             raise Sparse24Error(f"{path} holds arms of other settings ({saved['settings']}); choose another path")
-        return {key: Arm(**arm) for key, arm in saved["arms"].items()}
+        arms = {key: Arm(**arm) for key, arm in saved["arms"].items()}
+        for arm in arms.values():
+            arm.history = [tuple(point) for point in arm.history]  # JSON has lists only
+        return arms
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise Sparse24Error(f"{path} is not a file of tune_decay ({error}); move it away") from error
 

@@ -59,6 +59,8 @@ def test_finished_arms_are_not_run_again(tmp_path):
     assert len(made) == 3  # dense, 0 and then 1e-2
     with pytest.raises(Sparse24Error, match="other settings"):
         tune_decay(make_model, optimizer, X, (0.0,), 30, **settings)
+    with pytest.raises(Sparse24Error, match="other settings"):
+        tune_decay(make_model, optimizer, X, (0.0,), 20, recipe_settings={"mvue": False}, **settings)
     path.write_text("{")
     with pytest.raises(Sparse24Error, match="not a file of tune_decay"):
         tune_decay(make_model, optimizer, X, (0.0,), 20, **settings)
@@ -70,6 +72,66 @@ def test_hopeless_and_broken_arms_stop_early():
     blown = tune((0.0,), loss=lambda m, x: loss(m, x) * (math.nan if m.fc1.phase == "sparse" else 1))
     assert "the loss is nan" in blown.table[-1].note and blown.table[-1].steps == 5
     assert not blown and "no decay gives mu" in str(blown)
+
+
+def test_arms_whose_masks_move_far_too_much_stop_early():
+    result = tune((0.0,), target=(0.1, 0.2))
+    assert result.table[1].steps < 60 and "move too much" in result.table[1].note and not result
+
+
+def test_arms_in_a_warm_up_are_compared_with_the_dense_run_at_the_same_step():
+    """Halfway through a linear warm-up every flip rate is about half of its last one."""
+
+    def with_warm_up(model):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 60)
+
+    result = tune_decay(MLP, with_warm_up, X, (0.0,), 60, (1.5, 5.0), loss=loss, mask_interval=5)
+    dense, arm = result.table
+    assert dense.rate_at(30) < 0.75 * dense.rate_at(60) == 0.75 * dense.flip_rate
+    assert arm.steps == 60 and not arm.note
+
+
+@pytest.mark.fault(78)
+def test_shuffled_data_are_the_same_in_every_arm():
+    """The noise of a sparse arm is drawn from the generator that a DataLoader shuffles with."""
+    loader = torch.utils.data.DataLoader(torch.stack(X[:8]), batch_size=2, shuffle=True)
+    seen = []
+
+    def watched(model, x):
+        seen.append(x.sum().item())
+        return loss(model, x)
+
+    tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), loader, (0.0,), 20, loss=watched,
+               mask_interval=5)  # fmt: skip
+    dense, arm = seen[:20], seen[20:]
+    assert dense == arm and dense[:4] != dense[4:8], "shuffled anew in each pass"
+
+
+def test_micro_batches_are_one_batch():
+    results = [
+        tune((0.0,), recipe_settings={"mvue": False}, clip=1.0, split=split).table
+        for split in (None, lambda x: x.chunk(4))
+    ]
+    for whole, parts in zip(*results, strict=True):
+        assert parts.flip_rate == pytest.approx(whole.flip_rate, rel=0.02)
+        assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
+
+
+@pytest.mark.fault(58)
+def test_steps_that_a_scaler_skips_are_made_up_for():
+    calls = []
+
+    def overflowing(model, x):
+        calls.append(1)
+        return loss(model, x) * (math.inf if len(calls) in (1, 2, 40) else 1)
+
+    scaled = dict(mask_interval=5, make_scaler=lambda: torch.amp.GradScaler("cpu"))
+    sgd = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)  # noqa: E731
+    dense, arm = tune_decay(MLP, sgd, X, (0.0,), 20, loss=overflowing, **scaled).table
+    assert dense.steps == arm.steps == 20 and len(calls) == 43
+    with pytest.raises(Sparse24Error, match="counted 0 of 20 steps: .* loss scaling skips every step"):
+        tune_decay(MLP, sgd, X, (0.0,), 20, loss=lambda m, x: loss(m, x) * math.inf, **scaled)
 
 
 def test_schedulers_iterators_and_functions_of_batches():
@@ -102,6 +164,8 @@ def test_bad_settings_are_refused_by_name(settings, words):
 def test_dense_run_that_never_moves_is_an_error():
     with pytest.raises(Sparse24Error, match="never change"):
         tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.0), X, (0.0,), 20, loss=loss, mask_interval=5)
+    with pytest.raises(Sparse24Error, match="batches is an iterator, which only the first arm could read"):
+        tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), iter(X), (0.0,), 80, loss=loss)
     with pytest.raises(Sparse24Error, match="batches are empty"):
         tune_decay(MLP, lambda m: torch.optim.SGD(m.parameters(), lr=0.1), [], (0.0,), 20, loss=loss, mask_interval=5)
 

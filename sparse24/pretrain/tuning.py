@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,9 @@ def tune(
             lambda: batches(s, data, probe_step),
             **({"grid": tuple(grid)} if grid else {}),
             probe_step=probe_step,
-            loss=lambda model, batch: accumulated_loss(model, batch, s),
+            loss=lambda model, batch: autocast_loss(model, batch, s),
+            split=lambda batch: list(zip(*(ids.split(s.micro_batch) for ids in batch), strict=True)),
+            make_scaler=lambda: torch.amp.GradScaler(torch.device(s.device).type, enabled=s.dtype == "float16"),
             mask_interval=s.mask_interval,
             clip=s.clip or None,
             seed=s.seed,
@@ -69,7 +73,7 @@ def tune(
     say(str(result))
     say(f"picture: {out / 'tune.png'}; table: {out / 'tune.json'}")
     if result.decay is not None:
-        say(f"use it with: python -m sparse24 pretrain --decay {result.decay:g}")
+        say(f"use it with: {command(settings, result.decay)}")
     return result
 
 
@@ -99,14 +103,23 @@ def batches(s: Settings, data: tokens.TokenData, count: int) -> Iterator[tuple[t
         yield tuple(torch.from_numpy(ids).to(s.device) for ids in order(step))
 
 
-def accumulated_loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], s: Settings) -> torch.Tensor:
-    """Mean loss of the batch, with the gradients of all micro-batches but the last accumulated already."""
-    parts = list(zip(*(ids.split(s.micro_batch) for ids in batch), strict=True))
-    dtype, before = getattr(torch, s.dtype), 0.0
-    for i, (x, y) in enumerate(parts):
-        with torch.autocast(torch.device(s.device).type, dtype, enabled=dtype != torch.float32):
-            loss = next_token_loss(model, x, y) / len(parts)
-        if i + 1 < len(parts):
-            loss.backward()
-            before = before + loss.detach()
-    return loss + before
+def autocast_loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], s: Settings) -> torch.Tensor:
+    dtype = getattr(torch, s.dtype)
+    with torch.autocast(torch.device(s.device).type, dtype, enabled=dtype != torch.float32):
+        return next_token_loss(model, *batch)
+
+
+def command(settings: Settings, decay: float) -> str:
+    """The run of `pretrain` that `settings` describe, with this decay, as a line for a shell."""
+    words = ["python", "-m", "sparse24", "pretrain"]
+    for field in dataclasses.fields(Settings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in ("out", "decay"):
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(option if value else f"--no-{option[2:]}")
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [option, str(item)]
+    return shlex.join([*words, "--decay", f"{decay:g}"])
