@@ -198,6 +198,8 @@ class Recipe:
     # -- around the optimizer's step ------------------------------------------------------------------------------
 
     def _pre_hook(self, optimizer, args, kwargs):
+        if is_capturing():
+            self._check_capture()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._before_step()
@@ -322,8 +324,8 @@ class Recipe:
         graph.replay()
         self._finish_step(self.step + 1, packed=True)
 
-    def _capture_step(self) -> None:
-        """The post-hook inside a capture: what each replay is to do after the optimizer's step."""
+    def _check_capture(self) -> None:
+        """Before a captured step changes anything: is it meant to be captured, and can it be?"""
         if not self._capture_allowed:
             raise Sparse24Error(
                 "optimizer.step() is being captured in a CUDA graph, whose replays the recipe could not count; capture "
@@ -331,6 +333,9 @@ class Recipe:
             )
         if getattr(self.optimizer, "found_inf", None) is not None:
             raise Sparse24Error("a step under GradScaler cannot be captured in a CUDA graph; use bfloat16")
+
+    def _capture_step(self) -> None:
+        """The post-hook inside a capture: what each replay is to do after the optimizer's step."""
         if self.phase == SPARSE:
             packing.pack(self.layers.values(), search=False)
         self._captured = (self.phase, self.current_decay)
@@ -430,8 +435,8 @@ class Recipe:
         dense = [name for name, layer in self.layers.items() if not isinstance(layer, SparseLayer)]
         if dense:
             raise Sparse24Error(
-                f"layers of this recipe are dense again ({', '.join(dense[:4])}); sparsify the model, make a new recipe "
-                "and load a state that was saved before"
+                f"layers of this recipe are dense again ({', '.join(dense[:4])}); sparsify the model, make a new "
+                "recipe and load a state that was saved before"
             )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------

@@ -126,6 +126,71 @@ def test_any_optimizer_that_reads_gradients_works(optimizer, options):
     assert recipe.step == 12 and recipe.phase == "dense"
 
 
+class Adam8bit(torch.optim.Optimizer):
+    """Adam whose moments are int8 with one scale a tensor, as 8-bit optimizers keep them; reads .grad and no more."""
+
+    def __init__(self, params, lr=1e-2):
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.99)))
+
+    @staticmethod
+    def quantized(x):
+        scale = x.abs().max().clamp_min(1e-12) / 127
+        return (x / scale).round().to(torch.int8), scale
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                moments = [q.float() * scale for q, scale in state["moments"]] if state else [torch.zeros_like(p)] * 2
+                terms = p.grad, p.grad.square().sqrt()
+                moments = [b * m + (1 - b) * t for m, t, b in zip(moments, terms, group["betas"], strict=True)]
+                p.sub_(group["lr"] * moments[0] / (moments[1] + 1e-3))
+                state["moments"] = [*map(self.quantized, moments)]
+
+
+@pytest.mark.fault(70)
+def test_8_bit_optimizers_work():
+    """Their state is not looked at: it is int8 as before, and the decay is in what they have read."""
+    model, optimizer, recipe = make(Adam8bit, 1e-2, decay=10.0, mvue=False)
+    layer, x = model.fc1, torch.randn(8, 16)
+    model(x).square().mean().backward()
+    expected = layer.weight.grad + 10.0 * torch.where(kept(layer), 0, layer.weight.detach())
+    optimizer.step()
+    moment, scale = optimizer.state[layer.weight]["moments"][0]
+    assert moment.dtype == torch.int8
+    torch.testing.assert_close(moment * scale, 0.1 * expected, rtol=0, atol=scale.item())
+    optimizer.zero_grad()
+    run(model, optimizer, 11, 1)
+    assert recipe.step == 12 and recipe.phase == "dense"
+    assert all(q.dtype == torch.int8 for q, _ in optimizer.state[layer.weight]["moments"])
+
+
+@pytest.mark.fault(70)
+def test_8_bit_adam_of_bitsandbytes_works():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, optimizer, recipe = make(bitsandbytes.optim.AdamW8bit, 1e-2, MLP(64, 128))
+    for step in range(12):
+        x = torch.randn(32, 64, generator=torch.Generator().manual_seed(step))
+        (model(x) - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert recipe.step == 12 and recipe.phase == "dense"
+
+
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("options", [dict(foreach=False), dict(foreach=True), dict(fused=True)], ids=str)
+def test_decay_is_the_same_whatever_the_optimizers_implementation(options):
+    weights = []
+    for chosen in (dict(foreach=False), options):
+        model, optimizer, _ = make(torch.optim.AdamW, 1e-2, opt=chosen, decay=0.1, mvue=False)
+        run(model, optimizer, 6)
+        weights.append(model.fc1.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.fault(70)
 def test_parameter_groups_and_the_equal_run_without_them():
     """Groups with weight_decay 0."""
@@ -177,6 +242,79 @@ def test_sparse_weights_without_gradient_are_left_alone():
     assert torch.equal(before, model.fc1.weight) and recipe.step == 2
 
 
+# -- CUDA graphs ----------------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph: its replay does what was captured."""
+
+    def __init__(self, replay):
+        self.replay = replay
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """capture(step): run `step` as in a capture; returns the graph."""
+
+    def run_captured(step):
+        monkeypatch.setattr(sparse24.recipe, "is_capturing", lambda: True)
+        try:
+            step()
+        finally:
+            monkeypatch.undo()
+
+    return run_captured
+
+
+@pytest.mark.fault(35)
+def test_captured_steps_are_counted_by_replay_and_refused_otherwise(capture):
+    model, optimizer, recipe = make(lr=0.05, decay=0.1, total_steps=8, mask_interval=2, mvue=False)
+    twin, twin_optimizer, twin_recipe = make(lr=0.05, decay=0.1, total_steps=8, mask_interval=2, mvue=False)
+    step = lambda: run(model, optimizer, 1, recipe.step)  # noqa: E731
+    with pytest.raises(Sparse24Error, match="could not count; capture under `with recipe.capturing"):
+        capture(lambda: (model(torch.ones(4, 16)).sum() * 0).backward() or optimizer.step())
+    with pytest.raises(Sparse24Error, match="no step has been captured"):
+        recipe.replay(Graph(step))
+    assert torch.equal(model.fc1.weight, twin.fc1.weight) and not model.fc1.weight.grad.any()
+    optimizer.zero_grad()
+    with recipe.capturing():
+        capture(optimizer.step)  # no gradients: nothing moves
+    assert recipe.step == 0
+    graph = Graph(lambda: capture_free(step, recipe))
+    for _ in range(6):
+        recipe.replay(graph)
+        run(twin, twin_optimizer, 1, twin_recipe.step)
+        assert recipe.step == twin_recipe.step and torch.equal(model.fc1.weight, twin.fc1.weight)
+        assert torch.equal(model.fc1.mask, twin.fc1.mask) and sparse24.verify(model)
+    assert recipe.phase == "dense" and recipe.monitor.history() == twin_recipe.monitor.history()
+    with pytest.raises(Sparse24Error, match="step of the sparse phase with decay 0.1, the next step is dense"):
+        recipe.replay(graph)
+
+
+def capture_free(step, recipe):
+    """One replay: the kernels of the step, its packing included, and none of what the recipe does on the host."""
+    finish, recipe._finish_step = recipe._finish_step, lambda step: None
+    try:
+        step()
+        for layer in recipe.layers.values():
+            layer._repack()
+    finally:
+        recipe._finish_step = finish
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(method="sr-ste"), "a step of method='sr-ste' cannot be captured"),
+        (dict(decay_schedule="cosine"), "decay_schedule='cosine' changes the decay at each step"),
+    ],
+)
+def test_steps_that_a_graph_cannot_hold_are_not_captured(settings, words):
+    *_, recipe = make(**settings)
+    with pytest.raises(Sparse24Error, match=words), recipe.capturing():
+        pass
+
+
 # -- GradScaler -----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +340,38 @@ def test_decay_under_a_gradient_scaler_is_that_without(fused, unscale):
             optimizer.step()
         else:
             scaled_step(model, optimizer, scaler, unscale=unscale)
+        moments.append(optimizer.state[model.fc1.weight]["exp_avg"])
+    torch.testing.assert_close(*moments, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.fault(58, 60)
+@pytest.mark.parametrize("fused", [False, True])
+def test_order_under_a_scaler_is_unscale_clip_decay_step(fused):
+    """Adam's first moment is a tenth of what it was given: the clipped gradient plus the whole decay."""
+    model, optimizer, _ = make(torch.optim.AdamW, opt=dict(fused=fused), decay=0.5, mvue=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model(torch.randn(8, 16)).square().sum()).backward()
+    scaler.unscale_(optimizer)
+    assert nn.utils.clip_grad_norm_(model.parameters(), 1e-3) > 1e-3
+    layer = model.fc1
+    expected = layer.weight.grad + 0.5 * torch.where(kept(layer), 0, layer.weight.detach())
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(optimizer.state[layer.weight]["exp_avg"], 0.1 * expected)
+
+
+@pytest.mark.fault(58, 59)
+@pytest.mark.parametrize("fused", [False, True])
+def test_accumulation_under_a_scaler_decays_once(fused):
+    """Three scaled micro-batches and one step: the decay is added to their sum, and scaled once."""
+    moments = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=512.0)):
+        model, optimizer, recipe = make(torch.optim.AdamW, opt=dict(fused=fused), decay=0.5, mvue=False)
+        for part in torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).chunk(3):
+            loss = model(part).square().sum()
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        assert recipe.step == 1
         moments.append(optimizer.state[model.fc1.weight]["exp_avg"])
     torch.testing.assert_close(*moments, rtol=1e-5, atol=1e-6)
 
@@ -768,6 +938,52 @@ def test_history_is_written_as_csv_and_picture(tmp_path):
     )
     monitor.plot(tmp_path / "flips.png")
     assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_per_step_are_those_per_refresh_over_the_interval():
+    monitor = FlipMonitor(["a", "b"], [1000, 500])
+    feed(monitor, [(0.3, 0.2), (0.1, 0.05)], (1000, 500))
+    assert monitor.layer_rates() == {"a": 0.1, "b": 0.05}
+    assert monitor.layer_rates(per_step=True) == {"a": 0.1 / 40, "b": 0.05 / 40}
+    assert monitor.history(per_step=True) == [(step, rate / 40) for step, rate in monitor.history()]
+    assert monitor.rate_per_step() == monitor.history(per_step=True)[-1][1]
+
+
+def test_metrics_rates_of_layers_and_histograms_go_to_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, optimizer, recipe = make(lr=0.2, mask_interval=2, dense_fraction=0)
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        recipe.write_tensorboard(writer)  # nothing is known of flips yet
+        for step in (1, 2):
+            run(model, optimizer, 2, step)
+            recipe.write_tensorboard(writer)
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert {"sparse24/flip_rate", "sparse24/gap_q50", "sparse24/flip_rate/fc1", "sparse24/flip_rate/fc2"} <= {
+        *tags["scalars"]
+    }
+    assert {*tags["histograms"]} == {"sparse24/gap", "sparse24/flip_rate_of_layers"}
+    points = events.Scalars("sparse24/flip_rate/fc1")
+    assert [point.step for point in points] == [2, 4]
+    assert points[-1].value == pytest.approx(recipe.monitor.layer_rates()["fc1"])
+    blocks = sum(layer.weight.numel() // 16 for layer in recipe.layers.values())
+    assert events.Histograms("sparse24/gap")[-1].histogram_value.num == blocks
+
+
+def test_gap_quantiles_are_those_of_all_blocks():
+    from sparse24.monitor import gap_quantiles
+
+    gaps = [torch.rand(300, 40), torch.rand(50, 50) + 1]
+    exact = torch.quantile(torch.cat([gap.flatten() for gap in gaps]), torch.tensor([0.1, 0.5, 0.9]))
+    assert [*gap_quantiles(gaps).values()] == exact.tolist() and [*gap_quantiles(gaps)] == [
+        "gap_q10",
+        "gap_q50",
+        "gap_q90",
+    ]
+    sampled = torch.tensor([*gap_quantiles(gaps, most=2000).values()])
+    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.1)
 
 
 def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
