@@ -66,6 +66,71 @@ def test_dynamic_batch_compiles_once():
     assert counter.frame_count == 1
 
 
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_dynamic_batch_of_a_real_model_compiles_once(make_model):
+    """Batch and length change; steps are taken and masks searched in between."""
+    model, optimizer, _ = make(lambda: make_model(1), dense_fraction=0)
+    counter = CompileCounterWithBackend("eager")
+    forward = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    for batch, length in ((2, 16), (3, 16), (5, 12)):
+        ids = tokens(batch, length)
+        logits = forward(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(logits, model(input_ids=ids, use_cache=False).logits)
+        logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_blocks_that_run_as_one_function_and_layer_by_layer_both_compile(make_model):
+    for fuse in (True, False):
+        model = make_model(1)
+        report = sparse24.sparsify(model, fuse=fuse)
+        assert any(why == "" for why in report.fused.values()) is fuse
+        counter = CompileCounterWithBackend("eager")
+        forward = torch.compile(model, backend=counter, fullgraph=True)
+        logits = forward(input_ids=tokens(), use_cache=False).logits
+        torch.testing.assert_close(logits, model(input_ids=tokens(), use_cache=False).logits)
+        assert counter.frame_count == 1
+        torch._dynamo.reset()
+
+
+@pytest.mark.fault(73)
+def test_going_back_to_a_phase_compiles_nothing_new():
+    """Sparse, dense, sparse again: the graph of a phase is kept."""
+    model, optimizer, recipe = make(MLP, dense_fraction=0.5)
+    counter = CompileCounterWithBackend(BACKEND)
+    forward, x = torch.compile(model, backend=counter, fullgraph=True), torch.randn(8, 16)
+    early = recipe.state_dict()
+    for _ in range(2):
+        for step in range(8):
+            torch.testing.assert_close(forward(x), model(x))
+            assert recipe.phase == ("sparse" if step < 4 else "dense")
+            forward(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        recipe.load_state_dict(early)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "step", "s-ste", "dense"])
+def test_every_method_compiles_in_one_graph_a_phase(method):
+    model, optimizer, recipe = make(MLP, method=method, dense_fraction=0.5, mvue=False)
+    counter = CompileCounterWithBackend(BACKEND)
+    forward, phases = torch.compile(model, backend=counter, fullgraph=True), set()
+    for step in range(8):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        torch.testing.assert_close(forward(x), model(x))
+        phases.add(recipe.phase)
+        forward(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == len(phases)
+
+
 def test_compiled_graph_sees_new_masks_and_weights_without_recompiling():
     model, optimizer, _ = make(MLP, dense_fraction=0)
     counter = CompileCounterWithBackend(BACKEND)
@@ -94,6 +159,52 @@ def test_checkpointed_block_inside_a_compiled_function():
         run(x).square().mean().backward()
         gradients.append(model.fc1.weight.grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.fault(54)
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_a_real_model_changes_no_gradient(make_model, reentrant):
+    """As transformers switches it on; forward runs twice and draws nothing."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model(2)
+        sparse24.sparsify(model)
+        model.train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("make_model", [gpt2, llama])
+def test_real_models_train_compiled_by_inductor_on_a_gpu(make_model):
+    """The default backend, one graph a phase, under autocast: losses are those of eager training."""
+    losses = []
+    for compiled in (False, True):
+        model = make_model(1, 128).cuda()
+        sparse24.sparsify(model, backend="sparse")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        Recipe(model, optimizer, total_steps=8, mask_interval=2, dense_fraction=0.25, mvue=False)
+        counter = CompileCounterWithBackend("inductor")
+        forward = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+        losses.append([])
+        for step in range(8):
+            ids = tokens(8, 32, seed=step).cuda()
+            with torch.autocast("cuda", torch.bfloat16):
+                logits = forward(input_ids=ids, use_cache=False).logits
+                loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(loss.item())
+    assert counter.frame_count == 2
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
