@@ -191,24 +191,26 @@ def philox4x32_10(counter: list[Tensor], key0: Tensor, key1: Tensor) -> list[Ten
 
 
 def mvue_uniforms(groups: int, features: int, seed: Tensor) -> Tensor:
-    """The uniform of every group, fp32 [groups, features]: (k + 1/2) 2^-22, a function of seed and position alone.
+    """The uniform of every group, fp32 [groups, features]: (k + 1/2) 2^-16, a function of seed and position alone.
 
-    One Philox call serves four neighbouring features: its counter is (feature // 4, token group, second seed number),
-    its key the first seed number.
+    One Philox call serves the eight groups of 8 tokens by 4 features: its counter is (feature // 4, token // 8, second
+    seed number), its key the first seed number. Word 2*g + f//2 of its result has the k of token group g, features f
+    and f + 1 (f even), in its lower and upper half.
     """
     device = seed.device
-    quads = round_up(features, 4) // 4
-    quad = torch.arange(quads, device=device).expand(groups, quads)
-    group = torch.arange(groups, device=device).unsqueeze(1).expand(groups, quads)
+    octets, quads = round_up(groups, 2) // 2, round_up(features, 4) // 4
+    quad = torch.arange(quads, device=device).expand(octets, quads)
+    octet = torch.arange(octets, device=device).unsqueeze(1).expand(octets, quads)
     key, stream = seed[0], seed[1]
     zeros = torch.zeros_like(quad)
     words = philox4x32_10(
-        [quad, group, zeros + (stream & _LOW32), zeros + ((stream >> 32) & _LOW32)],
+        [quad, octet, zeros + (stream & _LOW32), zeros + ((stream >> 32) & _LOW32)],
         key & _LOW32,
         (key >> 32) & _LOW32,
     )
-    random = torch.stack(words, -1).flatten(1)[:, :features]
-    return (2 * (random >> 10) + 1).float() * 2.0**-23
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)  # [octets, quads, 8]
+    k = halves.unflatten(-1, (2, 4)).transpose(1, 2).reshape(2 * octets, 4 * quads)[:groups, :features]
+    return (2 * k + 1).float() * 2.0**-17
 
 
 def mvue_probabilities(groups: Tensor) -> Tensor:
@@ -228,64 +230,43 @@ def mvue_groups(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     The same steps as csrc/compress/mvue_group.h, on whole tensors; that header has the derivation.
     """
     total = (a[..., 0].abs() + a[..., 1].abs()) + (a[..., 2].abs() + a[..., 3].abs())
-    rare = ~((total > 2.0**-60) & (total < 2.0**120))
     finite = a.isfinite().all(-1)
-    up = torch.where(rare & finite, torch.where(total < 1, 2.0**64, 2.0**-8), 1.0)
-    down = torch.where(rare & finite, torch.where(total < 1, 2.0**-64, 2.0**8), 1.0)
-    scaled = a * up.unsqueeze(-1)
-    positions, magnitudes = _draw(scaled.abs(), u)
-    magnitudes = magnitudes * down.unsqueeze(-1)
-    # What the scaling sent to zero beside a huge neighbour is kept as it was.
-    lost = (magnitudes == 0) | (scaled.gather(-1, positions) == 0)
-    picked = a.gather(-1, positions)
-    values = torch.where(lost, picked, magnitudes.copysign(picked))
-    values = torch.where(picked == 0, 0.0, values)
+    tiny = (total < 2.0**-100) & (a.view(torch.int32) & 0xFFFF != 0).any(-1)
+    huge = total.isinf() & finite
+    up = torch.where(tiny, 2.0**64, torch.where(huge, 2.0**-8, 1.0))
+    down = torch.where(tiny, 2.0**-64, torch.where(huge, 2.0**8, 1.0))
+    positions, values = _draw(a * up.unsqueeze(-1), u)
+    values = values * down.unsqueeze(-1)
 
     # Groups with Inf or NaN: what is not finite first, then the lower index; values as they are.
     nonfinite_first = (~a.isfinite()).int().argsort(stable=True, dim=-1, descending=True)[..., :2].sort(-1).values
     positions = torch.where(finite.unsqueeze(-1), positions, nonfinite_first)
-    values = torch.where(finite.unsqueeze(-1), values, a.gather(-1, nonfinite_first))
-    # Groups of zeros keep places 0 and 1.
-    empty = (total == 0).unsqueeze(-1)
-    positions = torch.where(empty, torch.tensor([0, 1], device=a.device), positions)
-    return positions, torch.where(empty, 0.0, values)
+    return positions, torch.where(finite.unsqueeze(-1), values, a.gather(-1, nonfinite_first))
 
 
-def _draw(b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Systematic sampling of two of four magnitudes b [..., 4]: positions [..., 2] and magnitudes after scaling."""
+def _times_down(u: Tensor, base: Tensor) -> Tensor:
+    """u base in fp32, rounded towards zero; the product is exact in fp64."""
+    exact = u.double() * base.double()
+    nearest = exact.float()
+    return torch.where(nearest.double() > exact, torch.nextafter(nearest, torch.zeros_like(nearest)), nearest)
+
+
+def _draw(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """Systematic sampling of two of four a [..., 4]: positions [..., 2] and what is kept [..., 2]."""
+    b = a.abs()
     b0, b1, b2, b3 = b.unbind(-1)
-    heavy = b.argmax(-1)
-    top = b.amax(-1)
-    r0, r1, r2 = torch.where(heavy == 0, b1, b0), torch.where(heavy <= 1, b2, b1), torch.where(heavy <= 2, b3, b2)
-    rest = (r0 + r1) + r2
-
-    # heavy: the largest as it is, and one of the rest
-    target = u * rest
-    at0 = (r0 > target) | ((r1 == 0) & (r2 == 0))
-    at1 = (r0 + r1 > target) | (r2 == 0)
-    among_rest = torch.where(at0, 0, torch.where(at1, 1, 2))
-    other = among_rest + (among_rest >= heavy).long()
-    heavy_positions = torch.stack([heavy, other], -1).sort(-1).values
-    heavy_values = torch.where(heavy_positions == heavy.unsqueeze(-1), top.unsqueeze(-1), rest.unsqueeze(-1))
-
-    # level: the first running sum above u S/2 and the first later one above (u + 1) S/2
-    c1 = b0 + b1
-    c2 = c1 + b2
-    half = 0.5 * (c2 + b3)
-    target, following = u * half, (u + 1.0) * half
-    left_after_0 = (b[..., 1:] != 0).sum(-1)
-    left_after_1 = (b[..., 2:] != 0).sum(-1)
-    first_is_0 = (b0 != 0) & ((b0 > target) | (left_after_0 == 1))
-    first_is_1 = (b1 != 0) & ((c1 > target) | (left_after_1 == 1))
-    first = torch.where(first_is_0, 0, torch.where(first_is_1, 1, 2))
-    second_is_1 = (first < 1) & (b1 != 0) & ((c1 > following) | (left_after_1 == 0))
-    second_is_2 = (first < 2) & (b2 != 0) & ((c2 > following) | (b3 == 0))
-    second = torch.where(second_is_1, 1, torch.where(second_is_2, 2, 3))
-    level_positions = torch.stack([first, second], -1)
-
-    is_heavy = (top > rest).unsqueeze(-1)
-    positions = torch.where(is_heavy, heavy_positions, level_positions)
-    return positions, torch.where(is_heavy, heavy_values, half.unsqueeze(-1).expand_as(heavy_values))
+    left, right = b0 + b1, b2 + b3
+    # Half the sum, or the sum of all but the largest: the smallest sum of three.
+    base = torch.minimum(
+        0.5 * (left + right), torch.minimum(right + torch.minimum(b0, b1), left + torch.minimum(b2, b3))
+    )
+    from_right = _times_down(u, base)
+    from_left = ((1 - 2.0**-22) * base.double() - from_right.double()).float()  # exact in fp64: rounded once
+    second = torch.where(b3 > from_right, 3, torch.where(right > from_right, 2, 1))
+    first = torch.where(b0 >= from_left, 0, torch.where(left >= from_left, 1, 2))
+    positions = torch.stack([first, second], -1)
+    picked = a.gather(-1, positions)
+    return positions, torch.maximum(picked.abs(), base.unsqueeze(-1)).copysign(picked)
 
 
 def mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:

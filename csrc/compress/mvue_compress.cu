@@ -76,27 +76,28 @@ __global__ void __launch_bounds__(kTileThreads, kLayout == Layout::kStrided ? 1 
   const PhiloxKey key = philox_key(p.seed[0], p.seed[1]);
   const Patch16 gradient = load_gradient<T, kLayout>(p.dy, token, feature);
   const MvuePatch pruned = prune_patch<T, kLayout != Layout::kColumnMajor>(
-      gradient, key, static_cast<uint32_t>(token) / 4, static_cast<uint32_t>(feature) / 4);
+      gradient, key, static_cast<uint32_t>(token) / 8, static_cast<uint32_t>(feature) / 4);
 
   const uint32_t stride = 2 * static_cast<uint32_t>(features);
   uint16_t* first = advance(p.packed, stride, static_cast<uint32_t>(token) / 2) + feature;
   if constexpr (kLayout != Layout::kStrided) {
-    if (token < padded && feature < features) store_mvue(first, stride, 2, pruned);
+    if (token < padded && feature < features) store_mvue(first, stride, pruned);
   } else {
     SP24_UNROLL
     for (int i = 0; i < 4; ++i) {
       SP24_UNROLL
       for (int f = 0; f < kPatch; ++f) {
         if (token < padded && feature + f < features) {
+          const uint2 row = pruned.quad[f / 4].row[i];
           advance(first, stride, i)[f] =
-              static_cast<uint16_t>(pruned.row[i][f / 2] >> (16 * (f % 2)));
+              static_cast<uint16_t>((f % 4 < 2 ? row.x : row.y) >> (16 * (f % 2)));
         }
       }
     }
   }
   stage_bytes(stage, static_cast<uint32_t>(origin.col) / kMetaBlock,
-              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.meta_low,
-              pruned.meta_high);
+              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.quad[0].meta,
+              pruned.quad[1].meta);
 
   __syncthreads();  // all bytes of the tile's blocks are staged
   const uint32_t warp = threadIdx.x / 32;

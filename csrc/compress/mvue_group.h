@@ -6,26 +6,36 @@
 //
 //   level   no magnitude above S/2: p_i = 2 |a_i| / S, and every kept value becomes sign(a_i) S/2;
 //   heavy   one above: it is kept as it is, and one of the other three, drawn with p_i = |a_i| / R
-//   where R is the sum
-//           of their magnitudes, becomes sign(a_i) R.
+//           where R is the sum of their magnitudes, becomes sign(a_i) R.
 //
-// Systematic sampling needs one uniform u: with running sums C_i of p, the picks are the first C_i
-// > u and the first later C_i > u + 1. Here sums of magnitudes are compared with u S/2 and (u + 1)
-// S/2, so there is no division at all.
+// One formula does for both. Let base be the smaller of S/2 and R, R the sum of all but the
+// largest: then p_i = min(1, |a_i| / base), and a kept value becomes sign(a_i) max(|a_i|, base).
 //
-// Exactness  u = (k + 1/2) 2^-22 from 22 random bits: u and u + 1 are exact in fp32, and never 0, 1
-// or 2. The last
-//            non-zero element ends the running sum by decree, whatever rounding left of it, and the
-//            first pick leaves a non-zero element for the second: always two picks where two are
-//            non-zero, and never a zero one.
-// Range      Groups whose sum is tiny or huge are scaled by a power of two first: denormals stay
-// exact, sums of finite
-//            numbers finite.
+// Systematic sampling lays the four p_i end to end, from element 0 on; of two points that are 1
+// apart each falls into the interval of an element to keep. Measured in units of base from the
+// right end, and from the left end, the points are
+//
+//   u         the second pick: the last i with |a_i| + ... + |a_3| > u base; 1 if only all reach it
+//   1 - u     the first pick: the first i with |a_0| + ... + |a_i| >= (1 - u) base; 2 at most
+//
+// which needs no division, and no clipping to p_i <= 1 either: sums of magnitudes pass a point
+// below base wherever clipped ones do.
+//
+// Exactness  u = (k + 1/2) 2^-16 from 16 random bits. u base is rounded towards zero, and the
+//            first pick's point lies 2^-22 base below (1 - u) base: far less than the 2^-17 from
+//            the grid of u to its ends, and more than rounding can do. So what holds for real
+//            numbers holds here: the picks differ, and neither is a zero where two are not
+//            (tests/cpp/mvue_test.cpp; docs/kernels/mvue.md has the proof).
+//            Probabilities are right to within a step of the grid.
+// Zeros      A group of zeros keeps places 0 and 1; a lone element is kept as it is beside a zero.
+// Range      fp32 denormals are scaled up first, so that S/2 and u base are exact enough; finite
+//            numbers with an infinite sum are scaled down. 16-bit denormals need nothing.
 // Specials   Inf and NaN are kept as they are, so that they reach the weight gradient and a
-// GradScaler sees them. Source     arXiv 2404.01847, section on MVUE; the level case and the
-// one-uniform draw are derived there anew.
+//            GradScaler sees them.
+// Source     arXiv 2404.01847, section on MVUE; the one formula and the draw are derived here anew.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "common/bits.h"
@@ -39,15 +49,70 @@ struct MvuePick {
   uint32_t nibble;  // first index | second index << 2
 };
 
-/// The uniform number of 32 random bits: (k + 1/2) 2^-22 with k their upper 22.
-SP24_HD float mvue_uniform(uint32_t random) {
-  return static_cast<float>(2u * (random >> 10) + 1u) * 0x1p-23f;
+/// The random bits of eight groups, tokens 8*octet ... 8*octet + 7 of features 4*quad ... 4*quad +
+/// 3: a function of the seed and these alone.
+SP24_HD Philox4 mvue_random(const PhiloxKey& key, uint32_t octet, uint32_t quad) {
+  return philox4x32_10({{quad, octet, key.stream0, key.stream1}}, key.key0, key.key1);
 }
 
-/// The four uniforms of groups (token_group, features 4*quad .. 4*quad + 3): a function of the seed
-/// and these alone.
-SP24_HD Philox4 mvue_random(const PhiloxKey& key, uint32_t token_group, uint32_t feature_quad) {
-  return philox4x32_10({{feature_quad, token_group, key.stream0, key.stream1}}, key.key0, key.key1);
+/// The 16 of them that are the group's of tokens 4*group, ... (group 0 or 1) and of `feature` (0 to
+/// 3).
+SP24_HD uint32_t mvue_bits(const Philox4& random, int group, int feature) {
+  return random.word[2 * group + feature / 2] >> (feature % 2 * 16) & 0xFFFFu;
+}
+
+/// The uniform number of 16 random bits k: (k + 1/2) 2^-16.
+SP24_HD float mvue_uniform(uint32_t k) {
+  return bits_float(0x43000000u | k) - (128.0f - 0x1p-17f);  // 128 + k 2^-16, and all of it exact
+}
+
+/// a b towards zero, for a of at most 17 significant bits.
+SP24_HD float multiply_down(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rz(a, b);
+#else
+  const double exact = static_cast<double>(a) * static_cast<double>(b);
+  const float nearest = static_cast<float>(exact);
+  return nearest > exact ? bits_float(float_bits(nearest) - 1u) : nearest;
+#endif
+}
+
+/// a b + c, rounded once.
+SP24_HD float multiply_add(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return std::fma(a, b, c);
+#endif
+}
+
+SP24_HD float smaller(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fminf(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+/// What decides about a group. The picks are told by signs:
+///   second   3 if past3 < 0, else 2 if past2 < 0, else 1
+///   first    0 if short0 >= 0, else 1 if short1 >= 0, else 2
+struct MvueDraw {
+  float base, sum;
+  float past3, past2, short0, short1;
+};
+
+/// Right for groups with a finite sum. The order of additions is part of the contract: every
+/// backend has it.
+SP24_HD MvueDraw draw_group(const float (&a)[4], float u) {
+  const float b0 = abs_float(a[0]), b1 = abs_float(a[1]), b2 = abs_float(a[2]),
+              b3 = abs_float(a[3]);
+  const float c = b0 + b1, d = b2 + b3, sum = c + d;
+  // The sum of all but the largest is the smallest of four sums of three.
+  const float base = smaller(0.5f * sum, smaller(d + smaller(b0, b1), c + smaller(b2, b3)));
+  const float from_right = multiply_down(u, base);
+  const float from_left = multiply_add(1.0f - 0x1p-22f, base, -from_right);
+  return {base, sum, from_right - b3, from_right - d, b0 - from_left, c - from_left};
 }
 
 SP24_HD float with_sign_of(float magnitude, float x) {
@@ -58,6 +123,19 @@ SP24_HD float pick_of_four(const float (&a)[4], uint32_t index) {
   const float low = index & 1u ? a[1] : a[0];
   const float high = index & 1u ? a[3] : a[2];
   return index & 2u ? high : low;
+}
+
+/// What a kept element becomes.
+SP24_HD float kept_value(float a, float base) {
+  return with_sign_of(abs_float(a) > base ? abs_float(a) : base, a);
+}
+
+SP24_HD MvuePick pick_group(const float (&a)[4], float u) {
+  const MvueDraw draw = draw_group(a, u);
+  const uint32_t second = draw.past3 < 0.0f ? 3u : draw.past2 < 0.0f ? 2u : 1u;
+  const uint32_t first = draw.short0 >= 0.0f ? 0u : draw.short1 >= 0.0f ? 1u : 2u;
+  return {kept_value(pick_of_four(a, first), draw.base),
+          kept_value(pick_of_four(a, second), draw.base), first | (second << 2)};
 }
 
 /// A non-finite group: what is not finite comes first, then the lower index; all values unscaled.
@@ -77,82 +155,28 @@ SP24_HD MvuePick keep_nonfinite(const float (&a)[4]) {
   return {pick_of_four(a, first), pick_of_four(a, second), first | (second << 2)};
 }
 
-/// The draw proper, for magnitudes whose sum is neither tiny, huge nor non-finite. Values carry the
-/// sign of a.
-SP24_HD MvuePick draw_group(const float (&a)[4], float u) {
-  const float b0 = abs_float(a[0]), b1 = abs_float(a[1]), b2 = abs_float(a[2]),
-              b3 = abs_float(a[3]);
-
-  // The largest (the first of equals) and the other three, in order.
-  uint32_t heavy = 0;
-  float top = b0;
-  if (b1 > top) top = b1, heavy = 1;
-  if (b2 > top) top = b2, heavy = 2;
-  if (b3 > top) top = b3, heavy = 3;
-  const float r0 = heavy == 0 ? b1 : b0;
-  const float r1 = heavy <= 1 ? b2 : b1;
-  const float r2 = heavy <= 2 ? b3 : b2;
-  const float rest = (r0 + r1) + r2;
-
-  uint32_t first, second;
-  float first_scale, second_scale;
-  if (top > rest) {  // heavy
-    const float target = u * rest;
-    // Past the last non-zero there is nothing to pick: stop there even if rounding left the sum at
-    // the target.
-    const bool at0 = r0 > target || (r1 == 0.0f && r2 == 0.0f);
-    const bool at1 = r0 + r1 > target || r2 == 0.0f;
-    const uint32_t among_rest = at0 ? 0u : at1 ? 1u : 2u;
-    const uint32_t other = among_rest + (among_rest >= heavy ? 1u : 0u);
-    first = heavy < other ? heavy : other;
-    second = heavy < other ? other : heavy;
-    first_scale = first == heavy ? top : rest;
-    second_scale = second == heavy ? top : rest;
-  } else {  // level
-    const float c1 = b0 + b1, c2 = c1 + b2, half = 0.5f * (c2 + b3);
-    const float target = u * half, next = (u + 1.0f) * half;
-    const bool zero3 = b3 == 0.0f, zero2 = b2 == 0.0f, zero1 = b1 == 0.0f;
-    // The first pick must leave a non-zero element behind it.
-    const bool one_left_after_0 =
-        static_cast<int>(!zero1) + static_cast<int>(!zero2) + static_cast<int>(!zero3) == 1;
-    const bool one_left_after_1 = static_cast<int>(!zero2) + static_cast<int>(!zero3) == 1;
-    const bool first_is_0 = b0 != 0.0f && (b0 > target || one_left_after_0);
-    const bool first_is_1 = b1 != 0.0f && (c1 > target || one_left_after_1);
-    first = first_is_0 ? 0u : first_is_1 ? 1u : 2u;
-    const bool second_is_1 = first < 1u && b1 != 0.0f && (c1 > next || (zero2 && zero3));
-    const bool second_is_2 = first < 2u && b2 != 0.0f && (c2 > next || zero3);
-    second = second_is_1 ? 1u : second_is_2 ? 2u : 3u;
-    first_scale = second_scale = half;
-  }
-  const float first_a = pick_of_four(a, first), second_a = pick_of_four(a, second);
-  // A zero stays zero: only groups with fewer than two non-zero elements pick one, to fill the
-  // second place.
-  return {first_a == 0.0f ? 0.0f : with_sign_of(first_scale, first_a),
-          second_a == 0.0f ? 0.0f : with_sign_of(second_scale, second_a), first | (second << 2)};
-}
+/// Does the sum of magnitudes stay finite? Nearly always; pick_group alone does then for 16-bit
+/// values.
+SP24_HD bool has_finite_sum(float sum) { return sum < bits_float(0x7f800000u); }
 
 /// Prune one group. u from mvue_uniform.
 SP24_HD MvuePick mvue_group(const float (&a)[4], float u) {
-  const float sum = (abs_float(a[0]) + abs_float(a[1])) + (abs_float(a[2]) + abs_float(a[3]));
-  if (sum > 0x1p-60f && sum < 0x1p+120f) return draw_group(a, u);
-  // Rare from here on. 2^64 lifts every denormal into the normal range; 2^-8 brings four times the
-  // largest fp32 down.
-  if (sum == 0.0f) return {0.0f, 0.0f, 0x4u};
-  bool finite = true;
+  uint32_t bits = 0, largest = 0;
   SP24_UNROLL
-  for (int i = 0; i < 4; ++i) finite = finite && (float_bits(a[i]) & 0x7f800000u) != 0x7f800000u;
-  if (!finite) return keep_nonfinite(a);
-  const bool tiny = sum < 1.0f;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t magnitude = float_bits(a[i]) & 0x7fffffffu;
+    bits |= magnitude;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const float sum = (abs_float(a[0]) + abs_float(a[1])) + (abs_float(a[2]) + abs_float(a[3]));
+  const bool tiny = sum < 0x1p-100f && (bits & 0xffffu) != 0;  // and no 16-bit values
+  if (has_finite_sum(sum) && !tiny) return pick_group(a, u);
+  if (largest >= 0x7f800000u) return keep_nonfinite(a);
   const float up = tiny ? 0x1p+64f : 0x1p-8f, down = tiny ? 0x1p-64f : 0x1p+8f;
   const float scaled[4] = {a[0] * up, a[1] * up, a[2] * up, a[3] * up};
-  MvuePick pick = draw_group(scaled, u);
+  MvuePick pick = pick_group(scaled, u);
   pick.first_value *= down;
   pick.second_value *= down;
-  // What 2^-8 sent to zero beside a huge neighbour is kept as it was.
-  const float first_a = pick_of_four(a, pick.nibble & 3u),
-              second_a = pick_of_four(a, pick.nibble >> 2);
-  if (pick.first_value == 0.0f && first_a != 0.0f) pick.first_value = first_a;
-  if (pick.second_value == 0.0f && second_a != 0.0f) pick.second_value = second_a;
   return pick;
 }
 

@@ -1,138 +1,126 @@
-// mvue_patch.cuh: MVUE pruning of one thread's 8x8 patch of a gradient, 8 tokens by 8 features.
+// mvue_patch.cuh: MVUE pruning of what one thread holds of a gradient: quads of 8 tokens by 4
+// features.
 //
-// Four Philox calls serve the sixteen groups (two of tokens by eight features): one call a feature
-// quad and token group. Groups that draw_plain does not cover are rare, and are pruned again with
-// care.
+// One Philox call serves the eight groups of a quad. A quad with a sum that is not finite is rare:
+// it is pruned again, group by group.
 #pragma once
 
 #include <cstdint>
 
 #include "common/pair16.h"
 #include "common/patch.cuh"
-#include "compress/mvue_draw.h"
 #include "compress/mvue_group.h"
-#include "compress/pack_group.h"
+#include "compress/mvue_pair.h"
 
 namespace sparse24 {
 
-/// What a patch becomes: rows of packed (two a token group), eight features each; and a byte of E a
-/// feature.
-struct MvuePatch {
-  uint32_t row[4][4];
-  uint32_t meta_low, meta_high;
+/// What a quad becomes: four rows of packed, and a byte of E a feature.
+struct MvueQuad {
+  uint2 row[4];
+  uint32_t meta;
 };
 
-/// Two features' groups of one token group: what both kernels and the careful path start from.
-struct GroupPair {
-  uint32_t words[4];  // by tokens: four tokens of both features; else two words of the first
-                      // feature, two of the second
-  uint32_t random[2];
+/// Two features of four tokens.
+struct PairWords {
+  uint32_t token[4];
 };
 
-template <typename T, bool kByTokens>
-__device__ __forceinline__ float group_value(const GroupPair& groups, int feature, int token) {
-  if (kByTokens)
-    return feature == 0 ? low_value<T>(groups.words[token]) : high_value<T>(groups.words[token]);
-  const uint32_t pair = groups.words[2 * feature + token / 2];
-  return token % 2 == 0 ? low_value<T>(pair) : high_value<T>(pair);
-}
-
-/// Both groups pruned: a word of each packed row, and their kept bits in bits 0-3 and 8-11 (what is
-/// above is noise).
-struct PrunedPair {
-  uint32_t first, second, kept;
-};
-
-/// Through mvue_group. A call, not inlined: it is rare, and keeps the code between two of them
-/// short to schedule.
-template <typename T, bool kByTokens>
-static __device__ __noinline__ PrunedPair prune_with_care(GroupPair groups) {
+/// Through mvue_group. A call, not inlined: it is rare, and the code around it stays short.
+template <typename T>
+static __device__ __noinline__ PrunedPair prune_with_care(PairWords words, uint32_t bits) {
   PrunedPair out = {0, 0, 0};
   SP24_UNROLL
   for (int f = 0; f < 2; ++f) {
     float a[4];
     SP24_UNROLL
-    for (int i = 0; i < 4; ++i) a[i] = group_value<T, kByTokens>(groups, f, i);
-    const MvuePick pick = mvue_group(a, mvue_uniform(groups.random[f]));
+    for (int i = 0; i < 4; ++i)
+      a[i] = f == 0 ? low_value<T>(words.token[i]) : high_value<T>(words.token[i]);
+    const MvuePick pick = mvue_group(a, mvue_uniform(bits >> (16 * f) & 0xFFFFu));
     out.first |= make_pair16<T>(pick.first_value, 0.0f) << (16 * f);
     out.second |= make_pair16<T>(pick.second_value, 0.0f) << (16 * f);
-    out.kept |= (1u << meta_first(pick.nibble) | 1u << meta_second(pick.nibble)) << (8 * f);
+    out.nibbles |= (pick.nibble * 0x1111u) << (16 * f);
   }
   return out;
 }
 
-template <typename T, bool kByTokens>
-__device__ __forceinline__ PrunedPair prune_pair(const GroupPair& groups) {
-  uint32_t values[2];               // a feature's: drawn, other
-  float order = kCounter + 0x5410;  // the selector of both features' first values
-  float kept = kCounter;
-  MvueDraw draw[2];
+/// mvue_uniform of half a word, one byte permutation.
+__device__ __forceinline__ float uniform_of(uint32_t bits, bool upper) {
+  return __uint_as_float(select_bytes(bits, 0x43000000u, upper ? 0x7632u : 0x7610u)) -
+         (128.0f - 0x1p-17f);
+}
+
+/// `words(group, pair)` gives tokens 4*group, ... of features 2*pair and 2*pair + 1 of the quad.
+template <typename T, typename Words>
+__device__ __forceinline__ MvueQuad prune_quad(const Words& words, const Philox4& random) {
+  MvueQuad out;
+  uint32_t nibbles[2][2];
+  const auto keep = [&](int group, int pair, const PrunedPair& pruned) {
+    (pair == 0 ? out.row[2 * group].x : out.row[2 * group].y) = pruned.first;
+    (pair == 0 ? out.row[2 * group + 1].x : out.row[2 * group + 1].y) = pruned.second;
+    nibbles[pair][group] = pruned.nibbles;
+  };
+  float check = 0.0f;
   SP24_UNROLL
-  for (int f = 0; f < 2; ++f) {
-    float a[4];
-    SP24_UNROLL
-    for (int i = 0; i < 4; ++i) a[i] = group_value<T, kByTokens>(groups, f, i);
-    draw[f] = draw_plain(a, groups.random[f], f == 0 ? 1.0f : 0x1p8f, kept);
-    values[f] = make_pair16<T>(draw[f].drawn, draw[f].other);
-    add_if(draw[f].other_first, order, f == 0 ? 0x22 : 0x2200);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = random.word[i];
+    keep(i / 2, i % 2,
+         prune_pair<T>(words(i / 2, i % 2).token, uniform_of(bits, false), uniform_of(bits, true),
+                       check));
   }
-  const float reverse = (2 * kCounter + (0x5410 + 0x7632)) - order;
-  PrunedPair out = {select_bytes(values[0], values[1], __float_as_uint(order)),
-                    select_bytes(values[0], values[1], __float_as_uint(reverse)),
-                    __float_as_uint(kept)};
-  if (!are_plain(draw[0], draw[1])) out = prune_with_care<T, kByTokens>(groups);
+  if (check != 0.0f) {
+    SP24_UNROLL
+    for (int i = 0; i < 4; ++i)
+      keep(i / 2, i % 2, prune_with_care<T>(words(i / 2, i % 2), random.word[i]));
+  }
+  // Bytes 0 and 2 of each are E's for two features.
+  out.meta = select_bytes(choose(0x0F0F0F0Fu, nibbles[0][0], nibbles[0][1]),
+                          choose(0x0F0F0F0Fu, nibbles[1][0], nibbles[1][1]), 0x6420u);
   return out;
 }
+
+/// A pair of a patch that is held by tokens, or by features.
+template <bool kByTokens>
+__device__ __forceinline__ PairWords pair_of(const Patch16& patch, int group, int pair) {
+  PairWords words;
+  SP24_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (kByTokens) {
+      words.token[i] = patch.line[4 * group + i][pair];
+    } else {
+      const uint32_t a = patch.line[2 * pair][2 * group + i / 2];
+      const uint32_t b = patch.line[2 * pair + 1][2 * group + i / 2];
+      words.token[i] = i % 2 == 0 ? pair_of_lows(a, b) : pair_of_highs(a, b);
+    }
+  }
+  return words;
+}
+
+/// Both quads of an 8x8 patch. `octet` is its first token / 8, `quad` its first feature / 4.
+struct MvuePatch {
+  MvueQuad quad[2];
+};
 
 template <typename T, bool kByTokens>
 __device__ __forceinline__ MvuePatch prune_patch(const Patch16& gradient, const PhiloxKey& key,
-                                                 uint32_t token_group, uint32_t feature_quad) {
-  // All calls at once share their round keys.
-  Philox4 random[2][2];
-  SP24_UNROLL
-  for (int i = 0; i < 4; ++i)
-    random[i / 2][i % 2] = mvue_random(key, token_group + i / 2, feature_quad + i % 2);
-
+                                                 uint32_t octet, uint32_t quad) {
   MvuePatch out;
   SP24_UNROLL
-  for (int quad = 0; quad < 2; ++quad) {
-    uint32_t kept[2] = {
-        0,
-        0};  // of two features each: feature f of a pair in byte f, the token groups in its halves
-    SP24_UNROLL
-    for (int group = 0; group < 2; ++group) {
-      SP24_UNROLL
-      for (int p = 0; p < 2; ++p) {
-        GroupPair groups;
-        const int pair = 2 * quad + p;
-        SP24_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          groups.words[i] = kByTokens ? gradient.line[4 * group + i][pair]
-                                      : gradient.line[2 * pair + i / 2][2 * group + i % 2];
-        }
-        groups.random[0] = random[group][quad].word[2 * p];
-        groups.random[1] = random[group][quad].word[2 * p + 1];
-        const PrunedPair pruned = prune_pair<T, kByTokens>(groups);
-        out.row[2 * group][pair] = pruned.first;
-        out.row[2 * group + 1][pair] = pruned.second;
-        kept[p] += pruned.kept << (4 * group);
-      }
-    }
-    (quad == 0 ? out.meta_low : out.meta_high) = meta_from_bits8(pair_of_lows(kept[0], kept[1]));
+  for (int q = 0; q < 2; ++q) {
+    const Philox4 random = mvue_random(key, octet, quad + q);
+    out.quad[q] = prune_quad<T>(
+        [&](int group, int pair) { return pair_of<kByTokens>(gradient, group, 2 * q + pair); },
+        random);
   }
   return out;
 }
 
-/// Stores the rows of a patch into packed [padded_tokens/2, features]; `valid` token groups of it
-/// lie inside.
-__device__ __forceinline__ void store_mvue(uint16_t* first, uint32_t stride, int valid_groups,
+/// Stores the rows of a patch into packed [padded_tokens/2, features].
+__device__ __forceinline__ void store_mvue(uint16_t* first, uint32_t stride,
                                            const MvuePatch& patch) {
   SP24_UNROLL
   for (int i = 0; i < 4; ++i) {
-    if (i / 2 < valid_groups) {
-      store16(advance(first, stride, i),
-              make_uint4(patch.row[i][0], patch.row[i][1], patch.row[i][2], patch.row[i][3]));
-    }
+    const uint2 low = patch.quad[0].row[i], high = patch.quad[1].row[i];
+    store16(advance(first, stride, i), make_uint4(low.x, low.y, high.x, high.y));
   }
 }
 

@@ -108,19 +108,23 @@ void mvue_tile(const MvueArgs& args, const PhiloxKey& key, int64_t tile_token,
   T* packed = static_cast<T*>(args.packed);
   MetaTile meta;
 
-  for (int64_t token = tile.row_begin; token < tile.row_end; token += 4) {
+  for (int64_t octet = tile.row_begin; octet < tile.row_end; octet += 8) {
     for (int64_t quad = tile.col_begin; quad < tile.col_end; quad += 4) {
       const Philox4 random =
-          mvue_random(key, static_cast<uint32_t>(token / 4), static_cast<uint32_t>(quad / 4));
-      for (int64_t f = quad; f < std::min(quad + 4, tile.col_end); ++f) {
-        float group[4];
-        for (int i = 0; i < 4; ++i)
-          group[i] = token + i < tokens ? to_float(dy(token + i, f)) : 0.0f;
-        const MvuePick pick = mvue_group(group, mvue_uniform(random.word[f - quad]));
-        T* kept = packed + (token / 2) * features + f;
-        kept[0] = from_float<T>(pick.first_value);
-        kept[features] = from_float<T>(pick.second_value);
-        meta.set(f - tile.col_begin, token - tile.row_begin, pick.nibble);
+          mvue_random(key, static_cast<uint32_t>(octet / 8), static_cast<uint32_t>(quad / 4));
+      for (int64_t token = octet; token < octet + 8; token += 4) {
+        for (int64_t f = quad; f < std::min(quad + 4, tile.col_end); ++f) {
+          float group[4];
+          for (int i = 0; i < 4; ++i)
+            group[i] = token + i < tokens ? to_float(dy(token + i, f)) : 0.0f;
+          const uint32_t bits =
+              mvue_bits(random, token == octet ? 0 : 1, static_cast<int>(f - quad));
+          const MvuePick pick = mvue_group(group, mvue_uniform(bits));
+          T* kept = packed + (token / 2) * features + f;
+          kept[0] = from_float<T>(pick.first_value);
+          kept[features] = from_float<T>(pick.second_value);
+          meta.set(f - tile.col_begin, token - tile.row_begin, pick.nibble);
+        }
       }
     }
   }

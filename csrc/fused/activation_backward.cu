@@ -46,12 +46,12 @@ __device__ __forceinline__ void prune_half(const BackwardMvue& p, const SquarePa
   Patch16 lines;
   SP24_UNROLL
   for (int i = 0; i < 32; ++i) lines.line[i / 4][i % 4] = gradient.word[i / 4][i % 4];
-  const MvuePatch pruned = prune_patch<T, true>(lines, key, token / 4, feature / 4);
+  const MvuePatch pruned = prune_patch<T, true>(lines, key, token / 8, feature / 4);
   const uint32_t stride = 2 * features;
-  if (inside) store_mvue(advance(p.packed, stride, token / 2) + feature, stride, 2, pruned);
+  if (inside) store_mvue(advance(p.packed, stride, token / 2) + feature, stride, pruned);
   stage_bytes(stage, block + static_cast<uint32_t>(origin.col) / kMetaBlock,
-              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.meta_low,
-              pruned.meta_high);
+              static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.quad[0].meta,
+              pruned.quad[1].meta);
 }
 
 // 96 words of operands a thread: three blocks an SM keep them all in registers.

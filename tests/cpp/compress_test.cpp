@@ -162,8 +162,10 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
             for (int i = 0; i < 4; ++i)
               a[i] = 4 * group + i < tokens ? dy.get(4 * group + i, f) : 0;
             const Philox4 words =
-                mvue_random(key, static_cast<uint32_t>(group), static_cast<uint32_t>(f / 4));
-            const MvuePick pick = mvue_group(a, mvue_uniform(words.word[f % 4]));
+                mvue_random(key, static_cast<uint32_t>(group / 2), static_cast<uint32_t>(f / 4));
+            const MvuePick pick =
+                mvue_group(a, mvue_uniform(mvue_bits(words, static_cast<int>(group % 2),
+                                                     static_cast<int>(f % 4))));
             rounded.set(0, 0, pick.first_value);
             CHECK_EQ(packed.get(2 * group, f), rounded.get(0, 0));
             rounded.set(0, 0, pick.second_value);

@@ -1,6 +1,6 @@
 // kernel_index_test.cpp: arithmetic of the GPU kernels that is no plain function of its own,
 // replayed on the CPU: what paired lanes load and exchange, where the bytes of E wait, and the
-// branch-free MVUE draw against mvue_group.
+// branch-free MVUE draw of two groups side by side against mvue_group.
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -9,8 +9,8 @@
 #include "common/convert.h"
 #include "common/metadata.h"
 #include "common/tile.h"
-#include "compress/mvue_draw.h"
 #include "compress/mvue_group.h"
+#include "compress/mvue_pair.h"
 #include "testing.h"
 
 using namespace sparse24;
@@ -60,66 +60,95 @@ TEST(every_byte_of_E_is_staged_once) {
   }
 }
 
-// Groups made to be difficult: few mantissa bits (ties, exact sums), values around 1, zeros of
-// both signs, one element equal to the sum of the others, all magnitudes, and uniforms at both
-// ends and around the running sums.
-TEST(plain_draws_have_the_bits_of_mvue_group) {
-  std::mt19937_64 random(20240407);
+// Groups made to be difficult: few mantissa bits (ties, exact sums), zeros of both signs,
+// denormals, Inf and NaN, one element equal to the sum of the others, all magnitudes, and uniforms
+// at both ends and around the running sums.
+template <typename T>
+struct DifficultGroups {
+  std::mt19937_64 random{20240407};
   std::normal_distribution<float> normal;
-  const float special[] = {0.0f,     -0.0f, 1e-45f,   1.0f,     -1.0f,    3.4e38f,
-                           INFINITY, NAN,   0x1p120f, 0x1p-60f, 0x1p-61f, 2.0f};
-  const auto from_bits = [](uint32_t bits) { return bits_float(bits); };
-  int plain = 0;
-  constexpr int kGroups = 4000000;
-  for (int n = 0; n < kGroups; ++n) {
-    float a[4];
-    for (float& x : a) {
-      const uint64_t r = random();
-      switch (n % 8) {
-        case 0: x = normal(random); break;
-        case 1: x = to_float(from_float<BFloat16>(normal(random))); break;
-        case 2: x = static_cast<float>(static_cast<int>(r % 5) - 2); break;
-        case 3: x = special[r % 12]; break;
-        case 4: x = from_bits(static_cast<uint32_t>(r)); break;
-        case 5:
-          x = r >> 21 & 3 ? from_bits(0x3F800000u + static_cast<uint32_t>(r % 9) - 4) : 0.0f;
-          break;
-        case 6:
-          x = from_bits(0x3F800000u + (r & 0xFFFFFFu)) * (r >> 40 & 3 ? 1.0f : 0x1p-20f);
-          break;
-        default: x = std::ldexp(normal(random), static_cast<int>(r % 140) - 70); break;
-      }
-    }
+  int count = 0;
+
+  uint16_t element() {
     const uint64_t r = random();
-    if (r & 1) a[r >> 1 & 3] = a[0] + a[1] + a[2];
-    uint32_t bits = static_cast<uint32_t>(r >> 32);
+    const auto rounded = [](float x) { return from_float<T>(x).bits; };
+    const uint16_t special[] = {0,      0x8000, 1,      0x8001, 2,      0x7F80, 0xFF80, 0x7FC0,
+                                0x7F7F, 0x0080, 0x007F, 0x3F80, 0xBF80, 0x4000, 0x7C00, 0x7BFF};
+    switch (count % 8) {
+      case 0: return rounded(normal(random));
+      case 1: return rounded(normal(random) * (r & 1 ? 1.0f : 1e-3f));
+      case 2: return rounded(static_cast<float>(static_cast<int>(r % 5) - 2));
+      case 3: return special[r % 16];
+      case 4: return static_cast<uint16_t>(r);
+      case 5: return r >> 21 & 3 ? static_cast<uint16_t>(r % 9) : 0;
+      case 6: return static_cast<uint16_t>(r & 0x80FFu);
+      default: return rounded(std::ldexp(normal(random), static_cast<int>(r % 60) - 30));
+    }
+  }
+
+  /// The next group, and the 16 random bits to prune it with.
+  uint32_t next(uint16_t (&bits)[4]) {
+    ++count;
+    float b[4];
+    for (int i = 0; i < 4; ++i) bits[i] = element(), b[i] = abs_float(to_float(T{bits[i]}));
+    const uint64_t r = random();
+    if (r & 1) {
+      const int at = r >> 1 & 3;
+      b[at] = 0;
+      bits[at] = from_float<T>(b[0] + b[1] + b[2] + b[3]).bits;
+      b[at] = abs_float(to_float(T{bits[at]}));
+    }
     switch (r >> 4 & 7) {
-      case 0: bits = 0; break;
-      case 1: bits = 0xFFFFFFFFu; break;
-      case 2: {  // a target next to a running sum
-        const double sum = std::fabs(a[0]) + std::fabs(a[1]) + std::fabs(a[2]) + std::fabs(a[3]);
-        const double at = (std::fabs(a[0]) + (r >> 8 & 1 ? std::fabs(a[1]) : 0.0)) / (sum / 2);
-        const double u = at >= 1 ? at - 1 : at;
-        if (u >= 0 && u < 1)
-          bits = (static_cast<uint32_t>(u * 4194304.0) + static_cast<uint32_t>(r >> 9 & 3)) << 10;
+      case 0: return 0;
+      case 1: return 0xFFFF;
+      case 2:
+      case 3: {  // a point next to a running sum
+        const double sum = double{b[0]} + b[1] + b[2] + b[3];
+        const double base =
+            std::fmin(sum / 2, sum - std::fmax(std::fmax(b[0], b[1]), std::fmax(b[2], b[3])));
+        const double passed[] = {b[3] / base, (double{b[2]} + b[3]) / base, 1 - b[0] / base,
+                                 1 - (double{b[0]} + b[1]) / base};
+        const double k = passed[r >> 8 & 3] * 65536 + static_cast<double>(r >> 10 & 3) - 2;
+        if (k >= 0 && k <= 65535) return static_cast<uint32_t>(k);
         break;
       }
       default: break;
     }
-    float kept = kCounter;
-    const MvueDraw draw = draw_plain(a, bits, 1.0f, kept);
-    if (!are_plain(draw, draw)) continue;
-    ++plain;
-    const MvuePick pick = mvue_group(a, mvue_uniform(bits));
-    const float first = draw.other_first ? draw.other : draw.drawn,
-                second = draw.other_first ? draw.drawn : draw.other;
-    CHECK(meta_from_bits(float_bits(kept) & 0xFu) ==
-          pick.nibble);  // draw_plain keeps what mvue_group keeps
-    CHECK(float_bits(first) == float_bits(pick.first_value) &&
-          float_bits(second) ==
-              float_bits(pick.second_value));  // draw_plain gives the values of mvue_group
+    return static_cast<uint32_t>(r >> 32) & 0xFFFFu;
   }
-  CHECK(plain > kGroups / 2);  // most groups are plain
+};
+
+template <typename T>
+void check_pairs_against_groups() {
+  DifficultGroups<T> groups;
+  constexpr int kPairs = 2000000;
+  int finite = 0;
+  for (int n = 0; n < kPairs; ++n) {
+    uint16_t bits[2][4];
+    const uint32_t k[2] = {groups.next(bits[0]), groups.next(bits[1])};
+    uint32_t words[4];
+    for (int i = 0; i < 4; ++i) words[i] = bits[0][i] | static_cast<uint32_t>(bits[1][i]) << 16;
+    float check = 0.0f;
+    const PrunedPair pair = prune_pair<T>(words, mvue_uniform(k[0]), mvue_uniform(k[1]), check);
+    bool all_finite = true;
+    for (int f = 0; f < 2; ++f) {
+      float a[4];
+      for (int i = 0; i < 4; ++i) a[i] = to_float(T{bits[f][i]});
+      const float sum = (abs_float(a[0]) + abs_float(a[1])) + (abs_float(a[2]) + abs_float(a[3]));
+      all_finite = all_finite && has_finite_sum(sum);
+      if (check != 0.0f) continue;
+      const MvuePick pick = mvue_group(a, mvue_uniform(k[f]));
+      CHECK((pair.nibbles >> (16 * f) & 0xFFFFu) == pick.nibble * 0x1111u);  // the same positions
+      CHECK((pair.first >> (16 * f) & 0xFFFFu) == from_float<T>(pick.first_value).bits &&
+            (pair.second >> (16 * f) & 0xFFFFu) == from_float<T>(pick.second_value).bits);
+    }
+    CHECK((check == 0.0f) == all_finite);  // the check sees what is not finite, and nothing else
+    finite += all_finite;
+  }
+  CHECK(finite > kPairs / 2);  // most groups are compared
 }
+
+TEST(pairs_have_the_bits_of_mvue_group_bf16) { check_pairs_against_groups<BFloat16>(); }
+TEST(pairs_have_the_bits_of_mvue_group_fp16) { check_pairs_against_groups<Float16>(); }
 
 TEST_MAIN()
