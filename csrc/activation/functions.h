@@ -3,8 +3,13 @@
 //   silu       x sigmoid(x)
 //   gelu       x Phi(x), Phi by erf
 //   gelu_tanh  x sigmoid(2 z), z = sqrt(2/pi) (x + 0.044715 x^3): equal to 0.5 x (1 + tanh z),
-//   without its cancellation relu       max(x, 0), derivative 0 at 0;  squared_relu  max(x, 0)^2
-//   NaN stays NaN everywhere.
+//              without its cancellation
+//   relu       max(x, 0), derivative 0 at 0
+//   squared_relu  max(x, 0)^2
+//
+// NaN stays NaN everywhere. With kFor16Bits a function may be as coarse as results allow that are
+// rounded to 16 bits: a small part of their last place, and better than fp32 arithmetic with its
+// cancellation in the tail of GELU.
 #pragma once
 
 #include <cmath>
@@ -55,8 +60,22 @@ SP24_HD Sigmoid sigmoid(float x) {
   return {value, value == 0.0f ? 1.0f : decayed * value};
 }
 
+/// log(Phi(x) / Phi(-x)): the sigmoid of it is Phi(x). An odd polynomial, fitted so that Phi errs
+/// by 2^-14 of itself for |x| < 3, more in the tail (2^-7 at 5.5), where 16-bit results are
+/// denormal or next to nothing. It rises everywhere, so both limits are right. A tenth of the work
+/// of erfc.
+SP24_HD float normal_logit(float x) {
+  constexpr float kCoefficients[] = {1.59558904f,      0.0729680136f, -0.000208145022f,
+                                     -8.20214773e-05f, 5.209336e-06f, -1.43909972e-07f};
+  const float square = x * x;
+  float sum = 1.53367352e-09f;
+  SP24_UNROLL
+  for (int i = 5; i >= 0; --i) sum = fmaf(sum, square, kCoefficients[i]);
+  return x * sum;
+}
+
 /// The activation and its derivative at x. Callers that need one of them leave the other to the
-/// optimizer. kFor16Bits: the GPU may be as coarse as 16-bit results allow.
+/// optimizer.
 template <Activation kKind, bool kFor16Bits = false>
 SP24_HD ValueAndSlope activate(float x) {
   if constexpr (kKind == Activation::kSilu) {
@@ -66,7 +85,8 @@ SP24_HD ValueAndSlope activate(float x) {
     return {value, s.value + value * s.complement};
   } else if constexpr (kKind == Activation::kGelu) {
     constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
-    const float phi = 0.5f * erfcf(-x * kInvSqrt2);
+    const float phi =
+        kFor16Bits ? sigmoid<kFor16Bits>(normal_logit(x)).value : 0.5f * erfcf(-x * kInvSqrt2);
     const float density = kInvSqrt2Pi * exponential<kFor16Bits>(-0.5f * x * x);
     return {phi == 0.0f ? 0.0f : x * phi, phi + (density == 0.0f ? 0.0f : x * density)};
   } else if constexpr (kKind == Activation::kGeluTanh) {

@@ -39,16 +39,17 @@ double exact_slope(Activation kind, double x) {
 
 struct Evaluate {
   float x;
+  bool for_16_bits;
   ValueAndSlope* result;
   template <Activation kKind>
   void operator()() const {
-    *result = activate<kKind>(x);
+    *result = for_16_bits ? activate<kKind, true>(x) : activate<kKind>(x);
   }
 };
 
-ValueAndSlope evaluate(Activation kind, float x) {
+ValueAndSlope evaluate(Activation kind, float x, bool for_16_bits = false) {
   ValueAndSlope result{};
-  with_activation(kind, Evaluate{x, &result});
+  with_activation(kind, Evaluate{x, for_16_bits, &result});
   return result;
 }
 
@@ -64,17 +65,32 @@ TEST(values_and_slopes_are_accurate) {
     }
 }
 
+TEST(forms_for_16_bits_err_by_a_part_of_their_last_place) {
+  // fp16 is the finer of the two: half of its last place is 2^-12 of a value, or 2^-25.
+  for (Activation kind : kKinds)
+    for (float x = -30.0f; x <= 30.0f; x += 0.00137f) {
+      if (std::fabs(x) < 3e-4f) continue;  // the difference would straddle ReLU's corner
+      const ValueAndSlope got = evaluate(kind, x, true);
+      const double value = exact(kind, x), slope = exact_slope(kind, x);
+      CHECK(std::fabs(got.value - value) <= 0x1p-13 * std::fabs(value) + 0x1p-25);
+      // A slope is a sum of terms up to 1 which cancel where it crosses 0.
+      CHECK(std::fabs(got.slope - slope) <= 0x1p-13 * std::fabs(slope) + 0x1p-16);
+    }
+}
+
 TEST(limits_are_right_and_nan_stays) {
   const float inf = std::numeric_limits<float>::infinity();
-  for (Activation kind : kKinds) {
-    CHECK_EQ(evaluate(kind, inf).value, inf);
-    CHECK_EQ(evaluate(kind, -inf).value, 0.0f);
-    CHECK_EQ(evaluate(kind, -3e38f).value, 0.0f);
-    CHECK_EQ(evaluate(kind, 0.0f).value, 0.0f);
-    CHECK(std::isnan(evaluate(kind, std::nanf("")).value));
-    CHECK_EQ(evaluate(kind, -1e4f).slope, 0.0f);
-    if (kind != Activation::kSquaredRelu) CHECK_EQ(evaluate(kind, 1e4f).slope, 1.0f);
-  }
+  for (bool for_16_bits : {false, true})
+    for (Activation kind : kKinds) {
+      const auto at = [&](float x) { return evaluate(kind, x, for_16_bits); };
+      CHECK_EQ(at(inf).value, inf);
+      CHECK_EQ(at(-inf).value, 0.0f);
+      CHECK_EQ(at(-3e38f).value, 0.0f);
+      CHECK_EQ(at(0.0f).value, 0.0f);
+      CHECK(std::isnan(at(std::nanf("")).value));
+      CHECK_EQ(at(-1e4f).slope, 0.0f);
+      if (kind != Activation::kSquaredRelu) CHECK_EQ(at(1e4f).slope, 1.0f);
+    }
 }
 
 TEST(forward_takes_every_layout) {
