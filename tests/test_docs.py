@@ -21,7 +21,7 @@ NEEDS = {
     "README.md": ("transformers", "safetensors"),
     "docs/checkpoints.md": ("safetensors",),
     "docs/export.md": ("transformers", "safetensors"),
-    "docs/flip-rate.md": ("matplotlib",),
+    "docs/flip-rate.md": ("matplotlib", "tensorboard"),
     "docs/huggingface.md": ("transformers", "accelerate"),
     "docs/lightning.md": ("lightning",),
     "docs/tuning-the-decay.md": ("matplotlib",),
