@@ -19,17 +19,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import feedforward, packing, structure
+from . import cost_model, feedforward, packing, structure
 from ._library import is_available
+from .cost_model import Training
 from .errors import Sparse24Error, Sparse24Warning
 from .modules import DTYPES, SparseLayer, SparseLinear
 
 BACKENDS = ("auto", "sparse")
-# Smallest extent for which backend="auto" expects a GPU to gain. Measured on an H200: GPT-2 of width 768 trains 1.60x
-# as fast as eager PyTorch, but its FFN alone does not beat a compiled one (docs/results, bench/results/ffn.csv).
-MIN_GPU_FEATURES = 768
-# Tokens per call below which re-packing after each step costs more than sparse products save (published: 0.62x).
-MIN_GPU_TOKENS = 2048
 ALREADY_SPARSE = "already sparse"
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # parts of names that torch's wrappers insert
 
@@ -88,6 +84,7 @@ def sparsify(
     mvue: bool = True,
     dtype: torch.dtype | None = None,
     tokens: int | None = None,
+    micro_batches: int = 1,
     allow_tied: bool = False,
     fuse: bool = True,
 ) -> SparsifyReport:
@@ -95,11 +92,14 @@ def sparsify(
 
     include     "auto": FFNs found by structure; or patterns over module names, such as ("*mlp*",), as in fnmatch
     exclude     patterns of layers to leave dense
-    backend     "auto": on a GPU only layers that should run faster than dense; on a CPU every matching layer, since
-                there one wants the method. "sparse": every matching layer that can be 2:4
+    backend     "auto": on a GPU only layers that should train faster than torch.compile's dense ones, by the estimate
+                of sparse24/cost_model.py; on a CPU every matching layer, since there one wants the method.
+                "sparse": every matching layer that can be 2:4
     mvue        prune output gradients to 2:4 without bias for the weight gradient
     dtype       dtype of the packed values; default: the weight's, and bfloat16 for float32 weights on a GPU
-    tokens      tokens per forward call (batch x length), if known: few tokens do not pay on a GPU
+    tokens      tokens per forward call (batch x length), for that estimate: few tokens do not pay on a GPU; assumed
+                to be 8192 where nothing is said
+    micro_batches  forward calls an optimizer step: what is paid once a step weighs less
     allow_tied  also convert layers that share their weight with another module
     fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (sparse24/feedforward.py)
 
@@ -107,16 +107,22 @@ def sparsify(
     names, when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is
     then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
     """
-    _check_settings(model, backend, dtype)
+    _check_settings(model, backend, dtype, tokens, micro_batches)
     report = SparsifyReport()
     unavailable = _why_unavailable(model)
     chosen = _candidates(model, include, _patterns(exclude, "exclude"), report)
     owners = _weight_owners(model)
+    training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue)
+    blocks = {name: ffn for ffn in structure.find_feed_forwards(model) for name in ffn.layers}
     todo: dict[str, nn.Module] = {}
     for name, module in chosen.items():
         reason = _why_not(module, owners, allow_tied) or unavailable
         if reason is None:
-            converts, reason = choose_function(module, backend, tokens)
+            block = blocks.get(name)
+            whole = block is not None and all(layer in chosen for layer in block.layers)
+            converts, reason = choose_function(
+                module, backend, training, block.sizes(model) if whole else None, assumed=tokens is None
+            )
             if converts:
                 todo[name] = module
                 report.reasons[name] = reason
@@ -199,36 +205,56 @@ def plain_name(name: str) -> str:
 # -- which layers ---------------------------------------------------------------------------------------------------
 
 
-def choose_function(module: nn.Module, backend: str, tokens: int | None) -> tuple[bool, str]:
+def choose_function(
+    module: nn.Module,
+    backend: str,
+    training: Training,
+    block: tuple[int, int, bool] | None = None,
+    *,
+    assumed: bool = False,
+) -> tuple[bool, str]:
     """Whether this layer trains 2:4, and why: from its shape, the expected tokens and the device; never from a
     batch.
+
+    block    (d_model, d_ff, gated) of the feed-forward layer that it is part of, which is then judged as a whole
+    assumed  nobody has said how many tokens a call has
     """
     device = module.weight.device
     if backend == "sparse":
         return True, "backend='sparse'"
     if device.type != "cuda":
         return True, f"{device.type}: every matching layer is 2:4, for the method"
-    small, large = sorted(structure.features(module))
-    if small < MIN_GPU_FEATURES:
-        return False, (
-            f"{large} x {small} is too small to gain on a GPU (below {MIN_GPU_FEATURES}); "
-            "backend='sparse' converts it anyway"
-        )
-    if tokens is not None and tokens < MIN_GPU_TOKENS:
-        return False, (
-            f"{tokens} tokens a call are too few to gain on a GPU (below {MIN_GPU_TOKENS}); "
-            "backend='sparse' converts it anyway"
-        )
-    return True, f"{large} x {small} on {torch.cuda.get_device_name(device)}"
+    training = training.of(master_bytes=module.weight.dtype.itemsize)
+
+    def estimate(training: Training) -> float:
+        if block is not None:
+            return cost_model.feed_forward(*block, training).speedup
+        return cost_model.linear(*structure.features(module)[::-1], training).speedup
+
+    speedup = estimate(training)
+    out_features, in_features = structure.features(module)[::-1]
+    what = f"feed-forward layer of {block[0]} x {block[1]}" if block else f"layer of {out_features} x {in_features}"
+    calls = f" and {training.micro_batches} calls a step" if training.micro_batches > 1 else ""
+    told = f"estimated {speedup:.2f}x of a compiled dense {what} at {training.tokens} tokens a call{calls}"
+    told += " (assumed: say tokens=)" if assumed else ""
+    if speedup >= cost_model.MARGIN:
+        return True, f"{told}, on {torch.cuda.get_device_name(device)}"
+    remedies = ["backend='sparse' converts it anyway"]
+    if training.mvue and (without := estimate(training.of(mvue=False))) >= cost_model.MARGIN:
+        remedies.insert(0, f"with mvue=False it is {without:.2f}x")
+    return False, f"{told}, less than the {cost_model.MARGIN:.2f}x asked for; {', '.join(remedies)}"
 
 
-def _check_settings(model, backend, dtype) -> None:
+def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     if not isinstance(model, nn.Module):
         raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if backend not in BACKENDS:
         raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if dtype is not None and dtype not in DTYPES:
         raise Sparse24Error(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    for name, value in (("tokens", 1 if tokens is None else tokens), ("micro_batches", micro_batches)):
+        if not isinstance(value, int) or value < 1:
+            raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")
 
 
 def _why_unavailable(model: nn.Module) -> str | None:

@@ -53,9 +53,11 @@ class FeedForward:
     shape: Shape
     is_expert: bool
 
-    @property
-    def is_gated(self) -> bool:
-        return self.shape.fused_gate or len(self.shape.up) == 2
+    def sizes(self, model: nn.Module) -> tuple[int, int, bool]:
+        """(d_model, d_ff, gated)."""
+        hidden, out = features(model.get_submodule(self.layers[-1]))
+        up = features(model.get_submodule(self.layers[0]))[1]
+        return out, hidden, len(self.shape.up) == 2 or up == 2 * hidden
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """sparsify, densify, refresh: which layers are found in real models, what is refused and how the report says it."""
 
+import re
 import warnings
 
 import pytest
@@ -348,21 +349,43 @@ def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_for
         sparse24.sparsify(model, backend="sparse")
 
 
+def on_gpu(out_features, in_features, dtype=torch.bfloat16):
+    """What the decision reads of a layer that is on a GPU."""
+    weight = type("Weight", (), {"device": torch.device("cuda:0"), "dtype": dtype})()
+    return type("Layer", (), {"weight": weight, "in_features": in_features, "out_features": out_features})()
+
+
 def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatch):
     """Which function a layer trains is decided at conversion, from shape, tokens and device."""
-    layer = MLP(768, 1024).fc1
-    on_gpu = type("Layer", (), {"weight": type("W", (), {"device": torch.device("cuda:0")})})()
-    on_gpu.in_features, on_gpu.out_features = layer.in_features, layer.out_features
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-    choose = sparse24.convert.choose_function
-    assert choose(on_gpu, "auto", None) == (True, "1024 x 768 on GPU")
-    assert (
-        choose(on_gpu, "auto", 64) == (False, choose(on_gpu, "auto", 64)[1])
-        and "64 tokens" in choose(on_gpu, "auto", 64)[1]
+    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training
+    large, small = on_gpu(11008, 4096), on_gpu(1024, 256)
+    converts, reason = choose(large, "auto", training(8192))
+    assert converts and re.fullmatch(
+        r"estimated 1\.\d\dx of a compiled dense layer of 11008 x 4096 at 8192 tokens a call, on GPU", reason
     )
-    assert choose(on_gpu, "sparse", 64)[0]
-    on_gpu.in_features = 512
-    assert not choose(on_gpu, "auto", None)[0] and choose(on_gpu, "sparse", None)[0]
+    converts, reason = choose(large, "auto", training(256), assumed=True)
+    assert not converts and "256 tokens a call (assumed: say tokens=)" in reason
+    assert "backend='sparse' converts it anyway" in reason
+    assert choose(large, "sparse", training(256)) == (True, "backend='sparse'")
+    assert not choose(small, "auto", training(8192))[0] and choose(small, "sparse", training(8192))[0]
+    converts, reason = choose(large, "auto", training(8192, 8), (4096, 11008, True))
+    assert converts and "feed-forward layer of 4096 x 11008 at 8192 tokens a call and 8 calls a step" in reason
+
+
+def test_whole_blocks_are_converted_or_none_of_their_layers(monkeypatch):
+    """Gate and up are as large as down is not: a layer by itself would be judged otherwise."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training(8192)
+    answers = {choose(on_gpu(*shape), "auto", training, (4096, 11008, True))[0] for shape in ((11008, 4096), (4, 4))}
+    assert answers == {True}
+
+
+@pytest.mark.parametrize("setting", [dict(tokens=0), dict(tokens=2.5), dict(micro_batches=0)])
+def test_tokens_and_micro_batches_are_counts(setting):
+    (name, value), *_ = setting.items()
+    with pytest.raises(Sparse24Error, match=f"{name} must be an integer, 1 or more, got {value}"):
+        sparse24.sparsify(MLP(), **setting)
 
 
 @pytest.mark.fault(66)

@@ -1,1 +1,1 @@
-"""Benchmarks of feed-forward layers, blocks and training steps: `python -m sparse24 bench`, and the scripts in bench/."""
+"""Benchmarks of feed-forward layers, blocks and training steps: for `python -m sparse24 bench` and bench/."""

@@ -98,7 +98,7 @@ class Settings:
     dense_at: str = option("auto", "Where: end, start, none, or auto (as the method has it; the paper's: end).")
     mvue: bool = option(True, "2:4 pruning of the output gradient, without bias.")
     method: str = option("fst", "fst, ste, sr-ste, step or s-ste.")
-    backend: str = option("auto", "auto or sparse: passed to sparse24.sparsify.")
+    backend: str = option("sparse", "sparse, or auto: only layers that a GPU should train faster than dense.")
     # optimization
     steps: int | None = option(None, "Optimizer steps.")
     batch: int | None = option(None, "Sequences in an optimizer step.")

@@ -1,0 +1,171 @@
+"""When does a 2:4 feed-forward layer train faster than a dense one? An estimate from measured rates.
+
+A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
+as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
+come from an NVIDIA H200 (bench/results: gemm.csv, ffn.csv, activation.csv, mvue.csv, compress.csv);
+`python -m bench.fit_cost_model` fits them anew and prints how far the estimates are from what was measured.
+
+The dense side is what `torch.compile` makes of the layer; run eagerly, it is slower than estimated here. Only the
+layer itself is counted, both passes, and for the 2:4 side everything that it adds to a step: re-packing, masked decay,
+a mask search every 40 steps, MVUE. Pure functions of numbers: no GPU is asked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: an estimate must promise this much before `sparsify(backend="auto")` believes it: the estimates err by about as much
+MARGIN = 1.05
+#: tokens a forward call that are assumed where the caller says nothing
+ASSUMED_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What an H200 does, on a hot chip. Times in microseconds, bandwidths in TB/s."""
+
+    multiprocessors: int = 132
+    # Dense products: a line through the times of cuBLAS.
+    dense_us_per_gflop: float = 1.534
+    dense_us: float = 8.0
+    # Sparse products: waves of 128 x 256 tiles over the chip; each takes its K loop and an epilogue.
+    sparse_us_per_wave_and_1024_k: float = 7.98
+    sparse_us_per_wave: float = 2.87
+    sparse_us: float = 5.0
+    # Passes over memory.
+    launch_us: float = 3.0
+    activation: float = 3.9
+    activation_backward: float = 3.9
+    activation_backward_mvue: float = 3.2
+    mvue: float = 3.05
+    pack: float = 3.5
+    decay: float = 3.9
+    dense_pass: float = 4.1  # what torch.compile's kernels reach
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a layer is trained: tokens of a forward call, calls an optimizer step, bytes a weight, settings."""
+
+    tokens: int
+    micro_batches: int = 1
+    master_bytes: int = 2
+    mvue: bool = True
+
+    def of(self, **changes) -> Training:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds of one optimizer step of a layer, estimated."""
+
+    dense_us: float
+    sparse_us: float
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_us / self.sparse_us
+
+    def __add__(self, other: Times) -> Times:
+        return Times(self.dense_us + other.dense_us, self.sparse_us + other.sparse_us)
+
+    def __mul__(self, count: float) -> Times:
+        return Times(self.dense_us * count, self.sparse_us * count)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def dense_product_us(m: int, n: int, k: int, rates: Rates) -> float:
+    return rates.dense_us_per_gflop * 2e-9 * m * n * k + rates.dense_us
+
+
+def waves(m: int, n: int, rates: Rates) -> int:
+    """Rounds of 128 x 256 tiles, in pairs along m, over the chip."""
+    return _ceil(2 * _ceil(m, 256) * _ceil(n, 256), rates.multiprocessors)
+
+
+def sparse_product_us(m: int, n: int, k: int, rates: Rates) -> float:
+    """out(m, n) = lhs(m, k) rhs(k, n) with lhs 2:4."""
+    per_wave = rates.sparse_us_per_wave_and_1024_k * k / 1024 + rates.sparse_us_per_wave
+    return waves(m, n, rates) * per_wave + rates.sparse_us
+
+
+def _pass_us(bytes_moved: float, rate: float, rates: Rates) -> float:
+    return bytes_moved / rate / 1e6 + rates.launch_us
+
+
+def linear(out_features: int, in_features: int, training: Training, rates: Rates = Rates()) -> Times:  # noqa: B008
+    """A linear layer on its own: three products, and what 2:4 adds to them."""
+    t, m, k = training.tokens, out_features, in_features
+    products = ((m, t, k), (k, t, m), (m, k, t))
+    dense = sum(dense_product_us(*mnk, rates) for mnk in products)
+    sparse = sum(sparse_product_us(*mnk, rates) for mnk in products[:2])
+    sparse += _weight_gradient_us(m, k, training, rates)
+    if training.mvue:
+        sparse += _pass_us(3.125 * t * m, rates.mvue, rates)
+    once = _dense_weight_us(m * k, training, rates), _sparse_weight_us(m * k, training, rates)
+    return Times(dense, sparse) * training.micro_batches + Times(*once)
+
+
+def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = Rates()) -> Times:  # noqa: B008
+    """A whole feed-forward layer, fused as sparse24/feedforward.py does it, against torch.compile."""
+    t, up = training.tokens, d_ff * (2 if gated else 1)
+    shapes = ((up, d_model), (d_model, d_ff))  # as (out_features, in_features)
+    dense = sparse = 0.0
+    for m, k in shapes:
+        dense += sum(dense_product_us(*mnk, rates) for mnk in ((m, t, k), (k, t, m), (m, k, t)))
+        sparse += sparse_product_us(m, t, k, rates) + sparse_product_us(k, t, m, rates)
+        sparse += _weight_gradient_us(m, k, training, rates)
+    elements = t * d_ff
+    forward, backward = (6, 10) if gated else (4, 6)  # bytes an element of h that must move
+    dense += _pass_us(forward * elements, rates.dense_pass, rates) + _pass_us(
+        backward * elements, rates.dense_pass, rates
+    )
+    sparse += _pass_us(forward * elements, rates.activation, rates)
+    backward += 2  # h is made again
+    if training.mvue:
+        packed = 1.125 * up / d_ff
+        sparse += _pass_us((backward + packed) * elements, rates.activation_backward_mvue, rates)
+        sparse += _pass_us(3.125 * t * d_model, rates.mvue, rates)
+    else:
+        sparse += _pass_us(backward * elements, rates.activation_backward, rates)
+    weights = sum(m * k for m, k in shapes)
+    once = _dense_weight_us(weights, training, rates), _sparse_weight_us(weights, training, rates)
+    return Times(dense, sparse) * training.micro_batches + Times(*once)
+
+
+def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = Rates()) -> int | None:  # noqa: B008
+    """The fewest tokens a call, in multiples of 256, from which on the 2:4 layer is estimated ahead; None: never."""
+    counts = [256 * step for step in range(1, 257)]
+    ahead = [feed_forward(d_model, d_ff, gated, training.of(tokens=t), rates).speedup > 1 for t in counts]
+    if not ahead[-1]:
+        return None
+    first = len(ahead) - ahead[::-1].index(False) if False in ahead else 0
+    return counts[first]
+
+
+def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> float:
+    if training.mvue:
+        return sparse_product_us(m, k, training.tokens, rates)
+    return dense_product_us(m, k, training.tokens, rates)
+
+
+def _dense_weight_us(weights: int, training: Training, rates: Rates) -> float:
+    """A step's passes over a dense weight: casts of fp32 masters and their gradients, sums of micro-batches."""
+    casts = 12.0 * training.micro_batches if training.master_bytes == 4 else 0.0
+    sums = 3.0 * training.master_bytes * (training.micro_batches - 1)
+    return (casts + sums) * weights / rates.dense_pass / 1e6
+
+
+def _sparse_weight_us(weights: int, training: Training, rates: Rates) -> float:
+    """A step's passes over a 2:4 weight."""
+    size = training.master_bytes
+    # A search costs about what packing costs: it is the same pass.
+    pack = (size + 2.375) * weights / rates.pack / 1e6 + rates.launch_us
+    decay = (3 * size + 0.125) * weights / rates.decay / 1e6 + rates.launch_us
+    sums = 3.0 * size * (training.micro_batches - 1)
+    casts = 6.0 * training.micro_batches if size == 4 and not training.mvue else 0.0
+    return pack + decay + (sums + casts) * weights / rates.dense_pass / 1e6
