@@ -14,7 +14,6 @@ leaves a complete one.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
+from ..files import sync
 
 STATE_VERSION = 1
 
@@ -89,17 +89,6 @@ def distinct_weights(model: nn.Module) -> dict[str, Tensor]:
             seen.add(tensor.data_ptr())
             weights[name] = tensor.detach().contiguous()
     return weights
-
-
-def sync(path: Path) -> None:
-    """Ask the disk to hold it: a rename that survives a power cut must not point to data that did not."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass  # some file systems have no fsync for folders
-    finally:
-        os.close(handle)
 
 
 def complete(folder: Path) -> list[tuple[int, Path]]:

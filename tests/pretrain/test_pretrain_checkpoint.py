@@ -47,6 +47,7 @@ def test_only_the_newest_is_kept_and_no_temporary_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000010"]
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("fails", ["config.json", "state.pt", "rename"])
 def test_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch, fails):
     first, second = Tied(), Tied()
@@ -86,6 +87,7 @@ def test_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "settings.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
 def test_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
@@ -99,6 +101,7 @@ def test_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.fault(45)
 def test_state_that_would_run_code_is_refused(tmp_path):
     path = save(tmp_path, 1, Tied())
     marker = tmp_path / "ran"
@@ -113,6 +116,7 @@ def test_state_that_would_run_code_is_refused(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.fault(46)
 def test_another_version_of_the_state_is_refused(tmp_path):
     path = save(tmp_path, 1, Tied())
     torch.save({"version": 99}, path / "state.pt")
@@ -120,6 +124,7 @@ def test_another_version_of_the_state_is_refused(tmp_path):
         checkpoint.load(tmp_path)
 
 
+@pytest.mark.fault(46)
 def test_weights_of_another_shape_are_refused_and_the_model_stays(tmp_path):
     save(tmp_path, 1, Tied(width=8))
     model = Tied()
