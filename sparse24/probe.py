@@ -65,8 +65,7 @@ class MaskProbe:
     def metrics(self) -> dict[str, float]:
         """flip_rate, flip_rate_per_step, mask_age and gap_q10, gap_q50, gap_q90, as `Recipe.metrics` has them."""
         if self._gaps is None or self._gaps[0] != self.last_refresh:
-            gaps = [ops.mask_gap(weight) for weight in self._weights().values()]
-            self._gaps = (self.last_refresh, monitor.gap_quantiles(gaps))
+            self._gaps = (self.last_refresh, monitor.gap_quantiles(list(self._weights().values())))
         return {
             "flip_rate": self.monitor.rate(),
             "flip_rate_per_step": self.monitor.rate_per_step(),

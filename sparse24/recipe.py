@@ -174,7 +174,7 @@ class Recipe:
             if name != "step":
                 writer.add_scalar(f"{prefix}/{name}", value, self.step)
         self.monitor.write_tensorboard(writer, prefix)
-        writer.add_histogram(f"{prefix}/gap", monitor.gap_sample(self._block_gaps(), 1 << 16).cpu(), self.step)
+        writer.add_histogram(f"{prefix}/gap", monitor.gap_sample(self._kernel_weights()).cpu(), self.step)
 
     def plot_flips_against_gap(self, path) -> None:
         """A picture of which blocks flip; needs track_blocks=True. Raises Sparse24Error before the first refresh."""
@@ -412,11 +412,14 @@ class Recipe:
 
     def _gap_quantiles(self) -> dict[str, float]:
         if self._gaps is None or self._gaps[0] != self.last_refresh:
-            self._gaps = (self.last_refresh, monitor.gap_quantiles(self._block_gaps()))
+            self._gaps = (self.last_refresh, monitor.gap_quantiles(self._kernel_weights()))
         return self._gaps[1]
 
     def _block_gaps(self) -> list[Tensor]:
-        return [ops.mask_gap(packing.full_weight(layer)) for layer in self.layers.values()]
+        return [ops.mask_gap(weight) for weight in self._kernel_weights()]
+
+    def _kernel_weights(self) -> list[Tensor]:
+        return [packing.full_weight(layer) for layer in self.layers.values()]
 
     def _take_over(self) -> None:
         """One recipe a layer, or the decay would be added twice."""
