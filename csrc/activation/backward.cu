@@ -35,45 +35,31 @@ __device__ __forceinline__ char* output(const StreamOperand& operand, StreamPosi
 template <Activation kKind, bool kGated, typename T>
 __global__ void __launch_bounds__(kStreamThreads)
     backward_stream_kernel(const __grid_constant__ StreamBackward p) {
-  constexpr int kUnroll = 2, kSize = Vector<T>::kSize;
-  const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
-  StreamPosition position[kUnroll];
-  position[0] = stream_position(first, p.extent.per_line);
-  position[1] = stream_advance(position[0], kStreamThreads, p.extent.per_line);
-
-  uint4 d_h[kUnroll], gate[kUnroll], up[kUnroll];
+  constexpr int kSize = Vector<T>::kSize;
+  const uint32_t vector = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (vector >= p.extent.vectors) return;
+  const StreamPosition position = stream_position(vector, p.extent.per_line);
+  const char* from = stream_address(p.gate_up, position);
+  float d[kSize], g[kSize], x[kSize];
+  const uint4 gate = stream_load(from);
+  const uint4 up = kGated ? stream_load(from + p.gate_up.half_bytes) : gate;
+  Vector<T>::unpack(stream_load(stream_address(p.d_h, position)), d);
+  Vector<T>::unpack(gate, g);
+  Vector<T>::unpack(up, x);
   SP24_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (p.extent.vectors - first > u * kStreamThreads && first < p.extent.vectors) {
-      const char* from = stream_address(p.gate_up, position[u]);
-      gate[u] = load16(from);
-      if (kGated) up[u] = load16(from + p.gate_up.half_bytes);
-      d_h[u] = load16(stream_address(p.d_h, position[u]));
+  for (int i = 0; i < kSize; ++i) {
+    if constexpr (kGated) {
+      const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d[i], g[i], x[i]);
+      d[i] = back.h, g[i] = back.d_gate, x[i] = back.d_up;
+    } else {
+      const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(g[i]);
+      g[i] = d[i] * act.slope, d[i] = act.value;
     }
   }
-  SP24_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (p.extent.vectors - first > u * kStreamThreads && first < p.extent.vectors) {
-      float d[kSize], g[kSize], x[kSize];
-      Vector<T>::unpack(d_h[u], d);
-      Vector<T>::unpack(gate[u], g);
-      if (kGated) Vector<T>::unpack(up[u], x);
-      SP24_UNROLL
-      for (int i = 0; i < kSize; ++i) {
-        if constexpr (kGated) {
-          const GatedBackward back = gated_backward<kKind, sizeof(T) == 2>(d[i], g[i], x[i]);
-          d[i] = back.h, g[i] = back.d_gate, x[i] = back.d_up;
-        } else {
-          const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(g[i]);
-          g[i] = d[i] * act.slope, d[i] = act.value;
-        }
-      }
-      char* to = output(p.d_gate_up, position[u]);
-      store16(to, Vector<T>::pack(g));
-      if (kGated) store16(to + p.d_gate_up.half_bytes, Vector<T>::pack(x));
-      if (p.h.data != nullptr) store16(output(p.h, position[u]), Vector<T>::pack(d));
-    }
-  }
+  char* to = output(p.d_gate_up, position);
+  store16(to, Vector<T>::pack(g));
+  if (kGated) store16(to + p.d_gate_up.half_bytes, Vector<T>::pack(x));
+  if (p.h.data != nullptr) store16(output(p.h, position), Vector<T>::pack(d));
 }
 
 struct LaunchStream {
@@ -94,10 +80,7 @@ struct LaunchStream {
         stream_operand(args.d_h, layout, d_ff), stream_operand(args.gate_up, layout, d_ff),
         stream_operand(args.d_gate_up, layout, d_ff), stream_operand(args.h, layout, d_ff),
         stream_extent(args.d_h, layout)};
-    constexpr uint32_t kPerBlock = 2 * kStreamThreads;
-    const uint32_t blocks =
-        static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
-    backward_stream_kernel<kKind, kGated, T><<<blocks, kStreamThreads, 0, stream>>>(p);
+    backward_stream_kernel<kKind, kGated, T><<<p.extent.blocks(), kStreamThreads, 0, stream>>>(p);
   }
 };
 

@@ -4,8 +4,7 @@
 //   h        [tokens, d_ff]; all bf16, fp16 or fp32, fp32 inside
 //
 // Three ways, chosen by what the operands allow:
-//   stream    both row-major, or both column-major: a thread takes vectors of 16 bytes, four loads
-//             in flight
+//   stream    both row-major, or both column-major: a thread takes a vector of 16 bytes
 //   patches   one row-, one column-major: a thread takes a square patch and turns it in registers
 //             (common/square_patch.cuh); tiles go in bands (common/raster.h), so that both
 //             directions see long runs in flight
@@ -37,37 +36,20 @@ struct StreamForward {
 template <Activation kKind, bool kGated, typename T>
 __global__ void __launch_bounds__(kStreamThreads)
     forward_stream_kernel(const __grid_constant__ StreamForward p) {
-  constexpr int kUnroll = kGated ? 2 : 4;
-  const uint32_t first = blockIdx.x * (kUnroll * kStreamThreads) + threadIdx.x;
-  StreamPosition position[kUnroll];
-  position[0] = stream_position(first, p.extent.per_line);
+  const uint32_t vector = blockIdx.x * kStreamThreads + threadIdx.x;
+  if (vector >= p.extent.vectors) return;
+  const StreamPosition position = stream_position(vector, p.extent.per_line);
+  const char* from = stream_address(p.in, position);
+  float g[Vector<T>::kSize], x[Vector<T>::kSize];
+  const uint4 gate = stream_load(from);
+  if (kGated) Vector<T>::unpack(stream_load(from + p.in.half_bytes), x);
+  Vector<T>::unpack(gate, g);
   SP24_UNROLL
-  for (int u = 1; u < kUnroll; ++u)
-    position[u] = stream_advance(position[u - 1], kStreamThreads, p.extent.per_line);
-
-  uint4 gate[kUnroll], up[kUnroll];
-  SP24_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (p.extent.vectors - first > u * kStreamThreads && first < p.extent.vectors) {
-      const char* from = stream_address(p.in, position[u]);
-      gate[u] = load16(from);
-      if (kGated) up[u] = load16(from + p.in.half_bytes);
-    }
+  for (int i = 0; i < Vector<T>::kSize; ++i) {
+    const float value = activate<kKind, sizeof(T) == 2>(g[i]).value;
+    g[i] = kGated ? value * x[i] : value;
   }
-  SP24_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    if (p.extent.vectors - first > u * kStreamThreads && first < p.extent.vectors) {
-      float g[Vector<T>::kSize], x[Vector<T>::kSize];
-      Vector<T>::unpack(gate[u], g);
-      if (kGated) Vector<T>::unpack(up[u], x);
-      SP24_UNROLL
-      for (int i = 0; i < Vector<T>::kSize; ++i) {
-        const float value = activate<kKind, sizeof(T) == 2>(g[i]).value;
-        g[i] = kGated ? value * x[i] : value;
-      }
-      store16(const_cast<char*>(stream_address(p.h, position[u])), Vector<T>::pack(g));
-    }
-  }
+  store16(const_cast<char*>(stream_address(p.h, position)), Vector<T>::pack(g));
 }
 
 struct LaunchStream {
@@ -86,10 +68,7 @@ struct LaunchStream {
     const int64_t d_ff = args.h.cols;
     const StreamForward p = {stream_operand(args.gate_up, layout, d_ff),
                              stream_operand(args.h, layout, d_ff), stream_extent(args.h, layout)};
-    constexpr uint32_t kPerBlock = kStreamThreads * (kGated ? 2 : 4);
-    const uint32_t blocks =
-        static_cast<uint32_t>((uint64_t{p.extent.vectors} + kPerBlock - 1) / kPerBlock);
-    forward_stream_kernel<kKind, kGated, T><<<blocks, kStreamThreads, 0, stream>>>(p);
+    forward_stream_kernel<kKind, kGated, T><<<p.extent.blocks(), kStreamThreads, 0, stream>>>(p);
   }
 };
 

@@ -2,7 +2,11 @@
 //
 // A row- or column-major matrix is a number of lines, each contiguous. The up half of a gated
 // operand lies d_ff columns behind its gate half. So row- and column-major are the same kernel:
-// thread after thread takes vectors of 16 bytes in memory order.
+// thread after thread takes a vector of 16 bytes in memory order.
+//
+// Small blocks of threads with one vector each, and loads without any cache hint, were the fastest
+// of all that was measured (docs/kernels/activation.md): 2048 threads an SM keep 64 KB in flight,
+// and L1::no_allocate or an eviction priority for L2 cost 3 %.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +64,7 @@ struct Vector {
   }
 };
 
-constexpr int kStreamThreads = 256;
+constexpr int kStreamThreads = 128;
 
 /// Where a vector lies: its line, and its place in it, counted in vectors.
 struct StreamPosition {
@@ -73,27 +77,21 @@ __device__ __forceinline__ StreamPosition stream_position(uint32_t vector,
   return {line, vector - line * vectors_per_line};
 }
 
-/// The position `step` vectors on.
-__device__ __forceinline__ StreamPosition stream_advance(StreamPosition p, uint32_t step,
-                                                         uint32_t vectors_per_line) {
-  p.along += step;
-  if (p.along >= vectors_per_line) {
-    const uint32_t lines = p.along < 2 * vectors_per_line ? 1 : p.along / vectors_per_line;
-    p.line += lines;
-    p.along -= lines * vectors_per_line;
-  }
-  return p;
-}
-
 __device__ __forceinline__ const char* stream_address(const StreamOperand& operand,
                                                       StreamPosition p) {
   return static_cast<const char*>(operand.data) + uint64_t{operand.line_bytes} * p.line +
          uint64_t{p.along} * 16;
 }
 
+__device__ __forceinline__ uint4 stream_load(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+
 /// The number of vectors in one half, and in a line of it.
 struct StreamExtent {
   uint32_t vectors, per_line;
+
+  uint32_t blocks() const { return (vectors - 1) / kStreamThreads + 1; }
 };
 
 template <typename Pointer>
@@ -101,8 +99,8 @@ StreamExtent stream_extent(const MatrixView<Pointer>& h, Layout layout) {
   const int64_t per_vector = 16 / bytes_of(h.dtype);
   const int64_t lines = layout == Layout::kRowMajor ? h.rows : h.cols;
   const int64_t per_line = (layout == Layout::kRowMajor ? h.cols : h.rows) / per_vector;
-  SP24_CHECK(lines * per_line < int64_t{1} << 32, "h must have fewer than 2^36 bytes, got [",
-             h.rows, ", ", h.cols, "]");
+  SP24_CHECK(lines * per_line <= (int64_t{1} << 32) - kStreamThreads,
+             "h must have fewer than 2^36 bytes, got [", h.rows, ", ", h.cols, "]");
   return {static_cast<uint32_t>(lines * per_line), static_cast<uint32_t>(per_line)};
 }
 
