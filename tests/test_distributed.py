@@ -385,9 +385,9 @@ def alone_over_nccl(tmp_path):
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_a_world_of_one_over_nccl_trains_saves_and_resumes(alone_over_nccl, wrap, tmp_path):
     """As a process without a group does, bit for bit; DDP and FSDP2 add nothing where there is one rank."""
-    saved, whole, resumed = _save_and_go_on(0, tmp_path, wrap, device="cuda")
+    saved, whole, resumed = _save_and_go_on(0, tmp_path / wrap, wrap, device="cuda")
     assert whole == resumed != saved
-    assert_close_outcomes(whole, _save_and_go_on(0, tmp_path, "none", device="cuda")[1])
+    assert_close_outcomes(whole, _save_and_go_on(0, tmp_path / "alone", "none", device="cuda")[1])
 
 
 def _over_nccl(rank, folder, wrap, results):
