@@ -26,6 +26,17 @@ class BlockFlips:
         self.counts = flips if not self.counts else torch._foreach_add(self.counts, flips)
         self.refreshes += 1
 
+    def state_dict(self) -> dict:
+        return {"refreshes": self.refreshes, "counts": [count.clone() for count in self.counts]}
+
+    def load_state_dict(self, state: dict, masks: list[Tensor]) -> None:
+        """Take up saved counts, onto the devices of `masks`. Raises Sparse24Error when they are of other layers."""
+        counts, shapes = state["counts"], [mask_bits(mask).shape for mask in masks]
+        if counts and [count.shape for count in counts] != shapes:
+            raise Sparse24Error("the counts of flips per block in the state are of other layers")
+        self.refreshes = state["refreshes"]
+        self.counts = [count.to(mask.device, copy=True) for count, mask in zip(counts, masks, strict=False)]
+
     def plot(self, gaps: list[Tensor], path) -> None:
         """A two-dimensional histogram, logarithmic in the number of blocks; gaps fp32 [rows/4, cols/4] a layer."""
         from matplotlib.colors import LogNorm

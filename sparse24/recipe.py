@@ -205,7 +205,13 @@ class Recipe:
             self._before_step()
             return None
 
+        evaluated = False
+
         def closure_then_decay():  # the gradients exist only once the closure has run
+            nonlocal evaluated
+            if evaluated and self.phase == SPARSE:  # LBFGS: the weights have moved since the last evaluation
+                packing.pack(self.layers.values(), search=False)
+            evaluated = True
             loss = closure()
             self._before_step()
             return loss
@@ -465,6 +471,7 @@ class Recipe:
             "scales": [layer.soft_scale.clone() for layer in self.layers.values()] if self.method.soft else [],
             "frozen_moment": [t.clone() for t in self._frozen_moment.frozen] if self._frozen_moment else [],
             "rng": rng_state(next(iter(self.layers.values())).weight.device),
+            **({"blocks": self.block_flips.state_dict()} if self.block_flips else {}),
         }
 
     def load_state_dict(self, state: dict, *, override: bool = False, rng: bool = True) -> None:
@@ -486,6 +493,8 @@ class Recipe:
                 f"{planned}; make the recipe with the same settings, or pass override=True to follow this recipe"
             )
         self.monitor.check_state(state["monitor"])
+        if self.block_flips is not None and "blocks" in state:
+            self.block_flips.load_state_dict(state["blocks"], list(masks.values()))
         self.step, self._unfinished = state["step"], None
         self._decay = check_decay(state["decay"])
         self.last_refresh, self.masks_frozen = state["last_refresh"], state["masks_frozen"]

@@ -107,15 +107,23 @@ def test_packed_forms_follow_every_step_and_masks_every_interval():
     assert not torch.equal(masks[0], masks[-1])
 
 
+#: all of torch.optim but those that want sparse gradients, a closure or matrices only
+OPTIMIZERS = [
+    optimizer
+    for name, optimizer in sorted(vars(torch.optim).items())
+    if isinstance(optimizer, type) and name not in ("Optimizer", "SparseAdam", "LBFGS", "Muon")
+]
+
+
 @pytest.mark.fault(70)
 @pytest.mark.parametrize(
     "optimizer, options",
     [
+        *((optimizer, dict()) for optimizer in OPTIMIZERS),
         (torch.optim.AdamW, dict(foreach=True)),
         (torch.optim.AdamW, dict(fused=True)),
-        (torch.optim.Adam, dict(weight_decay=0.1)),
-        (torch.optim.SGD, dict(momentum=0.9)),
-        (torch.optim.Adafactor, dict()),
+        (torch.optim.Adam, dict(weight_decay=0.1, amsgrad=True)),
+        (torch.optim.SGD, dict(momentum=0.9, nesterov=True)),
     ],
 )
 def test_any_optimizer_that_reads_gradients_works(optimizer, options):
@@ -124,6 +132,27 @@ def test_any_optimizer_that_reads_gradients_works(optimizer, options):
     optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "weight_decay": 0.0})
     run(model, optimizer, 12)
     assert recipe.step == 12 and recipe.phase == "dense"
+
+
+@pytest.mark.fault(70)
+def test_lbfgs_whose_step_evaluates_several_times():
+    """Each evaluation of the closure multiplies with the weights of the moment, makes a gradient and gets the decay; it
+    is one step, and the masks stay within it.
+    """
+    model, optimizer, recipe = make(torch.optim.LBFGS, 0.1, opt=dict(max_iter=4), mvue=False, decay=0.01)
+    x, losses = torch.randn(32, 16), []
+
+    def closure():
+        assert sparse24.verify(model)
+        optimizer.zero_grad()
+        loss = (model(x) - x.flip(-1)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert recipe.step == 3 and len(losses) > 6 and losses[-1] < losses[0] and sparse24.verify(model)
 
 
 class Adam8bit(torch.optim.Optimizer):
@@ -468,6 +497,25 @@ def test_flip_rate_counts_what_changed_between_two_refreshes():
     assert recipe.metrics()["flip_rate"] == pytest.approx(changed / sum(mask.numel() for mask in after))
     assert recipe.metrics()["mask_age"] == 0.0
     assert set(recipe.monitor.layer_rates()) == {"fc1", "fc2"}
+
+
+def test_dense_steps_may_come_first_for_any_method():
+    model, optimizer, recipe = make(lr=0.1, decay=0.5, dense_at="start")
+    assert recipe.phase == "dense" and recipe.current_decay == 0.0
+    run(model, optimizer, 3)
+    assert recipe.phase == "sparse" and recipe.current_decay == 0.5 and recipe.last_refresh == 3
+    assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), model.fc1.mask)
+    assert sparse24.verify(model).phase == "sparse"
+    run(model, optimizer, 9, 3)
+    assert recipe.phase == "sparse" and [step for step, _ in recipe.monitor.history()] == [4, 8, 12]
+
+
+def test_frozen_masks_stay_frozen_in_a_resumed_run():
+    model, optimizer, recipe = make(lr=0.2, mask_interval=1, dense_fraction=0)
+    recipe.freeze_masks()
+    *_, again = make(model=copy.deepcopy(model), mask_interval=1, dense_fraction=0)
+    again.load_state_dict(recipe.state_dict())
+    assert again.masks_frozen
 
 
 def test_masks_can_be_frozen_and_set_free():
@@ -994,3 +1042,13 @@ def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
     assert total > 0 and sum(int(count.sum()) for count in recipe.block_flips.counts) == total
     recipe.plot_flips_against_gap(tmp_path / "gap.png")
     assert (tmp_path / "gap.png").stat().st_size > 1000
+    settings = dict(mask_interval=2, dense_fraction=0, track_blocks=True)
+    *_, again = make(model=copy.deepcopy(model), **settings)
+    again.load_state_dict(recipe.state_dict())
+    assert again.block_flips.refreshes == 4
+    assert all(map(torch.equal, again.block_flips.counts, recipe.block_flips.counts))
+    *_, wider = make(model=MLP(32, 64), **settings)
+    with pytest.raises(Sparse24Error, match="of other layers"):
+        wider.block_flips.load_state_dict(
+            recipe.block_flips.state_dict(), [layer.mask for layer in wider.layers.values()]
+        )
