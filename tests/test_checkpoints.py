@@ -1,11 +1,13 @@
 """Checkpoints in files: any step of any phase resumes bit for bit, whatever happened to model, process or disk."""
 
+import ast
 import copy
 import io
 import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,6 +280,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_pat
     assert recipe.step == 3 and torch.equal(rng, torch.get_rng_state())
     for key, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments["state"][key][k])) for k, v in state.items())
+
+
+@pytest.mark.fault(45)
+def test_nothing_in_the_package_unpickles_what_could_run_code():
+    root = Path(__file__).resolve().parents[1]
+    for path in (*(root / "sparse24").rglob("*.py"), *(root / "examples").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            assert name not in ("pickle.load", "pickle.loads", "joblib.load"), path
+            if name == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
 
 
 @pytest.mark.fault(45)

@@ -320,6 +320,56 @@ def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch):
     assert len(sparse24.sparsify(model).converted) == 2
 
 
+@pytest.mark.fault(40)
+@pytest.mark.parametrize("op", ["compress_", "prune_compress_"])
+def test_out_of_memory_while_packing_after_a_step_passes_through_and_the_next_step_works(monkeypatch, op):
+    """The optimizer has stepped by then: the step counts, and its packing is made good when the recipe is asked for its
+    state, or else before the next step; the run is then the one without the failure.
+    """
+    results = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model = MLP()
+        sparse24.sparsify(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        recipe = sparse24.Recipe(model, optimizer, total_steps=9, mask_interval=3, dense_fraction=0)
+        for step in range(6):
+            with monkeypatch.context() as patch:
+                if fails and step == (1 if op == "compress_" else 2):
+                    patch.setattr(sparse24.ops, op, out_of_memory)
+                model(torch.randn(8, 16, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+                try:
+                    optimizer.step()
+                except torch.OutOfMemoryError:
+                    patch.undo()
+                    assert fails and recipe.state_dict()["step"] == step + 1
+                optimizer.zero_grad()
+        assert recipe.step == 6 and sparse24.verify(model)
+        results.append((model.fc1.weight.detach(), model.fc1.mask))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def out_of_memory(*args):
+    raise torch.OutOfMemoryError("out of memory")
+
+
+@pytest.mark.gpu
+@pytest.mark.fault(40)
+def test_a_full_gpu_leaves_the_model_dense_and_the_next_attempt_works():
+    """Room for the weights, not for their packed forms; PyTorch's own error."""
+    model = MLP(4096, 4096, dtype=torch.bfloat16).cuda()
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (30 << 20)) / total)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            sparse24.sparsify(model)
+        assert type(model.fc1) is type(model.fc2) is nn.Linear and not list(model.buffers())
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert len(sparse24.sparsify(model).converted) == 2 and sparse24.verify(model)
+
+
 def test_pytorchs_encoder_layer_does_not_bypass_the_sparse_layers():
     """Its inference fast path multiplies with linear1.weight itself."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).eval()
