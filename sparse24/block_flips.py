@@ -14,43 +14,52 @@ from .packing import mask_bits
 
 
 class BlockFlips:
-    """Counts, per 4x4 block of each layer, how many of its 16 elements have flipped since the counting began."""
+    """Counts, per 4x4 block of all layers, how many of its 16 elements have flipped since the counting began.
+
+    counts     int32 [blocks], layer after layer; None before the first refresh
+    refreshes  how many have been counted
+    """
 
     def __init__(self):
-        self.counts: list[Tensor] = []  # int32 [rows/4, cols/4] a layer
+        self.counts: Tensor | None = None
         self.refreshes = 0
 
     def add(self, before: list[Tensor], after: list[Tensor]) -> None:
         """One refresh: uint8 masks of the modules before and after it."""
-        flips = [_ones(mask_bits(a).int() ^ mask_bits(b).int()) for a, b in zip(before, after, strict=True)]
-        self.counts = flips if not self.counts else torch._foreach_add(self.counts, flips)
+        flips = _ones(_all_bits(before) ^ _all_bits(after))
+        self.counts = flips if self.counts is None else self.counts.add_(flips)
         self.refreshes += 1
 
     def state_dict(self) -> dict:
-        return {"refreshes": self.refreshes, "counts": [count.clone() for count in self.counts]}
+        """Plain numbers and tensors."""
+        return {"refreshes": self.refreshes, "counts": [] if self.counts is None else [self.counts.clone()]}
 
     def load_state_dict(self, state: dict, masks: list[Tensor]) -> None:
-        """Take up saved counts, onto the devices of `masks`. Raises Sparse24Error when they are of other layers."""
-        counts, shapes = state["counts"], [mask_bits(mask).shape for mask in masks]
-        if counts and [count.shape for count in counts] != shapes:
+        """Take up saved counts. Raises Sparse24Error when they are not of layers with these uint8 `masks`."""
+        counts = state["counts"]
+        if counts and counts[0].numel() != sum(mask.numel() // 2 for mask in masks):
             raise Sparse24Error("the counts of flips per block in the state are of other layers")
         self.refreshes = state["refreshes"]
-        self.counts = [count.to(mask.device, copy=True) for count, mask in zip(counts, masks, strict=False)]
+        self.counts = counts[0].to(masks[0].device, copy=True) if counts else None
 
     def plot(self, gaps: list[Tensor], path) -> None:
         """A two-dimensional histogram, logarithmic in the number of blocks; gaps fp32 [rows/4, cols/4] a layer."""
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
 
-        if not self.counts:
+        if self.counts is None:
             raise Sparse24Error("no refresh has been counted yet; make the recipe with track_blocks=True and train")
-        flips = torch.cat([count.flatten() for count in self.counts]).float().cpu()
+        flips = self.counts.float().cpu()
         gap = torch.cat([g.flatten() for g in gaps]).float().cpu()
         axes = (figure := Figure(figsize=(6, 4))).add_subplot()
         *_, image = axes.hist2d(gap.numpy(), flips.numpy(), bins=(60, 40), norm=LogNorm(vmin=1))
         axes.set(xlabel="gap between best and second-best pattern", ylabel=f"flips in {self.refreshes} refreshes")
         figure.colorbar(image, label="blocks")
         figure.savefig(path, dpi=120, bbox_inches="tight")
+
+
+def _all_bits(masks: list[Tensor]) -> Tensor:
+    return mask_bits(torch.cat([mask.flatten() for mask in masks])).int()
 
 
 def _ones(bits: Tensor) -> Tensor:

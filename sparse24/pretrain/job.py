@@ -20,7 +20,10 @@ from .interrupt import StopRequest
 from .settings import Settings, differences, load_config, resolve
 from .train import Trainer
 
-OURS = ("config.json", "metrics.csv", "summary.json", "summary.md", "samples.txt", "loss.png", "flip_rate.png")
+OURS = (
+    "config.json", "metrics.csv", "summary.json", "summary.md", "samples.txt", "loss.png", "flip_rate.png",
+    "flips_against_gap.png",
+)  # fmt: skip
 OUR_FOLDERS = ("checkpoint", "tensorboard")
 
 
@@ -139,6 +142,8 @@ def run_arm(
             trainer.run(stop)
     finally:
         draw(out, s)
+    if trainer.recipe and trainer.recipe.block_flips.refreshes:
+        trainer.recipe.plot_flips_against_gap(out / "flips_against_gap.png")
     rows = metrics.read_rows(out / "metrics.csv", arm)
     return summary.arm_result(
         arm, rows, s, parameters=trainer.parameters, seconds=trainer.seconds,

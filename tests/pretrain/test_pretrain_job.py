@@ -57,6 +57,7 @@ def test_every_promised_file_is_there(compared):
         "metrics.csv",
         "loss.png",
         "flip_rate.png",
+        "flips_against_gap.png",
         "config.json",
         "samples.txt",
         "summary.json",
@@ -68,7 +69,7 @@ def test_every_promised_file_is_there(compared):
         (path,) = (out / "checkpoint" / arm).iterdir()
         assert path.name == "step-000060"
     assert not [p for p in out.rglob("*") if "writing" in p.name]
-    for name in ("loss.png", "flip_rate.png"):
+    for name in ("loss.png", "flip_rate.png", "flips_against_gap.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
 
@@ -95,6 +96,28 @@ def test_sparse_arm_is_2_to_4_until_its_dense_phase(compared):
     assert summary["arms"]["sparse"]["verified"] is True
     assert all(r["verified"] == 1.0 for r in rows if r["step"] in (0, 20, 40))
     assert summary["arms"]["sparse"]["flip_rate_peak"] > 0 and summary["arms"]["dense"]["flip_rate_peak"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes, phases",
+    [
+        (dict(method="step"), "dense sparse"),
+        (dict(method="sr-ste", decay_schedule="linear"), "sparse dense"),
+        (dict(method="s-ste"), "sparse"),
+        (dict(method="ste", dense_at="start"), "dense sparse"),
+        (dict(dense_at="none", decay_schedule="cosine"), "sparse"),
+    ],
+    ids=str,
+)
+def test_methods_schedules_and_places_of_the_dense_steps(small, tmp_path, quiet, changes, phases):
+    pretrain(small(dense_fraction=0.5, **changes), quiet)
+    rows = read_rows(tmp_path / "run" / "metrics.csv", "sparse")[1:]
+    assert " ".join(dict.fromkeys(row["phase"] for row in rows)) == phases
+    assert all(row["verified"] == 1.0 for row in rows if row["verified"] is not None)
+    decays = [row["decay"] for row in rows if row["decay"]]  # that of the next step: 0 before the first dense one
+    if "decay_schedule" in changes:
+        rising = changes["decay_schedule"] == "linear"
+        assert decays == sorted(decays, reverse=not rising) and decays[0] != decays[-1]
 
 
 def test_table_and_pictures_are_told_at_the_end(compared):

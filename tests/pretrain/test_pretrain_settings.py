@@ -16,6 +16,8 @@ from sparse24.pretrain.settings import differences, from_json, resolve
         ({"model": "bert"}, "--model must be one of gpt2, llama, got 'bert'"),
         ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, got 'thin'"),
         ({"method": "magic"}, "--method must be one of fst, .*, got 'magic'"),
+        ({"decay_schedule": "step"}, "--decay-schedule must be one of constant, linear, cosine, got 'step'"),
+        ({"dense_at": "middle"}, "--dense-at must be one of auto, start, end, none, got 'middle'"),
         ({"dtype": "int8"}, "--dtype must be one of .*, got 'int8'"),
         ({"tokenizer": "words"}, "--tokenizer must be one of bpe, bytes"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
