@@ -127,49 +127,59 @@ class FusedFeedForward:
 
     def forward(self, x: Tensor) -> Tensor:
         names, kind, dropout = self._ffn
-        if not self._runs_fused(x):
+        # Past nn.Module's own attribute access, which costs as much as a launch: this runs for each block of a model.
+        modules = self._modules
+        *ups, down = layers = [modules[name] for name in names]
+        if not self._runs_fused(x, layers):
             return super().forward(x)
-        *ups, down = (getattr(self, name) for name in names)
         if not torch.compiler.is_compiling():
-            for layer in (*ups, down):
+            for layer in layers:
                 layer.check_weight_is_packed()
-        bias_up = ups[0].bias
-        if bias_up is not None and len(ups) == 2:
-            bias_up = torch.cat([up.bias for up in ups])
-        packed_up = functional.PackedWeight(
-            *(getattr(self if len(ups) == 2 else ups[0], name) for name in PACKED_NAMES)
-        )
-        packed_down = functional.PackedWeight(*(getattr(down, name) for name in PACKED_NAMES))
-        settings = dict(bias_down=down.bias, mvue=down.mvue, rank=down.rank)
-        weights = tuple(up.as_kernel_sees(up.weight) for up in ups)
-        weight_down = down.as_kernel_sees(down.weight)
-        if len(ups) == 2:
+        gated = len(ups) == 2
+        up_weights, down_weight = [up._parameters["weight"] for up in ups], down._parameters["weight"]
+        bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
+        if bias_up is not None and gated:
+            bias_up = torch.cat([up._parameters["bias"] for up in ups])
+        packed_up = _packed_forms(self if gated else ups[0])
+        weights = tuple(up.as_kernel_sees(w) for up, w in zip(ups, up_weights, strict=True))
+        down_weight = down.as_kernel_sees(down_weight)
+        settings = dict(bias_down=bias_down, mvue=down.mvue, rank=down.rank)
+        if gated:
             y = functional.gated_mlp(
-                x, weights, packed_up, weight_down, packed_down, kind, bias_gate_up=bias_up, **settings
+                x, weights, packed_up, down_weight, _packed_forms(down), kind, bias_gate_up=bias_up, **settings
             )
         else:
-            y = functional.mlp(x, weights[0], packed_up, weight_down, packed_down, kind, bias_up=bias_up, **settings)
-        return y if dropout is None else getattr(self, dropout)(y)
+            y = functional.mlp(
+                x, weights[0], packed_up, down_weight, _packed_forms(down), kind, bias_up=bias_up, **settings
+            )
+        return y if dropout is None else modules[dropout](y)
 
-    def _runs_fused(self, x: Tensor) -> bool:
+    def _runs_fused(self, x: Tensor, layers: list[nn.Module]) -> bool:
         """Whether the layers are still bare sparse layers that compute in the dtype that x has, or autocast gives
         it.
         """
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        *ups, down = (getattr(self, name) for name in self._ffn[0])
-        if len(ups) == 2 and self.packed is None:
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if len(layers) == 3 and self._buffers["packed"] is None:
             return False
-        for layer in (*ups, down):
-            if not isinstance(layer, SparseLayer) or layer.phase != SPARSE or layer.soft is not None:
+        mvue = layers[-1].mvue if isinstance(layers[-1], SparseLayer) else None
+        for layer in layers:
+            if not isinstance(layer, SparseLayer) or layer.phase != SPARSE or layer.mvue != mvue:
                 return False
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return False
-            if layer.packed.dtype not in (dtype, torch.float32) or layer.mvue != down.mvue:
+            buffers, weight = layer._buffers, layer._parameters.get("weight")
+            if buffers["soft"] is not None or buffers["packed"].dtype not in (dtype, torch.float32) or weight is None:
                 return False
-            if dtype != layer.weight.dtype and not torch.is_autocast_enabled(device):
+            if not autocast and dtype != weight.dtype:
                 return False  # the layers themselves say what does not fit
         return True
+
+
+def _packed_forms(module: nn.Module) -> functional.PackedWeight:
+    buffers = module._buffers
+    return functional.PackedWeight(buffers["packed"], buffers["E"], buffers["packed_t"], buffers["E_t"])
 
 
 def _form(layer: SparseLayer) -> tuple:

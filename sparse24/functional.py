@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import accumulation, ops
 from .errors import Sparse24DtypeError, Sparse24Error
 from .layout import as_rows
 
@@ -58,16 +58,37 @@ def _check_bias(x: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, seed: Tensor | None) -> Tensor:
+def _weight_gradient(
+    dy: Tensor, x: Tensor, dtype: torch.dtype, seed: Tensor | None, into: Tensor | None = None
+) -> Tensor | None:
     """dW (out, in) in `dtype` from dy (tokens, out) and x (tokens, in): sparse with a seed, dense without.
 
-    Sums are fp32; a fp32 master weight gets them unrounded.
+    Sums are fp32; a fp32 master weight gets them unrounded. `into`: added there instead, and None returned.
     """
     if seed is None:
-        return (dy.T @ x).to(dtype)
-    packed_dy, E_dy = ops.mvue_compress(dy, seed)
+        return _dense_weight_gradient(dy, x, dtype, into)
+    return _packed_weight_gradient(*ops.mvue_compress(dy, seed), x, dy.shape[1], dtype, into)
+
+
+def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None) -> Tensor | None:
+    """dW = MVUE(dy^T) x."""
+    if into is not None:
+        ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=into, accumulate=True)
+        return None
     wide = torch.float32 if dtype == torch.float32 else x.dtype
-    return ops.sparse_mm_grad_weight(packed_dy, E_dy, x, dy.shape[1], out_dtype=wide).to(dtype)
+    return ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=wide).to(dtype)
+
+
+def _dense_weight_gradient(dy, x, dtype, into=None) -> Tensor | None:
+    """dW = dy^T x."""
+    if into is not None and into.dtype == x.dtype:
+        into.addmm_(dy.T, x)
+        return None
+    dw = (dy.T @ x).to(dtype)
+    if into is None:
+        return dw
+    into.add_(dw)
+    return None
 
 
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,6 +105,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.in_features, ctx.weight_dtype = weight.shape[1], weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mvue, ctx.rank = mvue, rank
+        ctx.leaf = accumulation.leaf_of(weight)
         return y
 
     @staticmethod
@@ -101,7 +123,8 @@ class _SparseLinear(torch.autograd.Function):
             # dW = MVUE(dy^T) x, for every entry of the dense weight: straight-through.
             if ctx.mvue and seed is None:
                 seed = ops.draw_seed(dy, ctx.rank)
-            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None)
+            into = accumulation.target(ctx.leaf, x.dtype)
+            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into)
         if need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None, None, None
@@ -185,6 +208,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.d_ff, ctx.down_dtype = h.shape[-1], down_weight.dtype
         ctx.up_rows, ctx.up_dtypes = [w.shape[0] for w in up_weights], [w.dtype for w in up_weights]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
+        ctx.leaves = [accumulation.leaf_of(weight) for weight in (down_weight, *up_weights)]
         return y
 
     @staticmethod
@@ -208,17 +232,19 @@ class _FeedForward(torch.autograd.Function):
             d_gu, h = plain(dh, gu_rows, ctx.kind, recompute_h=True)
 
         dx = d_down = db_up = db_down = None
+        leaf_down, *leaves_up = ctx.leaves
         if need_down:
-            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down)  # dW_down = MVUE(dy^T) h
+            into = accumulation.target(leaf_down, h.dtype)
+            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into)  # dW_down = MVUE(dy^T) h
         d_ups = [None] * len(ctx.up_rows)
         if need_up:
-            wide = ctx.up_dtypes[0]
+            into = accumulation.stacked_target(leaves_up, x.dtype)
             if packed_dgu is not None:  # dW_up = MVUE(d_gu^T) x
-                out_dtype = torch.float32 if wide == torch.float32 else x.dtype
-                d_up = ops.sparse_mm_grad_weight(packed_dgu, E_dgu, x_rows, d_gu.shape[1], out_dtype=out_dtype).to(wide)
+                d_up = _packed_weight_gradient(packed_dgu, E_dgu, x_rows, d_gu.shape[1], ctx.up_dtypes[0], into)
             else:
-                d_up = (d_gu.T @ x_rows).to(wide)
-            d_ups = list(d_up.split(ctx.up_rows))
+                d_up = _dense_weight_gradient(d_gu, x_rows, ctx.up_dtypes[0], into)
+            if d_up is not None:
+                d_ups = list(d_up.split(ctx.up_rows))
         if need_x:
             dx = ops.sparse_mm_grad_input(d_gu, up_t, up_E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
         if need_bias_up:

@@ -1,0 +1,172 @@
+"""Gradients of later micro-batches: the product adds them to `.grad`, and only where autograd would do just that."""
+
+import pytest
+import torch
+from test_feedforward import Gated, Plain
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse24
+from sparse24 import SparseLinear, accumulation, functional, ops
+
+
+@pytest.fixture
+def added(monkeypatch):
+    """Shapes of the gradients that products have added to in place."""
+    shapes = []
+    original = ops.sparse_mm_grad_weight
+
+    def watch(*args, out=None, accumulate=False, **settings):
+        if accumulate:
+            shapes.append(tuple(out.shape))
+        return original(*args, out=out, accumulate=accumulate, **settings)
+
+    monkeypatch.setattr(functional.ops, "sparse_mm_grad_weight", watch)
+    return shapes
+
+
+def block(make=Gated, **settings):
+    root = nn.ModuleDict({"mlp": make()})
+    sparse24.sparsify(root, **settings)
+    return root["mlp"]
+
+
+def linear(**settings):
+    torch.manual_seed(0)
+    return SparseLinear(32, 64, **settings)
+
+
+def train(module, width, calls=3, seed=0):
+    """Sums of gradients over a few micro-batches, with the same inputs and the same noise at each call."""
+    torch.manual_seed(seed)
+    for _ in range(calls):
+        module(torch.randn(16, width, requires_grad=True)).sin().sum().backward()
+    return [p.grad.clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("mvue", [True, False])
+@pytest.mark.parametrize(
+    "make, width, shapes",
+    [
+        (lambda **s: linear(**s), 32, {(64, 32)}),
+        (lambda **s: block(Gated, **s), 32, {(128, 32), (32, 64)}),
+        (lambda **s: block(Plain, **s), 16, {(32, 16), (16, 32)}),
+    ],
+    ids=["linear", "gated", "plain"],
+)
+def test_sums_are_those_of_autograd_and_made_by_the_product(make, width, shapes, mvue, added, monkeypatch):
+    module = make(mvue=mvue)
+    sums = train(module, width)
+    assert set(added) == (shapes if mvue else set())
+    assert len(added) == (2 * len(shapes) if mvue else 0)  # the first micro-batch has nothing to add to
+    for p in module.parameters():
+        p.grad = None
+    monkeypatch.setattr(accumulation, "_nobody_watches", lambda leaf: False)
+    for ours, autograds in zip(sums, train(module, width), strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gradient_stays_where_it_is():
+    """Its address, since DDP's buckets, CUDA graphs and flat optimizers know it."""
+    module = block()
+    train(module, 32, 1)
+    before = [(p.grad.data_ptr(), p.grad._version) for p in module.parameters()]
+    train(module, 32, 1)
+    after = [(p.grad.data_ptr(), p.grad._version) for p in module.parameters()]
+    assert [a for a, _ in before] == [a for a, _ in after]
+    assert all(new > old for (_, old), (_, new) in zip(before, after, strict=True))
+
+
+def test_16_bit_sums_are_rounded_once():
+    """In fp32 and with one rounding: nearer to the exact sum than what autograd would add up."""
+    layer = linear(dtype=torch.bfloat16, mvue=False)
+    layer.mvue, x, dy = True, torch.randn(64, 32, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16)
+    seed = ops.draw_seed(x)
+    packed, E = ops.mvue_compress(dy, seed)
+    start = torch.randn(64, 32, dtype=torch.bfloat16)
+    product = ops.sparse_mm_grad_weight(packed, E, x, 64, out_dtype=torch.float32)
+    layer.weight.grad = start.clone()
+    functional.sparse_linear(x, layer.weight, layer.packed, layer.E, layer.packed_t, layer.E_t, seed=seed).backward(dy)
+    assert torch.equal(layer.weight.grad, (start.float() + product).bfloat16())
+
+
+@pytest.mark.parametrize(
+    "watch",
+    [
+        lambda w: w.register_hook(lambda grad: seen.append(grad.shape)),
+        lambda w: w.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.shape)),
+    ],
+    ids=["hook", "post-accumulate"],
+)
+def test_hooks_on_a_parameter_see_every_gradient(watch, added):
+    seen.clear()
+    layer = linear(bias=False)
+    watch(layer.weight)
+    train(layer, 32)
+    assert seen == [(64, 32)] * 3 and added == []
+
+
+seen: list = []
+
+
+def test_asking_for_gradients_leaves_those_that_are_there_alone(added):
+    layer = linear()
+    train(layer, 32, 1)
+    before = layer.weight.grad.clone()
+    x = torch.randn(16, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    assert gradient.abs().sum() > 0
+    torch.autograd.grad(layer(x).sum(), [x])
+    layer(x).sum().backward(inputs=[x])
+    assert torch.equal(layer.weight.grad, before) and added == []
+    layer(x).sum().backward(inputs=[layer.weight])
+    assert not torch.equal(layer.weight.grad, before) and added == [(64, 32)]
+
+
+def test_not_under_torch_distributed(added, monkeypatch):
+    """DDP and FSDP2 hang their reductions on autograd's addition."""
+    layer = linear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    train(layer, 32)
+    assert added == []
+
+
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")
+def test_gradients_of_another_dtype_or_layout_are_left_to_autograd(added):
+    layer = linear(bias=False)
+    layer.weight.grad = torch.zeros(32, 64).t()
+    train(layer, 32, 1)
+    assert added == [] and layer.weight.grad.abs().sum() > 0
+
+
+def test_gate_and_up_with_gradients_of_their_own_are_left_to_autograd(added):
+    """One product makes both: only gradients that lie side by side can take it."""
+    module = block()
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+    train(module, 32, 1)
+    assert added == [(32, 64)] and module.gate_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_activation_checkpointing(reentrant):
+    """Forward runs again in backward; the sums are the same."""
+    module = block(mvue=False)
+    plain = train(module, 32, 2)
+    for p in module.parameters():
+        p.grad = None
+    torch.manual_seed(0)
+    for _ in range(2):
+        x = torch.randn(16, 32, requires_grad=True)
+        checkpoint(module, x, use_reentrant=reentrant).sin().sum().backward()
+    for p, expected in zip(module.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+def test_a_weight_used_twice_gets_both_gradients():
+    layer = linear(mvue=False)
+    x = torch.randn(16, 32)
+    (single,) = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    (layer(x).sum() + layer(x).sum()).backward()
+    torch.testing.assert_close(layer.weight.grad, 2 * single)
