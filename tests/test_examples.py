@@ -34,7 +34,7 @@ def test_hf_trainer(tmp_path):
 
 def test_accelerate_loop(tmp_path):
     """Its checkpoint takes the recipe along, so that a run in two parts equals one in one part."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate").state.AcceleratorState._reset_state(reset_partial_state=True)
     main = example("accelerate_loop.py")
     recipe = main(steps=12, out="whole", cpu=True)
     assert recipe.step == 12 and recipe.phase == "dense"
@@ -43,6 +43,17 @@ def test_accelerate_loop(tmp_path):
     assert again.step == 12 and again.monitor.history() == recipe.monitor.history()
     for ours, theirs in zip(again.layers.values(), recipe.layers.values(), strict=True):
         assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_accelerate_loop_in_mixed_precision_on_a_gpu(precision):
+    """Loss scaling may skip steps: the loop runs until as many have been taken as were asked for."""
+    pytest.importorskip("accelerate").state.AcceleratorState._reset_state(reset_partial_state=True)
+    recipe = example("accelerate_loop.py")(steps=8, mixed_precision=precision, out=precision)
+    assert recipe.step == 8
+    layer = next(iter(recipe.layers.values()))
+    assert layer.packed.is_cuda and layer.packed.dtype == (torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def test_lightning_module():
