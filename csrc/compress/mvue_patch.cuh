@@ -49,33 +49,34 @@ __device__ __forceinline__ float uniform_of(uint32_t bits, bool upper) {
          (128.0f - 0x1p-17f);
 }
 
-/// `words(group, pair)` gives tokens 4*group, ... of features 2*pair and 2*pair + 1 of the quad.
-template <typename T, typename Words>
-__device__ __forceinline__ MvueQuad prune_quad(const Words& words, const Philox4& random) {
-  MvueQuad out;
-  uint32_t nibbles[2][2];
-  const auto keep = [&](int group, int pair, const PrunedPair& pruned) {
-    (pair == 0 ? out.row[2 * group].x : out.row[2 * group].y) = pruned.first;
-    (pair == 0 ? out.row[2 * group + 1].x : out.row[2 * group + 1].y) = pruned.second;
-    nibbles[pair][group] = pruned.nibbles;
-  };
+/// Pairs side by side, each with a word of random bits. Those with a sum that is not finite are
+/// rare: all are pruned again then, group by group.
+template <typename T, int kPairs>
+__device__ __forceinline__ void prune_pairs(const PairWords (&words)[kPairs],
+                                            const uint32_t (&bits)[kPairs],
+                                            PrunedPair (&out)[kPairs]) {
   float check = 0.0f;
   SP24_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t bits = random.word[i];
-    keep(i / 2, i % 2,
-         prune_pair<T>(words(i / 2, i % 2).token, uniform_of(bits, false), uniform_of(bits, true),
-                       check));
+  for (int i = 0; i < kPairs; ++i) {
+    out[i] = prune_pair<T>(words[i].token, uniform_of(bits[i], false), uniform_of(bits[i], true),
+                           check);
   }
   if (check != 0.0f) {
     SP24_UNROLL
-    for (int i = 0; i < 4; ++i)
-      keep(i / 2, i % 2, prune_with_care<T>(words(i / 2, i % 2), random.word[i]));
+    for (int i = 0; i < kPairs; ++i) out[i] = prune_with_care<T>(words[i], bits[i]);
   }
-  // Bytes 0 and 2 of each are E's for two features.
-  out.meta = select_bytes(choose(0x0F0F0F0Fu, nibbles[0][0], nibbles[0][1]),
-                          choose(0x0F0F0F0Fu, nibbles[1][0], nibbles[1][1]), 0x6420u);
-  return out;
+}
+
+/// Bytes of E of four features from two pairs' nibbles, right in the half of each byte that is the
+/// pairs' token group's.
+__device__ __forceinline__ uint32_t meta_of(const PrunedPair& low, const PrunedPair& high) {
+  return select_bytes(low.nibbles, high.nibbles, 0x6420u);
+}
+
+/// Four bytes of E of neighbouring features, 8 apart where they wait to be stored (stage.cuh).
+__device__ __forceinline__ void stage_meta(uint8_t* first, uint32_t meta) {
+  SP24_UNROLL
+  for (int i = 0; i < 4; ++i) first[8 * i] = static_cast<uint8_t>(meta >> (8 * i));
 }
 
 /// A pair of a patch that is held by tokens, or by features.
@@ -107,9 +108,19 @@ __device__ __forceinline__ MvuePatch prune_patch(const Patch16& gradient, const 
   SP24_UNROLL
   for (int q = 0; q < 2; ++q) {
     const Philox4 random = mvue_random(key, octet, quad + q);
-    out.quad[q] = prune_quad<T>(
-        [&](int group, int pair) { return pair_of<kByTokens>(gradient, group, 2 * q + pair); },
-        random);
+    PairWords words[4];
+    PrunedPair pruned[4];
+    SP24_UNROLL
+    for (int i = 0; i < 4; ++i) words[i] = pair_of<kByTokens>(gradient, i / 2, 2 * q + i % 2);
+    prune_pairs<T>(words, random.word, pruned);
+    SP24_UNROLL
+    for (int group = 0; group < 2; ++group) {
+      const PrunedPair &low = pruned[2 * group], &high = pruned[2 * group + 1];
+      out.quad[q].row[2 * group] = make_uint2(low.first, high.first);
+      out.quad[q].row[2 * group + 1] = make_uint2(low.second, high.second);
+    }
+    out.quad[q].meta =
+        choose(0x0F0F0F0Fu, meta_of(pruned[0], pruned[1]), meta_of(pruned[2], pruned[3]));
   }
   return out;
 }
