@@ -7,6 +7,9 @@
 //
 //   kRows     a warp is 2 x 16 patches: 256 B of a row / 32 B of a column    all row-major
 //   kSquare   a warp is 4 x 8 patches:  128 B of a row / 64 B of a column    one side column-major
+//   kTall     a warp is 8 x 4 patches:  64 B of a row / 128 B of a column    the same, where most
+//   of
+//                                                                            the bytes are columns'
 //
 // All are whole DRAM sectors, so no layout needs a pass through shared memory.
 //
@@ -34,7 +37,7 @@ constexpr int kTileMetaBlocks = kTileRows * kTileCols / (kMetaBlock * kMetaBlock
 
 static_assert(kTileThreads == 128 && kTileMetaBlocks == 2, "see the table above");
 
-enum class Walk { kRows, kSquare };
+enum class Walk { kRows, kSquare, kTall };
 
 /// First element of a thread's patch, within the tile.
 struct PatchOrigin {
@@ -49,6 +52,9 @@ SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, uint32_t thread) {
     const uint32_t along = thread % 16;
     row = thread / 16;
     col = paired ? along % 2 * 8 + along / 2 : along;
+  } else if (walk == Walk::kTall) {  // never paired
+    row = thread % 8;
+    col = thread / 8;
   } else {  // 2 x 2 warps, lanes along columns of the matrix first
     const uint32_t warp = thread / 32, lane = thread % 32, along = lane % 4;
     row = warp % 2 * 4 + (paired ? along % 2 * 2 + along / 2 : along);

@@ -6,10 +6,10 @@
 //   E        for (m = features, k = padded)
 //
 // Work     A tile is 64 tokens x 128 features, a thread takes 8 x 8 of it: sixteen groups of four,
-//          four Philox calls (mvue_patch.cuh). Column-major gradients have their groups within
-//          words, row-major ones across four rows.
-// Traffic  2 B read, 1 + 1/8 B written an element. About 23 instructions an element: at 4 TB/s the
-//          ALUs are as busy as the memory, so the draw (mvue_draw.h) counts every one.
+//          two Philox calls (mvue_patch.cuh). Row-major gradients have their groups across four
+//          rows; column-major ones are turned in pairs of words.
+// Traffic  2 B read, 1 + 1/8 B written an element. About 13 instructions an element, half of what
+//          the SMs could issue meanwhile.
 // Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
 //          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
 //          column-major gradients with tokens % 8 != 0.
@@ -36,6 +36,11 @@ struct MvueParams {
   uint8_t* E;
   uint32_t tile_rows, tile_cols;
 };
+
+/// Column-major: two bytes are read by columns for one written by rows; kSquare is 6 % slower.
+constexpr Walk gradient_walk(Layout layout) {
+  return layout == Layout::kColumnMajor ? Walk::kTall : Walk::kRows;
+}
 
 template <typename T, Layout kLayout>
 __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int token, int feature) {
@@ -67,7 +72,7 @@ __global__ void __launch_bounds__(kTileThreads, kLayout == Layout::kStrided ? 1 
   __shared__ alignas(16) uint8_t stage[kTileMetaBlocks * kStageStride];
 
   const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, band_of(kLayout));
-  const PatchOrigin origin = patch_origin(walk_of(kLayout), false, threadIdx.x);
+  const PatchOrigin origin = patch_origin(gradient_walk(kLayout), false, threadIdx.x);
   const int token = static_cast<int>(tile.row) * kTileRows + origin.row;
   const int feature = static_cast<int>(tile.col) * kTileCols + origin.col;
   const int features = static_cast<int>(p.dy.cols);

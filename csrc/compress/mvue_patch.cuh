@@ -58,8 +58,8 @@ __device__ __forceinline__ void prune_pairs(const PairWords (&words)[kPairs],
   float check = 0.0f;
   SP24_UNROLL
   for (int i = 0; i < kPairs; ++i) {
-    out[i] = prune_pair<T>(words[i].token, uniform_of(bits[i], false), uniform_of(bits[i], true),
-                           check);
+    out[i] =
+        prune_pair<T>(words[i].token, uniform_of(bits[i], false), uniform_of(bits[i], true), check);
   }
   if (check != 0.0f) {
     SP24_UNROLL

@@ -5,11 +5,12 @@
 //   packed [padded/2, 2*d_ff] (plain: d_ff), E, seed   as in compress/mvue_compress.cu, and with
 //                                the same bits as mvue_compress(d_gate_up, seed)
 //
-// Work     A tile is 64 tokens x 128 features of h; a thread takes an 8x8 patch of d_h, gate and
-//          up, makes d_gate and d_up in their registers, rounds them, stores them, and prunes both
-//          as mvue_compress would (mvue_patch.cuh). The up half's groups lie d_ff features on.
+// Work     All row-major: backward_rows.cuh. Mixed layouts: a tile is 64 tokens x 128 features of
+// h;
+//          a thread takes an 8x8 patch of d_h, gate and up, makes d_gate and d_up in their
+//          registers, rounds them, stores them, and prunes both as mvue_compress would
+//          (mvue_patch.cuh). The up half's groups lie d_ff features on.
 // Traffic  10 B dense (6 read, 4 written) + 2.25 B packed an element of h; 2 B more for h itself.
-// Cost     About 70 instructions an element of h: two elements pruned, one activation with slope.
 // Edges    Vectors must fit all operands, and metadata blocks of 64 must not straddle gate and up:
 //          d_ff % 64 == 0 (gated). Otherwise the two passes run one after the other, which is the
 //          same by definition.
@@ -22,19 +23,12 @@
 #include "compress/compress_cuda.h"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
+#include "fused/backward_mvue.cuh"
+#include "fused/backward_rows.cuh"
 #include "fused/fused_cuda.h"
 
 namespace sparse24 {
 namespace {
-
-struct BackwardMvue {
-  PatchBackward backward;
-  Walk walk;
-  uint32_t band;
-  const int64_t* seed;
-  uint16_t* packed;
-  uint8_t* E;
-};
 
 /// Prunes one half's patch, whose first feature is `feature` of `features`, and stages its
 /// metadata.
@@ -57,12 +51,12 @@ __device__ __forceinline__ void prune_half(const BackwardMvue& p, const SquarePa
 // 96 words of operands a thread: three blocks an SM keep them all in registers.
 template <bool kGated, typename T>
 __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
-    backward_mvue_kernel(const __grid_constant__ BackwardMvue p) {
+    backward_mvue_mixed_kernel(const __grid_constant__ BackwardMvue p) {
   __shared__ alignas(16) uint8_t stage[2 * kTileMetaBlocks * kStageStride];
 
   const PatchBackward& b = p.backward;
-  const TileIndex tile = raster_tile(blockIdx.x, b.tile_rows, b.tile_cols, p.band);
-  const PatchOrigin origin = patch_origin(p.walk, false, threadIdx.x);
+  const TileIndex tile = raster_tile(blockIdx.x, b.tile_rows, b.tile_cols, kMixedBand);
+  const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
   const int token = static_cast<int>(tile.row) * kTileRows + origin.row;
   const int feature = static_cast<int>(tile.col) * kTileCols + origin.col;
   // Tokens past the end are zeros: with d_h = 0 all gradients are, and their groups keep nothing.
@@ -81,12 +75,7 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
                valid > 0);
 
   __syncthreads();  // all bytes of the tile's blocks are staged
-  const uint32_t warp = threadIdx.x / 32, half = warp / kTileMetaBlocks;
-  const uint32_t block = tile.col * kTileMetaBlocks + warp % kTileMetaBlocks;
-  if (half < (kGated ? 2 : 1) && block * kMetaBlock < static_cast<uint32_t>(b.d_ff)) {
-    store_staged(p.E, stage, warp, half * (b.d_ff / kMetaBlock) + block, tile.row, features,
-                 static_cast<uint32_t>(round_up(b.tokens, 8)));
-  }
+  store_halves<kGated>(p, stage, tile);
 }
 
 bool one_pass_fits(const ActivationBackwardArgs& args, const BackwardLayouts& layouts) {
@@ -96,17 +85,33 @@ bool one_pass_fits(const ActivationBackwardArgs& args, const BackwardLayouts& la
 }
 
 template <typename T>
+struct LaunchRows {
+  bool gated;
+  const BackwardMvue& p;
+  uint32_t tiles;
+  cudaStream_t stream;
+
+  template <Activation kKind>
+  void operator()() const {
+    const auto kernel = gated ? backward_mvue_rows_kernel<kKind, true, T>
+                              : backward_mvue_rows_kernel<kKind, false, T>;
+    kernel<<<tiles, kRowThreads, 0, stream>>>(p);
+  }
+};
+
+template <typename T>
 void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& layouts,
                      cudaStream_t stream) {
-  const bool by_rows = !layouts.any(Layout::kColumnMajor);
-  const BackwardMvue p = {patch_backward(args, layouts),
-                          by_rows ? Walk::kRows : Walk::kSquare,
-                          by_rows ? 1 : kMixedBand,
-                          args.seed,
-                          static_cast<uint16_t*>(args.packed),
-                          args.E};
-  const auto kernel = args.gated ? backward_mvue_kernel<true, T> : backward_mvue_kernel<false, T>;
-  kernel<<<p.backward.tile_rows * p.backward.tile_cols, kTileThreads, 0, stream>>>(p);
+  const BackwardMvue p = {patch_backward(args, layouts), args.seed,
+                          static_cast<uint16_t*>(args.packed), args.E};
+  const uint32_t tiles = p.backward.tile_rows * p.backward.tile_cols;
+  if (layouts.any(Layout::kColumnMajor)) {
+    const auto kernel =
+        args.gated ? backward_mvue_mixed_kernel<true, T> : backward_mvue_mixed_kernel<false, T>;
+    kernel<<<tiles, kTileThreads, 0, stream>>>(p);
+  } else {
+    with_activation(args.kind, LaunchRows<T>{args.gated, p, tiles, stream});
+  }
   SP24_CHECK_LAUNCH("activation_backward with packing of ", name_of(args.d_h.dtype), " gate_up [",
                     args.gate_up.rows, ", ", args.gate_up.cols, "]");
 }

@@ -40,6 +40,19 @@ TEST(paired_lanes_end_up_with_their_own_elements) {
   }
 }
 
+TEST(every_patch_of_a_tile_has_one_thread) {
+  for (const Walk walk : {Walk::kRows, Walk::kSquare, Walk::kTall}) {
+    std::vector<int> taken(kTileThreads, 0);
+    for (uint32_t thread = 0; thread < kTileThreads; ++thread) {
+      const PatchOrigin origin = patch_origin(walk, false, thread);
+      CHECK(origin.row % kPatch == 0 && origin.row < kTileRows);
+      CHECK(origin.col % kPatch == 0 && origin.col < kTileCols);
+      ++taken[origin.row / kPatch * (kTileCols / kPatch) + origin.col / kPatch];
+    }
+    for (const int count : taken) CHECK_EQ(count, 1);
+  }
+}
+
 TEST(every_byte_of_E_is_staged_once) {
   std::vector<int> written(2 * kTileMetaBlocks * kStageStride, 0);
   for (uint32_t thread = 0; thread < kTileThreads; ++thread) {
