@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cost_model, feedforward, packing, structure
+from . import cost_model, feedforward, packing, sharding, structure
 from ._library import is_available
 from .cost_model import Training
 from .errors import Sparse24Error, Sparse24Warning
@@ -169,6 +169,7 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
 
     Returns how many layers were packed.
     """
+    sharding.reshard(sharding.sharded_modules(model))
     layers = sparse_layers(model).values()
     for layer in layers:
         layer._repack(search=search)
@@ -248,6 +249,7 @@ def choose_function(
 def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     if not isinstance(model, nn.Module):
         raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    sharding.sharded_modules(model)  # refuses FSDP1
     if backend not in BACKENDS:
         raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if dtype is not None and dtype not in DTYPES:

@@ -15,7 +15,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from . import ops, packing
+from . import ops, packing, sharding
 from .convert import plain_name, sparse_layers, unwrap
 from .errors import Sparse24Error, Sparse24Warning
 from .files import write_atomically
@@ -47,7 +47,7 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
         )
     if masked:
         warn_of_dense_phase(layers, "exporting")
-    state = plain_state(model)
+    state = plain_state(model)  # first: it gives sharded modules their master weights back
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
     for name, layer in layers.items() if masked else ():
         key, weight = weight_key(name), masked_weight(name, layer)
@@ -127,6 +127,7 @@ def weight_key(layer: str) -> str:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict under the names of the dense, unwrapped model, gathered where FSDP2 has sharded it."""
+    sharding.reshard(sharding.sharded_modules(model))
     state = unwrap(model).state_dict()
     return {plain_name(name): t.full_tensor() if packing.is_dtensor(t) else t for name, t in state.items()}
 

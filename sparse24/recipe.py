@@ -69,6 +69,8 @@ class Recipe:
     ):
         if not isinstance(model, nn.Module):
             raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        self._sharded = sharding.sharded_modules(model)
+        sharding.reshard(self._sharded)
         self.layers = sparse_layers(model)
         if not self.layers:
             raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
@@ -354,6 +356,7 @@ class Recipe:
         An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is
         harmless: masks and packed forms depend on the weights alone.
         """
+        sharding.reshard(self._sharded)
         self._unfinished = step
         phase = DENSE if self.method.probes else self.phases.at(step)
         if phase != self._entered:
@@ -425,6 +428,7 @@ class Recipe:
         return [ops.mask_gap(weight) for weight in self._kernel_weights()]
 
     def _kernel_weights(self) -> list[Tensor]:
+        sharding.reshard(self._sharded)
         return [packing.full_weight(layer) for layer in self.layers.values()]
 
     def _take_over(self) -> None:

@@ -7,12 +7,40 @@ part of the mask.
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import ops
 from .errors import Sparse24Error
 from .packing import is_dtensor, mask_bits
+
+
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that `fully_shard` has been called on.
+
+    Raises Sparse24Error for FSDP1, whose flat parameters have no rows and columns any more.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has sharded anything without it
+    if fsdp is None:
+        return []
+    if any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise Sparse24Error(
+            "FullyShardedDataParallel (FSDP1) flattens weights, and a 2:4 mask needs their rows and columns; shard the "
+            "model by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def reshard(modules: list[nn.Module]) -> None:
+    """Give modules of `sharded_modules` their shards back, for whoever is about to read the master weights.
+
+    After a forward without a backward the outermost module keeps gathered parameters, in the dtype of its policy, which
+    the optimizer's steps do not reach.
+    """
+    for module in modules:
+        module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from . import ops, packing
+from . import ops, packing, sharding
 from .convert import sparse_layers, unwrap
 from .exporting import load_exported, masked_weight, plain_state, weight_key
 from .feedforward import FusedFeedForward
@@ -60,6 +60,7 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None) -> VerifyRep
           file is, and masked ones must be 2:4. Of a model made by `to_semi_structured`, masked files are compared in
           the dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
     """
+    sharding.reshard(sharding.sharded_modules(model))
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     report = VerifyReport(layers=[*layers, *semi])
     phases = {layer.phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())

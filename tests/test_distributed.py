@@ -188,27 +188,35 @@ def conv1d():
     return model, 16
 
 
-def _fsdp(rank, make):
+def _fsdp(rank, folder, make, mesh=(WORLD,)):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
     model, width = make()
     sparse24.sparsify(model)
-    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    names = ("replicate", "shard")[-len(mesh) :]
+    fully_shard(model, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, mvue=False, **SETTINGS)
+    recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, **SETTINGS)
     train(model, recipe, optimizer, lambda x: x[:, :width].chunk(WORLD)[rank])
     assert sparse24.verify(model), str(sparse24.verify(model))
+    for form in (dict(), dict(masked=True), dict(format="compressed")):
+        sparse24.export(model, folder / f"of rank {rank}", **form)  # gathers: all ranks take part
+        assert sparse24.verify(model, folder / f"of rank {rank}")
     state = {name: p.full_tensor().tolist() for name, p in model.named_parameters()}
     return state, {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
 
 
-@pytest.mark.parametrize("make", [plain, cut, gated, conv1d])
+@pytest.mark.parametrize(
+    "make, mesh", [(plain, (2,)), (cut, (2,)), (gated, (2,)), (conv1d, (2,)), (cut, (1, 2)), (cut, (2, 1))]
+)
 @pytest.mark.fault(67)
-def test_fsdp2_equals_the_single_process_run(on_two_ranks, make):
-    """Packed forms come from the gathered weight, the decay works on shards, even across a 4x4 block."""
-    (state, masks), second = on_two_ranks(functools.partial(_fsdp, make=make))
+def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, tmp_path):
+    """Packed forms come from the gathered weight, the decay works on shards, even across a 4x4 block; so with a mesh of
+    replicas and shards. Exported files are whole.
+    """
+    (state, masks), second = on_two_ranks(functools.partial(_fsdp, folder=tmp_path, make=make, mesh=mesh))
     assert (state, masks) == second
     torch.manual_seed(0)
     model, width = make()
@@ -218,6 +226,52 @@ def test_fsdp2_equals_the_single_process_run(on_two_ranks, make):
     assert masks == {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
     for name, weight in model.named_parameters():
         torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def _fsdp_in_16_bits(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = sparse_model()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)), mp_policy=policy)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, check_ranks_every=1, **SETTINGS)
+    torch.manual_seed(0)
+    loss = [(model(data(0)).float() - data(0).flip(-1)).square().mean().item()]
+    train(model, recipe, optimizer, lambda x: x.chunk(WORLD)[rank])
+    loss.append((model(data(0)).float() - data(0).flip(-1)).square().mean().item())
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    masters = [p.dtype for p in model.parameters()]
+    return model(data(0)).dtype, masters, loss
+
+
+@pytest.mark.fault(67)
+def test_fsdp2_with_16_bit_parameters_and_fp32_masters(on_two_ranks):
+    """Masks and packed values come from the fp32 shards; forward and backward run in bfloat16."""
+    for dtype, masters, (before, after) in on_two_ranks(_fsdp_in_16_bits):
+        assert dtype == torch.bfloat16 and set(masters) == {torch.float32} and after < before
+
+
+def _fsdp1(rank):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    messages = []
+    for use_orig_params in (False, True):
+        model = FullyShardedDataParallel(sparse_model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+        try:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            recipe = Recipe(model, optimizer, **SETTINGS)
+            train(model, recipe, optimizer, lambda x: x)
+            messages.append("no error")
+        except Sparse24Error as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_fsdp1_is_refused_and_fsdp2_named(on_two_ranks):
+    for messages in on_two_ranks(_fsdp1):
+        assert all("fully_shard" in message for message in messages), messages
 
 
 def _tensor_parallel(rank, layer, plan):
