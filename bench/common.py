@@ -4,10 +4,13 @@ from sparse24.benchmark.timing import (  # noqa: F401
     ColdL2,
     Table,
     arguments,
+    chosen,
     copy_bandwidth,
     header,
+    masters,
     time_cold,
     time_hot,
+    write,
 )
 
 #: (name, rows, cols) of weights

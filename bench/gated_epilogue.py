@@ -22,9 +22,9 @@ from collections.abc import Callable
 
 import torch
 
-from bench.bench_ffn import SHAPES
 from bench.common import Table, arguments, header, time_hot
 from sparse24 import ops
+from sparse24.benchmark.suite import LAYERS
 
 COLUMNS = ["shape", "gate_up_us", "activation_us", "down_us", "forward_us", "output_x1.5_us"]
 COLUMNS += ["cost_us", "clock_MHz", "arithmetic_us", "gain without arithmetic", "gain"]
@@ -53,7 +53,8 @@ def main() -> None:
     print(header())
     table = Table("gated_epilogue", COLUMNS)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for name, tokens, d_model, d_ff in SHAPES:
+    for layer in (layer for layer in LAYERS if layer.gated):
+        name, tokens, d_model, d_ff = layer.name, layer.tokens, layer.d_model, layer.d_ff
         depth = max(64, round(d_model * 2 / 3 / 64) * 64)
         x = torch.randn(tokens, d_model, device="cuda", dtype=torch.bfloat16)
         short = x[:, :depth].contiguous()

@@ -1,4 +1,4 @@
-"""The command line: `python -m sparse24 env | pretrain | tune`.
+"""The command line: `python -m sparse24 env | bench | pretrain | tune`.
 
 The options of `pretrain` are the fields of `pretrain.settings.Settings`, so that names, defaults and help are written
 once. A bad value, input or checkpoint is told in one line, and the exit status is 2.
@@ -71,6 +71,42 @@ def installed_version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
+
+
+# ---- bench ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="Of the suite: ffn, tokens, block, step. Default: all.")
+    ] = None,
+    d_model: Annotated[int | None, typer.Option(help="Width of a layer of your own, instead of the suite.")] = None,
+    d_ff: Annotated[int | None, typer.Option(help="Its hidden width.")] = None,
+    tokens: Annotated[int, typer.Option(help="Its tokens a forward call: sequences x length.")] = 8192,
+    gated: Annotated[bool, typer.Option("--gated/--plain", help="SwiGLU, or GELU without a gate.")] = True,
+    master: Annotated[str, typer.Option(help="Its weights: bf16, or fp32 under bf16 autocast.")] = "bf16",
+    micro_batches: Annotated[int, typer.Option(help="Its forward calls an optimizer step.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few cases of the suite only.")] = False,
+    csv: Annotated[str | None, typer.Option(help="Folder for tables as CSV.")] = None,
+) -> None:
+    """Dense against 2:4 on this machine's GPU; for a layer of your own, also from how many tokens on it pays."""
+    from pathlib import Path
+
+    from .benchmark import command
+
+    folder = Path(csv).expanduser() if csv else None
+    if d_model is None and d_ff is None:
+        command.run_suite(tuple(parts or ()), quick, folder)
+        return
+    if d_model is None or d_ff is None:
+        raise Sparse24Error("--d-model and --d-ff belong together; give both, or neither for the suite")
+    if parts:
+        raise Sparse24Error("parts of the suite and --d-model exclude each other")
+    labels = {"bf16": "bf16", "fp32": "fp32 master"}
+    if master not in labels:
+        raise Sparse24Error(f"--master must be bf16 or fp32, got {master!r}")
+    command.own_layer(tokens, d_model, d_ff, gated, labels[master], micro_batches, folder)
 
 
 # ---- pretrain ------------------------------------------------------------------------------------------------------

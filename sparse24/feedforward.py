@@ -56,6 +56,7 @@ class FusedFeedForward:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         self.__dict__.pop("_ffn", None)
+        self.__dict__.pop("_halves", None)
 
     def ffn_layers(self) -> tuple[nn.Module, ...]:
         return tuple(getattr(self, name) for name in self._ffn[0])
@@ -67,42 +68,52 @@ class FusedFeedForward:
         if len(self._ffn[0]) == 2:
             return
         gate, up, _ = self.ffn_layers()
+        if self._linked(gate, up):
+            self.copy_E()
+            return
+        self._halves = None
         sparse = isinstance(gate, SparseLayer) and isinstance(up, SparseLayer)
         if not sparse or _form(gate) != _form(up) or gate.packed.shape[0] % META_BLOCK:
             self.packed = None  # forward falls back to the layers
             return
-        if not self._linked(gate, up):
-            rows, cols = gate.kernel_weight().shape
-            whole = ops.empty_packed(2 * rows, cols, gate.packed.dtype, gate.packed.device)
-            for name, tensor in zip(PACKED_NAMES, whole, strict=True):
-                setattr(self, name, tensor)
-            for index, layer in enumerate((gate, up)):
-                for name in ("packed", "packed_t", "E_t"):
-                    half = getattr(self, name).chunk(2)[index]
-                    half.copy_(getattr(layer, name))
-                    setattr(layer, name, half)
-        for layer in (gate, up):
+        rows, cols = gate.kernel_weight().shape
+        whole = ops.empty_packed(2 * rows, cols, gate.packed.dtype, gate.packed.device)
+        for name, tensor in zip(PACKED_NAMES, whole, strict=True):
+            setattr(self, name, tensor)
+        halves = []
+        for index, layer in enumerate((gate, up)):
+            for name in ("packed", "packed_t", "E_t"):
+                half = getattr(self, name).chunk(2)[index]
+                half.copy_(getattr(layer, name))
+                setattr(layer, name, half)
+            halves.append({name: layer._buffers[name] for name in PACKED_NAMES})
             blocks[layer] = weakref.ref(self)
+        self._halves = (self._buffers["packed"], *halves, self._E_views(gate, up))
         self.copy_E()
 
-    def _linked(self, gate: SparseLayer, up: SparseLayer) -> bool:
-        if self.packed is None or self.packed.is_meta:
+    def _linked(self, gate: nn.Module, up: nn.Module) -> bool:
+        """Whether the layers' packed forms are still the halves that `link` gave them: this runs after each step."""
+        if self.__dict__.get("_halves") is None:
             return False
-        return all(
-            getattr(layer, name).data_ptr() == half.data_ptr()
-            for name in ("packed", "packed_t", "E_t")
-            for layer, half in zip((gate, up), getattr(self, name).chunk(2), strict=True)
+        whole, gates, ups, _ = self._halves
+        return self._buffers["packed"] is whole and all(
+            layer._buffers.get(name) is half
+            for layer, halves in ((gate, gates), (up, ups))
+            for name, half in halves.items()
         )
+
+    def _E_views(self, gate: SparseLayer, up: SparseLayer) -> tuple[list[Tensor], list[Tensor]]:
+        """Where in the block's E, and from where, `copy_E` copies: in words of 8 bytes."""
+        tiles = -(-gate.kernel_weight().shape[1] // META_BLOCK)
+        whole = self.E.view(torch.int64).view(tiles, 2, -1)
+        return list(whole.unbind(1)), [layer.E.view(torch.int64).view(tiles, -1) for layer in (gate, up)]
 
     def copy_E(self) -> None:
         """E orders columns by 64 first and rows within: the two halves alternate. Whole 64-row blocks, so a copy
         does.
         """
-        gate, up, _ = self.ffn_layers()
-        tiles = -(-gate.kernel_weight().shape[1] // META_BLOCK)
-        whole = self.E.view(tiles, 2, -1)
-        for index, layer in enumerate((gate, up)):
-            whole[:, index].copy_(layer.E.view(tiles, -1))
+        if not self.packed.is_meta:
+            torch._foreach_copy_(*self._halves[-1])
 
     # -- what may happen to a module ----------------------------------------------------------------------------------
 
@@ -115,6 +126,7 @@ class FusedFeedForward:
         # The class is made at run time: copies and pickles name its parts instead.
         state = self.__dict__.copy()
         state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k not in PACKED_NAMES}
+        state.pop("_halves", None)
         return _empty_fused, (_own_class(self),), state
 
     def __setstate__(self, state):

@@ -1,21 +1,24 @@
-"""Training steps of whole models, dense and 2:4, under the same compiler settings."""
+"""What is timed: parts of a model (a feed-forward layer, a block) and whole training steps, dense and 2:4.
+
+Both sides run under the same compiler settings. What a step adds to a 2:4 part is timed by itself: re-packing, masked
+decay, and a search of the masks every 40 steps.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 from torch import nn
 
-from .. import packing
+from .. import ops, packing
 from ..convert import sparse_layers, sparsify
 from ..recipe import Recipe
-from .models import Decoder, ModelShape, feed_forward
+from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
 
 #: dense bf16 tensor-core peak by a part of the GPU's name, FLOP/s (NVIDIA data sheets, without sparsity)
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "GH200": 989e12, "H800": 989e12, "H20": 148e12}
+PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100": 989e12, "H800": 989e12}
 MASK_INTERVAL = 40
 DECAY = 6e-5
 
@@ -26,19 +29,122 @@ def peak_flops() -> float:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), float("nan"))
 
 
+def amdahl(share: float, speedup: float) -> float:
+    """Speed-up of a whole of which `share` becomes `speedup` times as fast."""
+    return 1 / (1 - share + share / speedup)
+
+
 def mixed_precision(master: torch.dtype, device: str) -> Callable:
     """bf16 autocast for fp32 master weights; nothing for bf16 ones."""
     return (lambda: torch.autocast(device, torch.bfloat16)) if master == torch.float32 else nullcontext
 
 
-class Trainer:
-    """A model, its optimizer and one batch: `step()` is one optimizer step.
+class Arm:
+    """A model or a part of one, dense or 2:4, with an input and a gradient of its output.
 
-    sparse         2:4 feed-forward layers under a Recipe
-    master         torch.bfloat16: weights and gradients in bf16; torch.float32: fp32 weights under bf16 autocast
-    micro_batches  forward and backward passes a step
-    compiled       torch.compile of each block
+    sparse    convert its feed-forward layers
+    master    torch.bfloat16: weights and gradients in bf16; torch.float32: fp32 weights under bf16 autocast
+    compiled  torch.compile, for either side
     """
+
+    def __init__(self, module: nn.Module, inputs: tuple, *, sparse: bool, master: torch.dtype, device: str = "cuda"):
+        self.root = nn.ModuleDict({"part": module})
+        if sparse:
+            sparsify(self.root, backend="sparse")
+        self.module = self.root["part"]
+        self.layers = list(sparse_layers(self.root).values())
+        self.inputs, self.context = inputs, mixed_precision(master, device)
+        self.d_out = None
+
+    def set_mvue(self, mvue: bool) -> None:
+        for layer in self.layers:
+            layer.mvue = mvue
+
+    def accumulate(self) -> None:
+        """Forward and backward; gradients of weights are added to what is there."""
+        with self.context():
+            out = self.module(*self.inputs)
+        if out.dim() and (self.d_out is None or self.d_out.dtype != out.dtype):
+            self.d_out = torch.randn_like(out)
+        out.backward(self.d_out)
+        for tensor in self.inputs:
+            if tensor is not None and tensor.requires_grad:
+                tensor.grad = None
+
+    def micro_batch(self) -> None:
+        """Forward and backward of the only micro-batch of a step."""
+        self.clear()
+        self.accumulate()
+
+    def clear(self) -> None:
+        for p in self.module.parameters():
+            p.grad = None
+
+    def with_mvue(self, mvue: bool, call: Callable) -> Callable:
+        """`call` with MVUE on or off: one arm, and one set of weights, serves both."""
+
+        def run() -> None:
+            self.set_mvue(mvue)
+            call()
+
+        return run
+
+    # -- what a step adds to the 2:4 side ---------------------------------------------------------------------------
+
+    def repack(self) -> None:
+        packing.pack(self.layers, search=False)
+
+    def search(self) -> None:
+        packing.pack(self.layers, search=True)
+
+    def decay(self) -> None:
+        ops.foreach_masked_decay_(
+            [layer.as_kernel_sees(layer.weight.grad) for layer in self.layers],
+            [layer.kernel_weight() for layer in self.layers],
+            [packing.mask_bits(layer.mask) for layer in self.layers],
+            DECAY,
+        )
+
+
+def between_us(times: dict[str, float]) -> float:
+    """What a step adds, from the times of `repack`, `search` and `decay`."""
+    return times["repack"] + (times["search"] - times["repack"]) / MASK_INTERVAL + times["decay"]
+
+
+def feed_forward_arm(
+    shape: ModelShape,
+    *,
+    sparse: bool,
+    master: torch.dtype,
+    compiled: bool,
+    device: str = "cuda",
+    one_gate: bool = False,
+) -> Arm:
+    """One feed-forward layer. one_gate: the dense side with gate and up as one layer, which is the faster way."""
+    with torch.device(device):
+        gated = shape.gated and one_gate and not sparse
+        module = (DenseGatedMLP(shape.d_model, shape.d_ff) if gated else feed_forward(shape)).to(master)
+    x = torch.randn(shape.tokens, shape.d_model, device=device, dtype=torch.bfloat16, requires_grad=True)
+    arm = Arm(module, (x,), sparse=sparse, master=master, device=device)
+    if compiled:
+        arm.module.compile(dynamic=False)
+    return arm
+
+
+def block_arm(shape: ModelShape, *, sparse: bool, master: torch.dtype, compiled: bool, device: str = "cuda") -> Arm:
+    """One block: attention and feed-forward layer. Under autocast its residual stream is fp32."""
+    with torch.device(device):
+        stack = Decoder(shape.of(layers=1, vocab=0)).to(master)
+    x = torch.randn(shape.batch, shape.length, shape.d_model, device=device, dtype=master, requires_grad=True)
+    module: Block = stack.blocks[0]
+    arm = Arm(module, (x, stack.table), sparse=sparse, master=master, device=device)
+    if compiled:
+        arm.module.compile(dynamic=False)
+    return arm
+
+
+class Trainer(Arm):
+    """A whole model with its optimizer: `step()` is one optimizer step, under a Recipe on the 2:4 side."""
 
     def __init__(
         self,
@@ -50,113 +156,22 @@ class Trainer:
         compiled: bool = True,
         device: str = "cuda",
     ):
-        self.shape, self.micro_batches = shape, micro_batches
         with torch.device(device):
-            self.model = Decoder(shape).to(master)
-        if sparse:
-            sparsify(self.model, backend="sparse")
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.recipe = Recipe(self.model, self.optimizer, 1 << 30, decay=DECAY, dense_fraction=0) if sparse else None
-        if compiled:
-            self.model.compile_parts()
+            model = Decoder(shape).to(master)
         if shape.vocab:
-            self.batch = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
-            self.grad = None
+            batch = torch.randint(shape.vocab, (shape.batch, shape.length), device=device)
         else:
             size = (shape.batch, shape.length, shape.d_model)
-            # Under autocast the residual stream is fp32, as the embedding of a whole model makes it.
-            self.batch = torch.randn(size, device=device, dtype=master, requires_grad=True)
-            self.grad = torch.randn(size, device=device, dtype=master)
-        self.context = mixed_precision(master, device)
-
-    def set_mvue(self, mvue: bool) -> None:
-        for layer in sparse_layers(self.model).values():
-            layer.mvue = mvue
-
-    def micro_batch(self) -> None:
-        with self.context():
-            out = self.model(self.batch)
-        out.backward(self.grad)
-        if self.batch.requires_grad:
-            self.batch.grad = None
+            batch = torch.randn(size, device=device, dtype=master, requires_grad=True)
+        super().__init__(model, (batch,), sparse=sparse, master=master, device=device)
+        self.micro_batches = micro_batches
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        self.recipe = Recipe(self.root, self.optimizer, 1 << 30, decay=DECAY, dense_fraction=0) if sparse else None
+        if compiled:
+            model.compile_parts()
 
     def step(self) -> None:
         for _ in range(self.micro_batches):
-            self.micro_batch()
+            self.accumulate()
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-class FeedForward:
-    """One feed-forward layer of a model's shape, alone: what Amdahl's bound is computed from."""
-
-    def __init__(
-        self, shape: ModelShape, *, sparse: bool, master: torch.dtype, compiled: bool = True, device: str = "cuda"
-    ):
-        with torch.device(device):
-            self.module = nn.ModuleDict({"mlp": feed_forward(shape)}).to(master)
-        if sparse:
-            sparsify(self.module, backend="sparse")
-        self.layers = list(sparse_layers(self.module).values())
-        self.run = self.module["mlp"]
-        if compiled:
-            self.run.compile(dynamic=False)
-        make = dict(device=device, dtype=torch.bfloat16)
-        self.x = torch.randn(shape.tokens, shape.d_model, **make, requires_grad=True)
-        self.dy = torch.randn(shape.tokens, shape.d_model, **make)
-        self.context = mixed_precision(master, device)
-
-    def micro_batch(self) -> None:
-        self.x.grad = None
-        for p in self.run.parameters():
-            p.grad = None
-        with self.context():
-            y = self.run(self.x)
-        y.backward(self.dy)
-
-    def set_mvue(self, mvue: bool) -> None:
-        for layer in self.layers:
-            layer.mvue = mvue
-
-    def repack(self) -> None:
-        packing.pack(self.layers, search=False)
-
-    def search(self) -> None:
-        packing.pack(self.layers, search=True)
-
-    def decay(self) -> None:
-        from .. import ops
-
-        ops.foreach_masked_decay_(
-            [layer.as_kernel_sees(layer.weight.grad) for layer in self.layers],
-            [layer.kernel_weight() for layer in self.layers],
-            [packing.mask_bits(layer.mask) for layer in self.layers],
-            DECAY,
-        )
-
-
-def with_mvue(arm, mvue: bool, call: Callable) -> Callable:
-    """`call` with MVUE on or off: one model serves both arms."""
-
-    def run() -> None:
-        arm.set_mvue(mvue)
-        call()
-
-    return run
-
-
-def amdahl(share: float, speedup: float) -> float:
-    """Speed-up of a whole of which `share` becomes `speedup` times as fast."""
-    return 1 / (1 - share + share / speedup)
-
-
-def host_time_us(call: Callable, calls: int = 5) -> float:
-    """Microseconds that the host needs to enqueue a call, the least of a few: the GPU idle at the start of each."""
-    best = float("inf")
-    for _ in range(calls):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    torch.cuda.synchronize()
-    return 1e6 * best

@@ -1,7 +1,8 @@
 """What all benchmarks share: timing, the header of a result, tables as text, CSV and PNG.
 
-Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. A short wait on the GPU
-         before each call lets the host run ahead, as it does in training, so that times are those of the GPU.
+Timing   CUDA events around one call each, candidates interleaved (A B C A B C ...), medians. A wait on the GPU before
+         each call, as long as the host needs to enqueue it, lets the host run ahead, as it does in training with work
+         to come, so that times are those of the GPU. What the host costs is measured by itself (`host_time_us`).
          Memory-bound kernels start with a cold L2: a buffer larger than the cache is written before each call.
          Compute-bound ones run on a hot chip: Hopper is limited by power, and a rested one shows a dense GEMM 20 %
          faster than training ever sees it.
@@ -73,14 +74,16 @@ def time_hot(
 
 
 def _time(candidates: dict[str, Callable], rounds: int, before: Callable, calls: int = 1) -> dict[str, float]:
+    waits = {}
+    for name, run in candidates.items():
+        for _ in range(3):  # compile, allocate, warm caches of descriptors
+            run()
+        waits[name] = _wait_cycles(host_time_us(run, 3) * calls)
     events: dict[str, list] = {name: [] for name in candidates}
-    for run in candidates.values():  # compile, allocate, warm caches of descriptors
-        run()
-        run()
     for _ in range(rounds):
         for name, run in candidates.items():
             before()
-            torch.cuda._sleep(500_000)  # a quarter of a millisecond: the host is ahead, and its costs stay outside
+            torch.cuda._sleep(waits[name])  # the host is ahead, and its costs stay outside
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for _ in range(calls):
@@ -92,6 +95,25 @@ def _time(candidates: dict[str, Callable], rounds: int, before: Callable, calls:
         name: 1e3 * statistics.median(start.elapsed_time(end) for start, end in pairs) / calls
         for name, pairs in events.items()
     }
+
+
+def _wait_cycles(host_us: float) -> int:
+    """Cycles of a wait on the GPU, at some 2 GHz, in which the host can enqueue `host_us` of work and half as much
+    again; at most 2 ms, so that the chip stays hot.
+    """
+    return int(min(max(500_000, 3000 * host_us), 4_000_000))
+
+
+def host_time_us(call: Callable, calls: int = 5) -> float:
+    """Microseconds that the host needs to enqueue a call, the least of a few: the GPU idle at the start of each."""
+    best = float("inf")
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * best
 
 
 def copy_bandwidth() -> float:
@@ -126,15 +148,18 @@ class Table:
             writer.writerows([f"{c:.4g}" if isinstance(c, float) else c for c in row] for row in self.rows)
         return path
 
-    def plot(self, folder: Path, label: str, value: str, unit: str, reference: float | None = None) -> Path:
-        """A bar chart of column `value` with the labels of column `label`."""
+    def plot(
+        self, folder: Path, label: str | tuple[str, ...], value: str, unit: str, reference: float | None = None
+    ) -> Path:
+        """A bar chart of column `value` with the labels of column `label`, or of several."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
         folder.mkdir(parents=True, exist_ok=True)
-        labels = [str(row[self.columns.index(label)]) for row in self.rows]
+        columns = [self.columns.index(name) for name in ((label,) if isinstance(label, str) else label)]
+        labels = [" ".join(str(row[column]) for column in columns) for row in self.rows]
         values = [float(row[self.columns.index(value)]) for row in self.rows]
         figure, axes = plt.subplots(figsize=(9, 0.4 * len(labels) + 1.5))
         axes.barh(range(len(labels)), values, color="#4477aa")
@@ -151,11 +176,40 @@ class Table:
         return path
 
 
-def arguments(description: str):
-    """The options of every benchmark script: where CSV and PNG go."""
+def arguments(description: str, *, select: bool = False):
+    """The options of every benchmark script: where CSV and PNG go; with `select`, which cases run."""
     import argparse
 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--csv", type=Path, default=None, help="folder for the table as CSV")
     parser.add_argument("--png", type=Path, default=None, help="folder for the picture")
+    if select:
+        parser.add_argument("--quick", action="store_true", help="a few cases only")
+        parser.add_argument("--only", default="", help="names of cases, with commas between")
+        parser.add_argument(
+            "--master", choices=("bf16", "fp32"), default=None, help="dtype of the weights, where it matters"
+        )
     return parser
+
+
+def chosen(args, cases: list, quick: tuple[str, ...]) -> list:
+    """The cases, each with a name, that `--only` or `--quick` leaves. Exits for a name that there is not."""
+    names = args.only.split(",") if args.only else quick if args.quick else [case.name for case in cases]
+    known = {case.name: case for case in cases}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise SystemExit(f"error: no case {', '.join(missing)}; there are {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def masters(args) -> tuple[str, ...]:
+    """Labels of the dtypes of weights to run with."""
+    both = {"bf16": "bf16", "fp32": "fp32 master"}
+    return tuple(both.values()) if args.master is None else (both[args.master],)
+
+
+def write(args, *tables: Table) -> None:
+    """The tables as CSV where asked for; again after each part, so that what was measured is not lost."""
+    for table in tables:
+        if args.csv and table.rows:
+            print("wrote", table.write(args.csv))

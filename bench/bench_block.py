@@ -1,0 +1,27 @@
+"""A block, attention and feed-forward layer, 2:4 against dense, torch.compile on both sides; everything counted.
+
+Only the feed-forward layer is 2:4, so Amdahl's law bounds the gain: 1 / (1 - share + share / speed-up), with the
+share of the dense layer in the dense block and its speed-up measured in the same loop.
+
+    python -m bench.bench_block [--csv FOLDER] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32]
+"""
+
+from __future__ import annotations
+
+from bench.common import Table, arguments, chosen, header, masters, write
+from sparse24.benchmark import suite
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0], select=True).parse_args()
+    print(header())
+    table = Table("block", suite.BLOCK_COLUMNS)
+    for label in masters(args):
+        suite.blocks(table, chosen(args, suite.BLOCKS, quick=("llama-7B x2",)), [label])
+        write(args, table)
+    if args.png:
+        print("wrote", table.plot(args.png, "block", "speedup", "speed over torch.compile'd dense", 1.0))
+
+
+if __name__ == "__main__":
+    main()

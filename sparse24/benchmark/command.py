@@ -1,0 +1,129 @@
+"""What `python -m sparse24 bench` runs: the suite, or one feed-forward layer of the caller's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .. import cost_model
+from .._library import is_available
+from ..errors import Sparse24Error
+
+PARTS = ("ffn", "tokens", "block", "step")
+LEAST_TOKENS = 256
+
+
+def check_gpu() -> None:
+    """Raises Sparse24Error, with the reason, where no sparse product can run."""
+    if not torch.cuda.is_available():
+        raise Sparse24Error(
+            "the benchmark needs an NVIDIA Hopper GPU, and torch finds no GPU here; `python -m sparse24 env` tells more"
+        )
+    if not (found := is_available("cuda")):
+        raise Sparse24Error(f"the benchmark needs 2:4 products on the GPU: {found.reason}")
+
+
+def check_sizes(tokens: int, d_model: int, d_ff: int, micro_batches: int) -> None:
+    """Sizes that a feed-forward layer can have; Sparse24Error names the option otherwise."""
+    for name, value, unit in (
+        ("tokens", tokens, 1), ("d-model", d_model, 16), ("d-ff", d_ff, 16), ("micro-batches", micro_batches, 1)
+    ):  # fmt: skip
+        if value < 1 or value % unit:
+            multiple = f", a multiple of {unit}" if unit > 1 else ""
+            raise Sparse24Error(f"--{name} must be positive{multiple}, got {value}")
+
+
+def own_layer(
+    tokens: int, d_model: int, d_ff: int, gated: bool, master: str, micro_batches: int, csv: Path | None
+) -> None:
+    """Measure one layer, and the tokens from which on it is ahead of dense, by halving and doubling."""
+    check_sizes(tokens, d_model, d_ff, micro_batches)
+    check_gpu()
+    from . import suite
+    from .timing import Table, header
+
+    print(header())
+    shape = suite.ffn_shape(f"{d_model} x {d_ff}", tokens, d_model, d_ff, gated)
+    dtype = suite.MASTERS[master]
+    run = suite.FeedForwardTimes(shape, dtype, rounds=10, warm=2.0)
+    for line in describe(run, shape, master, micro_batches):
+        print(line)
+    table = Table("own", suite.TOKENS_COLUMNS)
+    counts = [tokens * 2**power for power in range(-3, 2) if tokens * 2**power >= LEAST_TOKENS]
+    suite.tokens_sweep(table, [(shape.name, d_model, d_ff, gated)], [int(c) for c in counts], [master])
+    for label, column in (("with MVUE", "speedup"), ("with mvue=False", "speedup mvue=False")):
+        points = [(row[2], row[table.columns.index(column)]) for row in table.rows]
+        print(f"break-even {label}: {break_even_text(points, suite.break_even(points))}")
+    if csv:
+        print("wrote", table.write(csv))
+
+
+def describe(run, shape, master: str, micro_batches: int) -> list[str]:
+    """The measured layer in words."""
+    from .suite import MASTERS, estimate
+
+    times = run.times
+    lines = [
+        f"feed-forward layer {shape.name}{' gated' if shape.gated else ''}, {shape.tokens} tokens a call, {master}",
+        f"  dense, torch.compile     {times['dense']:9.0f} us a micro-batch",
+        f"  2:4                      {times['sparse']:9.0f} us a micro-batch",
+        f"  2:4, mvue=False          {times['no mvue']:9.0f} us a micro-batch",
+        f"  re-packing, once a step  {times['repack']:9.0f} us",
+        f"  masked decay             {times['decay']:9.0f} us",
+        f"  mask search / 40         {(run.between - times['repack'] - times['decay']):9.0f} us",
+    ]
+    lines.append(f"speed-up of a step: {run.speedup():.2f}x, {run.speedup('no mvue'):.2f}x with mvue=False")
+    if micro_batches > 1:
+        lines.append(
+            f"speed-up of a step of {micro_batches} micro-batches: {run.speedup(micro_batches=micro_batches):.2f}x"
+        )
+    expected = estimate(shape, MASTERS[master], micro_batches=micro_batches)
+    converts = "would convert it" if expected >= cost_model.MARGIN else "would leave it dense"
+    lines.append(
+        f"sparsify(tokens={shape.tokens}, micro_batches={micro_batches}) expects {expected:.2f}x: it {converts}"
+    )
+    return lines
+
+
+def break_even_text(points: list[tuple[int, float]], found: float | None) -> str:
+    low, high = min(points)[0], max(points)[0]
+    if found is None:
+        return f"none up to {high} tokens a call"
+    return f"about {found:.0f} tokens a call" if found > low else f"at or below {low} tokens a call"
+
+
+def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
+    """The parts of the suite that are asked for, all by default."""
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown:
+        raise Sparse24Error(f"no benchmark {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    check_gpu()
+    from . import suite
+    from .models import SHAPES
+    from .timing import Table, header
+
+    print(header())
+    parts, labels = parts or PARTS, ("bf16",) if quick else tuple(suite.MASTERS)
+    tables = {
+        "ffn": Table("ffn", suite.FFN_COLUMNS), "tokens": Table("tokens", suite.TOKENS_COLUMNS),
+        "block": Table("block", suite.BLOCK_COLUMNS), "step": Table("step", suite.STEP_COLUMNS),
+    }  # fmt: skip
+    if "ffn" in parts:
+        suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels)
+    if "tokens" in parts:
+        sizes = (
+            [("4096 x 11008", 4096, 11008, True)]
+            if quick
+            else [(s.name, s.d_model, s.d_ff, s.gated) for s in suite.LAYERS]
+        )
+        suite.tokens_sweep(tables["tokens"], sizes, (1024, 2048, 4096, 8192, 16384), labels[:1])
+    if "block" in parts:
+        suite.blocks(tables["block"], suite.BLOCKS[2:3] if quick else suite.BLOCKS, labels)
+    if "step" in parts:
+        for shape in [SHAPES["llama-7B x2"]] if quick else SHAPES.values():
+            suite.training_step(tables["step"], shape, "bf16")
+    if csv:
+        for table in tables.values():
+            if table.rows:
+                print("wrote", table.write(csv))

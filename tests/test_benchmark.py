@@ -1,0 +1,212 @@
+"""The benchmark's own logic, without a GPU: its models and arms, its tables, what it prints, what it refuses."""
+
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparse24
+from sparse24.benchmark import command, kernels, models, step, suite, timing
+from sparse24.benchmark.models import Decoder, ModelShape
+from sparse24.errors import Sparse24Error
+
+GATED = ModelShape("gated", "llama", 2, 64, 4, 2, 128, 0, 16, 2)
+PLAIN = ModelShape("plain", "gpt2", 2, 64, 4, 4, 128, 96, 16, 2)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture
+def without_gpu(monkeypatch):
+    """The suite on the CPU: calls run, times are made up, nothing is compiled."""
+
+    def time_hot(candidates, **settings):
+        for call in candidates.values():
+            call()
+        return {name: {"dense": 20.0, "sparse": 10.0}.get(name, 1.0) for name in candidates}
+
+    for name in ("feed_forward_arm", "block_arm", "Trainer"):
+        original = getattr(step, name)
+        monkeypatch.setattr(
+            step,
+            name,
+            lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": False}),
+        )
+    monkeypatch.setattr(suite, "time_hot", time_hot)
+    monkeypatch.setattr(suite, "host_time_us", lambda call, calls=5: 3.0)
+    monkeypatch.setattr(suite, "_pytorch_calls", lambda shape, master: {})
+    monkeypatch.setattr(suite.kernels, "costs", lambda call: {"sparse products": 6.0, "mvue": 1.0})
+    monkeypatch.setattr(command, "check_gpu", lambda: None)
+    monkeypatch.setattr(timing, "header", lambda: {"device": "none"})
+    for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name, value in (("memory_allocated", 0), ("max_memory_allocated", 10**9), ("get_device_name", "NVIDIA H200")):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+
+
+def cells(table, column):
+    return [row[table.columns.index(column)] for row in table.rows]
+
+
+@pytest.mark.parametrize("shape", [GATED, PLAIN, GATED.of(vocab=96)])
+def test_models_hold_what_their_shape_says(shape):
+    """Every feed-forward layer is found and runs fused; flops follow from the weights."""
+    model = Decoder(shape)
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    weights -= model.positions.weight.numel() if shape.vocab and model.positions is not None else 0
+    weights += shape.vocab * shape.d_model  # the head is the embedding
+    scores = shape.layers * shape.d_model * shape.length
+    assert shape.flops() == 6 * shape.tokens * (weights + scores)
+    report = sparse24.sparsify(model)
+    assert set(report.fused.values()) == {""} and len(report.fused) == shape.layers
+    assert sum(rows * cols for rows, cols in report.shapes.values()) == shape.layers * shape.ffn_weights()
+
+
+@pytest.mark.parametrize("master", [BF16, FP32])
+@pytest.mark.parametrize("shape", [GATED, PLAIN])
+def test_a_trainers_step_is_a_training_step(shape, master):
+    settings = dict(master=master, micro_batches=2, compiled=False, device="cpu")
+    for sparse in (False, True):
+        trainer = step.Trainer(shape, sparse=sparse, **settings)
+        matrices = [p for p in trainer.module.parameters() if p.dim() == 2]  # a norm's ones swallow small steps
+        before = [p.detach().clone() for p in matrices]
+        trainer.step()
+        assert all(not torch.equal(p, old) for p, old in zip(matrices, before, strict=True))
+        assert all(p.grad is None for p in trainer.module.parameters())
+        assert (trainer.recipe.step == 1 and sparse24.verify(trainer.module)) if sparse else not trainer.layers
+
+
+def test_one_arm_serves_with_and_without_mvue():
+    arm = step.feed_forward_arm(GATED, sparse=True, master=BF16, compiled=False, device="cpu")
+    seen = []
+    for mvue in (True, False):
+        arm.with_mvue(mvue, lambda: seen.append({layer.mvue for layer in arm.layers}))()
+    assert seen == [{True}, {False}]
+
+
+def test_gradients_of_a_micro_batch_are_fresh_and_sums_are_kept():
+    arm = step.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
+    arm.set_mvue(False)
+    arm.micro_batch()
+    first = arm.layers[0].weight.grad.clone()
+    arm.micro_batch()
+    torch.testing.assert_close(arm.layers[0].weight.grad, first)
+    arm.accumulate()
+    torch.testing.assert_close(arm.layers[0].weight.grad, 2 * first)
+    arm.decay()
+    arm.repack()
+    arm.search()
+    assert arm.inputs[0].grad is None and sparse24.verify(arm.root)
+
+
+def test_tables_count_everything(without_gpu):
+    table, costs = timing.Table("ffn", suite.FFN_COLUMNS), timing.Table("costs", suite.COST_COLUMNS)
+    layers = [suite.ffn_shape("g", 16, 64, 128), suite.ffn_shape("p", 16, 64, 128, gated=False)]
+    suite.feed_forwards(table, layers, suite.MASTERS, costs)
+    assert len(table.rows) == 4 and all(len(row) == len(table.columns) for row in table.rows)
+    # 10 us, and re-packing, decay and a fortieth of what a search costs more: 1 us each and nothing.
+    assert cells(table, "sparse_us") == [12.0] * 4 and cells(table, "speedup") == [20 / 12] * 4
+    assert cells(table, "speedup 8 micro-batches") == [(20 + 7) / (12 + 7)] * 4
+    assert {row[3] for row in costs.rows} == {"sparse products", "mvue", "pack", "search / 40", "decay"}
+    for mvue in ("True", "False"):
+        assert abs(sum(row[5] for row in costs.rows if row[:3] == ["bf16", "g", mvue]) - 1) < 1e-9
+
+
+def test_blocks_and_steps_stand_beside_their_bound(without_gpu):
+    table = timing.Table("block", suite.BLOCK_COLUMNS)
+    suite.blocks(table, [GATED, PLAIN], ["bf16"])
+    assert cells(table, "bound") == [step.amdahl(1 / 20, 1 / 3)] * 2
+    table = timing.Table("step", suite.STEP_COLUMNS)
+    suite.training_step(table, PLAIN, "bf16", micro_batches=2)
+    assert cells(table, "speedup") == [2.0] and cells(table, "micro-batches") == [2]
+    assert cells(table, "dense tokens/s") == [2 * 32 / 20 * 1e6] and cells(table, "dense GB") == [1.0]
+    assert cells(table, "ffn share") == [2 * 2 * 1 / 20]
+
+
+def test_amdahl():
+    assert step.amdahl(0.5, 2.0) == pytest.approx(4 / 3) and step.amdahl(1.0, 1.5) == 1.5 and step.amdahl(0.0, 9) == 1
+
+
+@pytest.mark.parametrize(
+    "points, expected",
+    [
+        ([(512, 0.5), (1024, 0.9), (2048, 1.1), (4096, 1.2)], 1448),
+        ([(512, 1.1), (1024, 1.2)], 512),
+        ([(512, 0.5), (1024, 0.9)], None),
+        ([(512, 1.1), (1024, 0.9), (2048, 1.1)], 1448),  # noise before the last crossing does not count
+        ([], None),
+    ],
+)
+def test_break_even_is_the_last_crossing(points, expected):
+    found = suite.break_even(points)
+    assert found is None if expected is None else found == pytest.approx(expected, abs=1)
+
+
+def test_own_layer_prints_its_break_even(without_gpu, capsys, tmp_path):
+    command.own_layer(4096, 64, 128, True, "bf16", 4, tmp_path)
+    text = capsys.readouterr().out
+    assert "speed-up of a step: 1.67x" in text and "speed-up of a step of 4 micro-batches:" in text
+    assert "break-even with MVUE: at or below 512 tokens a call" in text
+    assert "sparsify(tokens=4096, micro_batches=4) expects" in text and "would leave it dense" in text
+    rows = (tmp_path / "own.csv").read_text().splitlines()
+    assert rows[0] == "# device: none" and len(rows) == 1 + 1 + 5
+
+
+def test_the_suite_runs_what_is_asked_for(without_gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(suite, "LAYERS", [suite.ffn_shape("g", 16, 64, 128)])
+    monkeypatch.setattr(suite, "BLOCKS", [GATED])
+    command.run_suite(("ffn", "block"), False, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["block.csv", "ffn.csv"]
+    with pytest.raises(Sparse24Error, match="no benchmark speed; there are ffn, tokens, block, step"):
+        command.run_suite(("speed",), False, None)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((0, 64, 64, 1), "--tokens must be positive, got 0"),
+        ((16, 100, 64, 1), "--d-model must be positive, a multiple of 16, got 100"),
+        ((16, 64, 8, 1), "--d-ff must be positive, a multiple of 16, got 8"),
+        ((16, 64, 64, 0), "--micro-batches must be positive, got 0"),
+    ],
+)
+def test_sizes_that_no_layer_has_are_refused(sizes, message):
+    with pytest.raises(Sparse24Error, match=message):
+        command.check_sizes(*sizes)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so():
+    done = subprocess.run([sys.executable, "-m", "sparse24", "bench"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: the benchmark needs an NVIDIA Hopper GPU")
+
+
+@pytest.mark.parametrize(
+    "kernel, cost",
+    [
+        ("_ZN7cutlass13device_kernelINS_4gemm6UniversalIN8sparse244gemm4sm9014SparseMainloop", "sparse products"),
+        ("void sparse24::(anonymous namespace)::backward_mvue_kernel<true, sparse24::BFloat16>", "activation"),
+        ("void sparse24::(anonymous namespace)::forward_stream_kernel<(sparse24::Activation)0, true>", "activation"),
+        ("void sparse24::(anonymous namespace)::mvue_kernel<sparse24::BFloat16, (sparse24::Layout)0>", "mvue"),
+        ("void sparse24::pack_kernel<sparse24::BFloat16, sparse24::BFloat16, (sparse24::Layout)0>", "pack"),
+        ("void sparse24::(anonymous namespace)::masked_decay_kernel<float, float>", "decay"),
+        ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NTT", "dense products"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits>", "attention"),
+        ("triton_poi_fused_add_mul_0", "other"),
+    ],
+)  # fmt: skip
+def test_kernels_are_sorted_by_what_they_are_for(kernel, cost):
+    assert kernels.cost_of(kernel) == cost
+
+
+def test_names_of_cases():
+    arguments = functools.partial(timing.arguments("", select=True).parse_args)
+    cases = list(models.SHAPES.values())
+    assert timing.chosen(arguments(["--only", "llama-1B,gpt2-124M"]), cases, ())[0].name == "llama-1B"
+    assert [c.name for c in timing.chosen(arguments(["--quick"]), cases, ("gpt2-124M",))] == ["gpt2-124M"]
+    with pytest.raises(SystemExit, match="no case nothing; there are gpt2-124M"):
+        timing.chosen(arguments(["--only", "nothing"]), cases, ())
+    assert timing.masters(arguments(["--master", "fp32"])) == ("fp32 master",)
+    assert timing.masters(arguments([])) == ("bf16", "fp32 master")
