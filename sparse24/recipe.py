@@ -489,7 +489,9 @@ class Recipe:
         Sparse24Error, changing nothing, for a state that is corrupt, of another model or of other settings.
         """
         self._check_layers()
-        masks = check_state(state, self._settings(), {n: layer.mask for n, layer in self.layers.items()}, override)
+        shapes = [layer.weight.shape for layer in self._unique_layers()]
+        masks = {name: layer.mask for name, layer in self.layers.items()}
+        masks = check_state(state, self._settings(), masks, override, shapes)
         planned = DENSE if self.method.probes else self.phases.at(state["step"])
         if state["phase"] != planned and not override:
             raise Sparse24Error(

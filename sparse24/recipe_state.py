@@ -28,17 +28,23 @@ KEYS = {
 }
 
 
-def check_state(state: dict, settings: dict, masks: dict[str, Tensor], override: bool) -> dict[str, Tensor]:
-    """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error."""
+def check_state(
+    state: dict, settings: dict, masks: dict[str, Tensor], override: bool, shapes: list[torch.Size]
+) -> dict[str, Tensor]:
+    """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error.
+
+    shapes  of the weights, each once
+    """
     if not isinstance(state, dict):
         raise Sparse24Error(f"a recipe state is a dict, got {type(state).__name__}")
     missing = sorted(KEYS.keys() - state.keys())
     if missing:
         raise Sparse24Error(f"the recipe state lacks {', '.join(missing)}: it is truncated, or not of sparse24")
-    if state["version"] != VERSION:
-        raise Sparse24Error(f"the recipe state has version {state['version']!r}, this sparse24 reads {VERSION}")
+    version = state["version"]
+    if type(version) is not int or version != VERSION:
+        raise Sparse24Error(f"the recipe state has version {version!r}, this sparse24 reads {VERSION}")
     for key, kind in KEYS.items():
-        if not isinstance(state[key], kind):
+        if type(state[key]) is not kind:
             raise Sparse24Error(f"{key!r} of the recipe state must be {kind.__name__}, got {type(state[key]).__name__}")
     if state["phase"] not in (SPARSE, DENSE) or state["step"] < 0 or not 0 <= state["last_refresh"] <= state["step"]:
         raise Sparse24Error(
@@ -47,6 +53,7 @@ def check_state(state: dict, settings: dict, masks: dict[str, Tensor], override:
         )
     if not 0 <= state["decay"] < math.inf:
         raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
+    _check_kinds(state["settings"], "settings", (int, float, str, bool))
     differing = [
         f"{key} was {state['settings'].get(key)!r}, is {value!r}"
         for key, value in settings.items()
@@ -57,10 +64,64 @@ def check_state(state: dict, settings: dict, masks: dict[str, Tensor], override:
             f"the recipe state was saved with other settings: {'; '.join(differing)}; make the recipe with the same "
             "settings, or pass override=True to go on with this one's"
         )
-    for key in ("steps", "intervals", "flips", "reported"):
-        if key not in state["monitor"]:
-            raise Sparse24Error(f"the recipe state is corrupt: its flip history lacks {key!r}")
+    _check_monitor(state["monitor"])
+    _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
+    _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
+    _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
+    _check_rng(state["rng"])
     return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
+
+
+def _check_kinds(items: dict, name: str, kinds: tuple[type, ...]) -> None:
+    for key, value in items.items():
+        if type(key) is not str or type(value) not in kinds:
+            raise Sparse24Error(f"the recipe state is corrupt: {name} has {key!r} of type {type(value).__name__}")
+
+
+def _check_monitor(monitor: dict) -> None:
+    """The kinds of things; `FlipMonitor.check_state` looks at the sizes."""
+    for key in ("steps", "intervals", "flips", "reported"):
+        if key not in monitor:
+            raise Sparse24Error(f"the recipe state is corrupt: its flip history lacks {key!r}")
+    for key, dim in (("steps", 1), ("intervals", 1), ("flips", 2)):
+        history = monitor[key]
+        if not isinstance(history, Tensor) or history.dtype != torch.int64 or history.dim() != dim:
+            raise Sparse24Error(f"the recipe state is corrupt: {key!r} of its flip history is not int64 of {dim} axes")
+    if not isinstance(monitor["reported"], list) or any(type(entry) is not str for entry in monitor["reported"]):
+        raise Sparse24Error("the recipe state is corrupt: 'reported' of its flip history is not a list of names")
+
+
+def _check_blocks(blocks: dict) -> None:
+    counts = blocks.get("counts") if isinstance(blocks, dict) else None
+    if (
+        not isinstance(counts, list)
+        or type(blocks.get("refreshes")) is not int
+        or len(counts) > 1
+        or not all(isinstance(count, Tensor) and count.dim() == 1 and not count.is_floating_point() for count in counts)
+    ):
+        raise Sparse24Error("the recipe state is corrupt: its flips per block are not whole numbers")
+
+
+def _check_tensors(tensors: list, name: str, shapes: list[torch.Size]) -> None:
+    """One floating tensor of each shape, in order; or none at all, of a method that has none."""
+    if tensors and not (
+        len(tensors) == len(shapes)
+        and all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+        and all(t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
+    ):
+        raise Sparse24Error(f"the recipe state is corrupt: {name!r} does not hold what these layers need")
+
+
+def _check_rng(rng: dict) -> None:
+    """Generators refuse what is not theirs; a scratch one tells for the CPU, the type must do for a GPU's."""
+    for device, state in rng.items():
+        if device not in ("cpu", "cuda") or not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise Sparse24Error(f"the recipe state is corrupt: no generator state for {device!r}")
+    try:
+        if "cpu" in rng:
+            torch.Generator().set_state(rng["cpu"].cpu())
+    except (RuntimeError, TypeError) as error:
+        raise Sparse24Error(f"the recipe state is corrupt: {error}") from error
 
 
 def _check_masks(saved: dict, masks: dict[str, Tensor], soft: bool) -> dict[str, Tensor]:
