@@ -125,6 +125,23 @@ def test_nan_and_inf_pass_through(device, kind):
     assert ops.activation_backward(torch.ones_like(big), big, kind).isfinite().all()
 
 
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_inf_in_a_gradient_stay_visible(device, kind, bad):
+    gu = torch.ones(16, 128, device=device, dtype=torch.bfloat16)
+    dh = torch.ones(16, 64, device=device, dtype=torch.bfloat16)
+    dh[5, 7] = bad
+    for layout in ("row", "column"):
+        d_gu = ops.gated_activation_backward(laid_out(dh, layout), gu, kind)
+        wrong = ~d_gu.isfinite()
+        assert wrong[5, 7] and wrong[5, 71] and wrong.sum() == 2
+        seed = torch.tensor([1, 2], device=device)
+        d_gu, packed, _ = ops.gated_activation_backward_mvue(laid_out(dh, layout), gu, kind, seed)
+        assert torch.equal(~d_gu.isfinite(), wrong)
+        assert (~packed.isfinite())[:, [7, 71]].any(0).all(), "kept by MVUE too"
+
+
 @pytest.mark.fault(19, 22)
 def test_any_strides_and_leading_dimensions(device):
     base = torch.randn(6, 10, 40, device=device, dtype=torch.bfloat16)
