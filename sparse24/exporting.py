@@ -102,22 +102,31 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
 
 def _unpack(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     """The state_dict that was exported. Whoever made the file, what is in the header is checked before it is used."""
-    if header and header.get("version") != VERSION:
-        raise Sparse24Error(f"{path} has version {header.get('version')}, this sparse24 reads {VERSION}")
-    for key, shape in header.get("layers", {}).items():
+    if header and (type(header.get("version")) is not int or header["version"] != VERSION):
+        raise Sparse24Error(f"{path} has version {header.get('version')!r}, this sparse24 reads {VERSION}")
+    layers, same = header.get("layers", {}), header.get("same", {})
+    if not isinstance(layers, dict) or not isinstance(same, dict):
+        raise Sparse24Error(f"the header of {path} is corrupt: layers and same must be objects")
+    for key, shape in layers.items():
         values, positions = state.pop(f"{key}.values", None), state.pop(f"{key}.positions", None)
         if values is None or positions is None:
             raise Sparse24Error(f"{path} lacks the values or positions of {key}")
-        sizes = [shape.get(axis) for axis in ("rows", "cols")] if isinstance(shape, dict) else []
-        if not sizes or not all(type(size) is int and size >= 0 for size in sizes):
-            raise Sparse24Error(f"the header of {path} is corrupt: {key} has the shape {shape!r}")
-        weight = _unpack_positions(values, positions, *sizes, key)
-        state[key] = weight.t().contiguous() if shape.get("transposed") else weight
-    for name, kept in header.get("same", {}).items():
-        if kept not in state:
-            raise Sparse24Error(f"the header of {path} is corrupt: {name} is to be {kept}, which is not in the file")
+        rows, cols, transposed = _checked_shape(shape, key, path)
+        weight = _unpack_positions(values, positions, rows, cols, key)
+        state[key] = weight.t().contiguous() if transposed else weight
+    for name, kept in same.items():
+        if not isinstance(kept, str) or kept not in state:
+            raise Sparse24Error(f"the header of {path} is corrupt: {name} is to be {kept!r}, which is not in the file")
         state[name] = state[kept]
     return state
+
+
+def _checked_shape(shape: dict, key: str, path: str | os.PathLike) -> tuple[int, int, bool]:
+    """(rows, cols, transposed) as the header has them for a layer."""
+    fields = [shape.get(field) for field in ("rows", "cols", "transposed")] if isinstance(shape, dict) else []
+    if [type(field) for field in fields] != [int, int, bool] or min(fields[:2]) < 0:
+        raise Sparse24Error(f"the header of {path} is corrupt: {key} has the shape {shape!r}")
+    return tuple(fields)
 
 
 def weight_key(layer: str) -> str:

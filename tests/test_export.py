@@ -123,7 +123,7 @@ def rewrite(path, change):
         (lambda state, header: header["layers"]["fc1.weight"].update(rows=8), "do not fit a 8 x 16 weight"),
         (lambda state, header: header["layers"].update({"fc1.weight": 7}), "corrupt: fc1.weight has the shape 7"),
         (lambda state, header: header["layers"]["fc1.weight"].update(cols="16"), "corrupt: fc1.weight has the shape"),
-        (lambda state, header: header["same"].update({"head": "nothing"}), "head is to be nothing, which is not in"),
+        (lambda state, header: header["same"].update({"head": "nothing"}), "head is to be 'nothing', which is not in"),
     ],
 )
 @pytest.mark.fault(44, 45, 46, 47)
@@ -134,6 +134,50 @@ def test_damaged_compressed_files_are_refused(change, words, tmp_path):
     rewrite(path, change)
     with pytest.raises(Sparse24Error, match=words):
         load_compressed(path)
+
+
+@pytest.mark.fault(44, 47)
+def test_a_compressed_file_with_anything_in_any_place_is_refused_or_read(tmp_path):
+    """Every place of the header, and every tensor, replaced by junk: a Sparse24Error or a state_dict, nothing else."""
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "junk.safetensors"
+    model = sparse()
+    model.fc2.bias = model.fc1.bias = torch.nn.Parameter(torch.zeros(16))  # names that share a tensor
+    sparse24.export(model, whole, format="compressed")
+    with safe_open(str(whole), framework="pt") as file:
+        header = json.loads(file.metadata()["sparse24"])
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    assert header["same"]
+    places = [(key,) for key in header]
+    places += [(group, key) for group in ("layers", "same") for key in header[group]]
+    places += [("layers", key, field) for key in header["layers"] for field in header["layers"][key]]
+    junk = [None, -1, 10**9, 0.5, True, "x", [], {}, [1], {"rows": 4, "cols": 4, "transposed": False}]
+    refused = 0
+    for place in places:
+        for value in junk:
+            changed = json.loads(json.dumps(header))
+            holder = changed
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = value
+            save_file(state, path, metadata={"sparse24": json.dumps(changed)})
+            refused += not reads(path)
+    for value in junk:
+        save_file(state, path, metadata={"sparse24": json.dumps(value)})
+        assert not reads(path)
+    for key, tensor in state.items():
+        for other in (tensor.flatten()[:-1].clone(), tensor.to(torch.float64), tensor.unsqueeze(0), tensor[:0].clone()):
+            save_file(state | {key: other}, path, metadata={"sparse24": json.dumps(header)})
+            reads(path)
+    assert refused > len(places) * len(junk) // 2
+
+
+def reads(path) -> bool:
+    try:
+        state = load_compressed(path)
+    except Sparse24Error:
+        return False
+    assert all(isinstance(tensor, torch.Tensor) for tensor in state.values())
+    return True
 
 
 @pytest.mark.fault(47)
