@@ -18,16 +18,20 @@ import torch
 from bench.common import WEIGHTS, Table, arguments, copy_bandwidth, header, time_cold
 from sparse24 import ops
 
-GREEDY, TRITON = "greedy tiles (torch)", "90 patterns (Triton)"
+GREEDY, TRITON, TRITON_FP32 = "greedy tiles (torch)", "90 patterns (Triton)", "90 patterns (Triton, fp32)"
 
 
-def triton_search(dtype: torch.dtype) -> Callable | None:
+def triton_searches(dtype: torch.dtype) -> dict[str, Callable]:
+    """In the weight's own dtype, which is tensor cores for 16 bits, and in fp32."""
     try:
         from bench.peers.triton_mask import TritonMaskSearch
     except ImportError as error:
         print(f"no Triton peer: {error}")
-        return None
-    return TritonMaskSearch(dtype)
+        return {}
+    searches = {TRITON: TritonMaskSearch(dtype)}
+    if dtype != torch.float32:
+        searches[TRITON_FP32] = TritonMaskSearch(torch.float32)
+    return searches
 
 
 def kept_magnitude(w: torch.Tensor, mask: torch.Tensor) -> float:
@@ -41,10 +45,10 @@ def search_candidates(w: torch.Tensor) -> dict[str, Callable]:
         "transposable_mask": lambda: ops.transposable_mask(w),
         "prune_compress": lambda: ops.prune_compress_(*lists),
     }
-    if (search := triton_search(w.dtype)) is not None:
+    for name, search in triton_searches(w.dtype).items():
         ours, theirs = kept_magnitude(w, mask), kept_magnitude(w, search(w))
-        assert math.isclose(ours, theirs, rel_tol=1e-6), f"kept magnitudes differ: {ours} and {theirs}"
-        candidates[TRITON] = lambda: search(w)
+        assert math.isclose(ours, theirs, rel_tol=1e-6), f"kept magnitudes differ: {ours} and {theirs}, {name}"
+        candidates[name] = lambda search=search: search(w)
     if w.dtype == torch.bfloat16:
         candidates[GREEDY] = lambda: torch._sparse_semi_structured_tile(w, "", True)
     return candidates

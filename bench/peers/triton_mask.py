@@ -1,8 +1,8 @@
 """The transposable mask by scoring all 90 patterns, as published implementations do it, in Triton.
 
 Magnitudes of a batch of 4x4 blocks are a matrix [blocks, 16]; its product with the 90 patterns as columns of zeros and
-ones gives the scores, and an argmax the masks. 16-bit weights take tensor cores, where products with ones are exact and
-sums are fp32; fp32 weights are multiplied in full fp32, since TF32 would rank rounded magnitudes.
+ones gives the scores, and an argmax the masks. 16-bit weights may take tensor cores, where products with ones are exact
+and sums are fp32; fp32 weights are multiplied in full fp32, since TF32 would rank rounded magnitudes.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ CONFIGS = [triton.Config({"BLOCKS": blocks}, num_warps=warps) for blocks in (32,
 @triton.autotune(CONFIGS, key=["rows", "cols"])
 @triton.jit
 def search_kernel(w, columns, masks, out, rows, cols, BLOCKS: tl.constexpr, PATTERNS: tl.constexpr):
+    """`columns` [16, PATTERNS] sets the dtype of the product."""
     block_cols = cols // 4
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < (rows // 4) * block_cols
@@ -38,7 +39,7 @@ def search_kernel(w, columns, masks, out, rows, cols, BLOCKS: tl.constexpr, PATT
     first = (block // block_cols).to(tl.int64) * 4 * cols + (block % block_cols) * 4
     at = first[:, None] + (element // 4 * cols + element % 4)[None, :]
     value = tl.load(w + at, mask=inside[:, None], other=0.0)
-    magnitude = tl.abs(value.to(tl.float32)).to(value.dtype)
+    magnitude = tl.abs(value.to(tl.float32)).to(columns.dtype.element_ty)
     pattern = tl.arange(0, PATTERNS)
     ones = tl.load(columns + element[:, None] * PATTERNS + pattern[None, :])
     score = tl.dot(magnitude, ones, input_precision="ieee")
@@ -47,7 +48,10 @@ def search_kernel(w, columns, masks, out, rows, cols, BLOCKS: tl.constexpr, PATT
 
 
 class TritonMaskSearch:
-    """Called with a contiguous weight [rows, cols] on a GPU, returns its mask, uint16 [rows/4, cols/4]."""
+    """Called with a contiguous weight [rows, cols] on a GPU, returns its mask, uint16 [rows/4, cols/4].
+
+    dtype  of the product: the weight's own, or float32
+    """
 
     def __init__(self, dtype: torch.dtype):
         self.columns, self.masks = pattern_table(dtype, "cuda")
