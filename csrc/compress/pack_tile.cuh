@@ -41,8 +41,9 @@ struct PackTensor {
   uint8_t* E_t;
   uint32_t tile_rows, tile_cols;
 };
-using PackList = TensorList<PackTensor>;
-static_assert(sizeof(PackList) <= kKernelParameterBytes,
+template <int kCapacity>
+using PackList = TensorList<PackTensor, kCapacity>;
+static_assert(sizeof(PackList<kTensorsPerLaunch>) <= kKernelParameterBytes,
               "a launch's tensors must fit its parameters");
 
 /// The masks of a patch: blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in
@@ -193,15 +194,15 @@ constexpr int kPackBlocksPerSm = std::is_same_v<In, AnyValue> ? 1
                                  : std::is_same_v<In, float>  ? 4
                                                               : 6;
 
-template <typename In, typename Out, Layout kLayout, typename Masks>
+template <typename In, typename Out, Layout kLayout, typename Masks, int kCapacity>
 __global__ void __launch_bounds__(kTileThreads, (kPackBlocksPerSm<In, kLayout>))
-    pack_kernel(const __grid_constant__ PackList list) {
+    pack_kernel(const __grid_constant__ PackList<kCapacity> list) {
   __shared__ alignas(16) uint8_t stage[2 * kTileMetaBlocks * kStageStride];
 
   const int index = list.find(blockIdx.x);
   const PackTensor& t = list.tensor[index];
   const TileIndex tile =
-      raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
+      raster_tile(list.within(blockIdx.x, index), t.tile_rows, t.tile_cols, band_of(kLayout));
   using Patch = WeightPatch<In, kLayout>;
   const PatchOrigin origin = patch_origin(walk_of(kLayout), Patch::kPaired, threadIdx.x);
   const int row = static_cast<int>(tile.row) * kTileRows + origin.row;
@@ -264,36 +265,51 @@ inline PackClass classify_pack(const PackArgs& args) {
   return {args.w.dtype, args.out_dtype, layout};
 }
 
-using PackKernel = void (*)(PackList);
+template <int kCapacity>
+using PackKernel = void (*)(PackList<kCapacity>);
 
-template <typename In, typename Out, typename Masks>
-PackKernel choose_pack_kernel(Layout layout) {
-  return layout == Layout::kRowMajor ? pack_kernel<In, Out, Layout::kRowMajor, Masks>
-                                     : pack_kernel<In, Out, Layout::kColumnMajor, Masks>;
+template <typename Masks, int kCapacity>
+PackKernel<kCapacity> choose_row_major(const PackClass& c) {
+  const bool to_bf16 = c.out == DType::kBFloat16;
+  if (c.in == DType::kFloat32) {
+    return to_bf16 ? pack_kernel<float, BFloat16, Layout::kRowMajor, Masks, kCapacity>
+                   : pack_kernel<float, Float16, Layout::kRowMajor, Masks, kCapacity>;
+  }
+  return to_bf16 ? pack_kernel<BFloat16, BFloat16, Layout::kRowMajor, Masks, kCapacity>
+                 : pack_kernel<Float16, Float16, Layout::kRowMajor, Masks, kCapacity>;
 }
 
 template <typename Masks>
-PackKernel choose_pack_kernel(const PackClass& c) {
+PackKernel<kTensorsPerLaunch> choose_pack_kernel(const PackClass& c) {
+  constexpr int kMany = kTensorsPerLaunch;
+  if (c.layout == Layout::kRowMajor) return choose_row_major<Masks, kMany>(c);
   const bool to_bf16 = c.out == DType::kBFloat16;
   if (c.layout == Layout::kStrided) {
-    return to_bf16 ? pack_kernel<AnyValue, BFloat16, Layout::kStrided, Masks>
-                   : pack_kernel<AnyValue, Float16, Layout::kStrided, Masks>;
+    return to_bf16 ? pack_kernel<AnyValue, BFloat16, Layout::kStrided, Masks, kMany>
+                   : pack_kernel<AnyValue, Float16, Layout::kStrided, Masks, kMany>;
   }
   if (c.in == DType::kFloat32) {
-    return to_bf16 ? choose_pack_kernel<float, BFloat16, Masks>(c.layout)
-                   : choose_pack_kernel<float, Float16, Masks>(c.layout);
+    return to_bf16 ? pack_kernel<float, BFloat16, Layout::kColumnMajor, Masks, kMany>
+                   : pack_kernel<float, Float16, Layout::kColumnMajor, Masks, kMany>;
   }
-  return to_bf16 ? choose_pack_kernel<BFloat16, BFloat16, Masks>(c.layout)
-                 : choose_pack_kernel<Float16, Float16, Masks>(c.layout);
+  return to_bf16 ? pack_kernel<BFloat16, BFloat16, Layout::kColumnMajor, Masks, kMany>
+                 : pack_kernel<Float16, Float16, Layout::kColumnMajor, Masks, kMany>;
 }
 
 template <typename Masks>
 void launch_pack(const PackArgs* weights, int count, cudaStream_t stream, const char* op) {
-  PackList list;
+  PackList<kTensorsPerLaunch> list;
   PackClass list_class{};
   const auto flush = [&] {
-    if (list.tiles() == 0) return;
-    choose_pack_kernel<Masks>(list_class)<<<list.tiles(), kTileThreads, 0, stream>>>(list);
+    const uint32_t tiles = list.tiles();
+    if (tiles == 0) return;
+    if (list.count == 1 && list_class.layout == Layout::kRowMajor) {
+      const auto kernel = choose_row_major<Masks, 1>(list_class);
+      kernel<<<tiles, kTileThreads, 0, stream>>>(list.single());
+    } else {
+      const auto kernel = choose_pack_kernel<Masks>(list_class);
+      kernel<<<tiles, kTileThreads, 0, stream>>>(list);
+    }
     const ConstMatrix& first = list.tensor[0].w;
     SP24_CHECK_LAUNCH(op, " of ", list.count, " weights, the first ", name_of(first.dtype), " [",
                       first.rows, ", ", first.cols, "]");

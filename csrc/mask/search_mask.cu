@@ -25,17 +25,18 @@ struct SearchTensor {
   uint16_t* mask;
   uint32_t tile_rows, tile_cols;
 };
-using SearchList = TensorList<SearchTensor>;
-static_assert(sizeof(SearchList) <= kKernelParameterBytes,
+template <int kCapacity>
+using SearchList = TensorList<SearchTensor, kCapacity>;
+static_assert(sizeof(SearchList<kTensorsPerLaunch>) <= kKernelParameterBytes,
               "a launch's tensors must fit its parameters");
 
-template <typename In, Layout kLayout>
+template <typename In, Layout kLayout, int kCapacity>
 __global__ void __launch_bounds__(kTileThreads)
-    search_mask_kernel(const __grid_constant__ SearchList list) {
+    search_mask_kernel(const __grid_constant__ SearchList<kCapacity> list) {
   const int index = list.find(blockIdx.x);
   const SearchTensor& t = list.tensor[index];
   const TileIndex tile =
-      raster_tile(blockIdx.x - list.first_tile[index], t.tile_rows, t.tile_cols, band_of(kLayout));
+      raster_tile(list.within(blockIdx.x, index), t.tile_rows, t.tile_cols, band_of(kLayout));
   using Patch = WeightPatch<In, kLayout>;
   const PatchOrigin origin = patch_origin(walk_of(kLayout), Patch::kPaired, threadIdx.x);
   const int row = static_cast<int>(tile.row) * kTileRows + origin.row;
@@ -49,18 +50,26 @@ __global__ void __launch_bounds__(kTileThreads)
                        static_cast<int>(t.w.cols));
 }
 
-using SearchKernel = void (*)(SearchList);
+template <int kCapacity>
+using SearchKernel = void (*)(SearchList<kCapacity>);
 
-template <typename In>
-SearchKernel choose_kernel(Layout layout) {
-  return layout == Layout::kRowMajor ? search_mask_kernel<In, Layout::kRowMajor>
-                                     : search_mask_kernel<In, Layout::kColumnMajor>;
+template <int kCapacity>
+SearchKernel<kCapacity> choose_row_major(DType dtype) {
+  SearchKernel<kCapacity> kernel = nullptr;
+  with_type(dtype, [&](auto zero) {
+    kernel = search_mask_kernel<decltype(zero), Layout::kRowMajor, kCapacity>;
+  });
+  return kernel;
 }
 
-SearchKernel choose_kernel(DType dtype, Layout layout) {
-  if (layout == Layout::kStrided) return search_mask_kernel<AnyValue, Layout::kStrided>;
-  SearchKernel kernel = nullptr;
-  with_type(dtype, [&](auto zero) { kernel = choose_kernel<decltype(zero)>(layout); });
+SearchKernel<kTensorsPerLaunch> choose_kernel(DType dtype, Layout layout) {
+  constexpr int kMany = kTensorsPerLaunch;
+  if (layout == Layout::kStrided) return search_mask_kernel<AnyValue, Layout::kStrided, kMany>;
+  if (layout == Layout::kRowMajor) return choose_row_major<kMany>(dtype);
+  SearchKernel<kMany> kernel = nullptr;
+  with_type(dtype, [&](auto zero) {
+    kernel = search_mask_kernel<decltype(zero), Layout::kColumnMajor, kMany>;
+  });
   return kernel;
 }
 
@@ -69,12 +78,19 @@ SearchKernel choose_kernel(DType dtype, Layout layout) {
 namespace cuda {
 
 void search_mask(const PackArgs* weights, int count, cudaStream_t stream) {
-  SearchList list;
+  SearchList<kTensorsPerLaunch> list;
   DType dtype{};
   Layout layout{};
   const auto flush = [&] {
-    if (list.tiles() == 0) return;
-    choose_kernel(dtype, layout)<<<list.tiles(), kTileThreads, 0, stream>>>(list);
+    const uint32_t tiles = list.tiles();
+    if (tiles == 0) return;
+    if (list.count == 1 && layout == Layout::kRowMajor) {
+      const auto kernel = choose_row_major<1>(dtype);
+      kernel<<<tiles, kTileThreads, 0, stream>>>(list.single());
+    } else {
+      const auto kernel = choose_kernel(dtype, layout);
+      kernel<<<tiles, kTileThreads, 0, stream>>>(list);
+    }
     const ConstMatrix& first = list.tensor[0].w;
     SP24_CHECK_LAUNCH("search_mask of ", list.count, " weights, the first ", name_of(first.dtype),
                       " [", first.rows, ", ", first.cols, "]");

@@ -146,7 +146,24 @@ TEST(a_tile_finds_its_tensor) {
     }
     CHECK_EQ(list.full(), count == kTensorsPerLaunch);
     CHECK_EQ(list.tiles(), static_cast<uint32_t>(owner.size()));
-    for (uint32_t tile = 0; tile < list.tiles(); ++tile) CHECK_EQ(list.find(tile), owner[tile]);
+    for (uint32_t tile = 0; tile < list.tiles(); ++tile) {
+      const int found = list.find(tile);
+      CHECK_EQ(found, owner[tile]);
+      CHECK_EQ(list.within(tile, found), tile - list.first_tile[found]);
+    }
+  }
+}
+
+TEST(a_single_tensor_has_its_tiles) {
+  TensorList<int> list;
+  list.add(7, 5);
+  const TensorList<int, 1> single = list.single();
+  CHECK_EQ(single.tensor[0], 7);
+  CHECK_EQ(single.tiles(), 5u);
+  CHECK(single.full());
+  for (uint32_t tile = 0; tile < 5; ++tile) {
+    CHECK_EQ(single.find(tile), 0);
+    CHECK_EQ(single.within(tile, 0), tile);
   }
 }
 
