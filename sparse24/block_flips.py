@@ -52,8 +52,12 @@ class BlockFlips:
         flips = self.counts.float().cpu()
         gap = torch.cat([g.flatten() for g in gaps]).float().cpu()
         axes = (figure := Figure(figsize=(6, 4))).add_subplot()
-        *_, image = axes.hist2d(gap.numpy(), flips.numpy(), bins=(60, 40), norm=LogNorm(vmin=1))
-        axes.set(xlabel="gap between best and second-best pattern", ylabel=f"flips in {self.refreshes} refreshes")
+        most = int(flips.max())
+        step = 2 * (1 + most // 80)  # flips of a block come in pairs
+        rows = torch.arange(-1, most + step, step).numpy()
+        *_, image = axes.hist2d(gap.numpy(), flips.numpy(), bins=(60, rows), norm=LogNorm(vmin=1))
+        axes.set(xlabel="gap between best and second-best pattern", ylabel="flips of a block")
+        axes.set_title(f"4x4 blocks, {self.refreshes} mask searches", loc="left", fontsize=10)
         figure.colorbar(image, label="blocks")
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
