@@ -20,6 +20,7 @@ from .soft import row_mask, soft_threshold
 
 # The packed forms of a layer, by buffer name, in the order in which every op takes and gives them.
 PACKED_NAMES = ("packed", "E", "packed_t", "E_t")
+TRANSPOSED_NAMES = PACKED_NAMES[2:]  # empty in a lean layer, and then not written
 SPARSE_BUFFERS = ("mask", *PACKED_NAMES)
 
 # layer -> the feed-forward block that has the layer's packed forms in a buffer of its own, and is to be told of
@@ -70,7 +71,9 @@ def pack(layers: Iterable, *, search: bool) -> None:
         if layer.soft_scale is not None:
             _pack_soft(layer, search)
         else:
-            groups[layer.weight.device, layer.weight.dtype].append(layer)
+            # One launch for many weights; but a sharded one is gathered, packed and forgotten before the next.
+            alone = layer if is_dtensor(layer.weight) else None
+            groups[layer.weight.device, layer.weight.dtype, alone].append(layer)
     for group in groups.values():
         run = ops.prune_compress_ if search else ops.compress_
         run(

@@ -228,6 +228,19 @@ def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, tmp_path)
         torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault(67)
+def test_sharded_weights_are_gathered_one_at_a_time(monkeypatch):
+    """All of them at once would be the memory that sharding saves; plain weights are packed in one launch."""
+    calls, pack = [], ops.compress_
+    model = sparse_model()
+    monkeypatch.setattr(ops, "compress_", lambda weights, *rest: calls.append(len(weights)) or pack(weights, *rest))
+    sparse24.packing.pack([model.fc1, model.fc2], search=False)
+    monkeypatch.setattr(sparse24.packing, "full_weight", lambda layer: layer.kernel_weight())
+    monkeypatch.setattr(sparse24.packing, "is_dtensor", lambda tensor: True)
+    sparse24.packing.pack([model.fc1, model.fc2], search=False)
+    assert calls == [2, 1, 1]
+
+
 def _fsdp_in_16_bits(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
