@@ -26,7 +26,7 @@ from . import functional, ops
 from .errors import Sparse24Error
 from .layout import META_BLOCK
 from .modules import ACTIVATIONS, SPARSE, SparseLayer
-from .packing import PACKED_NAMES, blocks
+from .packing import PACKED_NAMES, TRANSPOSED_NAMES, blocks
 
 _CALL = r"self\.(\w+)"
 GATED_FORWARD = re.compile(rf"(?:(\w+) = {_CALL}\({_CALL}\({_CALL}\(x\)\) \* {_CALL}\(x\)\)\nreturn \1)")
@@ -79,10 +79,10 @@ class FusedFeedForward:
         rows, cols = gate.kernel_weight().shape
         whole = ops.empty_packed(2 * rows, cols, gate.packed.dtype, gate.packed.device)
         for name, tensor in zip(PACKED_NAMES, whole, strict=True):
-            setattr(self, name, tensor)
+            setattr(self, name, tensor.new_empty(0) if gate.lean and name in TRANSPOSED_NAMES else tensor)
         halves = []
         for index, layer in enumerate((gate, up)):
-            for name in ("packed", "packed_t", "E_t"):
+            for name in ("packed",) if gate.lean else ("packed", "packed_t", "E_t"):
                 half = getattr(self, name).chunk(2)[index]
                 half.copy_(getattr(layer, name))
                 setattr(layer, name, half)
@@ -152,18 +152,16 @@ class FusedFeedForward:
         bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
         if bias_up is not None and gated:
             bias_up = torch.cat([up._parameters["bias"] for up in ups])
-        packed_up = _packed_forms(self if gated else ups[0])
+        packed_up, packed_down = _packed_forms(self if gated else ups[0], ups), _packed_forms(down, [down])
         weights = tuple(up.as_kernel_sees(w) for up, w in zip(ups, up_weights, strict=True))
         down_weight = down.as_kernel_sees(down_weight)
         settings = dict(bias_down=bias_down, mvue=down.mvue, rank=down.rank)
         if gated:
             y = functional.gated_mlp(
-                x, weights, packed_up, down_weight, _packed_forms(down), kind, bias_gate_up=bias_up, **settings
+                x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
             )
         else:
-            y = functional.mlp(
-                x, weights[0], packed_up, down_weight, _packed_forms(down), kind, bias_up=bias_up, **settings
-            )
+            y = functional.mlp(x, weights[0], packed_up, down_weight, packed_down, kind, bias_up=bias_up, **settings)
         return y if dropout is None else modules[dropout](y)
 
     def _runs_fused(self, x: Tensor, layers: list[nn.Module]) -> bool:
@@ -189,13 +187,14 @@ class FusedFeedForward:
         return True
 
 
-def _packed_forms(module: nn.Module) -> functional.PackedWeight:
+def _packed_forms(module: nn.Module, layers: list[SparseLayer]) -> functional.PackedWeight:
     buffers = module._buffers
-    return functional.PackedWeight(buffers["packed"], buffers["E"], buffers["packed_t"], buffers["E_t"])
+    masks = tuple(layer._buffers["mask"] for layer in layers) if layers[0].lean else ()
+    return functional.PackedWeight(buffers["packed"], buffers["E"], buffers["packed_t"], buffers["E_t"], masks)
 
 
 def _form(layer: SparseLayer) -> tuple:
-    return (layer.packed.shape, layer.packed.dtype, layer.packed.device)
+    return (layer.packed.shape, layer.packed.dtype, layer.packed.device, layer.lean)
 
 
 def _own_class(module: FusedFeedForward) -> type:

@@ -19,12 +19,17 @@ from .layout import as_rows
 
 
 class PackedWeight(NamedTuple):
-    """A weight (out_features, in_features) packed both ways, as `ops.compress` returns it."""
+    """A weight (out_features, in_features) packed both ways, as `ops.compress` returns it.
+
+    With an empty packed_t, backward packs along out_features itself, from the weight and `masks`: one mask, or one of
+    each weight whose rows are stacked here. That is the lean form.
+    """
 
     packed: Tensor
     E: Tensor
     packed_t: Tensor
     E_t: Tensor
+    masks: tuple[Tensor, ...] = ()
 
 
 def _cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -49,6 +54,30 @@ def _check_no_transform(x: Tensor) -> None:
 def _constant(values: Tensor) -> Tensor:
     """Packed values made from a recording weight: their gradient is the straight-through one, not this path."""
     return values.detach() if values.requires_grad else values
+
+
+def _for_backward(form: PackedWeight, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What the input gradient needs later: packed_t and E_t; or, lean, the weights and their masks."""
+    if form.packed_t.numel() or not form.packed.numel():
+        return form.packed_t, form.E_t
+    if len(form.masks) != len(weights):
+        raise Sparse24Error(
+            f"packed_t is empty, so backward packs it anew and needs the mask of each of {len(weights)} weights, "
+            f"got {len(form.masks)}; pass masks, or packed_t and E_t from ops.compress"
+        )
+    return *weights, *form.masks
+
+
+def _packed_t(saved: tuple[Tensor, ...], lean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(packed_t, E_t) from what `_for_backward` has kept."""
+    if not lean:
+        return saved
+    count = len(saved) // 2
+    return ops.compress_transposed(saved[:count], saved[count:], dtype)
+
+
+def _is_lean(form: PackedWeight) -> bool:
+    return form.packed.numel() > 0 and form.packed_t.numel() == 0
 
 
 def _check_bias(x: Tensor, bias: Tensor | None) -> None:
@@ -97,11 +126,12 @@ def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, packed, E, packed_t, E_t, mvue, seed, rank):
+    def forward(ctx, x, weight, bias, form, mvue, seed, rank):
         # y = x (M.W)^T: W is K-major, x row-major, y row-major.
-        y = ops.sparse_mm(x, packed, E, weight.shape[0], bias=bias)
+        y = ops.sparse_mm(x, form.packed, form.E, weight.shape[0], bias=bias)
         needs_x = weight.requires_grad
-        ctx.save_for_backward(x if needs_x else None, packed_t, E_t, seed)
+        ctx.save_for_backward(x if needs_x else None, seed, *_for_backward(form, (weight,)))
+        ctx.lean, ctx.packed_dtype = _is_lean(form), form.packed.dtype
         ctx.in_features, ctx.weight_dtype = weight.shape[1], weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mvue, ctx.rank = mvue, rank
@@ -111,11 +141,12 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, packed_t, E_t, seed = ctx.saved_tensors
+        x, seed, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if need_x:
             # dx = dy (M.W): packed along out_features, so W^T is an MN-major operand and nothing is transposed.
+            packed_t, E_t = _packed_t(kept, ctx.lean, ctx.packed_dtype)
             dx = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.in_features)
         if need_weight or need_bias:
             dy = as_rows(dy)
@@ -127,7 +158,7 @@ class _SparseLinear(torch.autograd.Function):
             dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into)
         if need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 def sparse_linear(
@@ -142,6 +173,7 @@ def sparse_linear(
     mvue: bool = True,
     seed: Tensor | None = None,
     rank: int = 0,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias with W 2:4 sparse; gradients of W go, unmasked, to the dense `weight`.
 
@@ -152,6 +184,8 @@ def sparse_linear(
     mvue                    draw the output gradient's 2:4 form for dW (three sparse products); False: dense dW
     seed                    int64 (2,), or None: drawn in backward from torch's generator, fresh for every call
     rank                    of this process: mixed into a drawn seed, so that ranks draw different noise
+    mask                    of the weight, needed where packed_t and E_t are empty: backward then packs them anew, which
+                            keeps 1.125 bytes a weight less and costs a pass over the weight
 
     Source: arXiv 2404.01847. Not differentiable twice.
     """
@@ -160,8 +194,8 @@ def sparse_linear(
     _check_no_transform(x)
     x, bias = _cast_as_autocast_does(x, bias)
     _check_bias(x, bias)
-    packed, packed_t = _constant(packed), _constant(packed_t)
-    return _SparseLinear.apply(x, weight, bias, packed, E, packed_t, E_t, mvue, seed, rank)
+    form = PackedWeight(_constant(packed), E, _constant(packed_t), E_t, () if mask is None else (mask,))
+    return _SparseLinear.apply(x, weight, bias, form, mvue, seed, rank)
 
 
 class _Activation(torch.autograd.Function):
@@ -203,7 +237,9 @@ class _FeedForward(torch.autograd.Function):
         h = ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
         y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
         # h is recomputed in backward from gu, in the pass that needs gu anyway.
-        ctx.save_for_backward(x, gu, up.packed_t, up.E_t, down.packed_t, down.E_t, seed)
+        kept_down, kept_up = _for_backward(down, (down_weight,)), _for_backward(up, up_weights)
+        ctx.save_for_backward(x, gu, seed, *kept_down, *kept_up)
+        ctx.lean_down, ctx.lean_up, ctx.packed_dtype = _is_lean(down), _is_lean(up), down.packed.dtype
         ctx.kind, ctx.gated, ctx.mvue, ctx.rank = kind, gated, mvue, rank
         ctx.d_ff, ctx.down_dtype = h.shape[-1], down_weight.dtype
         ctx.up_rows, ctx.up_dtypes = [w.shape[0] for w in up_weights], [w.dtype for w in up_weights]
@@ -214,7 +250,9 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gu, up_t, up_E_t, down_t, down_E_t, seed = ctx.saved_tensors
+        x, gu, seed, *kept = (
+            ctx.saved_tensors
+        )  # of the down weight two tensors, packed_t and E_t or itself and its mask
         need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
         need_up = any(ctx.needs_input_grad[11:])
         x_rows, gu_rows, dy = as_rows(x), as_rows(gu), as_rows(dy)
@@ -222,7 +260,8 @@ class _FeedForward(torch.autograd.Function):
             seed = ops.draw_seeds(dy, 2, ctx.rank)
         seed_down, seed_up = (seed[0], seed[1]) if ctx.mvue and seed is not None else (None, None)
 
-        dh = ops.sparse_mm_grad_input(dy, down_t, down_E_t, ctx.d_ff)  # dh = dy (M.W_down)
+        packed_t, E_t = _packed_t(kept[:2], ctx.lean_down, ctx.packed_dtype)
+        dh = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.d_ff)  # dh = dy (M.W_down)
         fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
         plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
         packed_dgu = E_dgu = h = None
@@ -246,7 +285,8 @@ class _FeedForward(torch.autograd.Function):
             if d_up is not None:
                 d_ups = list(d_up.split(ctx.up_rows))
         if need_x:
-            dx = ops.sparse_mm_grad_input(d_gu, up_t, up_E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
+            packed_t, E_t = _packed_t(kept[2:], ctx.lean_up, ctx.packed_dtype)
+            dx = ops.sparse_mm_grad_input(d_gu, packed_t, E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
         if need_bias_up:
             db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
         if need_bias_down:
@@ -268,7 +308,8 @@ def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bi
     _check_bias(x, bias_up)
     _check_bias(x, bias_down)
     _check_seed_pairs(seed)
-    up, down = (PackedWeight(*(_constant(part) for part in weight)) for weight in (up, down))
+    up, down = PackedWeight(*up), PackedWeight(*down)
+    up, down = (form._replace(packed=_constant(form.packed), packed_t=_constant(form.packed_t)) for form in (up, down))
     rows = sum(w.shape[0] for w in up_weights)
     if up.packed.shape[0] != rows:
         raise Sparse24Error(f"packed weights of the up product have {up.packed.shape[0]} rows, the parameters {rows}")

@@ -85,17 +85,20 @@ class SparseLayer:
       phase         "sparse" or "dense" (the plain dense layer)
       mvue          prune the output gradient without bias for the weight gradient
       rank          mixed into the noise of MVUE
+      lean          packed_t and E_t stay empty; backward makes them anew from the weight and the mask
     """
 
     phase: str
     mvue: bool
     rank: int
+    lean: bool = False
 
     # -- life cycle ---------------------------------------------------------------------------------------------
 
-    def _init_sparse(self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None) -> None:
+    def _init_sparse(self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None, lean: bool = False) -> None:
         self.phase = SPARSE
         self.mvue = mvue
+        self.lean = lean
         self.rank = distributed_rank()
         self.compute_dtype = compute_dtype
         # Once training has advanced the mask it belongs to the training state: loading weights then keeps it.
@@ -113,7 +116,7 @@ class SparseLayer:
         for name in (*packing.SPARSE_BUFFERS, "soft"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "_stamp"):
+        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "_stamp", "lean"):
             self.__dict__.pop(name, None)
 
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
@@ -146,7 +149,8 @@ class SparseLayer:
         packed = self.packed
         if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
             for name, tensor in zip(packing.PACKED_NAMES, ops.empty_packed(rows, cols, dtype, device), strict=True):
-                setattr(self, name, tensor)
+                left_out = self.lean and name in packing.TRANSPOSED_NAMES
+                setattr(self, name, tensor.new_empty(0) if left_out else tensor)
         return no_mask
 
     def _repack(self, *, search: bool = False) -> None:
@@ -257,7 +261,16 @@ class SparseLayer:
         if not fits:
             return self._masked_forward(x, weight, bias)
         return functional.sparse_linear(
-            x, weight, packed, self.E, self.packed_t, self.E_t, bias, mvue=self.mvue, rank=self.rank
+            x,
+            weight,
+            packed,
+            self.E,
+            self.packed_t,
+            self.E_t,
+            bias,
+            mvue=self.mvue,
+            rank=self.rank,
+            mask=self.mask if self.lean else None,
         )
 
     def _masked_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

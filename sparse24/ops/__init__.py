@@ -17,6 +17,7 @@ from .activation import (
 from .compress import (
     compress,
     compress_,
+    compress_transposed,
     decompress,
     empty_packed,
     is_valid_metadata,
@@ -34,6 +35,7 @@ __all__ = [
     "activation_backward_mvue",
     "compress",
     "compress_",
+    "compress_transposed",
     "decompress",
     "draw_seed",
     "draw_seeds",

@@ -144,8 +144,10 @@ def _check_lists(weights, masks, packed, E, packed_t, E_t) -> None:
     for w, mask, p, e, pt, et in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
         _check_compress(w, mask)
         rows, cols = w.shape
-        check_packed_operand(p, e, "packed", (rows, cols // 2), rows, cols)
-        check_packed_operand(pt, et, "packed_t", (rows // 2, cols), cols, rows)
+        if p.numel() or e.numel():  # an empty pair is not written
+            check_packed_operand(p, e, "packed", (rows, cols // 2), rows, cols)
+        if pt.numel() or et.numel():
+            check_packed_operand(pt, et, "packed_t", (rows // 2, cols), cols, rows)
         check_same_device(weights[0], "weights[0]", weights=w, packed=p, packed_t=pt)
 
 
@@ -157,7 +159,8 @@ def _pack_lists(search: bool, weights, masks, packed, E, packed_t, E_t) -> None:
             if search:
                 mask.copy_(reference.transposable_mask(w))
             for target, value in zip(out, reference.compress(w, mask, out[0].dtype), strict=True):
-                target.copy_(value)
+                if target.numel():
+                    target.copy_(value)
         return
     # One launch takes weights of one dtype and layout class; the library groups nothing, so group here.
     groups: dict[tuple, list] = {}
@@ -202,6 +205,7 @@ def prune_compress_(weights, masks, packed, E, packed_t, E_t) -> None:
     """Search and pack many weights in place, into buffers that keep their addresses; few launches for all of them.
 
     Six lists of one length: weights (rows, cols), masks (written), and the four outputs of `empty_packed` (written).
+    Where packed and E of a weight are empty tensors, or packed_t and E_t, that direction is left out.
     """
     _op_prune_compress_(
         [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t
@@ -214,6 +218,27 @@ def compress_(weights, masks, packed, E, packed_t, E_t) -> None:
     """Pack many weights by their masks in place; arguments as `prune_compress_`, the masks only read."""
     _op_compress_([w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t)
     torch.autograd.graph.increment_version([*packed, *E, *packed_t, *E_t])
+
+
+def compress_transposed(weights, masks, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(packed_t, E_t) of weights stacked by rows, for an input gradient that does without stored ones.
+
+    weights  one (rows, cols), or several of equal columns whose rows are multiples of 64
+    masks    their masks
+    dtype    of the packed values, as `compress` has it
+
+    Reads a weight and writes half of it: the pass of `compress` with one output.
+    """
+    values, metadata = [], []
+    for w, mask in zip(weights, masks, strict=True):
+        kind, (rows, cols) = packed_dtype(w, dtype), w.shape
+        nothing, no_E = (w.new_empty(0, dtype=t) for t in (kind, torch.uint8))
+        packed_t = w.new_empty((rows // 2, cols), dtype=kind)
+        E_t = w.new_empty(metadata_bytes(cols, rows), dtype=torch.uint8)
+        compress_([w], [mask], [nothing], [no_E], [packed_t], [E_t])
+        values.append(packed_t)
+        metadata.append(E_t)
+    return (values[0], metadata[0]) if len(values) == 1 else (torch.cat(values), torch.cat(metadata))
 
 
 def _check_decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: bool) -> None:
