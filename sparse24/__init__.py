@@ -12,9 +12,10 @@ the same in plain PyTorch: `reference`.
 from . import errors, functional, integrations, ops, reference
 from ._library import Availability, is_available
 from ._version import __version__
+from .checkpoints import load_checkpoint, save_checkpoint
 from .convert import densify, refresh, sparsify
 from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from .exporting import export
+from .exporting import export, load_compressed
 from .gated_mlp import SparseGatedMLP
 from .modules import SparseLinear
 from .probe import MaskProbe
@@ -41,9 +42,12 @@ __all__ = [
     "functional",
     "integrations",
     "is_available",
+    "load_checkpoint",
+    "load_compressed",
     "ops",
     "reference",
     "refresh",
+    "save_checkpoint",
     "sparsify",
     "to_semi_structured",
     "tune_decay",

@@ -38,7 +38,10 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
     that are not 2:4 under their masks; OSError where the file cannot be written.
     """
     if format not in FORMATS:
-        raise Sparse24Error(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise Sparse24Error(
+            f"format must be one of {', '.join(FORMATS)}, got {format!r}; for PyTorch's SparseSemiStructuredTensor "
+            "there is sparse24.to_semi_structured(model)"
+        )
     masked = masked or format == "compressed"
     layers = sparse_layers(model)
     if masked and not layers:
