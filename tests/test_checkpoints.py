@@ -114,6 +114,23 @@ def test_every_method_resumes_bit_for_bit(method, tmp_path):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_lean_layers_take_up_the_checkpoint_of_others_and_go_on_alike(tmp_path):
+    """How a weight is packed is no part of the state: the same numbers with one packed form and with two."""
+    model, optimizer, recipe = make(model=MLP())
+    torch.manual_seed(5)
+    run(model, optimizer, 0, 6)
+    save_checkpoint(tmp_path, model, optimizer, recipe)
+    run(model, optimizer, 6, STEPS)
+    lean = MLP()
+    sparse24.sparsify(lean, lean=True)
+    resumed, again, recipe_again = make(seed=1, model=lean)
+    load_checkpoint(tmp_path, resumed, again, recipe_again)
+    assert resumed.fc1.packed_t.numel() == 0 and sparse24.verify(resumed)
+    run(resumed, again, 6, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), model.parameters(), strict=True))
+    assert torch.equal(resumed.fc1.mask, model.fc1.mask)
+
+
 @pytest.mark.fault(58, 59, 61)
 @pytest.mark.parametrize("stop", [5, 6, 9])
 def test_scaler_and_accumulation_resume_bit_for_bit(stop, tmp_path):

@@ -179,6 +179,13 @@ def gated():
     return nn.Sequential(block), 16
 
 
+def lean():
+    """The other packed form is made in backward, from the weight that FSDP2 has gathered for it."""
+    model = MLP(16, 32)
+    sparse24.sparsify(model, lean=True)
+    return model, 16
+
+
 def conv1d():
     """Weights stored as [in, out]: the shards cut the columns that the kernels see."""
     from transformers.pytorch_utils import Conv1D
@@ -209,7 +216,8 @@ def _fsdp(rank, folder, make, mesh=(WORLD,)):
 
 
 @pytest.mark.parametrize(
-    "make, mesh", [(plain, (2,)), (cut, (2,)), (gated, (2,)), (conv1d, (2,)), (cut, (1, 2)), (cut, (2, 1))]
+    "make, mesh",
+    [(plain, (2,)), (cut, (2,)), (gated, (2,)), (lean, (2,)), (conv1d, (2,)), (cut, (1, 2)), (cut, (2, 1))],
 )
 @pytest.mark.fault(67)
 def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, tmp_path):

@@ -40,13 +40,15 @@ def on_cpu(monkeypatch):
     return use
 
 
-def sparse(width=64, hidden=128, dtype=torch.bfloat16):
+def sparse(width=64, hidden=128, dtype=torch.bfloat16, **settings):
     model = MLP(width, hidden).to(dtype)
-    sparse24.sparsify(model)
+    sparse24.sparsify(model, **settings)
     return model
 
 
-@pytest.mark.parametrize("make", [sparse, lambda: sparse(dtype=torch.float16), lambda: sparse(16, 32)])
+@pytest.mark.parametrize(
+    "make", [sparse, lambda: sparse(lean=True), lambda: sparse(dtype=torch.float16), lambda: sparse(16, 32)]
+)
 def test_the_converted_model_computes_what_the_sparse_one_did(on_cpu, make):
     """Layers that PyTorch's tiles do not fit are dense afterwards, with their zeros, and the report names them."""
     model = make()
