@@ -7,7 +7,7 @@ stays; its layers stay the sparse layers that they are, and hold the parameters.
 it was (dense phase, hooks, adapters, another dtype), forward is the module's own again.
 
 Gate and up are packed into one buffer of the module: their own packed forms are its halves, so that one product reads
-both and nothing is packed twice. Only E of the forward product is copied, its rows being interleaved.
+both and nothing is held twice. Only E of the forward product is copied after packing, its rows being interleaved.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class FusedFeedForward:
             return
         gate, up, _ = self.ffn_layers()
         if self._linked(gate, up):
-            self.copy_E()
             return
         self._halves = None
         sparse = isinstance(gate, SparseLayer) and isinstance(up, SparseLayer)
@@ -80,40 +79,31 @@ class FusedFeedForward:
         whole = ops.empty_packed(2 * rows, cols, gate.packed.dtype, gate.packed.device)
         for name, tensor in zip(PACKED_NAMES, whole, strict=True):
             setattr(self, name, tensor.new_empty(0) if gate.lean and name in TRANSPOSED_NAMES else tensor)
+        # E orders columns by 64 first and rows within: of each 64 columns the two halves have a piece.
+        pieces = self.E.view(-(-cols // META_BLOCK), 2, -1)
         halves = []
         for index, layer in enumerate((gate, up)):
             for name in ("packed",) if gate.lean else ("packed", "packed_t", "E_t"):
                 half = getattr(self, name).chunk(2)[index]
                 half.copy_(getattr(layer, name))
                 setattr(layer, name, half)
+            piece = pieces[:, index]
+            piece.copy_(layer.flat_E().view(piece.shape))
+            layer.E = piece
             halves.append({name: layer._buffers[name] for name in PACKED_NAMES})
             blocks[layer] = weakref.ref(self)
-        self._halves = (self._buffers["packed"], *halves, self._E_views(gate, up))
-        self.copy_E()
+        self._halves = (self._buffers["packed"], *halves)
 
     def _linked(self, gate: nn.Module, up: nn.Module) -> bool:
         """Whether the layers' packed forms are still the halves that `link` gave them: this runs after each step."""
         if self.__dict__.get("_halves") is None:
             return False
-        whole, gates, ups, _ = self._halves
+        whole, gates, ups = self._halves
         return self._buffers["packed"] is whole and all(
             layer._buffers.get(name) is half
             for layer, halves in ((gate, gates), (up, ups))
             for name, half in halves.items()
         )
-
-    def _E_views(self, gate: SparseLayer, up: SparseLayer) -> tuple[list[Tensor], list[Tensor]]:
-        """Where in the block's E, and from where, `copy_E` copies: in words of 8 bytes."""
-        tiles = -(-gate.kernel_weight().shape[1] // META_BLOCK)
-        whole = self.E.view(torch.int64).view(tiles, 2, -1)
-        return list(whole.unbind(1)), [layer.E.view(torch.int64).view(tiles, -1) for layer in (gate, up)]
-
-    def copy_E(self) -> None:
-        """E orders columns by 64 first and rows within: the two halves alternate. Whole 64-row blocks, so a copy
-        does.
-        """
-        if not self.packed.is_meta:
-            torch._foreach_copy_(*self._halves[-1])
 
     # -- what may happen to a module ----------------------------------------------------------------------------------
 

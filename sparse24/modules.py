@@ -79,7 +79,7 @@ class SparseLayer:
 
     Buffers, all non-persistent, for a weight seen by the kernels as [rows, cols] = [out_features, in_features]:
       mask          uint8 [rows/4, cols/2], the bytes of a uint16 mask of 4x4 blocks
-      packed, E     kept values [rows, cols/2] and their metadata (forward)
+      packed, E     kept values [rows, cols/2] and their metadata (forward); E in 2-D pieces in a fused block
       packed_t, E_t the same weight packed along rows, [rows/2, cols], and its metadata (input gradient)
     Constants that forward reads:
       phase         "sparse" or "dense" (the plain dense layer)
@@ -122,6 +122,10 @@ class SparseLayer:
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape, such as its gradient, as [out_features, in_features]."""
         return tensor
+
+    def flat_E(self) -> Tensor:
+        """E as products take it, 1-D; a copy where it lies in pieces inside that of a fused block."""
+        return self.E.reshape(-1)
 
     def kernel_weight(self) -> Tensor:
         """The weight as kernels see it: [out_features, in_features], detached."""
@@ -256,7 +260,7 @@ class SparseLayer:
         fits = packed.dtype == x.dtype or packed.dtype in (torch.float32, torch.float64)
         if self.soft is not None:
             if fits:
-                return soft_linear(x, weight, packed, self.E, bias, mvue=self.mvue, rank=self.rank)
+                return soft_linear(x, weight, packed, self.flat_E(), bias, mvue=self.mvue, rank=self.rank)
             return F.linear(x, _SoftWeight.apply(weight, self.soft).to(x.dtype), bias)
         if not fits:
             return self._masked_forward(x, weight, bias)
@@ -264,7 +268,7 @@ class SparseLayer:
             x,
             weight,
             packed,
-            self.E,
+            self.flat_E(),
             self.packed_t,
             self.E_t,
             bias,

@@ -76,14 +76,24 @@ def pack(layers: Iterable, *, search: bool) -> None:
             groups[layer.weight.device, layer.weight.dtype, alone].append(layer)
     for group in groups.values():
         run = ops.prune_compress_ if search else ops.compress_
-        run(
-            [full_weight(layer) for layer in group],
-            [mask_bits(layer.mask) for layer in group],
-            *([getattr(layer, name) for layer in group] for name in PACKED_NAMES),
-        )
+        weights, masks = [full_weight(layer) for layer in group], [mask_bits(layer.mask) for layer in group]
+        _run(run, weights, masks, group)
         for layer in group:
             layer.note_packed()
     _tell_blocks(chain.from_iterable(groups.values()))
+
+
+def _run(run, weights: list[Tensor], masks: list[Tensor], layers: list) -> None:
+    """`run` into the buffers of the layers. E of gate and up of a fused block lies in pieces: it goes by a copy."""
+    outputs = [[layer._buffers[name] for layer in layers] for name in PACKED_NAMES]
+    pieces = [(i, E) for i, E in enumerate(outputs[1]) if E.dim() == 2]
+    for i, E in pieces:
+        outputs[1][i] = E.new_empty(E.numel())
+    run(weights, masks, *outputs)
+    if pieces:
+        words = torch.int64  # eight bytes at a time
+        made = [outputs[1][i].view(E.shape).view(words) for i, E in pieces]
+        torch._foreach_copy_([E.view(words) for _, E in pieces], made)
 
 
 def _tell_blocks(layers: Iterable) -> None:
@@ -104,7 +114,7 @@ def _pack_soft(layer, search: bool) -> None:
         layer.soft = soft
     else:
         layer.soft.copy_(soft)
-    ops.compress_([soft], [mask], *([getattr(layer, name)] for name in PACKED_NAMES))
+    _run(ops.compress_, [soft], [mask], [layer])
     if search:
         layer.mask.copy_(mask_bytes(mask))
     layer.note_packed()

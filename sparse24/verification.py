@@ -148,7 +148,7 @@ def _problems(layer: SparseLayer) -> list[str]:
     weight, bits = packing.full_weight(layer), packing.mask_bits(layer.mask)
     rows, cols = weight.shape
     kept = torch.where(ops.unpack_mask(bits), weight.to(layer.packed.dtype), 0)
-    both = ((layer.packed, layer.E, False), (layer.packed_t, layer.E_t, True))
+    both = ((layer.packed, layer.flat_E(), False), (layer.packed_t, layer.E_t, True))
     for values, E, transposed in both[:1] if layer.lean else both:
         unpacked = ops.decompress(values, E, rows, cols, transposed=transposed)
         # Kept NaN are equal to themselves here: they are to stay visible.
@@ -160,6 +160,6 @@ def _problems(layer: SparseLayer) -> list[str]:
     for name, tensor in zip(("E", "E_t"), fresh[1::2], strict=True):
         if layer.lean and name == "E_t":
             continue
-        if not torch.equal(getattr(layer, name), tensor):
+        if not torch.equal(getattr(layer, name).reshape(-1), tensor):
             problems.append(f"{name} does not match the mask")
     return problems

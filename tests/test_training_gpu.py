@@ -81,7 +81,7 @@ def test_masks_and_packed_values_are_those_of_the_cpu():
     for layer in (m for m in model.modules() if isinstance(m, SparseLinear)):
         weight = layer.weight.detach().cpu()
         on_cpu = sparse24.ops.prune_compress(weight, dtype=torch.bfloat16)
-        ours = (layer.mask.view(torch.uint16), layer.packed, layer.E, layer.packed_t, layer.E_t)
+        ours = (layer.mask.view(torch.uint16), layer.packed, layer.flat_E(), layer.packed_t, layer.E_t)
         for a, b in zip(ours, on_cpu, strict=True):
             assert torch.equal(a.cpu(), b)
 
