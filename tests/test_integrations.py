@@ -133,6 +133,34 @@ def test_model_made_anew_by_the_trainer_is_converted_too(tmp_path):
     assert callback.recipe.step == 3 and sparse_names(trainer.model) and sparse24.verify(trainer.model)
 
 
+def test_settings_of_sparsify_and_of_the_recipe_find_their_way(tmp_path):
+    trainer, callback = hf_trainer(tmp_path, steps=2, lean=True, fuse=False, mvue=False, decay=3e-4, method="sr-ste")
+    layer = trainer.model.get_submodule(callback.report.converted[0])
+    assert layer.lean and not layer.mvue and not callback.report.fused
+    trainer.train()
+    assert callback.recipe.decay == 3e-4 and callback.recipe.method.name == "sr-ste" and not layer.mvue
+
+
+@pytest.mark.parametrize("kind", ["hf", "lightning"])
+def test_unknown_settings_are_refused_at_once(kind):
+    callback = HFCallback if kind == "hf" else LightningCallback
+    with pytest.raises(Sparse24Error, match="takes no setting 'mask_intervall'; did you mean mask_interval?"):
+        callback(mask_intervall=20)
+
+
+@pytest.mark.fault(36)
+def test_trainers_train_dense_where_auto_leaves_the_model_dense(tmp_path, monkeypatch):
+    """A GPU without our kernels: sparsify warns, and training goes on."""
+    monkeypatch.setattr(sparse24.convert, "_why_unavailable", lambda model: "no 2:4 products on cuda:0: too old")
+    with pytest.warns(sparse24.Sparse24Warning, match="left the model dense: no 2:4 products"):
+        trainer, callback = hf_trainer(tmp_path, steps=2)
+    trainer.train()
+    assert callback.recipe is None and trainer.state.global_step == 2
+    with pytest.warns(sparse24.Sparse24Warning, match="left the model dense: no 2:4 products"):
+        module, callback, trainer = fit(tmp_path, 2)
+    assert callback.recipe is None and trainer.global_step == 2 and not sparse_names(module)
+
+
 @pytest.mark.parametrize(
     "settings, device, expected",
     [

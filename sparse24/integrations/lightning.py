@@ -20,6 +20,7 @@ except ImportError:  # the same library under its older name
 from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..recipe import Recipe
+from .settings import split_settings
 
 #: Strategies that place a module's parameters themselves.
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -35,11 +36,11 @@ def packed_dtype(trainer) -> torch.dtype | None:
 class Sparse24Callback(Callback):
     """Trains the FFNs of a LightningModule 2:4 sparse.
 
-    include, exclude, backend, tokens   as in `sparse24.sparsify`
-    dtype                       of packed values; default: what the Trainer's precision multiplies in
-    total_steps                 optimizer steps; default: the Trainer's estimate
-    log                         log `recipe.metrics()` with the module's own logs
-    recipe settings             decay, mask_interval, dense_fraction, mvue, method, ... as in `sparse24.Recipe`
+    include, exclude, backend   as in `sparse24.sparsify`
+    total_steps     optimizer steps; default: the Trainer's estimate
+    log             log `recipe.metrics()` with the module's own logs
+    settings        all others of `sparsify` (tokens, lean, ...) and of `Recipe` (decay, mask_interval, ...). The
+                    Trainer gives dtype (what its precision multiplies in) and micro_batches if they are left out
 
     The module is converted in `setup`, before its optimizers are made. The state travels in Lightning's checkpoints.
     """
@@ -51,13 +52,12 @@ class Sparse24Callback(Callback):
         backend: str = "auto",
         *,
         total_steps: int | None = None,
-        tokens: int | None = None,
-        dtype: torch.dtype | None = None,
         log: bool = True,
         **settings,
     ):
-        self.include, self.exclude, self.backend, self.tokens, self.dtype = include, exclude, backend, tokens, dtype
-        self.total_steps, self.log_metrics, self.settings = total_steps, log, settings
+        self.include, self.exclude, self.backend = include, exclude, backend
+        self.total_steps, self.log_metrics = total_steps, log
+        self.sparsify_settings, self.recipe_settings = split_settings(settings)
         self.report = None
         self.recipe: Recipe | None = None
         self._loaded: dict | None = None
@@ -68,27 +68,22 @@ class Sparse24Callback(Callback):
         if type(trainer.strategy).__name__ not in SHARDING:
             # Lightning moves it later; which layers gain from being 2:4 depends on the device.
             pl_module.to(trainer.strategy.root_device)
-        self.report = sparsify(
-            pl_module,
-            self.include,
-            self.exclude,
-            self.backend,
-            tokens=self.tokens,
-            dtype=self.dtype or packed_dtype(trainer),
-            mvue=self.settings.get("mvue", True),
-        )
+        given = {"dtype": packed_dtype(trainer), "micro_batches": trainer.accumulate_grad_batches}
+        self.report = sparsify(pl_module, self.include, self.exclude, self.backend, **(given | self.sparsify_settings))
 
     def on_train_start(self, trainer, pl_module) -> None:
+        if not sparse_layers(pl_module):
+            return  # backend="auto" has left the module dense, and has said so
         steps = self.total_steps or trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise Sparse24Error("Lightning cannot tell how many steps this run has; give Sparse24Callback total_steps")
-        self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **self.settings)
+        self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **self.recipe_settings)
         if self._loaded is not None:
             self.recipe.load_state_dict(self._loaded)
             self._loaded = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.log_metrics and trainer.global_step % trainer.log_every_n_steps == 0:
+        if self.recipe is not None and self.log_metrics and trainer.global_step % trainer.log_every_n_steps == 0:
             metrics = self.recipe.metrics()
             pl_module.log_dict({f"sparse24/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
 

@@ -16,6 +16,7 @@ from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
 from ..recipe import Recipe
+from .settings import split_settings
 
 STATE_FILE = "sparse24.pt"
 
@@ -30,10 +31,10 @@ def packed_dtype(args) -> torch.dtype | None:
 class Sparse24Callback(TrainerCallback):
     """Trains the FFNs of a Trainer's model 2:4 sparse.
 
-    include, exclude, backend, tokens   as in `sparse24.sparsify`
-    dtype                       of packed values; default: what the Trainer's fp16 or bf16 multiplies in
-    total_steps                 optimizer steps; default: the Trainer's max_steps
-    recipe settings             decay, mask_interval, dense_fraction, mvue, method, ... as in `sparse24.Recipe`
+    include, exclude, backend   as in `sparse24.sparsify`
+    total_steps     optimizer steps; default: the Trainer's max_steps
+    settings        all others of `sparsify` (tokens, lean, ...) and of `Recipe` (decay, mask_interval, ...). The
+                    Trainer gives dtype (what its fp16 or bf16 multiplies in) and micro_batches if they are left out
 
     The model is converted when the Trainer is made, before its optimizer. Checkpoints get a file sparse24.pt beside the
     Trainer's own; `trainer.train(resume_from_checkpoint=...)` reads it. `report` and `recipe` are there to look at.
@@ -47,12 +48,10 @@ class Sparse24Callback(TrainerCallback):
         backend: str = "auto",
         *,
         total_steps: int | None = None,
-        tokens: int | None = None,
-        dtype: torch.dtype | None = None,
         **settings,
     ):
-        self.include, self.exclude, self.backend, self.tokens, self.dtype = include, exclude, backend, tokens, dtype
-        self.total_steps, self.settings = total_steps, settings
+        self.include, self.exclude, self.backend, self.total_steps = include, exclude, backend, total_steps
+        self.sparsify_settings, self.recipe_settings = split_settings(settings)
         self.report = None
         self.recipe: Recipe | None = None
 
@@ -60,15 +59,8 @@ class Sparse24Callback(TrainerCallback):
         self._convert(model, args)
 
     def _convert(self, model, args) -> None:
-        self.report = sparsify(
-            model,
-            self.include,
-            self.exclude,
-            self.backend,
-            dtype=self.dtype or packed_dtype(args),
-            tokens=self.tokens,
-            mvue=self.settings.get("mvue", True),
-        )
+        given = {"dtype": packed_dtype(args), "micro_batches": args.gradient_accumulation_steps}
+        self.report = sparsify(model, self.include, self.exclude, self.backend, **(given | self.sparsify_settings))
 
     def log_through(self, trainer) -> None:
         """Come before the Trainer's own callbacks, so that TensorBoard and whatever else `report_to` names, and the
@@ -86,7 +78,9 @@ class Sparse24Callback(TrainerCallback):
             )
         if not sparse_layers(model):  # made anew by Trainer(model_init=...)
             self._convert(unwrap(model), args)
-        self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.settings)
+        if not sparse_layers(model):
+            return  # backend="auto" has left the model dense, and has said so
+        self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.recipe_settings)
         if state.global_step > 0:
             self._resume(args, state)
 

@@ -1,0 +1,29 @@
+"""One flat list of keyword arguments for two functions: which go to `sparsify` and which to `Recipe`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import Any
+
+from ..convert import sparsify
+from ..errors import Sparse24Error
+from ..recipe import Recipe
+
+
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(those of `sparsify`, those of `Recipe`); what both take, such as mvue, goes to both.
+
+    Raises Sparse24Error, with the closest name, for one that neither takes: at once, not when training begins.
+    """
+    known = [_keywords(function) - {"self", "model", "optimizer", "total_steps"} for function in (sparsify, Recipe)]
+    for name in settings:
+        if not any(name in names for names in known):
+            close = difflib.get_close_matches(name, sorted(set.union(*known)), n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(set.union(*known)))}"
+            raise Sparse24Error(f"Sparse24Callback takes no setting {name!r}; {hint}")
+    return tuple({name: value for name, value in settings.items() if name in names} for names in known)
+
+
+def _keywords(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
