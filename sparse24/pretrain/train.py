@@ -48,7 +48,8 @@ def learning_rate(step: int, s: Settings) -> float:
 def sparsify_settings(s: Settings) -> dict[str, Any]:
     """What `sparse24.sparsify` is told of a run; on a GPU, the dtype of autocast for the packed values."""
     packed = getattr(torch, s.dtype) if s.device.startswith("cuda") and s.dtype != "float32" else None
-    return {"backend": s.backend, "dtype": packed, "tokens": s.micro_batch * s.ctx}
+    calls = s.batch // s.micro_batch
+    return {"backend": s.backend, "dtype": packed, "tokens": s.micro_batch * s.ctx, "micro_batches": calls}
 
 
 class StepClock:

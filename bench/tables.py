@@ -1,0 +1,139 @@
+"""Writes the tables of docs/when-it-pays.md from the CSVs of bench/results, between the marks that name them.
+
+python -m bench.tables          # after new results
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "when-it-pays.md"
+RESULTS = ROOT / "bench" / "results"
+MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """The rows of a result, numbers still as text; none where it has not been measured."""
+    path = RESULTS / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def ratio(text: str) -> str:
+    return "-" if text in ("", "nan") else f"{float(text):.2f}x"
+
+
+def percent(text: str) -> str:
+    return f"{100 * float(text):.0f} %"
+
+
+def milliseconds(text: str) -> str:
+    return f"{float(text) / 1e3:.2f}"
+
+
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def ffn() -> str:
+    header = [
+        "weights",
+        "layer",
+        "dense, ms",
+        "2:4, ms",
+        "speed-up",
+        "8 micro-batches",
+        "`mvue=False`",
+        "PyTorch's own 2:4",
+    ]
+    rows = [
+        [
+            row["weights"], row["layer"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
+            ratio(row["speedup"]), ratio(row["speedup 8 micro-batches"]), ratio(row["speedup mvue=False"]),
+            ratio(row["PyTorch's 2:4 over dense"]),
+        ]
+        for row in read("ffn")
+    ]  # fmt: skip
+    return markdown(header, rows, 2)
+
+
+COSTS = ["sparse products", "dense products", "activation", "mvue", "pack", "search / 40", "decay"]
+
+
+def ffn_costs() -> str:
+    shares: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in read("ffn_costs"):
+        cost = row["cost"] if row["cost"] in COSTS else "other"
+        found = shares.setdefault((row["weights"], row["layer"], row["mvue"]), {})
+        found[cost] = found.get(cost, 0.0) + float(row["share"])
+    rows = [
+        [weights, layer, "yes" if mvue == "True" else "no"]
+        + [f"{100 * found[cost]:.1f}" if cost in found else "-" for cost in (*COSTS, "other")]
+        for (weights, layer, mvue), found in shares.items()
+    ]
+    return markdown(["weights", "layer", "MVUE", *COSTS, "other"], rows, 3)
+
+
+def tokens() -> str:
+    names, counts = [], []
+    cells = {}
+    for row in read("tokens"):
+        names += [row["layer"]] * (row["layer"] not in names)
+        counts += [row["tokens"]] * (row["tokens"] not in counts)
+        cells[row["layer"], row["tokens"]] = (ratio(row["speedup"]), ratio(row["speedup mvue=False"]))
+    rows = [
+        [name, mvue] + [cells.get((name, count), ("-", "-"))[index] for count in counts]
+        for name in names
+        for index, mvue in enumerate(("yes", "no"))
+    ]
+    return markdown(["layer", "MVUE", *(f"{int(count):,} tokens" for count in counts)], rows, 2)
+
+
+def block() -> str:
+    header = ["weights", "block", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "FFN", "`mvue=False`"]
+    rows = [
+        [
+            row["weights"], row["block"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
+            ratio(row["speedup"]), ratio(row["bound"]), percent(row["ffn share"]), ratio(row["ffn speedup"]),
+            ratio(row["speedup mvue=False"]),
+        ]
+        for row in read("block")
+    ]  # fmt: skip
+    return markdown(header, rows, 2)
+
+
+def step() -> str:
+    header = [
+        "weights", "model", "calls a step", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "`mvue=False`",
+        "tokens/s, dense", "2:4", "MFU, dense", "2:4", "GB, dense", "2:4",
+    ]  # fmt: skip
+    rows = [
+        [
+            row["weights"], row["model"], row["micro-batches"], f"{float(row['dense_ms']):.1f}",
+            f"{float(row['sparse_ms']):.1f}", ratio(row["speedup"]), ratio(row["bound"]), percent(row["ffn share"]),
+            ratio(row["speedup mvue=False"]), f"{float(row['dense tokens/s']):,.0f}",
+            f"{float(row['sparse tokens/s']):,.0f}", percent(row["dense MFU"]), percent(row["sparse MFU"]),
+            f"{float(row['dense GB']):.1f}", f"{float(row['sparse GB']):.1f}",
+        ]
+        for row in read("step")
+    ]  # fmt: skip
+    return markdown(header, rows, 2)
+
+
+TABLES = {"ffn": ffn, "ffn_costs": ffn_costs, "tokens": tokens, "block": block, "step": step}
+
+
+def fill(text: str) -> str:
+    """The page with every marked table made anew."""
+    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text()))
+    print("wrote", PAGE)
