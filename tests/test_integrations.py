@@ -295,6 +295,18 @@ def test_packed_dtype_follows_lightnings_precision(precision, device, expected):
     assert packed_dtype(SimpleNamespace(strategy=strategy, precision=precision)) is expected
 
 
+@pytest.mark.parametrize("off", [dict(log=False), dict(log_every_n_steps=0)], ids=str)
+def test_lightning_logs_nothing_when_told_so(tmp_path, off):
+    callback = LightningCallback(total_steps=2, log=off.get("log", True))
+    trainer = lightning.Trainer(
+        max_steps=2, callbacks=[callback], accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        log_every_n_steps=off.get("log_every_n_steps", 1),
+    )  # fmt: skip
+    trainer.fit(Regression(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(16, 16)), 8))
+    assert callback.recipe.step == 2 and not any(name.startswith("sparse24/") for name in trainer.callback_metrics)
+
+
 @pytest.mark.parametrize("precision, dtype", [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
 def test_lightning_in_half_precision(tmp_path, precision, dtype):
     data = torch.utils.data.TensorDataset(torch.randn(32, 16))

@@ -83,7 +83,8 @@ class Sparse24Callback(Callback):
             self._loaded = None
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if self.recipe is not None and self.log_metrics and trainer.global_step % trainer.log_every_n_steps == 0:
+        every = trainer.log_every_n_steps  # 0: no logs
+        if self.recipe is not None and self.log_metrics and every and trainer.global_step % every == 0:
             metrics = self.recipe.metrics()
             pl_module.log_dict({f"sparse24/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
 
