@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .errors import Sparse24Error
+
 BLOCK = 4  # a mask block is 4x4
 META_BLOCK = 64  # E is written in blocks of 64 (m) x 64 (k) elements, 512 bytes each
 PADDING_NIBBLE = 0x4  # positions 0 and 1
@@ -57,8 +59,20 @@ def as_rows(t: Tensor) -> Tensor:
 
 
 def mask_as_uint16(mask: Tensor) -> Tensor:
-    """A mask as ops take it, from either form: uint16 [rows/4, cols/4], or its uint8 view [rows/4, cols/2]."""
-    return mask.view(torch.uint16) if mask.dtype == torch.uint8 else mask
+    """A mask as ops take it, from either form: uint16 [rows/4, cols/4], or its uint8 view [rows/4, cols/2].
+
+    Raises Sparse24Error for bytes that are not whole uint16 in rows.
+    """
+    if mask.dtype != torch.uint8:
+        return mask
+    if mask.dim() != 2 or mask.shape[1] % 2 or not mask.is_contiguous() or mask.storage_offset() % 2:
+        raise Sparse24Error(
+            f"a mask of bytes must be contiguous, begin at an even byte and have shape (rows/4, cols/2), got shape "
+            f"{tuple(mask.shape)}, strides {mask.stride()}, offset {mask.storage_offset()}"
+        )
+    if mask.numel() == 0:  # whose strides may be any
+        return mask.new_empty((mask.shape[0], mask.shape[1] // 2), dtype=torch.uint16)
+    return mask.view(torch.uint16)
 
 
 @lru_cache(maxsize=64)

@@ -207,6 +207,85 @@ def test_flips_between_masks(device, data):
         assert flips.item() == expected.sum().item()
 
 
+@fuzz(200)
+@given(mask=tensors(dtypes=(torch.int32, torch.int64, torch.float32, torch.uint8)), layout=st.sampled_from(LAYOUTS))
+def test_any_bits_as_a_mask(device, mask, layout):
+    """Any 16 bits can be unpacked; only transposable ones are called so. A mask's bytes serve as well."""
+    kind = mask.dtype
+    if kind == torch.int32 and mask.dim():  # as uint16: what a mask is
+        mask = lay_out((plain(mask) * 7919 & 0xFFFF).to(torch.int32), layout).to(torch.uint16)
+    mask = on(device, mask)
+    bytes_fit = kind == torch.uint8 and mask.dim() == 2 and mask.shape[1] % 2 == mask.storage_offset() % 2 == 0
+    valid = mask.dim() == 2 and mask.is_contiguous() and (mask.dtype == torch.uint16 or bytes_fit)
+    bits = attempt(valid, ops.unpack_mask, mask)
+    answer = attempt(valid, ops.is_transposable, mask)
+    if bits is None:
+        return
+    words = plain(mask).view(torch.uint16) if kind == torch.uint8 else plain(mask)
+    same(bits, reference.unpack_mask(words), "bits")
+    blocks = reference.to_blocks(reference.unpack_mask(words).int())
+    assert answer == bool((blocks.sum(-1) == 2).all() and (blocks.sum(-2) == 2).all())
+
+
+@fuzz(150)
+@given(data=st.data(), search=st.booleans())
+def test_packing_many_weights_into_buffers_of_any_size(device, data, search):
+    """One buffer that does not fit, and none is written; otherwise each weight as it would be alone."""
+    shapes = [(data.draw(BLOCKS), data.draw(BLOCKS)) for _ in range(data.draw(st.integers(1, 3)))]
+    weights = [on(device, data.draw(tensors(shape, FLOATS))) for shape in shapes]
+    dtype = torch.bfloat16
+    wanted = [reference.transposable_mask(plain(w)) for w in weights]
+    found = [torch.zeros_like(m) if search else m for m in (m.to(device) for m in wanted)]
+    buffers = [[t.zero_() for t in ops.empty_packed(*shape, dtype, device)] for shape in shapes]
+    bad = data.draw(st.sampled_from([None, None, None, "short", "dtype", "missing", "strided", "mask"]))
+    which, part = data.draw(st.integers(0, len(shapes) - 1)), data.draw(st.integers(0, 3))
+    spoiled = [list(parts) for parts in buffers]
+    if bad == "short":
+        spoiled[which][part] = spoiled[which][part][:-1]
+    elif bad == "dtype":
+        spoiled[which][part] = spoiled[which][part].to(torch.int32)
+    elif bad == "strided":
+        spoiled[which][part] = lay_out(spoiled[which][part], "every other")
+    elif bad == "mask":
+        found[which] = found[which].to(torch.int32)
+    lists = [found, *map(list, zip(*spoiled, strict=True))]
+    if bad == "missing":
+        lists[part].pop()
+    run = ops.prune_compress_ if search else ops.compress_
+    try:
+        run(weights, *lists)
+    except Sparse24Error as error:
+        assert bad, f"refused what it should take: {error}"
+        assert not any(t.any() for parts in buffers for t in parts), "written before it was refused"
+    else:
+        assert bad is None, "accepted what it should refuse"
+        for w, mask, mask_out, parts in zip(weights, wanted, found, buffers, strict=True):
+            same(mask_out, mask, "mask")
+            same(parts, reference.compress(plain(w), mask, dtype), "packed")
+
+
+@fuzz(150)
+@given(data=st.data(), m=EXTENTS, k=EXTENTS)
+def test_any_bytes_as_metadata(device, data, m, k):
+    """True where the pairs of all m x k/4 groups rise, false for other bytes and sizes; unpacking stays in bounds."""
+    k = 4 * k
+    size = ops.metadata_bytes(m, k)
+    E = torch.full((size,), data.draw(st.sampled_from([0x44, 0xEE, 0x4E, 0x00, 0x45])), dtype=torch.uint8)
+    change = data.draw(st.sampled_from([None, "one byte", "size", "dtype"]))
+    if change == "one byte" and size:
+        E[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
+    E = E[:-1] if change == "size" else E.to(torch.int16) if change == "dtype" else E
+    fits = E.numel() == size and E.dtype == torch.uint8
+    nibbles = reference.decode_metadata(E, m, k) if fits else None  # of the groups; what pads them is never looked at
+    rises = fits and bool(((nibbles & 3) < (nibbles >> 2)).all())
+    E = on(device, E)
+    assert ops.is_valid_metadata(E, m, k) == rises
+    packed = torch.ones(m, k // 2, dtype=torch.bfloat16, device=device)
+    dense = attempt(fits, ops.decompress, packed, E, m, k)
+    if dense is not None and rises:
+        assert (dense.float().view(m, k // 4, 4).sum(-1) == 2).all()
+
+
 # -- products -------------------------------------------------------------------------------------------------------
 
 
