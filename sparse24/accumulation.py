@@ -18,7 +18,7 @@ def leaf_of(weight: Tensor) -> Tensor | None:
 
 def target(leaf: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`leaf.grad`, if a product with operands of `dtype` may add to it in this backward pass; None if not."""
-    if leaf is None or (grad := leaf.grad) is None:
+    if leaf is None or torch.compiler.is_compiling() or (grad := leaf.grad) is None:
         return None  # the first gradient becomes .grad as it is, without a copy
     fits = grad.dtype in (dtype, torch.float32) and grad.is_contiguous() and type(grad) is Tensor
     return grad if fits and not grad.requires_grad and _nobody_watches(leaf) else None

@@ -1,0 +1,105 @@
+"""Fits the rates of sparse24/cost_model.py to the results of the benchmarks, and says how far its estimates are off.
+
+The rates of products follow from single ones (gemm.csv) by least squares of relative errors, and what each costs beside
+from whole layers (ffn.csv, tokens.csv). Passes over memory are taken at the bandwidths that the model has.
+
+    python -m bench.fit_cost_model
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from bench.tables import read
+from sparse24 import cost_model
+from sparse24.benchmark.suite import LAYERS
+from sparse24.cost_model import Rates, Training, feed_forward
+
+FITTED = ("dense_us_per_gflop", "dense_us", "sparse_us_per_wave_and_1024_k", "sparse_us_per_wave", "sparse_us")
+
+
+def measured() -> list[tuple[int, int, bool, Training, float, float, float]]:
+    """(d_model, d_ff, gated, training, dense_us, sparse_us, sparse_us without MVUE) of every layer that was timed."""
+    shapes = {layer.name: layer for layer in LAYERS}
+    rows = []
+    for row in read("ffn"):
+        shape = shapes[row["layer"]]
+        rows.append((row, shape.d_model, shape.d_ff, shape.gated, shape.tokens))
+    for row in read("tokens"):
+        d_model, d_ff = (int(extent) for extent in row["layer"].split(" x "))
+        rows.append((row, d_model, d_ff, d_ff != 4 * d_model or d_model == 2048, int(row["tokens"])))
+    found = []
+    for row, d_model, d_ff, gated, tokens in rows:
+        training = Training(tokens, master_bytes=2 if row["weights"] == "bf16" else 4)
+        dense, sparse = float(row["dense_us"]), float(row["sparse_us"])
+        found.append((d_model, d_ff, gated, training, dense, sparse, dense / float(row["speedup mvue=False"])))
+    return found
+
+
+def least_squares(columns: list[list[float]], times: list[float]) -> np.ndarray:
+    """Coefficients that make the relative errors least."""
+    scaled = np.array(columns) / np.array(times)[:, None]
+    return np.linalg.lstsq(scaled, np.ones(len(times)), rcond=None)[0]
+
+
+def rates_of_products() -> tuple[float, float, float]:
+    """(dense us a GFLOP, sparse us a wave and 1024 of k, sparse us a wave), from single products (gemm.csv).
+
+    Each was timed between two events, which adds some microseconds to both sides: the constant of these fits, left out.
+    """
+    dense_columns, dense_times, sparse_columns, sparse_times = [], [], [], []
+    for row in read("gemm"):
+        m, n, k = (int(row[name]) for name in "mnk")
+        gflop, waves = 2e-9 * m * n * k, cost_model.waves(m, n, Rates())
+        dense_columns.append([gflop, 1.0])
+        dense_times.append(1e3 * gflop / float(row["dense TFLOP/s"]))
+        sparse_columns.append([waves * k / 1024, waves, 1.0])
+        sparse_times.append(1e3 * gflop / float(row["sparse TFLOP/s"]))
+    slope, _ = least_squares(dense_columns, dense_times)
+    per_k, per_wave, _ = least_squares(sparse_columns, sparse_times)
+    return float(slope), float(per_k), float(per_wave)
+
+
+def fit(rates: Rates | None = None) -> Rates:
+    slope, per_k, per_wave = rates_of_products()
+    rates = replace(
+        rates or Rates(), dense_us_per_gflop=slope, sparse_us_per_wave_and_1024_k=per_k, sparse_us_per_wave=per_wave,
+        dense_us=0.0, sparse_us=0.0,
+    )  # fmt: skip
+    # What is left of whole layers, a product: six of them each.
+    columns, dense_left, sparse_left = [], [], []
+    for d_model, d_ff, gated, training, dense, sparse, _ in measured():
+        expected = feed_forward(d_model, d_ff, gated, training, rates)
+        columns.append((6 / dense, 6 / sparse))
+        dense_left.append(1 - expected.dense_us / dense)
+        sparse_left.append(1 - expected.sparse_us / sparse)
+    weights = np.array(columns)
+    dense_us, sparse_us = (
+        float(weights[:, i] @ left / (weights[:, i] @ weights[:, i]))
+        for i, left in enumerate((dense_left, sparse_left))
+    )
+    return replace(rates, dense_us=max(dense_us, 0.0), sparse_us=max(sparse_us, 0.0))
+
+
+def report(rates: Rates) -> None:
+    wrong = 0
+    for d_model, d_ff, gated, training, dense, sparse, no_mvue in measured():
+        for mvue, took in ((True, sparse), (False, no_mvue)):
+            expected = feed_forward(d_model, d_ff, gated, training.of(mvue=mvue), rates)
+            converted = expected.speedup >= cost_model.MARGIN
+            wrong += converted and dense / took < 1
+            print(
+                f"{d_model:5} x {d_ff:<6}{'gated' if gated else '     '} {training.tokens:6} tokens, "
+                f"{training.master_bytes} B, MVUE {'on ' if mvue else 'off'}: {dense / took:.2f}x measured, "
+                f"{expected.speedup:.2f}x estimated{', converted' if converted else ''}"
+            )
+    print(f"{wrong} layers would be converted that were measured slower than dense")
+
+
+if __name__ == "__main__":
+    found = fit()
+    report(found)
+    for name in FITTED:
+        print(f"{name}: {getattr(found, name):.4g} (now {getattr(Rates(), name):.4g})")
