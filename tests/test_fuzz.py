@@ -19,6 +19,7 @@ from tiny_models import MLP  # noqa: E402
 
 import sparse24  # noqa: E402
 from sparse24 import Recipe, Sparse24Error, functional, ops, reference  # noqa: E402
+from sparse24.layout import as_rows  # noqa: E402
 from sparse24.testing import assert_as_accurate, assert_same_bits  # noqa: E402
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -375,6 +376,18 @@ def test_operands_of_any_size_are_refused_or_right(device, data, rows, cols):
         same(out, masked, "decompress")
     x = torch.ones(3, cols, dtype=torch.bfloat16, device=device)
     attempt(bad == "nothing", ops.sparse_mm, x, values, metadata, rows)
+
+
+@fuzz(300)
+@given(x=tensors(dtypes=FLOATS), many=st.integers(1, 9))
+def test_rows_of_a_product_have_a_leading_dimension(x, many):
+    """What the GEMM is given: rows side by side or further apart, also where one row has any stride to the next."""
+    for t in (x, x[:1].as_strided(x[:1].shape, (many, *x.stride()[1:])) if x.dim() and len(x) else x):
+        if t.dim() == 0 or t.numel() == 0:
+            continue
+        rows = as_rows(t)
+        assert rows.stride(0) >= rows.shape[1] and (rows.stride(1) == 1 or rows.shape[1] == 1)
+        assert_same_bits(rows, plain(t).reshape(-1, t.shape[-1]), "rows")
 
 
 # -- activations ----------------------------------------------------------------------------------------------------

@@ -105,6 +105,9 @@ def test_any_strides_and_offsets_give_the_right_answer(device):
         "expanded": base[:1, :64].expand(48, 64),
         "column-major": column_major(base[:, :64]),
         "every second row": base[::2, :64],
+        "one row, by the stride of a column": base[:1, :64].as_strided((1, 64), (1, 1)),
+        "one row of odd rows": base.flatten().as_strided((1, 64), (201, 1), 7),
+        "one row, every second column": base[:1, : 2 * 64 : 2],
     }
     for name, x in views.items():
         assert torch.equal(ops.sparse_mm(x, packed, E, 32), x @ w.T), name
