@@ -74,6 +74,17 @@ def test_snippets_of_a_page_run_in_order(page, elsewhere):
         exec(compile("\n" * line + code, str(page), "exec"), namespace)
 
 
+@pytest.mark.gpu
+def test_quick_start_captures_a_step_where_there_is_a_gpu(elsewhere):
+    """Without one its page leaves the CUDA graph out."""
+    page = ROOT / "docs" / "quickstart.md"
+    pytest.importorskip("transformers")
+    namespace = {"__name__": "__main__"}
+    for line, code in snippets(page):
+        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    assert namespace["ffn_recipe"].step == 103
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_to_files(page):
     targets = [target.partition("#")[0] for target in LINK.findall(page.read_text(encoding="utf-8"))]

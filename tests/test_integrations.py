@@ -12,6 +12,7 @@ from sparse24.errors import Sparse24Error
 from sparse24.modules import SparseLayer
 
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")  # the Trainer wants it too
 Trainer, TrainingArguments = transformers.Trainer, transformers.TrainingArguments
 HFCallback = pytest.importorskip("sparse24.integrations.transformers").Sparse24Callback
 
