@@ -64,6 +64,16 @@ std::string sparse_gemm_config(const SparseGemmArgs& args, const Context& contex
 #endif
 }
 
+std::vector<int64_t> sparse_gemm_configs(const SparseGemmArgs& args, const Context& context) {
+  check_problem(args);
+  if (context.backend == Backend::kCpu) return {};
+#ifdef SPARSE24_WITH_CUDA
+  return gemm::configs(args, context.device);
+#else
+  throw_without_cuda("sparse_gemm_configs");
+#endif
+}
+
 void sparse_gemm(const SparseGemmArgs& args, const Context& context) {
   check_problem(args);
   if (args.m == 0 || args.n == 0) return;

@@ -251,7 +251,8 @@ void bind_gemm(py::module_& module) {
       "sparse_gemm",
       [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, Address packed,
          Address E, Address rhs, int64_t rhs_ld, Address out, int64_t out_ld, Address bias,
-         int accumulate, Address workspace, int backend, int device, Address stream) {
+         int accumulate, Address workspace, int64_t config, int backend, int device,
+         Address stream) {
         SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
         args.packed = pointer<const void>(packed);
         args.E = pointer<const uint8_t>(E);
@@ -262,6 +263,7 @@ void bind_gemm(py::module_& module) {
         args.bias = pointer<const void>(bias);
         args.accumulate = accumulate != 0;
         args.workspace = pointer<void>(workspace);
+        args.config = config;
         sparse_gemm(args, context_of(backend, device, stream));
       },
       py::call_guard<py::gil_scoped_release>());
@@ -275,21 +277,32 @@ void bind_gemm(py::module_& module) {
                return sparse_gemm_unsupported(args, context_of(backend, device, 0));
              });
 
+  // Questions about a product of contiguous operands; config as for sparse_gemm.
   module.def("sparse_gemm_workspace_bytes",
-             [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, int accumulate,
+             [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, int64_t config,
                 int backend, int device) {
                SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
                set_contiguous(args);
-               args.accumulate = accumulate != 0;
+               args.config = config;
                return sparse_gemm_workspace_bytes(args, context_of(backend, device, 0));
              });
 
   module.def("sparse_gemm_config", [](int pass, int64_t m, int64_t n, int64_t k, int dtype,
-                                      int out_dtype, int accumulate, int backend, int device) {
+                                      int out_dtype, int64_t config, int backend, int device) {
     SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
     set_contiguous(args);
-    args.accumulate = accumulate != 0;
+    args.config = config;
     return sparse_gemm_config(args, context_of(backend, device, 0));
+  });
+
+  module.def("sparse_gemm_configs", [](int pass, int64_t m, int64_t n, int64_t k, int dtype,
+                                       int out_dtype, int backend, int device) {
+    SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
+    set_contiguous(args);
+    const std::vector<int64_t> codes = sparse_gemm_configs(args, context_of(backend, device, 0));
+    py::list result;
+    for (int64_t code : codes) result.append(code);
+    return result;
   });
 }
 

@@ -1,6 +1,8 @@
 // config.cpp: the table of compiled kernels as data, and the choice among them.
 #include "gemm/config.h"
 
+#include <algorithm>
+
 #include "common/check.h"
 #include "common/convert.h"
 
@@ -14,61 +16,156 @@ constexpr KernelEntry kTable[] = {
 #include "gemm/kernels.def"
 #undef SP24_GEMM_KERNEL
 };
+constexpr int kTableSize = static_cast<int>(sizeof kTable / sizeof kTable[0]);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Waves of tiles over the GPU, each as long as its tile is large: what a config costs, up to a
-/// constant factor.
-int64_t tile_cost(const KernelEntry& entry, const GemmDesc& desc, int multiprocessors) {
-  // A cluster is scheduled as a whole, so tiles come in multiples of it.
-  const int64_t tiles_m =
-      ceil_div(ceil_div(desc.m, entry.tile_m), entry.cluster_m) * entry.cluster_m;
-  const int64_t tiles_n =
-      ceil_div(ceil_div(desc.n, entry.tile_n), entry.cluster_n) * entry.cluster_n;
-  return ceil_div(tiles_m * tiles_n, multiprocessors) * entry.tile_m * entry.tile_n;
+bool computes(const KernelEntry& entry, const GemmDesc& desc) {
+  return entry.pass == desc.pass && entry.dtype == desc.dtype && entry.out_dtype == desc.out_dtype;
 }
 
-/// How wide the strips of the raster walk are, in clusters: 4 where L2 would otherwise see an
-/// operand many times.
-///
-/// The scheduler pads both extents to multiples of the width, so a strip that does not divide them
-/// costs whole tiles; and below some 32 waves the operands stay in L2 anyway (docs/kernels/gemm.md,
-/// sweep).
-int choose_swizzle(const KernelEntry& entry, const GemmDesc& desc, int multiprocessors) {
-  const int64_t clusters_m = ceil_div(desc.m, entry.tile_m * entry.cluster_m);
-  const int64_t clusters_n = ceil_div(desc.n, entry.tile_n * entry.cluster_n);
-  const int64_t tiles = clusters_m * entry.cluster_m * clusters_n * entry.cluster_n;
-  const bool divides = clusters_m % 4 == 0 && clusters_n % 4 == 0;
-  return divides && tiles >= int64_t{32} * multiprocessors ? 4 : 1;
+/// The clusters of tiles that cover an output, and how many of them run at a time.
+struct Cover {
+  int64_t m_clusters, n_clusters, resident;
+  int64_t clusters() const { return m_clusters * n_clusters; }
+};
+
+Cover cover(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
+  return {ceil_div(desc.m, int64_t{config.tile_m} * config.cluster_m),
+          ceil_div(desc.n, int64_t{config.tile_n} * config.cluster_n),
+          std::max<int64_t>(multiprocessors / (config.cluster_m * config.cluster_n), 1)};
+}
+
+/// Cycles that a product takes, near enough to compare configs by. Constants are of an H200
+/// (bench/results/gemm_sweep.csv).
+double cycles(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
+  const Cover tiles = cover(config, desc, multiprocessors);
+  const double k_tiles = static_cast<double>(ceil_div(desc.k, config.tile_k));
+  const double k_tile = config.tile_n == 256 ? 690 : 540;   // wgmma waits for shared memory
+  const double store = config.tile_n == 256 ? 1500 : 1200;  // what of a tile's epilogue shows
+  const double waves = static_cast<double>(tiles.clusters()) / static_cast<double>(tiles.resident);
+  if (!config.stream_k) {
+    return static_cast<double>(ceil_div(tiles.clusters(), tiles.resident)) *
+           (k_tiles * k_tile + store);
+  }
+  const double hand_over = 5000;  // of sums through the workspace; and zeroing its flags
+  return waves * k_tiles * k_tile + (waves + 1) * store + hand_over;
+}
+
+/// Strips of eight clusters keep both operands in L2 where they are larger than it; a small sparse
+/// operand stays there anyway, and the dense one is then read once, column of tiles by column.
+void choose_walk(GemmConfig& config, const GemmDesc& desc) {
+  if (desc.pass == GemmPass::kGradWeight) {
+    config.raster = Raster::kAlongN;
+    config.strip = 8;
+    return;
+  }
+  constexpr int64_t kStaysInL2 = int64_t{8} << 20;  // bytes of packed values
+  config.raster = Raster::kAlongM;
+  config.strip = desc.m * desc.k <= kStaysInL2 ? 1 : 8;
+}
+
+GemmConfig config_of(const KernelEntry& entry, const GemmDesc& desc) {
+  GemmConfig config{entry.tile_m,
+                    entry.tile_n,
+                    entry.tile_k,
+                    entry.cluster_m,
+                    entry.cluster_n,
+                    Raster::kAlongM,
+                    1,
+                    false};
+  choose_walk(config, desc);
+  return config;
+}
+
+/// Stream-K has something to share out only where the last wave is not full.
+bool last_wave_is_partial(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
+  const Cover tiles = cover(config, desc, multiprocessors);
+  return tiles.clusters() % tiles.resident != 0;
 }
 
 }  // namespace
 
 const KernelEntry* kernel_table(int* count) {
-  *count = static_cast<int>(sizeof kTable / sizeof kTable[0]);
+  *count = kTableSize;
   return kTable;
 }
 
 GemmConfig choose_config(const GemmDesc& desc, int multiprocessors) {
-  const KernelEntry* best = nullptr;
+  GemmConfig best{};
+  double best_cycles = -1;
   for (const KernelEntry& entry : kTable) {
-    if (entry.pass != desc.pass || entry.dtype != desc.dtype || entry.out_dtype != desc.out_dtype)
-      continue;
-    if (best == nullptr ||
-        tile_cost(entry, desc, multiprocessors) < tile_cost(*best, desc, multiprocessors)) {
-      best = &entry;
+    if (!computes(entry, desc)) continue;
+    GemmConfig config = config_of(entry, desc);
+    for (const bool stream_k : {false, true}) {
+      config.stream_k = stream_k;
+      if (stream_k && !last_wave_is_partial(config, desc, multiprocessors)) continue;
+      const double cost = cycles(config, desc, multiprocessors);
+      if (best_cycles < 0 || cost < best_cycles) best = config, best_cycles = cost;
     }
   }
-  SP24_CHECK(best != nullptr, "no sparse GEMM kernel is compiled for ", to_string(desc));
-  // Along m: consecutive tiles share the dense operand, the larger part of what a tile loads. It
-  // won or tied at every shape of the sweep.
-  return {best->tile_m,
-          best->tile_n,
-          best->tile_k,
-          best->cluster_m,
-          best->cluster_n,
-          Raster::kAlongM,
-          choose_swizzle(*best, desc, multiprocessors)};
+  SP24_CHECK(best_cycles >= 0, "no sparse GEMM kernel is compiled for ", to_string(desc));
+  return best;
+}
+
+std::vector<GemmConfig> candidate_configs(const GemmDesc& desc, int multiprocessors) {
+  std::vector<GemmConfig> all = {choose_config(desc, multiprocessors)};
+  for (const KernelEntry& entry : kTable) {
+    if (!computes(entry, desc)) continue;
+    GemmConfig config = config_of(entry, desc);
+    for (const bool stream_k : {false, true}) {
+      if (stream_k && !last_wave_is_partial(config, desc, multiprocessors)) continue;
+      for (const Raster raster : {Raster::kAlongM, Raster::kAlongN}) {
+        for (const int strip : {1, 8}) {
+          config.stream_k = stream_k;
+          config.raster = raster;
+          config.strip = strip;
+          if (encode(desc, config) != encode(desc, all[0])) all.push_back(config);
+        }
+      }
+    }
+  }
+  return all;
+}
+
+int64_t encode(const GemmDesc& desc, const GemmConfig& config) {
+  for (int row = 0; row < kTableSize; ++row) {
+    const KernelEntry& entry = kTable[row];
+    if (computes(entry, desc) && entry.tile_m == config.tile_m && entry.tile_n == config.tile_n &&
+        entry.tile_k == config.tile_k && entry.cluster_m == config.cluster_m &&
+        entry.cluster_n == config.cluster_n) {
+      return (row + 1) | int64_t{config.strip} << 8 |
+             int64_t{config.raster == Raster::kAlongN} << 16 | int64_t{config.stream_k} << 17;
+    }
+  }
+  throw Error(concat("config ", to_string(config), " is not compiled for ", to_string(desc)));
+}
+
+GemmConfig decode(const GemmDesc& desc, int64_t code) {
+  const int64_t row = (code & 0xFF) - 1, strip = code >> 8 & 0xFF;
+  SP24_CHECK(code > 0 && code >> 18 == 0 && row >= 0 && row < kTableSize && strip > 0 &&
+                 computes(kTable[row], desc),
+             "config must be one of sparse_gemm_configs for ", to_string(desc), ", got ", code);
+  const KernelEntry& entry = kTable[row];
+  return {entry.tile_m,
+          entry.tile_n,
+          entry.tile_k,
+          entry.cluster_m,
+          entry.cluster_n,
+          (code >> 16 & 1) != 0 ? Raster::kAlongN : Raster::kAlongM,
+          static_cast<int>(strip),
+          (code >> 17 & 1) != 0};
+}
+
+int stream_k_blocks(const GemmConfig& config, int multiprocessors) {
+  const int cluster = config.cluster_m * config.cluster_n;
+  return multiprocessors / cluster * cluster;
+}
+
+int64_t workspace_bytes(const GemmConfig& config, int multiprocessors) {
+  if (!config.stream_k) return 0;
+  const int blocks = stream_k_blocks(config, multiprocessors);
+  return stream_k_flag_bytes(blocks) + int64_t{4} * blocks * config.tile_m * config.tile_n;
 }
 
 const char* name_of(GemmPass pass) {
@@ -84,8 +181,8 @@ std::string to_string(const GemmDesc& desc) {
 
 std::string to_string(const GemmConfig& config) {
   return concat(config.tile_m, "x", config.tile_n, "x", config.tile_k, " cluster ",
-                config.cluster_m, "x", config.cluster_n, " cooperative raster ",
-                config.raster == Raster::kAlongM ? "m" : "n", " swizzle ", config.swizzle);
+                config.cluster_m, "x", config.cluster_n, " strips of ", config.strip, " along ",
+                config.raster == Raster::kAlongM ? "m" : "n", config.stream_k ? " stream-k" : "");
 }
 
 }  // namespace sparse24::gemm

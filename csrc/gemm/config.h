@@ -1,9 +1,10 @@
-// config.h: which sparse GEMM kernel runs a product. Pure host code: no CUDA, no CUTLASS; tested
-// without a GPU.
+// config.h: which sparse GEMM kernel runs a product, and how. Pure host code: no CUDA, no CUTLASS;
+// tested without a GPU.
 #pragma once
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "sparse24/gemm.h"
 
@@ -16,6 +17,7 @@ struct GemmDesc {
   DType dtype, out_dtype;
 };
 
+/// Strips of the walk over tiles go along this extent (sm90/scheduler.h).
 enum class Raster : int { kAlongM, kAlongN };
 
 /// How a kernel computes it. The tile and the cluster pick a compiled kernel; the rest are run-time
@@ -24,7 +26,8 @@ struct GemmConfig {
   int tile_m, tile_n, tile_k;
   int cluster_m, cluster_n;
   Raster raster;
-  int swizzle;  // clusters a strip of the raster walk is wide
+  int strip;      // width of a strip, in clusters
+  bool stream_k;  // cut the K loops of the last tiles into equal shares
 };
 
 /// One row of the table of compiled kernels (kernels.def).
@@ -41,6 +44,24 @@ const KernelEntry* kernel_table(int* count);
 /// The config for a product on a GPU of `multiprocessors`, among the compiled ones. Throws Error
 /// where none fits.
 GemmConfig choose_config(const GemmDesc& desc, int multiprocessors);
+
+/// What a tuner may try: choose_config's first, then others that may be better.
+std::vector<GemmConfig> candidate_configs(const GemmDesc& desc, int multiprocessors);
+
+/// A config as one positive number, and back. Throws Error where the number names no compiled
+/// kernel of this product.
+int64_t encode(const GemmDesc& desc, const GemmConfig& config);
+GemmConfig decode(const GemmDesc& desc, int64_t code);
+
+/// Blocks of a stream-K launch: one a multiprocessor, in whole clusters.
+int stream_k_blocks(const GemmConfig& config, int multiprocessors);
+
+/// Its workspace: a flag for each multiplying warpgroup of a block, then a tile of fp32 sums for
+/// each block.
+inline int64_t stream_k_flag_bytes(int blocks) {
+  return (blocks * int64_t{2 * 4} + 255) / 256 * 256;
+}
+int64_t workspace_bytes(const GemmConfig& config, int multiprocessors);
 
 std::string to_string(const GemmDesc& desc);
 std::string to_string(const GemmConfig& config);

@@ -46,6 +46,11 @@ GemmDesc describe(const SparseGemmArgs& args) {
   return {args.pass, args.m, args.n, args.k, args.dtype, args.out_dtype};
 }
 
+GemmConfig config_of(const SparseGemmArgs& args, int multiprocessors) {
+  const GemmDesc desc = describe(args);
+  return args.config == 0 ? choose_config(desc, multiprocessors) : decode(desc, args.config);
+}
+
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 Launcher* find_launcher(const GemmDesc& desc, const GemmConfig& config) {
@@ -96,7 +101,11 @@ std::string unsupported(const SparseGemmArgs& args, int device) {
   return "";
 }
 
-int64_t workspace_bytes(const SparseGemmArgs&, int) { return 0; }
+int64_t workspace_bytes(const SparseGemmArgs& args, int device) {
+  if (args.m == 0 || args.n == 0 || args.k == 0) return 0;
+  const int multiprocessors = gpu(device).multiprocessors;
+  return workspace_bytes(config_of(args, multiprocessors), multiprocessors);
+}
 
 void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   const std::string why_not = unsupported(args, device);
@@ -118,7 +127,11 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   }
   const GemmDesc desc = describe(args);
   const int multiprocessors = gpu(device).multiprocessors;
-  const GemmConfig config = choose_config(desc, multiprocessors);
+  const GemmConfig config = config_of(args, multiprocessors);
+  SP24_CHECK(!config.stream_k || (args.workspace != nullptr && is_aligned(args.workspace)),
+             "workspace must be ", workspace_bytes(config, multiprocessors),
+             " bytes, 256-byte aligned, got ", args.workspace,
+             "; sparse_gemm_workspace_bytes says how many");
   Launcher* launch = find_launcher(desc, config);
   SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ",
              to_string(desc));
@@ -130,7 +143,16 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
 }
 
 std::string config_text(const SparseGemmArgs& args, int device) {
-  return to_string(choose_config(describe(args), gpu(device).multiprocessors));
+  return to_string(config_of(args, gpu(device).multiprocessors));
+}
+
+std::vector<int64_t> configs(const SparseGemmArgs& args, int device) {
+  const GemmDesc desc = describe(args);
+  std::vector<int64_t> codes;
+  for (const GemmConfig& config : candidate_configs(desc, gpu(device).multiprocessors)) {
+    codes.push_back(encode(desc, config));
+  }
+  return codes;
 }
 
 }  // namespace sparse24::gemm

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <vector>
 
 #include "sparse24/gemm.h"
 
@@ -14,5 +15,6 @@ std::string unsupported(const SparseGemmArgs& args, int device);
 int64_t workspace_bytes(const SparseGemmArgs& args, int device);
 void run(const SparseGemmArgs& args, int device, cudaStream_t stream);
 std::string config_text(const SparseGemmArgs& args, int device);
+std::vector<int64_t> configs(const SparseGemmArgs& args, int device);
 
 }  // namespace sparse24::gemm

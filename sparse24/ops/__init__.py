@@ -24,7 +24,7 @@ from .compress import (
     prune_compress,
     prune_compress_,
 )
-from .gemm import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight
+from .gemm import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight, tune_gemm
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
 from .recipe import foreach_masked_decay_, masked_decay_
@@ -59,5 +59,6 @@ __all__ = [
     "sparse_mm_grad_input",
     "sparse_mm_grad_weight",
     "transposable_mask",
+    "tune_gemm",
     "unpack_mask",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..layout import DTYPE_CODE, HALF_DTYPES, as_rows, padded_tokens
+from . import gemm_tuning
 from ._common import call_without_grad, check_packed_operand, check_same_device, define_op, where
 
 FORWARD, GRAD_INPUT, GRAD_WEIGHT = 0, 1, 2
@@ -34,32 +35,54 @@ def _unsupported(pass_code: int, m: int, n: int, k: int, dtype, out_dtype, rhs_l
     )
 
 
-def _sparse_kernel_runs(pass_code: int, backend: int, m: int, n: int, k: int, rhs: Tensor, out: Tensor) -> bool:
-    if backend != _library.CUDA:
-        return False
-    why_not = _unsupported(pass_code, m, n, k, rhs.dtype, out.dtype, rhs.stride(0), out.stride(0), rhs.device.index)
-    if why_not:
-        _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
-    return not why_not and rhs.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0
-
-
 @lru_cache(maxsize=4096)
-def _workspace_bytes(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, accumulate: bool, index: int):
-    return _library.binding().sparse_gemm_workspace_bytes(
-        pass_code, m, n, k, dtype, out_dtype, accumulate, _library.CUDA, index
+def _plan(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, index: int) -> tuple[int, int]:
+    """(config, bytes of workspace) of a product; config 0 is the library's own choice, others come from `tune_gemm`."""
+    config = gemm_tuning.tuned_config(pass_code, m, n, k, dtype, out_dtype, index)
+    return config, _library.binding().sparse_gemm_workspace_bytes(
+        pass_code, m, n, k, dtype, out_dtype, config, _library.CUDA, index
     )
 
 
-def _run_sparse_gemm(library, place, pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False) -> None:
+def _run_sparse_gemm(pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None) -> bool:
+    """Launch the product on the GPU's sparse GEMM; False, and nothing done, where it does not take these operands."""
+    library, backend, index, stream = where(rhs)
+    if backend != _library.CUDA:
+        return False
+    rhs_ld, out_ld, rhs_pointer, out_pointer = rhs.stride(0), out.stride(0), rhs.data_ptr(), out.data_ptr()
+    # Token counts never matter to the answer: a constant keeps the cache small.
+    if pass_code == GRAD_WEIGHT:
+        why_not = _unsupported(pass_code, m, n, 64, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
+    else:
+        why_not = _unsupported(pass_code, m, 64, k, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
+    if why_not:
+        _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
+    if why_not or rhs_pointer % 16 or out_pointer % 16:
+        return False
     dtype, out_dtype = DTYPE_CODE[rhs.dtype], DTYPE_CODE[out.dtype]
-    scratch_bytes = _workspace_bytes(pass_code, m, n, k, dtype, out_dtype, accumulate, rhs.device.index)
+    if config is None:
+        config, scratch_bytes = _plan(pass_code, m, n, k, dtype, out_dtype, index)
+    else:
+        scratch_bytes = library.sparse_gemm_workspace_bytes(
+            pass_code, m, n, k, dtype, out_dtype, config, backend, index
+        )
     # From the caching allocator: freed on this stream right after the launch, and reused only behind it.
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=rhs.device) if scratch_bytes else None
     library.sparse_gemm(
-        pass_code, m, n, k, dtype, out_dtype, packed.data_ptr(), E.data_ptr(), rhs.data_ptr(), rhs.stride(0),
-        out.data_ptr(), out.stride(0), _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), *place,
+        pass_code, m, n, k, dtype, out_dtype, packed.data_ptr(), E.data_ptr(), rhs_pointer, rhs_ld, out_pointer, out_ld,
+        _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
+        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream,
     )  # fmt: skip
+    return True
+
+
+def _empty_rows(t: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A new tensor of t's leading dimensions and `width`, and its view as rows."""
+    if t.dim() == 2:  # quicker by a microsecond than the general form
+        out = t.new_empty((t.shape[0], width), dtype=dtype)
+        return out, out
+    out = t.new_empty((*t.shape[:-1], width), dtype=dtype)
+    return out, out.view(-1, width) if out.numel() else out
 
 
 def _dense(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: bool, dtype: torch.dtype) -> Tensor:
@@ -115,17 +138,12 @@ def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, 
 
 def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
     in_features, out_dtype = _check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
-    y = torch.empty((*x.shape[:-1], out_features), dtype=out_dtype, device=x.device)
+    y, y_rows = _empty_rows(x, out_features, out_dtype)
     if y.numel() == 0:
         return y
     rows = as_rows(x)
-    y_rows = y if y.dim() == 2 else y.view(-1, out_features)
-    library, *place = where(x)
-    if library is not None and _sparse_kernel_runs(FORWARD, place[0], out_features, 64, in_features, rows, y_rows):
-        bias = bias if bias is None else bias.contiguous()
-        _run_sparse_gemm(
-            library, place, FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias
-        )
+    bias = bias if bias is None else bias.contiguous()
+    if _run_sparse_gemm(FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias):
         return y
     w = _dense(packed, E, out_features, in_features, False, x.dtype)
     if out_dtype == x.dtype:
@@ -184,15 +202,11 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
 
 def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     out_features, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
-    dx = torch.empty((*dy.shape[:-1], in_features), dtype=out_dtype, device=dy.device)
+    dx, dx_rows = _empty_rows(dy, in_features, out_dtype)
     if dx.numel() == 0:
         return dx
-    rows, dx_rows = as_rows(dy), dx if dx.dim() == 2 else dx.view(-1, in_features)
-    library, *place = where(dy)
-    if library is not None and _sparse_kernel_runs(GRAD_INPUT, place[0], in_features, 64, out_features, rows, dx_rows):
-        _run_sparse_gemm(
-            library, place, GRAD_INPUT, in_features, rows.shape[0], out_features, packed_t, E_t, rows, dx_rows
-        )
+    rows = as_rows(dy)
+    if _run_sparse_gemm(GRAD_INPUT, in_features, rows.shape[0], out_features, packed_t, E_t, rows, dx_rows):
         return dx
     w = _dense(packed_t, E_t, out_features, in_features, True, dy.dtype)
     return dx.copy_(_matmul(rows, w, out_dtype).view(dx.shape))
@@ -250,12 +264,9 @@ def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate) -> None
             out.zero_()
         return
     rows = as_rows(x)
-    library, *place = where(x)
-    if library is not None and _sparse_kernel_runs(GRAD_WEIGHT, place[0], out_features, in_features, 64, rows, out):
-        _run_sparse_gemm(
-            library, place, GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out,
-            accumulate=accumulate,
-        )  # fmt: skip
+    if _run_sparse_gemm(
+        GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out, accumulate=accumulate
+    ):
         return
     dy = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, x.dtype)[:tokens]
     if accumulate:
@@ -338,3 +349,74 @@ def sparse_mm_grad_weight(
         _op_sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate)
     torch.autograd.graph.increment_version(out)
     return out
+
+
+# ---- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def tune_gemm(
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    grad_dtype: torch.dtype | None = None,
+    device=None,
+) -> list[gemm_tuning.Trial]:
+    """Find the fastest config of a layer's three products on this GPU, and use it from now on.
+
+    tokens, in_features, out_features  of the layer, as its products will see them (tokens of one call)
+    dtype       of its products: bfloat16 or float16
+    grad_dtype  of its weight gradient: dtype (default) or float32
+    device      a CUDA device; default the current one
+    returns     every config that was tried: its time, and whether its result was right
+
+    The library's own choice is within a few per cent of the best at the shapes of its sweep, so this is seldom worth
+    it. A config whose result differs from the dense product of small integers, which is exact, never wins. What wins
+    is written to a cache on disk (`SPARSE24_GEMM_CACHE` names the file, empty: none), for this GPU and these versions.
+
+    Raises Sparse24Error where sparse kernels do not run.
+    """
+    availability = _library.is_available("cuda" if device is None else device)
+    if not availability:
+        raise Sparse24Error(f"tune_gemm needs a GPU with sparse kernels: {availability.reason}")
+    device = torch.device("cuda" if device is None else device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index), torch.no_grad():
+        trials = []
+        for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype or dtype, index):
+            trials += gemm_tuning.tune(product, index)
+    _plan.cache_clear()
+    return trials
+
+
+def _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
+    """Operands of small integers, and what dense products make of them."""
+    make = lambda *shape: torch.randint(-2, 3, shape, device=f"cuda:{index}").to(dtype)  # noqa: E731
+    x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
+    mask = torch.ops.sparse24.transposable_mask.default(w)
+    packed, E, packed_t, E_t = torch.ops.sparse24.compress.default(w, mask, dtype)
+    seed = torch.tensor([1, 2], device=x.device)
+    packed_dy, E_dy = torch.ops.sparse24.mvue_compress.default(dy, seed)
+    w = _dense(packed, E, out_features, in_features, False, dtype)
+    dy_pruned = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, dtype)[:tokens]
+    exact = lambda a, b: a.float() @ b.float()  # noqa: E731
+    for pass_code, (m, n, k), operands, result_dtype, expected in (
+        (FORWARD, (out_features, tokens, in_features), (packed, E, x), dtype, lambda: exact(x, w.T)),
+        (GRAD_INPUT, (in_features, tokens, out_features), (packed_t, E_t, dy), dtype, lambda: exact(dy, w)),
+        (
+            GRAD_WEIGHT,
+            (out_features, in_features, tokens),
+            (packed_dy, E_dy, x),
+            grad_dtype,
+            lambda: exact(dy_pruned.T, x),
+        ),
+    ):
+        out = torch.empty((m, n) if pass_code == GRAD_WEIGHT else (n, m), dtype=result_dtype, device=x.device)
+
+        def run(config, pass_code=pass_code, mnk=(m, n, k), operands=operands, out=out):
+            return _run_sparse_gemm(pass_code, *mnk, *operands, out, config=config)
+
+        codes = (DTYPE_CODE[dtype], DTYPE_CODE[result_dtype])
+        if run(0):
+            yield gemm_tuning.Product(_PASS_NAME[pass_code], (pass_code, m, n, k, *codes), run, out, expected)

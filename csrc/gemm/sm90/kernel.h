@@ -6,13 +6,13 @@
 //   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
 //   grad_weight  packed [k/2, m] MN-major   rhs [k, n] MN-major   out [m, n], n contiguous
 //
-// Roles     one warp loads by TMA; two warpgroups multiply, 64 rows of the tile each, and store by
-// TMA through shared
-//           memory; persistent over tiles.
-// Stages    as many K tiles as fit beside the epilogue: four of 41 KB at 128x256x64.
+// Parts     loads by TMA are CUTLASS' sparse collective; main loop (mainloop.h), epilogue
+//           (epilogue.h), order of the tiles (scheduler.h) and the kernel that joins them
+//           (persistent.h) are ours.
+// Stages    as many K tiles as fit beside the epilogue's 48 KB: four at 128x256x64, five at
+//           128x192x64.
 // Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense
-// flops. Epilogue  alpha acc + beta out + bias, beta and bias at run time: a null bias and beta = 0
-// read nothing.
+//           flops; rhs comes once for the two blocks of a cluster.
 #pragma once
 
 #include <atomic>
@@ -20,14 +20,13 @@
 #include "common/cuda_check.h"
 #include "common/metadata.h"
 #include "cute/tensor.hpp"
-#include "cutlass/cluster_launch.hpp"
-#include "cutlass/epilogue/collective/collective_builder.hpp"
+#include "cutlass/device_kernel.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
-#include "cutlass/gemm/device/gemm_universal_adapter.h"
-#include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "gemm/config.h"
 #include "gemm/launch.h"
+#include "gemm/sm90/epilogue.h"
 #include "gemm/sm90/mainloop.h"
+#include "gemm/sm90/persistent.h"
 #include "sparse24/compress.h"
 
 namespace sparse24::gemm::sm90 {
@@ -47,6 +46,15 @@ struct ElementOf<DType::kFloat16> {
   using type = cutlass::half_t;
 };
 
+constexpr int kSharedBytesOfBlock = 227 * 1024;
+
+/// How many K tiles of both operands and E fit into shared memory.
+template <int kTileM, int kTileN, int kTileK>
+struct Stages {
+  static constexpr int kBytes = kTileM * kTileK + kTileM * kTileK / 8 + kTileN * kTileK * 2;
+  static constexpr int fitting(int beside) { return (kSharedBytesOfBlock - beside) / kBytes; }
+};
+
 template <GemmPass kPass, DType kDType, DType kOutDType, int kTileM, int kTileN, int kTileK,
           int kClusterM, int kClusterN>
 struct SparseGemm {
@@ -60,76 +68,72 @@ struct SparseGemm {
                                         cutlass::layout::ColumnMajor>;
   using LayoutRhs = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
                                         cutlass::layout::ColumnMajor>;
-  using LayoutOut = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
-                                        cutlass::layout::ColumnMajor>;
-  static constexpr int kAlignment =
-      8;  // elements of 16 bits: 16 bytes, what TMA wants of every row
-  static constexpr int kOutAlignment = 16 / sizeof(Output);
+  static constexpr int kAlignment = 8;  // elements of 16 bits: what TMA wants of every row
 
-  using Fusion =
-      cutlass::epilogue::fusion::LinCombPerRowBias<Output, float, Element, Output, float>;
-  // CUTLASS keeps four epilogue tiles in shared memory: 32 KB, whatever the output. Half of that
-  // would leave room for a fifth stage, but stores of narrower tiles cost short K loops more than
-  // the stage gives (docs/kernels/gemm.md).
-  using EpilogueTile = cute::Shape<cute::Int<kTileM>, cute::Int<64 / sizeof(Output)>>;
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, TileShape, ClusterShape,
-      EpilogueTile, float, float, Output, LayoutOut, kOutAlignment, Output, LayoutOut,
-      kOutAlignment, cutlass::epilogue::TmaWarpSpecializedCooperative, Fusion>::CollectiveOp;
+  using Epilogue = WarpgroupEpilogue<Element, Output, TileShape, kPass != GemmPass::kGradWeight>;
+  // Barriers, and the gap up to the 1024 bytes that swizzled tiles are aligned to.
+  static constexpr int kSharedBesideStages = sizeof(typename Epilogue::TensorStorage) + 1024;
   using StockMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment,
       Element, LayoutRhs, kAlignment, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
-          sizeof(typename Epilogue::SharedStorage))>,
+      cutlass::gemm::collective::StageCount<Stages<kTileM, kTileN, kTileK>::fitting(
+          kSharedBesideStages)>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
   using Mainloop = SparseMainloop<StockMainloop>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop,
-                                                      Epilogue, cutlass::gemm::PersistentScheduler>;
+  using Kernel = PersistentKernel<Mainloop, Epilogue, ClusterShape>;
+  static_assert(Kernel::kSharedBytes <= kSharedBytesOfBlock);
 
-  static typename Kernel::Arguments arguments(const SparseGemmArgs& args, const GemmConfig& config,
-                                              int multiprocessors) {
+  static typename Kernel::Params params_of(const SparseGemmArgs& args, const GemmConfig& config,
+                                           int multiprocessors) {
     const int m = static_cast<int>(args.m), n = static_cast<int>(args.n),
               k = static_cast<int>(args.k);
     // The gradient operand is padded with zero rows; rhs ends at k, and TMA fills zeros past it.
     const int packed_k =
         kPass == GemmPass::kGradWeight ? static_cast<int>(padded_tokens(args.k)) : k;
     const auto packed_shape = cute::make_shape(m, n, packed_k, 1);
+    const auto problem = cute::make_shape(m, n, k, 1);
 
-    typename Kernel::Arguments out{};
-    out.mode = cutlass::gemm::GemmUniversalMode::kGemm;
-    out.problem_shape = {m, n, k, 1};
-    out.mainloop.ptr_A = static_cast<const Element*>(args.packed);
-    out.mainloop.layout_a = StockMainloop::SparseConfig::fill_layoutA(packed_shape);
-    out.mainloop.ptr_E = reinterpret_cast<const typename StockMainloop::ElementE*>(args.E);
-    out.mainloop.layout_e = StockMainloop::SparseConfig::fill_layoutE(packed_shape);
-    out.mainloop.ptr_B = static_cast<const Element*>(args.rhs);
-    set_leading_dimension(out.mainloop.dB, args.rhs_ld);
-    out.epilogue.thread.alpha = 1.0f;
-    out.epilogue.thread.beta = args.accumulate ? 1.0f : 0.0f;
-    out.epilogue.thread.bias_ptr = static_cast<const Element*>(args.bias);
-    out.epilogue.ptr_C = static_cast<const Output*>(args.out);
-    out.epilogue.ptr_D = static_cast<Output*>(args.out);
-    set_leading_dimension(out.epilogue.dC, args.out_ld);
-    set_leading_dimension(out.epilogue.dD, args.out_ld);
-    out.hw_info.sm_count = multiprocessors;
-    out.scheduler.max_swizzle_size = config.swizzle;
-    using Order = typename Kernel::TileScheduler::RasterOrderOptions;
-    out.scheduler.raster_order = config.raster == Raster::kAlongM ? Order::AlongM : Order::AlongN;
-    return out;
+    typename Mainloop::Arguments operands{};
+    operands.ptr_A = static_cast<const Element*>(args.packed);
+    operands.layout_a = StockMainloop::SparseConfig::fill_layoutA(packed_shape);
+    operands.ptr_E = reinterpret_cast<const typename StockMainloop::ElementE*>(args.E);
+    operands.layout_e = StockMainloop::SparseConfig::fill_layoutE(packed_shape);
+    operands.ptr_B = static_cast<const Element*>(args.rhs);
+    set_leading_dimension(operands.dB, args.rhs_ld);
+
+    const auto scheduler = Kernel::TileScheduler::to_params(
+        m, n, k, kTileM, kTileN, kTileK, config.strip, config.raster == Raster::kAlongM,
+        config.stream_k, multiprocessors);
+    const int blocks = scheduler.grid_clusters * kClusterM * kClusterN;
+    return {problem, Mainloop::to_underlying_arguments(problem, operands, nullptr),
+            Epilogue::to_params(m, n,
+                                {static_cast<Output*>(args.out), args.out_ld,
+                                 static_cast<const Element*>(args.bias), args.accumulate}),
+            scheduler, Kernel::Sums::to_params(args.workspace, blocks)};
   }
 
   static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device,
                      int multiprocessors, cudaStream_t stream) {
     allow_shared_memory(device);
-    auto params =
-        Kernel::to_underlying_arguments(arguments(args, config, multiprocessors), args.workspace);
-    const dim3 grid = Kernel::get_grid_shape(params), cluster(kClusterM, kClusterN, 1);
+    typename Kernel::Params params = params_of(args, config, multiprocessors);
+    const dim3 grid = Kernel::TileScheduler::grid(params.scheduler);
+    if (config.stream_k) {
+      SP24_CHECK_CUDA(
+          cudaMemsetAsync(args.workspace, 0, stream_k_flag_bytes(grid.x * grid.y), stream));
+    }
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {kClusterM, kClusterN, 1};
+    cudaLaunchConfig_t launch{};
+    launch.gridDim = grid;
+    launch.blockDim = dim3(Kernel::MaxThreadsPerBlock);
+    launch.dynamicSmemBytes = Kernel::kSharedBytes;
+    launch.stream = stream;
+    launch.attrs = &cluster;
+    launch.numAttrs = 1;
     void* kernel_args[] = {&params};
-    const auto status = cutlass::ClusterLauncher::launch(
-        grid, cluster, Kernel::get_block_shape(), Kernel::SharedStorageSize, stream,
-        reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>), kernel_args);
-    SP24_CHECK(status == cutlass::Status::kSuccess,
-               "sparse_gemm launch failed: ", cudaGetErrorString(cudaGetLastError()));
+    SP24_CHECK_CUDA(cudaLaunchKernelExC(
+        &launch, reinterpret_cast<const void*>(&cutlass::device_kernel<Kernel>), kernel_args));
   }
 
  private:
@@ -150,7 +154,7 @@ struct SparseGemm {
     if (device < 64 && (asked.load(std::memory_order_relaxed) & bit)) return;
     SP24_CHECK_CUDA(cudaFuncSetAttribute(cutlass::device_kernel<Kernel>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         Kernel::SharedStorageSize));
+                                         Kernel::kSharedBytes));
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
 };

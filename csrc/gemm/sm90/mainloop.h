@@ -41,6 +41,11 @@ struct SparseMainloop : Stock {
   using MetaFragment = decltype(cute::make_tensor<uint32_t>(
       cute::Shape<cute::_1, cute::Int<kMmaM>, cute::Int<kMmaK>>{}));
 
+  /// K tiles that the first warpgroup is ahead, so that each stores while the other multiplies.
+  static constexpr int kLead = 1;
+  static constexpr uint32_t kLeadBarrier = 2;  // 0 and 1 are the epilogue's
+  static_assert(kWarpgroups == 2 && kLead < kStages);
+
   template <typename Accumulators>
   CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators,
                           int k_tiles, int thread, TensorStorage& shared, Params const&) {
@@ -80,6 +85,19 @@ struct SparseMainloop : Stock {
       warpgroup_commit_batch();
     };
 
+    // Fewer K tiles than stages: the first warpgroup might come round to the barrier again before
+    // the second has passed it.
+    const bool staggered = k_tiles >= kStages;
+    if (staggered && warpgroup == 1) {
+      cutlass::arch::NamedBarrier::sync(2 * cutlass::NumThreadsPerWarpGroup, kLeadBarrier);
+    }
+    int until_other_starts = staggered && warpgroup == 0 ? kLead : 0;
+    const auto let_other_start = [&] {
+      if (until_other_starts > 0 && --until_other_starts == 0) {
+        cutlass::arch::NamedBarrier::arrive(2 * cutlass::NumThreadsPerWarpGroup, kLeadBarrier);
+      }
+    };
+
     MetaFragment even, odd;
     PipelineState release = read;
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
@@ -88,12 +106,14 @@ struct SparseMainloop : Stock {
     load_meta(read.index(), even);
     issue(read.index(), even);
     ++read;
+    let_other_start();
 
     const auto step = [&](auto& words) {
       pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
       load_meta(read.index(), words);
       issue(read.index(), words);
       ++read;
+      let_other_start();
       warpgroup_wait<1>();  // the batch before this one: its stage has been read
       warpgroup_fence_operand(accumulators);
       pipeline.consumer_release(release);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "sparse24/types.h"
 
@@ -33,6 +34,7 @@ struct SparseGemmArgs {
   int64_t out_ld = 0;
   const void* bias = nullptr;  // [m] or null; forward only
   bool accumulate = false;     // out += product, instead of out = product
+  int64_t config = 0;          // one of sparse_gemm_configs, or 0: the heuristic's
   void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 256-byte aligned
 };
 
@@ -42,7 +44,10 @@ SP24_API std::string sparse_gemm_unsupported(const SparseGemmArgs& args, const C
 SP24_API int64_t sparse_gemm_workspace_bytes(const SparseGemmArgs& args, const Context& context);
 SP24_API void sparse_gemm(const SparseGemmArgs& args, const Context& context);
 
-/// The kernel that sparse_gemm would launch, as text: tile, cluster, schedule and splits.
+/// The kernel that sparse_gemm would launch, as text: tile, cluster, walk over the tiles, stream-K or not.
 SP24_API std::string sparse_gemm_config(const SparseGemmArgs& args, const Context& context);
+
+/// All configs that can compute these arguments, the heuristic's first: what a tuner may try. Values for `config`.
+SP24_API std::vector<int64_t> sparse_gemm_configs(const SparseGemmArgs& args, const Context& context);
 
 }  // namespace sparse24

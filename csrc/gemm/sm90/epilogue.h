@@ -1,0 +1,275 @@
+// epilogue.h: accumulators to memory, each warpgroup for itself, so that one stores while the other
+// multiplies.
+//
+//   out(m, n) = acc [+ bias(m)] [+ out(m, n)],  rounded once
+//
+// Work      a warpgroup has 64 rows of the tile. It stages 64 x kChunkN of them, 8 KB, in one of
+// its
+//           three buffers; one thread stores them by TMA while the next chunk is converted. Reading
+//           a buffer takes TMA long compared with filling it, hence three. Nothing here waits for
+//           the other warpgroup.
+// Layouts   stmatrix for 16-bit outputs, transposing where m is contiguous; plain stores for fp32.
+//           16-byte units of a line of 128 bytes are exchanged by the line's number (the 128-byte
+//           swizzle that TMA undoes), so that banks do not conflict.
+// Existing  values of out are read straight into registers: this path is for gradient accumulation
+//           alone, and a source tile in shared memory would cost every product a stage.
+// Edges     TMA clips what lies outside of out; reads of bias and out are guarded.
+#pragma once
+
+#include "cute/tensor.hpp"
+#include "cutlass/arch/barrier.h"
+#include "cutlass/gemm/collective/collective_builder.hpp"
+
+namespace sparse24::gemm::sm90 {
+
+template <typename Element_, typename Output_, typename TileShape, bool kMContiguous>
+class WarpgroupEpilogue {
+ public:
+  using Element = Element_;
+  using Output = Output_;
+  static constexpr int kTileM = cute::size<0>(TileShape{});
+  static constexpr int kTileN = cute::size<1>(TileShape{});
+  static constexpr int kRows = 64;  // of a warpgroup
+  static constexpr int kWarpgroups = 2;
+  static constexpr int kChunkN = 128 / sizeof(Output);
+  static constexpr int kChunks = kTileN / kChunkN;
+  static constexpr int kBuffers = 3;
+  static constexpr bool kWide = sizeof(Output) == 4;
+  static_assert(kTileM == kRows * kWarpgroups && kTileN % kChunkN == 0);
+
+  /// One buffer: lines of n with m contiguous (two blocks of 32 m for fp32), or lines of m with n
+  /// contiguous. Lines are of 128 bytes.
+  using SmemAtom = cute::conditional_t<kMContiguous, cute::GMMA::Layout_MN_SW128_Atom<Output>,
+                                       cute::GMMA::Layout_K_SW128_Atom<Output>>;
+  using Box = cute::Shape<cute::Int<kRows>, cute::Int<kChunkN>>;
+  using SmemLayout =
+      decltype(cute::tile_to_shape(SmemAtom{}, Box{},
+                                   cute::conditional_t<kMContiguous, cute::Step<cute::_2, cute::_1>,
+                                                       cute::Step<cute::_1, cute::_2>>{}));
+  static constexpr int kBufferBytes = kRows * kChunkN * sizeof(Output);
+  static_assert(cute::cosize_v<SmemLayout> * sizeof(Output) == kBufferBytes);
+
+  using Stride = cute::conditional_t<kMContiguous, cute::Stride<cute::_1, int64_t>,
+                                     cute::Stride<int64_t, cute::_1>>;
+  using TmaStore = decltype(cute::make_tma_copy(
+      cute::SM90_TMA_STORE{},
+      cute::make_tensor(cute::make_gmem_ptr(static_cast<Output*>(nullptr)),
+                        cute::make_layout(cute::make_shape(int32_t(0), int32_t(0)), Stride{})),
+      SmemLayout{}, Box{}, cute::_1{}));
+
+  struct Arguments {
+    Output* out = nullptr;
+    int64_t ld = 0;
+    const Element* bias = nullptr;
+    bool accumulate = false;
+  };
+  struct Params {
+    TmaStore tma;
+    Arguments args;
+  };
+  struct TensorStorage {
+    alignas(1024) char staged[kWarpgroups][kBuffers][kBufferBytes];
+  };
+
+  static Params to_params(int m, int n, const Arguments& args) {
+    using namespace cute;
+    const auto layout = [&] {
+      const auto shape = make_shape(int32_t(m), int32_t(n));
+      if constexpr (kMContiguous) {
+        return make_layout(shape, make_stride(_1{}, args.ld));
+      } else {
+        return make_layout(shape, make_stride(args.ld, _1{}));
+      }
+    }();
+    return {make_tma_copy(SM90_TMA_STORE{}, make_tensor(make_gmem_ptr(args.out), layout),
+                          SmemLayout{}, Box{}, _1{}),
+            args};
+  }
+
+  CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
+    cute::prefetch_tma_descriptor(params.tma.get_tma_descriptor());
+  }
+
+  CUTLASS_DEVICE WarpgroupEpilogue(const Params& params, TensorStorage& shared)
+      : params_(params), shared_(shared) {}
+
+  template <typename Problem, typename Accumulators>
+  CUTLASS_DEVICE void store(const Problem& problem, int m_tile, int n_tile,
+                            const Accumulators& accumulators, int thread) {
+    using namespace cute;
+    static_assert(decltype(size(accumulators))::value == kTileN / 2,
+                  "a thread holds pairs of columns of two rows");
+    const int warpgroup =
+        __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);  // uniform
+    const Place at(thread % cutlass::NumThreadsPerWarpGroup);
+    const int m_rows = get<0>(problem), n_columns = get<1>(problem);
+    const int m_box = m_tile * kWarpgroups + warpgroup;
+    const int row = m_box * kRows + at.row, column = n_tile * kTileN + at.column;
+
+    float bias[2] = {0.0f, 0.0f};
+    if (params_.args.bias != nullptr) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int m = row + 8 * half;
+        if (m < m_rows) bias[half] = static_cast<float>(params_.args.bias[m]);
+      }
+    }
+
+    const auto block = params_.tma.get_slice(_0{});
+    const Tensor whole = params_.tma.get_tma_tensor(make_shape(m_rows, n_columns));
+    const Tensor boxes = local_tile(whole, Box{}, make_coord(m_box, _));
+
+    CUTLASS_PRAGMA_UNROLL
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      float values[kChunkN / 8][2][2];  // [eight columns][row and row + 8][neighbouring columns]
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kChunkN / 8; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          values[j][i / 2][i % 2] = accumulators(chunk * kChunkN / 2 + j * 4 + i) + bias[i / 2];
+        }
+      }
+      if (params_.args.accumulate) {
+        add_existing(values, row, column + chunk * kChunkN, m_rows, n_columns);
+      }
+      char* buffer = shared_.staged[warpgroup][chunk % kBuffers];
+      if (chunk == 0 || chunk >= kBuffers) {
+        // The last store from this buffer has read it: one of the tile before, or of kBuffers ago.
+        if (at.is_first) {
+          if (chunk == 0) {
+            tma_store_wait<0>();
+          } else {
+            tma_store_wait<kBuffers - 1>();
+          }
+        }
+        synchronize(warpgroup);
+      }
+      stage(buffer, at, values);
+      tma_store_fence();
+      synchronize(warpgroup);
+      if (at.is_first) {
+        const Tensor smem =
+            make_tensor(make_smem_ptr(reinterpret_cast<Output*>(buffer)), SmemLayout{});
+        const Tensor box = boxes(_, _, n_tile * kChunks + chunk);
+        copy(params_.tma, block.partition_S(smem), block.partition_D(box));
+        tma_store_arrive();
+      }
+    }
+  }
+
+  /// A block must outlive the reads of its shared memory.
+  CUTLASS_DEVICE void finish() {
+    cute::tma_store_wait<0>();  // nothing to wait for in threads that issued no store
+  }
+
+ private:
+  using Values = float[kChunkN / 8][2][2];
+
+  /// A thread's place in the 64 x 8 blocks of a wgmma accumulator: rows row and row + 8, columns
+  /// column and column + 1.
+  struct Place {
+    int lane, warp, row, column;
+    bool is_first;
+    CUTLASS_DEVICE explicit Place(int thread)
+        : lane(thread % 32),
+          warp(thread / 32),
+          row(thread / 32 * 16 + lane / 4),
+          column(lane % 4 * 2),
+          is_first(thread == 0) {}
+  };
+
+  CUTLASS_DEVICE void add_existing(Values& values, int row, int column, int m_rows,
+                                   int n_columns) const {
+    const Output* out = params_.args.out;
+    const int64_t ld = params_.args.ld;
+    struct alignas(2 * sizeof(Output)) Pair {
+      Output column[2];
+    };
+    Pair existing[kChunkN / 8][2];
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < kChunkN / 8; ++j) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int m = row + half * 8, n = column + j * 8;
+        if (m >= m_rows) continue;
+        if (!kMContiguous && n + 1 < n_columns) {
+          existing[j][half] = *reinterpret_cast<const Pair*>(out + m * ld + n);
+        } else {
+          CUTLASS_PRAGMA_UNROLL
+          for (int i = 0; i < 2; ++i) {
+            const int64_t at = kMContiguous ? (n + i) * ld + m : m * ld + n + i;
+            if (n + i < n_columns) existing[j][half].column[i] = out[at];
+          }
+        }
+      }
+    }
+    CUTLASS_PRAGMA_UNROLL
+    for (int j = 0; j < kChunkN / 8; ++j) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        values[j][i / 2][i % 2] += static_cast<float>(existing[j][i / 2].column[i % 2]);
+      }
+    }
+  }
+
+  CUTLASS_DEVICE static void synchronize(int warpgroup) {
+    cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
+  }
+
+  CUTLASS_DEVICE static uint32_t pack(const float (&pair)[2]) {
+    const cutlass::Array<float, 2> two{pair[0], pair[1]};
+    const auto rounded = cutlass::NumericArrayConverter<Output, float, 2>{}(two);
+    return reinterpret_cast<const uint32_t&>(rounded);
+  }
+
+  CUTLASS_DEVICE static char* unit(char* buffer, int line, int unit) {
+    return buffer + line * 128 + (unit ^ line % 8) * 16;
+  }
+
+  /// Registers to one buffer, in the order of SmemLayout.
+  CUTLASS_DEVICE static void stage(char* buffer, const Place& at, const Values& values) {
+    if constexpr (!kWide) {
+      // One stmatrix takes two blocks of eight columns, both of rows row and row + 8. A lane gives
+      // the address of one line of eight elements: matrix lane / 8, line lane % 8.
+      const int matrix = at.lane / 8, line = at.lane % 8;
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kChunkN / 8; j += 2) {
+        const uint32_t words[4] = {pack(values[j][0]), pack(values[j][1]), pack(values[j + 1][0]),
+                                   pack(values[j + 1][1])};
+        if constexpr (kMContiguous) {
+          char* to = unit(buffer, (j + matrix / 2) * 8 + line, at.warp * 2 + matrix % 2);
+          cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3],
+                                        *reinterpret_cast<cute::uint128_t*>(to));
+        } else {
+          char* to = unit(buffer, at.warp * 16 + matrix % 2 * 8 + line, j + matrix / 2);
+          cute::SM90_U32x4_STSM_N::copy(words[0], words[1], words[2], words[3],
+                                        *reinterpret_cast<cute::uint128_t*>(to));
+        }
+      }
+    } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kChunkN / 8; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int m = at.row + half * 8, n = j * 8 + at.column;
+          if constexpr (kMContiguous) {
+            char* block = buffer + m / 32 * (kChunkN * 128);
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              *reinterpret_cast<float*>(unit(block, n + i, m % 32 / 4) + m % 4 * 4) =
+                  values[j][half][i];
+            }
+          } else {
+            *reinterpret_cast<float2*>(unit(buffer, m, n / 4) + n % 4 * 4) =
+                make_float2(values[j][half][0], values[j][half][1]);
+          }
+        }
+      }
+    }
+  }
+
+  const Params& params_;
+  TensorStorage& shared_;
+};
+
+}  // namespace sparse24::gemm::sm90
