@@ -1,15 +1,16 @@
 // gemm_gpu_test.cu: the sparse GEMM on a Hopper GPU, in every pass.
 //
 //   metadata  our order of E equals that of CUTLASS' own compressor
-//   exact     small integers: equal to the host's product, with bias, accumulation, both output
+//   exact     small integers, by every config: equal to the host's product, with bias,
+//   accumulation, both output
 //             dtypes and odd token counts; canaries around the output stay
 //   bounded   normal values: error against fp64 within the rounding of the output and of fp32 sums
 //   repeats   250 runs give the same bits
 //   refusals  what the kernels cannot take is said, not run
 //
-// CMake builds it with the library's objects (SPARSE24_TESTS=ON). One line a failure, a summary at
-// the end; exit status 0, 1 (failures) or 77 (no Hopper GPU). Speed is measured by
-// bench/bench_gemm.py.
+// CMake builds it with the library's objects (SPARSE24_TESTS=ON); arguments choose tests by name.
+// One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
+// Speed is measured by bench/bench_gemm.py.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -348,6 +349,22 @@ std::vector<Kernel> library_kernels() {
   return kernels;
 }
 
+/// The config at a place of the list that a tuner gets: all tiles, walks and stream-K.
+std::vector<Kernel> every_config(const SparseGemmArgs& args) {
+  std::vector<Kernel> kernels;
+  for (const int64_t code : gemm::configs(args, 0)) {
+    const auto with = [code](SparseGemmArgs a) {
+      a.config = code;
+      return a;
+    };
+    kernels.push_back(
+        {gemm::config_text(with(args), 0),
+         [with](const SparseGemmArgs& a) { return gemm::workspace_bytes(with(a), 0); },
+         [with](const SparseGemmArgs& a) { gemm::run(with(a), 0, nullptr); }});
+  }
+  return kernels;
+}
+
 void test_products() {
   const std::vector<Kernel> kernels = library_kernels();
   const Variant variants[] = {{false, false, false}, {true, false, false}, {false, true, true},
@@ -382,12 +399,50 @@ void test_products() {
   }
 }
 
+void test_every_config() {
+  std::vector<Problem> problems;
+  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
+    problems.push_back({pass, 264, 136, 1000, true});    // fewer tiles than multiprocessors
+    problems.push_back({pass, 8, 8, 64, true});          // one K tile for all
+    problems.push_back({pass, 4360, 2056, 192, true});   // more tiles than fit at once
+    problems.push_back({pass, 520, 1032, 2048, false});  // sums of many parts
+  }
+  for (const Problem& p : problems) {
+    const Operands o = make_operands(p, DType::kBFloat16);
+    const Device d(o);
+    for (const Variant v :
+         {Variant{false, false, false}, {false, true, true}, {true, true, false}}) {
+      Variant fitting = v;
+      if (p.pass != GemmPass::kForward) fitting.bias = false;
+      for (const Kernel& kernel : every_config(make_args(p, DType::kBFloat16, d, fitting))) {
+        check_case(p, DType::kBFloat16, o, d, kernel, fitting);
+      }
+    }
+  }
+}
+
+/// Small enough for compute-sanitizer: `compute-sanitizer gemm_gpu_test small`.
+void test_small() {
+  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
+    const Problem p{pass, 264, 136, 400, true};
+    const Operands o = make_operands(p, DType::kBFloat16);
+    const Device d(o);
+    for (const bool float_out : {false, true}) {
+      const Variant v{pass == GemmPass::kForward, float_out, float_out};
+      for (const Kernel& kernel : every_config(make_args(p, DType::kBFloat16, d, v))) {
+        check_case(p, DType::kBFloat16, o, d, kernel, v);
+      }
+    }
+  }
+}
+
 void test_repeats() {
-  std::vector<Kernel> kernels = library_kernels();
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradWeight}) {
     const Problem p{pass, 1280, 1024, 2048, false};
     const Operands o = make_operands(p, DType::kBFloat16);
     const Device d(o);
+    const std::vector<Kernel> kernels =
+        every_config(make_args(p, DType::kBFloat16, d, {false, false, true}));
     for (const Kernel& kernel : kernels) {
       ++cases;
       SparseGemmArgs a = make_args(p, DType::kBFloat16, d, {false, false, true});
@@ -487,7 +542,7 @@ void test_metadata_order() {
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   int devices = 0;
   cudaDeviceProp properties;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
@@ -498,8 +553,14 @@ int main() {
   const std::pair<const char*, void (*)()> tests[] = {{"metadata_order", test_metadata_order},
                                                       {"refusals", test_refusals},
                                                       {"products", test_products},
+                                                      {"small", test_small},
+                                                      {"every_config", test_every_config},
                                                       {"repeats", test_repeats}};
   for (const auto& [name, test] : tests) {
+    if (count > 1 &&
+        std::find(arguments + 1, arguments + count, std::string(name)) == arguments + count) {
+      continue;
+    }
     const auto begin = std::chrono::steady_clock::now();
     const int before = failures;
     try {
