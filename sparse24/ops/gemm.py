@@ -37,11 +37,11 @@ def _unsupported(pass_code: int, m: int, n: int, k: int, dtype, out_dtype, rhs_l
 
 @lru_cache(maxsize=4096)
 def _plan(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, index: int) -> tuple[int, int]:
-    """(config, bytes of workspace) of a product; config 0 is the library's own choice, others come from `tune_gemm`."""
-    config = gemm_tuning.tuned_config(pass_code, m, n, k, dtype, out_dtype, index)
-    return config, _library.binding().sparse_gemm_workspace_bytes(
-        pass_code, m, n, k, dtype, out_dtype, config, _library.CUDA, index
-    )
+    """(config, bytes of workspace) of a product: what `tune_gemm` found, else the library's own choice."""
+    library, product = _library.binding(), (pass_code, m, n, k, dtype, out_dtype)
+    config = gemm_tuning.tuned_config(*product, index)
+    config = config or library.sparse_gemm_configs(*product, _library.CUDA, index)[0]
+    return config, library.sparse_gemm_workspace_bytes(*product, config, _library.CUDA, index)
 
 
 def _run_sparse_gemm(pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None) -> bool:
