@@ -21,18 +21,19 @@ __device__ __forceinline__ T* advance(T* pointer, uint32_t stride, uint32_t coun
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + uint64_t{stride} * count);
 }
 
-/// 16-bit elements; `first` is the address of the patch's first element.
-template <int kStep>
+/// 16-bit elements; `first` is the address of the patch's first element. kCached: see vector.cuh.
+template <int kStep, bool kCached = false>
 __device__ __forceinline__ Patch16 load_patch16(const uint16_t* first, uint32_t stride, int valid) {
+  const auto load = [](const void* from) { return kCached ? load16_cached(from) : load16(from); };
   uint4 v[kPatch];
   if (valid >= kPatch) {  // nearly always: no zeros to prepare, no conditions to keep
     SP24_UNROLL
-    for (int i = 0; i < kPatch; ++i) v[i] = load16(advance(first, stride, i));
+    for (int i = 0; i < kPatch; ++i) v[i] = load(advance(first, stride, i));
   } else {
     SP24_UNROLL
     for (int i = 0; i < kPatch; ++i) {
       v[i] = make_uint4(0, 0, 0, 0);
-      if (i / kStep * kStep < valid) v[i] = load16(advance(first, stride, i));
+      if (i / kStep * kStep < valid) v[i] = load(advance(first, stride, i));
     }
   }
   Patch16 patch;

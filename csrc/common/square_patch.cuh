@@ -77,12 +77,12 @@ __device__ __forceinline__ SquarePatch<T, kSide> load_lines(const char* first, u
   for (int i = 0; i < kSide; ++i) {
     if constexpr (SquarePatch<T, kSide>::kWords == 4) {
       uint4 v = make_uint4(0, 0, 0, 0);
-      if (i < valid) v = load16(advance(first, line_bytes, i));
+      if (i < valid) v = load16_cached(advance(first, line_bytes, i));
       patch.word[i][0] = v.x, patch.word[i][1] = v.y, patch.word[i][2] = v.z,
       patch.word[i][3] = v.w;
     } else {
       uint2 v = make_uint2(0, 0);
-      if (i < valid) v = load8(advance(first, line_bytes, i));
+      if (i < valid) v = load8_cached(advance(first, line_bytes, i));
       patch.word[i][0] = v.x, patch.word[i][1] = v.y;
     }
   }

@@ -42,6 +42,11 @@ constexpr Walk gradient_walk(Layout layout) {
   return layout == Layout::kColumnMajor ? Walk::kTall : Walk::kRows;
 }
 
+/// Measured (docs/kernels/mvue.md): loads by columns wait longer, and want one more block.
+constexpr int blocks_per_sm(Layout layout) {
+  return layout == Layout::kRowMajor ? 5 : layout == Layout::kColumnMajor ? 6 : 1;
+}
+
 template <typename T, Layout kLayout>
 __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int token, int feature) {
   constexpr bool kByTokens = kLayout != Layout::kColumnMajor;
@@ -61,13 +66,14 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
     const int lines = kByTokens ? tokens : features, length = kByTokens ? features : tokens;
     const uint32_t stride = stride_bytes(dy, kByTokens, 2);
     const uint16_t* first = advance(static_cast<const uint16_t*>(dy.data), stride, line) + along;
-    patch = load_patch16<kByTokens ? 1 : 8>(first, stride, along < length ? lines - line : 0);
+    patch = load_patch16<kByTokens ? 1 : 8, !kByTokens>(first, stride,
+                                                        along < length ? lines - line : 0);
   }
   return patch;
 }
 
 template <typename T, Layout kLayout>
-__global__ void __launch_bounds__(kTileThreads, kLayout == Layout::kStrided ? 1 : 5)
+__global__ void __launch_bounds__(kTileThreads, blocks_per_sm(kLayout))
     mvue_kernel(const __grid_constant__ MvueParams p) {
   __shared__ alignas(16) uint8_t stage[kTileMetaBlocks * kStageStride];
 

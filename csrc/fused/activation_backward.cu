@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
 
   const PatchBackward& b = p.backward;
   const TileIndex tile = raster_tile(blockIdx.x, b.tile_rows, b.tile_cols, kMixedBand);
-  const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
+  const PatchOrigin origin = patch_origin(p.walk, false, threadIdx.x);
   const int token = static_cast<int>(tile.row) * kTileRows + origin.row;
   const int feature = static_cast<int>(tile.col) * kTileCols + origin.col;
   // Tokens past the end are zeros: with d_h = 0 all gradients are, and their groups keep nothing.
@@ -102,8 +102,11 @@ struct LaunchRows {
 template <typename T>
 void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& layouts,
                      cudaStream_t stream) {
-  const BackwardMvue p = {patch_backward(args, layouts), args.seed,
-                          static_cast<uint16_t*>(args.packed), args.E};
+  // kTall is 1 to 4 % faster where most bytes are columns, and 8 to 15 % slower elsewhere.
+  const bool tall =
+      layouts.gate_up == Layout::kColumnMajor && layouts.d_gate_up == Layout::kColumnMajor;
+  const BackwardMvue p = {patch_backward(args, layouts), tall ? Walk::kTall : Walk::kSquare,
+                          args.seed, static_cast<uint16_t*>(args.packed), args.E};
   const uint32_t tiles = p.backward.tile_rows * p.backward.tile_cols;
   if (layouts.any(Layout::kColumnMajor)) {
     const auto kernel =

@@ -9,6 +9,7 @@ namespace sparse24 {
 
 struct BackwardMvue {
   PatchBackward backward;
+  Walk walk;  // of mixed layouts
   const int64_t* seed;
   uint16_t* packed;
   uint8_t* E;

@@ -89,9 +89,10 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
   for (int i = 0; i < 8; ++i) {
     TokenPart part = {};
     if (i < valid) {
-      part.gate = load8(advance(gate_up, b.gate_up.line_bytes, i));
-      if (kGated) part.up = load8(advance(gate_up, b.gate_up.line_bytes, i) + b.gate_up.half_bytes);
-      part.d_h = load8(advance(d_h, b.d_h.line_bytes, i));
+      part.gate = load8_cached(advance(gate_up, b.gate_up.line_bytes, i));
+      if (kGated)
+        part.up = load8_cached(advance(gate_up, b.gate_up.line_bytes, i) + b.gate_up.half_bytes);
+      part.d_h = load8_cached(advance(d_h, b.d_h.line_bytes, i));
     }
     (i < 4 ? now[i] : next[i - 4]) = part;
   }
