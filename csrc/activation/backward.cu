@@ -4,7 +4,7 @@
 //   gate_up, d_gate_up  [tokens, 2*d_ff] = [gate | up], plain [tokens, d_ff]
 //   all bf16, fp16 or fp32, fp32 inside: d_gate = d_h up act'(gate), d_up = d_h act(gate)
 //
-// The same three ways as in forward.cu: stream (all operands of one layout), patches (mixed),
+// The same three ways as in forward.cu: stream (all operands of one layout), tiles (mixed),
 // elements (anything else).
 //
 // Traffic  10 B a 16-bit element of h gated, 6 B plain; 2 B more for h.
@@ -13,10 +13,9 @@
 #include "activation/activation_cuda.h"
 #include "activation/backward_patch.cuh"
 #include "activation/stream.cuh"
+#include "activation/tile_pass.cuh"
 #include "common/cuda_check.h"
 #include "common/element.cuh"
-#include "common/raster.h"
-#include "common/tile.h"
 
 namespace sparse24 {
 namespace {
@@ -84,25 +83,86 @@ struct LaunchStream {
   }
 };
 
-// ---- patches ----------------------------------------------------------------------------------
+// ---- tiles ------------------------------------------------------------------------------------
 
-// A gated 16-bit patch holds 96 words of operands; three blocks an SM keep 12 warps with 24 loads
-// each in flight.
+template <typename T>
+using BackwardTile = PatchTile<T, 8, 16>;
+
+struct TileBackward {
+  TileOperand d_h, gate, up, d_gate, d_up, h;  // plain: no up, no d_up
+  TileWalk walk;
+  Activation kind;
+  bool with_h;
+};
+
+// A gated 16-bit patch holds 96 words of operands: four blocks an SM keep them in registers.
 template <bool kGated, typename T>
-__global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
-    backward_patch_kernel(const __grid_constant__ PatchBackward p) {
-  constexpr int kSide = kVectorSize<T>;
-  const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, kMixedBand);
-  const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
-  const int token = (static_cast<int>(tile.row) * kTileRows + origin.row) / kPatch * kSide;
-  const int feature = (static_cast<int>(tile.col) * kTileCols + origin.col) / kPatch * kSide;
-  if (token >= p.tokens || feature >= p.d_ff)
-    return;  // patches are inside or outside: mixed layouts divide both extents
+__global__ void __launch_bounds__(BackwardTile<T>::kThreads, 4)
+    backward_tile_kernel(const __grid_constant__ TileBackward p) {
+  using Tile = BackwardTile<T>;
+  extern __shared__ __align__(128) char staged[];  // d_h, gate, up; then h, d_gate, d_up
+  char *const staged_gate = staged + Tile::kBytes, *const staged_up = staged + 2 * Tile::kBytes;
+  __shared__ uint64_t arrived;
+  const TileIndex tile = p.walk.tile();
+  const int token = static_cast<int>(tile.row) * Tile::kTokens;
+  const int feature = static_cast<int>(tile.col) * Tile::kFeatures;
+  if (threadIdx.x == 0) {
+    start_barrier(&arrived);
+    announce_bytes(&arrived, (kGated ? 3 : 2) * Tile::kBytes);
+    load_tile(staged, p.d_h, &arrived, token, feature);
+    load_tile(staged_gate, p.gate, &arrived, token, feature);
+    if (kGated) load_tile(staged_up, p.up, &arrived, token, feature);
+  }
+  __syncthreads();  // the barrier is there
+  wait_for_bytes(&arrived);
 
-  SquarePatch<T> d_h, gate, up;
-  load_backward<kGated>(p, token, feature, kSide, d_h, gate, up);
+  // Patches are held as gate_up lies; the others are turned where they lie otherwise.
+  const typename Tile::Place place;
+  const bool column_major = p.gate.column_major;
+  SquarePatch<T> d_h = Tile::read(staged, place, p.d_h.column_major);
+  SquarePatch<T> gate = Tile::read(staged_gate, place, column_major), up;
+  if (kGated) up = Tile::read(staged_up, place, column_major);
+  if (p.d_h.column_major != column_major) turn(d_h);
   backward_patch<kGated>(p.kind, d_h, gate, up);
-  store_backward<kGated>(p, token, feature, kSide, d_h, gate, up);
+  if (p.d_gate.column_major != column_major) {
+    turn(gate);
+    if (kGated) turn(up);
+  }
+  if (p.with_h && p.h.column_major != column_major) turn(d_h);
+
+  __syncthreads();  // all operands have been read
+  Tile::write(staged_gate, place, p.d_gate.column_major, gate);
+  if (kGated) Tile::write(staged_up, place, p.d_gate.column_major, up);
+  if (p.with_h) Tile::write(staged, place, p.h.column_major, d_h);
+  fence_for_copies();
+  __syncthreads();  // all results are staged
+  if (threadIdx.x == 0) {
+    store_tile(p.d_gate, staged_gate, token, feature);
+    if (kGated) store_tile(p.d_up, staged_up, token, feature);
+    if (p.with_h) store_tile(p.h, staged, token, feature);
+    finish_stores();
+  }
+}
+
+template <typename T>
+void launch_by_tiles(const ActivationBackwardArgs& args, const BackwardLayouts& layouts,
+                     cudaStream_t stream) {
+  using Tile = BackwardTile<T>;
+  const int64_t d_ff = args.d_h.cols, up = args.gated ? d_ff : 0;
+  const bool with_h = args.h.data != nullptr;
+  const TileOperand d_h = tile_operand<Tile>(args.d_h, layouts.d_h, 0, d_ff);
+  const TileBackward p = {d_h,
+                          tile_operand<Tile>(args.gate_up, layouts.gate_up, 0, d_ff),
+                          tile_operand<Tile>(args.gate_up, layouts.gate_up, up, d_ff),
+                          tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, 0, d_ff),
+                          tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, up, d_ff),
+                          with_h ? tile_operand<Tile>(args.h, layouts.h, 0, d_ff) : d_h,
+                          tile_walk<Tile>(args.d_h.rows, d_ff),
+                          args.kind,
+                          with_h};
+  launch_tile_pass<Tile>(
+      args.gated ? backward_tile_kernel<true, T> : backward_tile_kernel<false, T>, p,
+      (args.gated ? 3 : 2) * Tile::kBytes, stream);
 }
 
 // ---- elements ---------------------------------------------------------------------------------
@@ -140,20 +200,19 @@ void activation_backward_dense(const ActivationBackwardArgs& args, cudaStream_t 
   if (args.d_h.rows == 0 || args.d_h.cols == 0) return;
   check_extents32(args.gate_up.rows, args.gate_up.cols, "gate_up");
   const BackwardLayouts layouts(args);
-  if (layouts.any(Layout::kStrided)) {
+  const bool mixed = layouts.any(Layout::kRowMajor) && layouts.any(Layout::kColumnMajor);
+  if (!mixed && !layouts.any(Layout::kStrided)) {
+    with_activation(args.kind, LaunchStream{args, layouts.gate_up, stream});
+  } else if (tiles_fit(args.d_h, layouts.d_h) && tiles_fit(args.gate_up, layouts.gate_up) &&
+             tiles_fit(args.d_gate_up, layouts.d_gate_up) &&
+             (args.h.data == nullptr || tiles_fit(args.h, layouts.h))) {
+    with_type(args.d_h.dtype,
+              [&](auto zero) { launch_by_tiles<decltype(zero)>(args, layouts, stream); });
+  } else {
     with_type(args.d_h.dtype, [&](auto zero) {
       backward_element_kernel<decltype(zero)>
           <<<element_blocks(args.d_h), kElementThreads, 0, stream>>>(
               args.d_h, args.gate_up, args.d_gate_up, args.h, args.gated, args.kind);
-    });
-  } else if (!layouts.any(Layout::kRowMajor) || !layouts.any(Layout::kColumnMajor)) {
-    with_activation(args.kind, LaunchStream{args, layouts.gate_up, stream});
-  } else {
-    const PatchBackward p = patch_backward(args, layouts);
-    with_type(args.d_h.dtype, [&](auto zero) {
-      const auto kernel = args.gated ? backward_patch_kernel<true, decltype(zero)>
-                                     : backward_patch_kernel<false, decltype(zero)>;
-      kernel<<<p.tile_rows * p.tile_cols, kTileThreads, 0, stream>>>(p);
     });
   }
   SP24_CHECK_LAUNCH("activation_backward of ", name_of(args.d_h.dtype), " gate_up [",

@@ -5,9 +5,8 @@
 //
 // Three ways, chosen by what the operands allow:
 //   stream    both row-major, or both column-major: a thread takes a vector of 16 bytes
-//   patches   one row-, one column-major: a thread takes a square patch and turns it in registers
-//             (common/square_patch.cuh); tiles go in bands (common/raster.h), so that both
-//             directions see long runs in flight
+//   tiles     one row-, one column-major: through shared memory, patches turned in registers
+//             (tile_pass.cuh)
 //   elements  anything else: odd widths, strides or addresses; one element a thread
 //
 // Traffic  6 B a 16-bit output element gated, 4 B plain; each byte once.
@@ -16,11 +15,9 @@
 #include "activation/activation_cuda.h"
 #include "activation/kinds.cuh"
 #include "activation/stream.cuh"
+#include "activation/tile_pass.cuh"
 #include "common/cuda_check.h"
 #include "common/element.cuh"
-#include "common/raster.h"
-#include "common/square_patch.cuh"
-#include "common/tile.h"
 
 namespace sparse24 {
 namespace {
@@ -72,66 +69,77 @@ struct LaunchStream {
   }
 };
 
-// ---- patches ----------------------------------------------------------------------------------
+// ---- tiles ------------------------------------------------------------------------------------
 
-struct PatchForward {
-  PatchOperand in, h;
-  int tokens, d_ff;
-  uint32_t tile_rows, tile_cols;
+template <typename T>
+using ForwardTile = PatchTile<T, 16, 8>;
+
+struct TileForward {
+  TileOperand gate, up, h;  // plain: no up
+  TileWalk walk;
   Activation kind;
 };
 
 template <bool kGated, typename T>
-__global__ void __launch_bounds__(kTileThreads, 5)
-    forward_patch_kernel(const __grid_constant__ PatchForward p) {
-  constexpr int kSide = kVectorSize<T>;
-  const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, kMixedBand);
-  const PatchOrigin origin = patch_origin(Walk::kSquare, false, threadIdx.x);
-  const int token = (static_cast<int>(tile.row) * kTileRows + origin.row) / kPatch * kSide;
-  const int feature = (static_cast<int>(tile.col) * kTileCols + origin.col) / kPatch * kSide;
-  if (token >= p.tokens || feature >= p.d_ff)
-    return;  // patches are inside or outside, as both extents allow vectors
+__global__ void __launch_bounds__(ForwardTile<T>::kThreads, 6)
+    forward_tile_kernel(const __grid_constant__ TileForward p) {
+  using Tile = ForwardTile<T>;
+  extern __shared__ __align__(128) char staged[];  // gate, up; h in the place of gate
+  __shared__ uint64_t arrived;
+  const TileIndex tile = p.walk.tile();
+  const int token = static_cast<int>(tile.row) * Tile::kTokens;
+  const int feature = static_cast<int>(tile.col) * Tile::kFeatures;
+  if (threadIdx.x == 0) {
+    start_barrier(&arrived);
+    announce_bytes(&arrived, (kGated ? 2 : 1) * Tile::kBytes);
+    load_tile(staged, p.gate, &arrived, token, feature);
+    if (kGated) load_tile(staged + Tile::kBytes, p.up, &arrived, token, feature);
+  }
+  __syncthreads();  // the barrier is there
+  wait_for_bytes(&arrived);
 
-  const char* from = patch_address<T>(p.in, token, feature);
-  SquarePatch<T> gate = load_lines<T>(from, p.in.line_bytes, kSide), up;
-  if (kGated) up = load_lines<T>(from + p.in.half_bytes, p.in.line_bytes, kSide);
-  // Elementwise work does not care for the direction: lines stay as they came, and h is turned on
-  // its way out.
+  // Elementwise work does not care for the direction: h is turned on its way out.
+  const typename Tile::Place place;
+  const bool column_major = p.gate.column_major;
+  SquarePatch<T> h;
   SP24_UNROLL
-  for (int i = 0; i < kSide; ++i) {
+  for (int i = 0; i < Tile::kSide; ++i) {
+    const uint4 gate = Tile::read_line(staged, place, column_major, i);
+    const uint4 up = kGated ? Tile::read_line(staged + Tile::kBytes, place, column_major, i) : gate;
     with_kind(p.kind, [&](auto kind) {  // once a line: see backward_patch
-      float x[kSide];
+      float g[Tile::kSide], x[Tile::kSide];
+      Vector<T>::unpack(gate, g);
+      Vector<T>::unpack(up, x);
       SP24_UNROLL
-      for (int j = 0; j < kSide; ++j) {
-        const float value =
-            activate<decltype(kind)::value, sizeof(T) == 2>(patch_value(gate, i, j)).value;
-        x[j] = kGated ? value * patch_value(up, i, j) : value;
+      for (int j = 0; j < Tile::kSide; ++j) {
+        const float value = activate<decltype(kind)::value, sizeof(T) == 2>(g[j]).value;
+        g[j] = kGated ? value * x[j] : value;
       }
       SP24_UNROLL
-      for (int w = 0; w < 4; ++w) gate.word[i][w] = patch_word<T>(&x[w * kSide / 4]);
+      for (int w = 0; w < 4; ++w) h.word[i][w] = patch_word<T>(&g[w * Tile::kSide / 4]);
     });
   }
-  if (p.in.column_major) turn(gate);
-  store_patch(p.h, patch_address<T>(p.h, token, feature), kSide, gate);
+  if (column_major != p.h.column_major) turn(h);
+  __syncthreads();  // gate has been read
+  Tile::write(staged, place, p.h.column_major, h);
+  fence_for_copies();
+  __syncthreads();  // h is staged
+  if (threadIdx.x == 0) {
+    store_tile(p.h, staged, token, feature);
+    finish_stores();
+  }
 }
 
 template <typename T>
-void launch_patches(const ActivationArgs& args, Layout in, Layout out, cudaStream_t stream) {
-  constexpr int kSide = kVectorSize<T>;
+void launch_by_tiles(const ActivationArgs& args, Layout in, Layout out, cudaStream_t stream) {
+  using Tile = ForwardTile<T>;
   const int64_t d_ff = args.h.cols;
-  const uint32_t tile_rows =
-      static_cast<uint32_t>(round_up(args.h.rows / kSide * kPatch, kTileRows) / kTileRows);
-  const uint32_t tile_cols =
-      static_cast<uint32_t>(round_up(d_ff / kSide * kPatch, kTileCols) / kTileCols);
-  const PatchForward p = {patch_operand(args.gate_up, in, d_ff),
-                          patch_operand(args.h, out, d_ff),
-                          static_cast<int>(args.h.rows),
-                          static_cast<int>(d_ff),
-                          tile_rows,
-                          tile_cols,
-                          args.kind};
-  const auto kernel = args.gated ? forward_patch_kernel<true, T> : forward_patch_kernel<false, T>;
-  kernel<<<tile_rows * tile_cols, kTileThreads, 0, stream>>>(p);
+  const TileForward p = {tile_operand<Tile>(args.gate_up, in, 0, d_ff),
+                         tile_operand<Tile>(args.gate_up, in, args.gated ? d_ff : 0, d_ff),
+                         tile_operand<Tile>(args.h, out, 0, d_ff),
+                         tile_walk<Tile>(args.h.rows, d_ff), args.kind};
+  launch_tile_pass<Tile>(args.gated ? forward_tile_kernel<true, T> : forward_tile_kernel<false, T>,
+                         p, (args.gated ? 2 : 1) * Tile::kBytes, stream);
 }
 
 // ---- elements ---------------------------------------------------------------------------------
@@ -157,17 +165,17 @@ void activation_forward(const ActivationArgs& args, cudaStream_t stream) {
   if (args.h.rows == 0 || args.h.cols == 0) return;
   check_extents32(args.gate_up.rows, args.gate_up.cols, "gate_up");
   const Layout in = vector_layout(args.gate_up, args.gated ? 2 : 1), out = vector_layout(args.h);
-  if (in == Layout::kStrided || out == Layout::kStrided) {
+  if (in == out && in != Layout::kStrided) {
+    with_activation(args.kind, LaunchStream{args, in, stream});
+  } else if (tiles_fit(args.gate_up, in) && tiles_fit(args.h, out)) {
+    with_type(args.h.dtype,
+              [&](auto zero) { launch_by_tiles<decltype(zero)>(args, in, out, stream); });
+  } else {
     with_type(args.h.dtype, [&](auto zero) {
       forward_element_kernel<decltype(zero)>
           <<<element_blocks(args.h), kElementThreads, 0, stream>>>(args.gate_up, args.h, args.gated,
                                                                    args.kind);
     });
-  } else if (in == out) {
-    with_activation(args.kind, LaunchStream{args, in, stream});
-  } else {
-    with_type(args.h.dtype,
-              [&](auto zero) { launch_patches<decltype(zero)>(args, in, out, stream); });
   }
   SP24_CHECK_LAUNCH("activation_forward of ", name_of(args.h.dtype), " gate_up [",
                     args.gate_up.rows, ", ", args.gate_up.cols, "]");

@@ -1,0 +1,157 @@
+// tile_pass.cuh: passes over operands of mixed layouts, a tile at a time through shared memory.
+//
+// A block takes one tile. Every operand comes and goes by TMA, in lines of its own direction: 128
+// to 256 contiguous bytes each, which DRAM wants; patches loaded straight into registers had 64 B
+// on one side, and 10 to 25 % less bandwidth. In between a thread owns a square patch of 16-byte
+// lines (common/square_patch.cuh), and turns it in registers where two operands differ.
+//
+// Lanes take patches on diagonals: eight neighbouring lanes differ in their patch's row and in its
+// column, modulo 8. So the eight accesses of 16 bytes that shared memory serves at a time fall into
+// different banks, whichever way a tile lies, without padding or swizzle.
+//
+// Blocks are short: one tile, no pipeline inside. Six or so an SM overlap loading, work and
+// storing.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cuda_check.h"
+#include "common/layout.h"
+#include "common/raster.h"
+#include "common/square_patch.cuh"
+#include "common/tma.cuh"
+#include "sparse24/types.h"
+
+namespace sparse24 {
+
+/// Tiles deep of a band of the walk (raster.h).
+constexpr uint32_t kTileBand = 16;
+
+/// A tile of token_patches x feature_patches patches; both are multiples of 8.
+template <typename T, int kTokenPatches, int kFeaturePatches>
+struct PatchTile {
+  static_assert(kTokenPatches % 8 == 0 && kFeaturePatches % 8 == 0, "diagonals of 8");
+  static constexpr int kSide = kVectorSize<T>;
+  static constexpr int kTokens = kTokenPatches * kSide, kFeatures = kFeaturePatches * kSide;
+  static constexpr int kThreads = kTokenPatches * kFeaturePatches;
+  static constexpr int kBytes = kTokens * kFeatures * static_cast<int>(sizeof(T));
+
+  /// This thread's patch in a staged tile: its first line, and the distance of lines.
+  struct Place {
+    int token, feature;  // in patches
+
+    __device__ Place() {
+      const int lane = threadIdx.x % 8, diagonal = threadIdx.x / 8 % 8, square = threadIdx.x / 64;
+      token = square % (kTokenPatches / 8) * 8 + lane;
+      feature = square / (kTokenPatches / 8) * 8 + (lane + diagonal) % 8;
+    }
+    __device__ __forceinline__ int pitch(bool column_major) const {
+      return 16 * (column_major ? kTokenPatches : kFeaturePatches);
+    }
+    __device__ __forceinline__ int offset(bool column_major) const {
+      return column_major ? feature * kSide * pitch(true) + 16 * token
+                          : token * kSide * pitch(false) + 16 * feature;
+    }
+  };
+
+  /// Line i of a patch as it lies in the staged tile.
+  static __device__ __forceinline__ uint4 read_line(const char* tile, Place place,
+                                                    bool column_major, int i) {
+    return *reinterpret_cast<const uint4*>(tile + place.offset(column_major) +
+                                           i * place.pitch(column_major));
+  }
+  static __device__ __forceinline__ SquarePatch<T> read(const char* tile, Place place,
+                                                        bool column_major) {
+    SquarePatch<T> patch;
+    SP24_UNROLL
+    for (int i = 0; i < kSide; ++i) {
+      const uint4 v = read_line(tile, place, column_major, i);
+      patch.word[i][0] = v.x, patch.word[i][1] = v.y;
+      patch.word[i][2] = v.z, patch.word[i][3] = v.w;
+    }
+    return patch;
+  }
+  static __device__ __forceinline__ void write(char* tile, Place place, bool column_major,
+                                               const SquarePatch<T>& patch) {
+    char* to = tile + place.offset(column_major);
+    const int pitch = place.pitch(column_major);
+    SP24_UNROLL
+    for (int i = 0; i < kSide; ++i) {
+      *reinterpret_cast<uint4*>(to + i * pitch) =
+          make_uint4(patch.word[i][0], patch.word[i][1], patch.word[i][2], patch.word[i][3]);
+    }
+  }
+};
+
+/// One operand, or one half of a gated one.
+struct TileOperand {
+  TensorMap map;
+  bool column_major;
+};
+
+/// `cols` columns from `first_col` of a matrix that `tiles_fit`.
+template <typename Tile, typename Pointer>
+TileOperand tile_operand(const MatrixView<Pointer>& m, Layout layout, int64_t first_col,
+                         int64_t cols) {
+  const bool column_major = layout == Layout::kColumnMajor;
+  const int64_t bytes = bytes_of(m.dtype), along = column_major ? m.rows : cols;
+  const int64_t lines = column_major ? cols : m.rows;
+  const int64_t stride = column_major ? m.col_stride : m.row_stride;
+  // The distance of a single line is nobody's, and may be anything.
+  const int64_t line_bytes = lines > 1 ? stride * bytes : (along * bytes + 15) / 16 * 16;
+  const char* first =
+      static_cast<const char*>(static_cast<const void*>(m.data)) + first_col * m.col_stride * bytes;
+  return {make_tensor_map(first, static_cast<int>(bytes), along, lines, line_bytes,
+                          column_major ? Tile::kTokens : Tile::kFeatures,
+                          column_major ? Tile::kFeatures : Tile::kTokens),
+          column_major};
+}
+
+/// Can the copy engine move this matrix? Lines must not overlap, besides what vectors want.
+template <typename Pointer>
+bool tiles_fit(const MatrixView<Pointer>& m, Layout layout) {
+  if (layout == Layout::kStrided) return false;
+  const bool column_major = layout == Layout::kColumnMajor;
+  const int64_t stride = column_major ? m.col_stride : m.row_stride;
+  return stride >= (column_major ? m.rows : m.cols) || (column_major ? m.cols : m.rows) == 1;
+}
+
+__device__ __forceinline__ void load_tile(char* to, const TileOperand& operand, uint64_t* barrier,
+                                          int token, int feature) {
+  load_box(to, operand.map, barrier, operand.column_major ? token : feature,
+           operand.column_major ? feature : token);
+}
+__device__ __forceinline__ void store_tile(const TileOperand& operand, const char* from, int token,
+                                           int feature) {
+  store_box(operand.map, from, operand.column_major ? token : feature,
+            operand.column_major ? feature : token);
+}
+
+/// How the tiles of [tokens, features] are walked.
+struct TileWalk {
+  uint32_t tile_rows, tile_cols;
+
+  uint32_t tiles() const { return tile_rows * tile_cols; }
+  __device__ __forceinline__ TileIndex tile() const {
+    return raster_tile(blockIdx.x, tile_rows, tile_cols, kTileBand);
+  }
+};
+
+template <typename Tile>
+TileWalk tile_walk(int64_t tokens, int64_t features) {
+  const int64_t rows = (tokens + Tile::kTokens - 1) / Tile::kTokens;
+  const int64_t cols = (features + Tile::kFeatures - 1) / Tile::kFeatures;
+  SP24_CHECK(rows * cols < int64_t{1} << 31, "h must have fewer than 2^31 tiles, got [", tokens,
+             ", ", features, "]");
+  return {static_cast<uint32_t>(rows), static_cast<uint32_t>(cols)};
+}
+
+/// Launches kernel(pass) with `smem_bytes` of shared memory.
+template <typename Tile, typename Pass>
+void launch_tile_pass(void (*kernel)(Pass), const Pass& pass, int smem_bytes, cudaStream_t stream) {
+  SP24_CHECK_CUDA(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes));
+  kernel<<<pass.walk.tiles(), Tile::kThreads, smem_bytes, stream>>>(pass);
+}
+
+}  // namespace sparse24
