@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 4)
   wait_for_bytes(&arrived);
 
   // Patches are held as gate_up lies; the others are turned where they lie otherwise.
-  const typename Tile::Place place;
+  const typename Tile::Place place{};
   const bool column_major = p.gate.column_major;
   SquarePatch<T> d_h = Tile::read(staged, place, p.d_h.column_major);
   SquarePatch<T> gate = Tile::read(staged_gate, place, column_major), up;

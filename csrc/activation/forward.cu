@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 6)
   wait_for_bytes(&arrived);
 
   // Elementwise work does not care for the direction: h is turned on its way out.
-  const typename Tile::Place place;
+  const typename Tile::Place place{};
   const bool column_major = p.gate.column_major;
   SquarePatch<T> h;
   SP24_UNROLL

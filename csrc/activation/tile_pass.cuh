@@ -5,16 +5,13 @@
 // on one side, and 10 to 25 % less bandwidth. In between a thread owns a square patch of 16-byte
 // lines (common/square_patch.cuh), and turns it in registers where two operands differ.
 //
-// Lanes take patches on diagonals: eight neighbouring lanes differ in their patch's row and in its
-// column, modulo 8. So the eight accesses of 16 bytes that shared memory serves at a time fall into
-// different banks, whichever way a tile lies, without padding or swizzle.
-//
 // Blocks are short: one tile, no pipeline inside. Six or so an SM overlap loading, work and
 // storing.
 #pragma once
 
 #include <cstdint>
 
+#include "activation/tile_place.h"
 #include "common/cuda_check.h"
 #include "common/layout.h"
 #include "common/raster.h"
@@ -30,7 +27,6 @@ constexpr uint32_t kTileBand = 16;
 /// A tile of token_patches x feature_patches patches; both are multiples of 8.
 template <typename T, int kTokenPatches, int kFeaturePatches>
 struct PatchTile {
-  static_assert(kTokenPatches % 8 == 0 && kFeaturePatches % 8 == 0, "diagonals of 8");
   static constexpr int kSide = kVectorSize<T>;
   static constexpr int kTokens = kTokenPatches * kSide, kFeatures = kFeaturePatches * kSide;
   static constexpr int kThreads = kTokenPatches * kFeaturePatches;
@@ -38,19 +34,14 @@ struct PatchTile {
 
   /// This thread's patch in a staged tile: its first line, and the distance of lines.
   struct Place {
-    int token, feature;  // in patches
+    TilePlace patch = tile_place<kTokenPatches, kFeaturePatches>(threadIdx.x);
 
-    __device__ Place() {
-      const int lane = threadIdx.x % 8, diagonal = threadIdx.x / 8 % 8, square = threadIdx.x / 64;
-      token = square % (kTokenPatches / 8) * 8 + lane;
-      feature = square / (kTokenPatches / 8) * 8 + (lane + diagonal) % 8;
-    }
     __device__ __forceinline__ int pitch(bool column_major) const {
       return 16 * (column_major ? kTokenPatches : kFeaturePatches);
     }
     __device__ __forceinline__ int offset(bool column_major) const {
-      return column_major ? feature * kSide * pitch(true) + 16 * token
-                          : token * kSide * pitch(false) + 16 * feature;
+      return column_major ? patch.feature * kSide * pitch(true) + 16 * patch.token
+                          : patch.token * kSide * pitch(false) + 16 * patch.feature;
     }
   };
 

@@ -3,9 +3,12 @@
 #include <cstdint>
 #include <limits>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "activation/functions.h"
+#include "activation/tile_place.h"
 #include "matrices.h"
 #include "testing.h"
 
@@ -53,7 +56,32 @@ ValueAndSlope evaluate(Activation kind, float x, bool for_16_bits = false) {
   return result;
 }
 
+/// Every patch has one thread, and any eight lanes differ modulo 8 in both directions.
+template <int kTokenPatches, int kFeaturePatches>
+bool places_are_sound() {
+  std::set<std::pair<int, int>> seen;
+  bool banks_differ = true;
+  for (uint32_t first = 0; first < kTokenPatches * kFeaturePatches; first += 8) {
+    std::set<int> tokens, features;
+    for (uint32_t lane = 0; lane < 8; ++lane) {
+      const TilePlace at = tile_place<kTokenPatches, kFeaturePatches>(first + lane);
+      if (at.token < kTokenPatches && at.feature < kFeaturePatches)
+        seen.insert({at.token, at.feature});
+      tokens.insert(at.token % 8), features.insert(at.feature % 8);
+    }
+    banks_differ = banks_differ && tokens.size() == 8 && features.size() == 8;
+  }
+  return banks_differ && seen.size() == kTokenPatches * kFeaturePatches;
+}
+
 }  // namespace
+
+TEST(threads_share_a_tile_without_bank_conflicts) {
+  CHECK((places_are_sound<8, 8>()));
+  CHECK((places_are_sound<8, 16>()));
+  CHECK((places_are_sound<16, 8>()));
+  CHECK((places_are_sound<16, 16>()));
+}
 
 TEST(values_and_slopes_are_accurate) {
   for (Activation kind : kKinds)
