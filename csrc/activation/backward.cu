@@ -86,7 +86,7 @@ struct LaunchStream {
 // ---- tiles ------------------------------------------------------------------------------------
 
 template <typename T>
-using BackwardTile = PatchTile<T, 8, 16>;
+using BackwardTile = PatchTile<T, 16, 16>;
 
 struct TileBackward {
   TileOperand d_h, gate, up, d_gate, d_up, h;  // plain: no up, no d_up
@@ -95,9 +95,9 @@ struct TileBackward {
   bool with_h;
 };
 
-// A gated 16-bit patch holds 96 words of operands: four blocks an SM keep them in registers.
+// A gated 16-bit patch holds 96 words of operands: two blocks an SM keep them in registers.
 template <bool kGated, typename T>
-__global__ void __launch_bounds__(BackwardTile<T>::kThreads, 4)
+__global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
     backward_tile_kernel(const __grid_constant__ TileBackward p) {
   using Tile = BackwardTile<T>;
   extern __shared__ __align__(128) char staged[];  // d_h, gate, up; then h, d_gate, d_up
@@ -157,7 +157,7 @@ void launch_by_tiles(const ActivationBackwardArgs& args, const BackwardLayouts& 
                           tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, 0, d_ff),
                           tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, up, d_ff),
                           with_h ? tile_operand<Tile>(args.h, layouts.h, 0, d_ff) : d_h,
-                          tile_walk<Tile>(args.d_h.rows, d_ff),
+                          tile_walk<Tile>(args.d_h.rows, d_ff, layouts.d_gate_up),
                           args.kind,
                           with_h};
   launch_tile_pass<Tile>(

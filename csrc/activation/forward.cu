@@ -72,7 +72,7 @@ struct LaunchStream {
 // ---- tiles ------------------------------------------------------------------------------------
 
 template <typename T>
-using ForwardTile = PatchTile<T, 16, 8>;
+using ForwardTile = PatchTile<T, 16, 16>;
 
 struct TileForward {
   TileOperand gate, up, h;  // plain: no up
@@ -81,7 +81,7 @@ struct TileForward {
 };
 
 template <bool kGated, typename T>
-__global__ void __launch_bounds__(ForwardTile<T>::kThreads, 6)
+__global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
     forward_tile_kernel(const __grid_constant__ TileForward p) {
   using Tile = ForwardTile<T>;
   extern __shared__ __align__(128) char staged[];  // gate, up; h in the place of gate
@@ -137,7 +137,7 @@ void launch_by_tiles(const ActivationArgs& args, Layout in, Layout out, cudaStre
   const TileForward p = {tile_operand<Tile>(args.gate_up, in, 0, d_ff),
                          tile_operand<Tile>(args.gate_up, in, args.gated ? d_ff : 0, d_ff),
                          tile_operand<Tile>(args.h, out, 0, d_ff),
-                         tile_walk<Tile>(args.h.rows, d_ff), args.kind};
+                         tile_walk<Tile>(args.h.rows, d_ff, out), args.kind};
   launch_tile_pass<Tile>(args.gated ? forward_tile_kernel<true, T> : forward_tile_kernel<false, T>,
                          p, (args.gated ? 2 : 1) * Tile::kBytes, stream);
 }

@@ -21,8 +21,9 @@
 
 namespace sparse24 {
 
-/// Tiles deep of a band of the walk (raster.h).
-constexpr uint32_t kTileBand = 16;
+/// Tiles deep of a band of the walk (raster.h). Bands go along the lines of the result, which are
+/// written out in turn; 4 was the best of 4, 16 and 64 (docs/kernels/activation.md).
+constexpr uint32_t kTileBand = 4;
 
 /// A tile of token_patches x feature_patches patches; both are multiples of 8.
 template <typename T, int kTokenPatches, int kFeaturePatches>
@@ -118,23 +119,26 @@ __device__ __forceinline__ void store_tile(const TileOperand& operand, const cha
             operand.column_major ? feature : token);
 }
 
-/// How the tiles of [tokens, features] are walked.
+/// How the tiles of [tokens, features] are walked: in bands along rows, or along columns.
 struct TileWalk {
   uint32_t tile_rows, tile_cols;
+  bool along_columns;
 
   uint32_t tiles() const { return tile_rows * tile_cols; }
   __device__ __forceinline__ TileIndex tile() const {
-    return raster_tile(blockIdx.x, tile_rows, tile_cols, kTileBand);
+    if (!along_columns) return raster_tile(blockIdx.x, tile_rows, tile_cols, kTileBand);
+    const TileIndex turned = raster_tile(blockIdx.x, tile_cols, tile_rows, kTileBand);
+    return {turned.col, turned.row};
   }
 };
 
 template <typename Tile>
-TileWalk tile_walk(int64_t tokens, int64_t features) {
+TileWalk tile_walk(int64_t tokens, int64_t features, Layout result) {
   const int64_t rows = (tokens + Tile::kTokens - 1) / Tile::kTokens;
   const int64_t cols = (features + Tile::kFeatures - 1) / Tile::kFeatures;
   SP24_CHECK(rows * cols < int64_t{1} << 31, "h must have fewer than 2^31 tiles, got [", tokens,
              ", ", features, "]");
-  return {static_cast<uint32_t>(rows), static_cast<uint32_t>(cols)};
+  return {static_cast<uint32_t>(rows), static_cast<uint32_t>(cols), result == Layout::kColumnMajor};
 }
 
 /// Launches kernel(pass) with `smem_bytes` of shared memory.

@@ -48,7 +48,7 @@ inline TensorMap make_tensor_map(const void* data, int element_bytes, int64_t al
   const CUresult status = tensor_map_encoder()(
       &map, element_bytes == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 2,
       const_cast<void*>(data), extents, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   SP24_CHECK(status == CUDA_SUCCESS, "cuTensorMapEncodeTiled of ", lines, " lines of ", along,
              " elements, ", line_bytes, " bytes apart: CUDA reports error ",
