@@ -645,6 +645,11 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
                                   static_cast<int>(kind), gated ? " gated" : "", " orders ", orders,
                                   " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
 
+  // Kernels for mixed layouts store by TMA, which initcheck does not see. Poison it sees, and the
+  // comparison finds what is left of it.
+  const auto initialise = [&](TwinMatrix& result) {
+    if (orders != 0 && orders != 15) result.twin().upload();
+  };
   TwinMatrix h(tokens, d_ff, dtype, h_order, gap, shift),
       d_in(tokens, width, dtype, din_order, gap, shift);
   with_activation(kind, Reference{d_h.const_device(), in.const_device(), d_in.device(), h.device(),
@@ -672,6 +677,7 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
   }
   {
     TwinMatrix got(tokens, d_ff, dtype, h_order, gap, shift);
+    initialise(got);
     cuda::activation_forward({kind, gated, in.const_device(), got.device()}, nullptr);
     synchronize(what);
     got.twin().compare_with(h.twin(), "activation_forward " + what);
@@ -679,6 +685,7 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
   for (bool with_h : {false, true}) {
     TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift),
         got(tokens, width, dtype, din_order, gap, shift);
+    initialise(got_h), initialise(got);
     ActivationBackwardArgs args;
     args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(),
     args.gate_up = in.const_device();
@@ -695,6 +702,7 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
   for (bool with_h : {false, true}) {
     TwinMatrix got_h(tokens, d_ff, dtype, h_order, gap, shift),
         got(tokens, width, dtype, din_order, gap, shift);
+    initialise(got_h), initialise(got);
     Twin packed(padded / 2 * width * 2, 2 * shift), E(meta_bytes(width, padded), shift), seed(16);
     seed.host<int64_t>()[0] = -7, seed.host<int64_t>()[1] = random_source.bits();
     seed.upload();
@@ -736,7 +744,7 @@ void test_activations() {
     }
   }
   for (Activation kind : kKinds)
-    for (int orders : {0, 15, 1, 14, 6})
+    for (int orders : {0, 15, 1, 14, 6, 3, 9, 12})
       if (!quick || kind == Activation::kSilu)
         test_activation_shape(520, 1344, DType::kBFloat16, kind, true, orders, 0, 0, Fill::kNormal);
 }
