@@ -118,6 +118,50 @@ TEST(workspace_is_a_tile_and_a_flag_line_for_each_block) {
   CHECK_EQ(workspace_bytes(config, 132), 1280 + int64_t{132} * 128 * 256 * 4);
 }
 
+/// Rows of bench/results/gemm_sweep.csv: every config of every product of the sweep, as measured.
+struct Measured {
+  std::string config;
+  double tflops;
+};
+
+std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep() {
+  std::string path = __FILE__;
+  path = path.substr(0, path.rfind("tests/cpp")) + "bench/results/gemm_sweep.csv";
+  std::ifstream file(path);
+  CHECK(file.good());
+  std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> products;
+  for (std::string line; std::getline(file, line);) {
+    std::vector<std::string> cells;
+    std::stringstream stream(line);
+    for (std::string cell; std::getline(stream, cell, ',');) cells.push_back(cell);
+    if (line.empty() || line[0] == '#' || cells[0] == "pass") continue;
+    GemmDesc desc{kPasses[0],           std::stoll(cells[1]), std::stoll(cells[2]),
+                  std::stoll(cells[3]), DType::kBFloat16,     DType::kBFloat16};
+    for (GemmPass pass : kPasses)
+      if (cells[0] == name_of(pass)) desc.pass = pass;
+    auto& entry = products[to_string(desc)];
+    entry.first = desc;
+    entry.second.push_back({cells[5], std::stod(cells[6])});
+  }
+  return products;
+}
+
+TEST(the_choice_is_within_three_per_cent_of_the_best_measured) {
+  const auto products = read_sweep();
+  CHECK(products.size() >= 50);
+  for (const auto& [name, product] : products) {
+    const std::string chosen = to_string(choose_config(product.first, 132));
+    double best = 0, ours = 0;
+    for (const Measured& row : product.second) {
+      best = std::max(best, row.tflops);
+      if (row.config == chosen) ours = row.tflops;
+    }
+    if (ours < 0.97 * best)
+      throw std::runtime_error(name + ": " + chosen + " reaches " + std::to_string(ours) + " of " +
+                               std::to_string(best) + " TFLOP/s");
+  }
+}
+
 TEST(what_is_not_compiled_is_named) {
   const GemmDesc desc{GemmPass::kForward, 64, 8, 128, DType::kFloat32, DType::kFloat32};
   CHECK_THROWS(choose_config(desc, 132), "forward m=64 n=8 k=128 float32");
