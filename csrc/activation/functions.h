@@ -90,10 +90,17 @@ SP24_HD ValueAndSlope activate(float x) {
     const float density = kInvSqrt2Pi * exponential<kFor16Bits>(-0.5f * x * x);
     return {phi == 0.0f ? 0.0f : x * phi, phi + (density == 0.0f ? 0.0f : x * density)};
   } else if constexpr (kKind == Activation::kGeluTanh) {
-    constexpr float kSqrt2OverPi = 0.79788456080286536f, kCubic = 0.044715f;
+    constexpr float kLinear = 2 * 0.79788456080286536f, kCubic = 0.044715f;
     const float square = x * x;
-    const Sigmoid s = sigmoid<kFor16Bits>(2.0f * kSqrt2OverPi * x * (1.0f + kCubic * square));
-    const float dz = 2.0f * kSqrt2OverPi * (1.0f + 3.0f * kCubic * square);
+    float twice_z, dz;  // 2 z and its derivative
+    if constexpr (kFor16Bits) {
+      twice_z = x * fmaf(kLinear * kCubic, square, kLinear);
+      dz = fmaf(3.0f * kLinear * kCubic, square, kLinear);
+    } else {
+      twice_z = kLinear * x * (1.0f + kCubic * square);
+      dz = kLinear * (1.0f + 3.0f * kCubic * square);
+    }
+    const Sigmoid s = sigmoid<kFor16Bits>(twice_z);
     const float value = s.value == 0.0f ? 0.0f : x * s.value;
     const float tail = value * s.complement;
     return {value, s.value + (tail == 0.0f ? 0.0f : tail * dz)};
