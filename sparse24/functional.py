@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 
 from . import accumulation, ops
 from .errors import Sparse24DtypeError, Sparse24Error
-from .layout import as_rows
+from .layout import HALF_DTYPES, as_rows
+
+#: whether this torch has mm and addmm with a wider result than operands
+_WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class PackedWeight(NamedTuple):
@@ -109,9 +112,14 @@ def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None) 
 
 
 def _dense_weight_gradient(dy, x, dtype, into=None) -> Tensor | None:
-    """dW = dy^T x."""
+    """dW = dy^T x; on a GPU a fp32 one comes out of the product as it is, without a 16-bit one in between."""
     if into is not None and into.dtype == x.dtype:
         into.addmm_(dy.T, x)
+        return None
+    if dtype == torch.float32 and _has_wide_products(x):
+        if into is None:
+            return torch.mm(dy.T, x, out_dtype=torch.float32)
+        torch.addmm(into, dy.T, x, out_dtype=torch.float32, out=into)
         return None
     dw = (dy.T @ x).to(dtype)
     if into is None:
@@ -120,7 +128,28 @@ def _dense_weight_gradient(dy, x, dtype, into=None) -> Tensor | None:
     return None
 
 
+def _has_wide_products(x: Tensor) -> bool:
+    """Whether torch multiplies 16-bit operands like `x` to a fp32 result: on a GPU, eagerly."""
+    return (
+        x.is_cuda and _WIDE_PRODUCTS and x.dtype in HALF_DTYPES and x.numel() > 0 and not torch.compiler.is_compiling()
+    )
+
+
+def _as_laid_out(dw: Tensor | None, columns: bool) -> Tensor | None:
+    """dW, row-major, in its weight's layout: as a column-major weight (a Conv1D's) has it, autograd keeps it as it is,
+    where it would else copy it element by element.
+    """
+    return ops.activation(dw, "identity", column_major=True) if columns and dw is not None else dw
+
+
+def _is_column_major(weight: Tensor) -> bool:
+    return weight.stride(0) == 1 and weight.stride(1) > 1
+
+
 def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of columns, in fp32 and rounded once. A product with ones reads dy up to twice as fast as torch's sum."""
+    if _has_wide_products(dy):
+        return torch.mm(dy.new_ones(1, dy.shape[0]), dy, out_dtype=torch.float32)[0].to(dtype)
     return dy.sum(0, dtype=torch.float32 if dtype == torch.float32 else None).to(dtype)
 
 
@@ -135,7 +164,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.in_features, ctx.weight_dtype = weight.shape[1], weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mvue, ctx.rank = mvue, rank
-        ctx.leaf = accumulation.leaf_of(weight)
+        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), _is_column_major(weight)
         return y
 
     @staticmethod
@@ -156,6 +185,7 @@ class _SparseLinear(torch.autograd.Function):
                 seed = ops.draw_seed(dy, ctx.rank)
             into = accumulation.target(ctx.leaf, x.dtype)
             dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into)
+            dw = _as_laid_out(dw, ctx.columns)
         if need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, db, None, None, None, None
@@ -245,6 +275,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.up_rows, ctx.up_dtypes = [w.shape[0] for w in up_weights], [w.dtype for w in up_weights]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
         ctx.leaves = [accumulation.leaf_of(weight) for weight in (down_weight, *up_weights)]
+        ctx.columns = [_is_column_major(weight) for weight in (down_weight, *up_weights)]
         return y
 
     @staticmethod
@@ -275,6 +306,7 @@ class _FeedForward(torch.autograd.Function):
         if need_down:
             into = accumulation.target(leaf_down, h.dtype)
             d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into)  # dW_down = MVUE(dy^T) h
+            d_down = _as_laid_out(d_down, ctx.columns[0])
         d_ups = [None] * len(ctx.up_rows)
         if need_up:
             into = accumulation.stacked_target(leaves_up, x.dtype)
@@ -283,7 +315,8 @@ class _FeedForward(torch.autograd.Function):
             else:
                 d_up = _dense_weight_gradient(d_gu, x_rows, ctx.up_dtypes[0], into)
             if d_up is not None:
-                d_ups = list(d_up.split(ctx.up_rows))
+                parts = zip(d_up.split(ctx.up_rows), ctx.columns[1:], strict=True)
+                d_ups = [_as_laid_out(part, columns) for part, columns in parts]
         if need_x:
             packed_t, E_t = _packed_t(kept[2:], ctx.lean_up, ctx.packed_dtype)
             dx = ops.sparse_mm_grad_input(d_gu, packed_t, E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)

@@ -286,13 +286,15 @@ def mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """One of silu, gelu (erf), gelu_tanh, relu, squared_relu; differentiable; computed in fp32 or wider."""
+    """One of silu, gelu (erf), gelu_tanh, relu, squared_relu, identity; differentiable; in fp32 or wider."""
     functional = torch.nn.functional
     wide = x if x.dtype == torch.float64 else x.float()
     if kind == "silu":
         out = functional.silu(wide)
     elif kind in ("gelu", "gelu_tanh"):
         out = functional.gelu(wide, approximate="tanh" if kind == "gelu_tanh" else "none")
+    elif kind == "identity":
+        out = wide.clone()
     else:
         out = functional.relu(wide)
         out = out * out if kind == "squared_relu" else out

@@ -8,7 +8,7 @@ import torch
 from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
 from sparse24.testing import assert_as_accurate, assert_same_bits, column_major
 
-KINDS = ["silu", "gelu", "gelu_tanh", "relu", "squared_relu"]
+KINDS = ["silu", "gelu", "gelu_tanh", "relu", "squared_relu", "identity"]
 SHAPES = [(1, 1), (3, 5), (8, 8), (31, 24), (65, 64), (64, 65), (130, 136), (256, 512), (7, 1000)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,6 +25,7 @@ def eager(gu, kind, gated):
         "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
         "relu": torch.relu,
         "squared_relu": lambda t: torch.relu(t) ** 2,
+        "identity": lambda t: t,
     }
     if not gated:
         return functions[kind](gu)
@@ -111,6 +112,21 @@ def test_gradcheck_of_the_reference(kind, gated):
     gu = torch.randn(6, 8, dtype=torch.float64)
     gu = torch.where(gu.abs() < 0.05, 0.3, gu).requires_grad_()  # away from ReLU's corner
     assert torch.autograd.gradcheck(lambda t: reference.gated_activation(t, kind, gated), gu)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_identity_copies_bits_from_one_layout_to_another(device, shape):
+    """What turns the weight gradient of a Conv1D: signed zeros, infinities, denormals and all."""
+    for dtype in DTYPES:
+        x = torch.randn(shape).to(device, dtype)
+        for i, value in enumerate((-0.0, float("inf"), -float("inf"), torch.finfo(dtype).smallest_normal / 4)):
+            x.view(-1)[i % x.numel()] = value
+        for layout in ("row", "column"):
+            for column_major_out in (False, True):
+                copy = ops.activation(laid_out(x, layout), "identity", column_major=column_major_out)
+                assert (copy.t() if column_major_out else copy).is_contiguous()
+                assert_same_bits(copy.contiguous(), x, f"{layout}, {dtype}")
+                assert torch.equal(copy.signbit(), x.signbit())
 
 
 @pytest.mark.fault(11)

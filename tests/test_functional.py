@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
-from sparse24.testing import assert_same_bits
+from sparse24.testing import assert_as_accurate, assert_same_bits
 
 
 @pytest.fixture
@@ -277,3 +277,36 @@ def test_wrong_arguments_are_named(device, dtype):
         functional.sparse_linear(x, w.view(-1), *packed, b)
     with pytest.raises(Sparse24DtypeError, match=r"seed must be int64 of shape \(2, 2\)"):
         functional.mlp(x, w, packed, w, packed, seed=torch.tensor([1, 2], device=device))
+
+
+@pytest.mark.parametrize("mvue", [True, False])
+def test_gradient_of_a_column_major_weight_has_its_layout(device, mvue):
+    """A Conv1D's weight is the transpose of what products see: autograd takes such a gradient without a copy."""
+    stored = torch.randn(64, 128, device=device).requires_grad_()  # [in, out]
+    weight = stored.t()
+    form = functional.PackedWeight(*ops.prune_compress(weight.detach(), torch.bfloat16)[1:])
+    x, dy = (torch.randn(16, n, device=device, dtype=torch.bfloat16) for n in (64, 128))
+    seed = ops.draw_seed(x)
+    functional.sparse_linear(x, weight, *form[:4], mvue=mvue, seed=seed).backward(dy)
+    row_major = weight.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    functional.sparse_linear(x, row_major, *form[:4], mvue=mvue, seed=seed).backward(dy)
+    assert stored.grad.is_contiguous() and torch.equal(stored.grad.t(), row_major.grad)
+    (given,) = torch.autograd.grad(functional.sparse_linear(x, weight, *form[:4], mvue=mvue, seed=seed), [weight], dy)
+    assert given.stride() == weight.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [0, 3, 512])
+def test_sums_over_tokens_and_fp32_products_are_as_accurate_as_torchs(tokens):
+    """On a GPU they are products with a fp32 result; torch's own are rounded to 16 bits."""
+    x, dy = (torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in (64, 128))
+    for dtype in (torch.bfloat16, torch.float32):
+        ours = functional._bias_gradient(dy, dtype)
+        assert ours.dtype == dtype and ours.shape == (128,)
+        assert_as_accurate(ours, dy.sum(0).to(dtype), dy.double().sum(0))
+    exact, into = dy.double().T @ x.double(), torch.ones(128, 64, device="cuda")
+    ours = functional._dense_weight_gradient(dy, x, torch.float32)
+    assert ours.dtype == torch.float32
+    assert_as_accurate(ours, (dy.T @ x).float(), exact)
+    assert functional._dense_weight_gradient(dy, x, torch.float32, into) is None
+    assert_as_accurate(into, 1 + (dy.T @ x).float(), 1 + exact)

@@ -6,6 +6,7 @@
 //              without its cancellation
 //   relu       max(x, 0), derivative 0 at 0
 //   squared_relu  max(x, 0)^2
+//   identity   x
 //
 // NaN stays NaN everywhere. With kFor16Bits a function may be as coarse as results allow that are
 // rounded to 16 bits: a small part of their last place, and better than fp32 arithmetic with its
@@ -106,6 +107,8 @@ SP24_HD ValueAndSlope activate(float x) {
     return {value, s.value + (tail == 0.0f ? 0.0f : tail * dz)};
   } else if constexpr (kKind == Activation::kRelu) {
     return {x > 0.0f ? x : (x == x ? 0.0f : x), x > 0.0f ? 1.0f : 0.0f};
+  } else if constexpr (kKind == Activation::kIdentity) {
+    return {x, 1.0f};
   } else {
     const float positive = x > 0.0f ? x : (x == x ? 0.0f : x);
     return {positive * positive, 2.0f * positive};
@@ -132,6 +135,7 @@ void with_activation(Activation kind, Function&& function) {
     case Activation::kGeluTanh: return function.template operator()<Activation::kGeluTanh>();
     case Activation::kRelu: return function.template operator()<Activation::kRelu>();
     case Activation::kSquaredRelu: return function.template operator()<Activation::kSquaredRelu>();
+    case Activation::kIdentity: return function.template operator()<Activation::kIdentity>();
   }
 }
 

@@ -22,6 +22,7 @@ __device__ __forceinline__ void with_kind(Activation kind, const Function& funct
     case Activation::kGeluTanh: return function(KindConstant<Activation::kGeluTanh>{});
     case Activation::kRelu: return function(KindConstant<Activation::kRelu>{});
     case Activation::kSquaredRelu: return function(KindConstant<Activation::kSquaredRelu>{});
+    case Activation::kIdentity: return function(KindConstant<Activation::kIdentity>{});
   }
 }
 

@@ -42,7 +42,7 @@ Enum checked_enum(int code, Enum last, const char* name) {
 DType dtype_of(int code) { return checked_enum(code, DType::kFloat16, "dtype"); }
 GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGradWeight, "pass"); }
 Activation activation_of(int code) {
-  return checked_enum(code, Activation::kSquaredRelu, "activation");
+  return checked_enum(code, Activation::kIdentity, "activation");
 }
 
 Context context_of(int backend, int device, Address stream) {

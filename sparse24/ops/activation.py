@@ -12,7 +12,7 @@ from ._common import call_without_grad, check_same_device, check_weight_dtype, d
 from .mvue import check_seed, empty_mvue, has_kernel
 
 #: names of activations -> codes of the C++ library
-KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4}
+KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "identity": 5}
 
 
 def _check(gu: Tensor, kind: str, gated: bool) -> int:
@@ -70,7 +70,7 @@ def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = Fal
     """h = act(gate) * up, with gu = [gate | up] in this order.
 
     gu            (..., 2*d_ff) fp32, bf16 or fp16; a 2-D gu may be row- or column-major, others are read as rows
-    kind          "silu" (SwiGLU), "gelu" (erf), "gelu_tanh", "relu", "squared_relu"
+    kind          "silu" (SwiGLU), "gelu" (erf), "gelu_tanh", "relu", "squared_relu"; "identity" gives x, exactly
     column_major  lay h out with tokens contiguous instead of features
     returns       (..., d_ff) in gu's dtype; fp32 arithmetic inside
 

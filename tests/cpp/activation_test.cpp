@@ -18,7 +18,8 @@ namespace {
 
 const Context kCpu{};
 constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                 Activation::kRelu, Activation::kSquaredRelu};
+                                 Activation::kRelu, Activation::kSquaredRelu,
+                                 Activation::kIdentity};
 
 double exact(Activation kind, double x) {
   switch (kind) {
@@ -28,6 +29,7 @@ double exact(Activation kind, double x) {
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     case Activation::kRelu: return x > 0 ? x : 0;
     case Activation::kSquaredRelu: return x > 0 ? x * x : 0;
+    case Activation::kIdentity: return x;
   }
   return 0;
 }
@@ -112,11 +114,12 @@ TEST(limits_are_right_and_nan_stays) {
     for (Activation kind : kKinds) {
       const auto at = [&](float x) { return evaluate(kind, x, for_16_bits); };
       CHECK_EQ(at(inf).value, inf);
-      CHECK_EQ(at(-inf).value, 0.0f);
-      CHECK_EQ(at(-3e38f).value, 0.0f);
+      const bool identity = kind == Activation::kIdentity;
+      CHECK_EQ(at(-inf).value, identity ? -inf : 0.0f);
+      CHECK_EQ(at(-3e38f).value, identity ? -3e38f : 0.0f);
       CHECK_EQ(at(0.0f).value, 0.0f);
       CHECK(std::isnan(at(std::nanf("")).value));
-      CHECK_EQ(at(-1e4f).slope, 0.0f);
+      CHECK_EQ(at(-1e4f).slope, identity ? 1.0f : 0.0f);
       if (kind != Activation::kSquaredRelu) CHECK_EQ(at(1e4f).slope, 1.0f);
     }
 }

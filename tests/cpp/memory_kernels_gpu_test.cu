@@ -575,7 +575,8 @@ void test_mvue() {
 // ---- activations ------------------------------------------------------------------------------
 
 constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                 Activation::kRelu, Activation::kSquaredRelu};
+                                 Activation::kRelu, Activation::kSquaredRelu,
+                                 Activation::kIdentity};
 
 /// The plain way: one thread an element, any strides.
 template <Activation kKind, typename T>

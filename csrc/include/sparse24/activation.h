@@ -7,12 +7,21 @@
 
 namespace sparse24 {
 
-/// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2.
-enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSquaredRelu = 4 };
+/// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2. kIdentity
+/// gives x back: a copy from one layout to another.
+enum class Activation : int {
+  kSilu = 0,
+  kGelu = 1,
+  kGeluTanh = 2,
+  kRelu = 3,
+  kSquaredRelu = 4,
+  kIdentity = 5
+};
 
 /// Gated: gate_up [tokens, 2*d_ff] holds [gate | up] and h = act(gate) * up, [tokens, d_ff].
 /// Plain (`gated` false): gate_up is [tokens, d_ff] and h = act(gate_up).
-/// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic inside.
+/// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic
+/// inside.
 struct ActivationArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;
@@ -21,8 +30,9 @@ struct ActivationArgs {
 };
 SP24_API void activation_forward(const ActivationArgs& args, const Context& context);
 
-/// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass. With `packed` and
-/// `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to mvue_compress(d_gate_up, seed).
+/// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass.
+/// With `packed` and `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to
+/// mvue_compress(d_gate_up, seed).
 struct ActivationBackwardArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;
