@@ -73,7 +73,7 @@ def test_shapes_of_huge_results_are_computed_in_64_bits():
 
 @pytest.mark.fault(24)
 def test_no_kernel_of_ours_counts_blocks_along_y_or_z():
-    """Grids are one-dimensional, so the limit of 65,535 in y and z cannot be met; CUTLASS brings a scheduler."""
+    """Grids are one-dimensional, so the limit of 65,535 in y and z cannot be met; products are persistent kernels."""
     for path in sorted((ROOT / "csrc").rglob("*.cu*")):
         text = re.sub(r"//.*", "", path.read_text(encoding="utf-8"))
         assert not re.search(r"\b(blockIdx|gridDim)\.[yz]\b", text), path
