@@ -1,11 +1,10 @@
-"""Would gating inside the epilogue of the gate-and-up product beat a separate pass? A bound from above, measured.
+"""Would gating inside the epilogue of the gate-and-up product beat a separate pass? An estimate from measurements.
 
 Training needs gate_up for its backward pass, so such an epilogue writes gate_up and h; what it saves is the separate
 pass (4 B read and 2 B written an element of h), what it costs is an epilogue with half as much again to write.
 That cost is measured on a product with the same multiplications and 1.5 times the output: 3*d_ff rows of two thirds
 of the depth. The activation's arithmetic moves into the epilogue too, where no product runs beside it: at least the two
-special functions (exponential and reciprocal) of each element, of which an SM does 16 a cycle. So the gain is still a
-bound from above.
+special functions (exponential and reciprocal) of each element, of which an SM does 16 a cycle.
 
     cost = product of 1.5 times the output - product
     gain = (separate pass - cost - arithmetic) / forward of the FFN
