@@ -195,18 +195,22 @@ class FlipMonitor:
 QUANTILES = (0.1, 0.5, 0.9)
 
 
-def gap_sample(weights: list[Tensor], most: int = 1 << 15) -> Tensor:
+def gap_sample(weights: Iterable[Tensor], most: int = 1 << 15, elements: int | None = None) -> Tensor:
     """Gaps between the best and the second-best pattern of 4x4 blocks, about `most` of them; fp32, 1-D.
 
-    weights  2-D, as kernels see them; every so many-th row of blocks is looked at, in each of them
+    weights   2-D, as kernels see them; every so many-th row of blocks is looked at, in each of them
+    elements  of all weights together, where `weights` is an iterator, so that they need not be in memory at once
     """
-    stride = max(1, sum(w.numel() for w in weights) // (16 * most))
+    if elements is None:
+        weights = list(weights)
+        elements = sum(w.numel() for w in weights)
+    stride = max(1, elements // (16 * most))
     gaps = [ops.mask_gap(w.unflatten(0, (-1, 4))[::stride].flatten(0, 1)) for w in weights]
     return torch.cat([gap.flatten() for gap in gaps])
 
 
-def gap_quantiles(weights: list[Tensor], most: int = 1 << 15) -> dict[str, float]:
+def gap_quantiles(weights: Iterable[Tensor], most: int = 1 << 15, elements: int | None = None) -> dict[str, float]:
     """gap_q10, gap_q50, gap_q90 of `gap_sample`. 2^15 blocks place each to within half a per cent of all blocks."""
-    sample = gap_sample(weights, most)
+    sample = gap_sample(weights, most, elements)
     values = torch.quantile(sample, torch.tensor(QUANTILES, device=sample.device)).tolist()
     return {f"gap_q{round(100 * q)}": value for q, value in zip(QUANTILES, values, strict=True)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
 
@@ -176,7 +176,7 @@ class Recipe:
             if name != "step":
                 writer.add_scalar(f"{prefix}/{name}", value, self.step)
         self.monitor.write_tensorboard(writer, prefix)
-        writer.add_histogram(f"{prefix}/gap", monitor.gap_sample(self._kernel_weights()).cpu(), self.step)
+        writer.add_histogram(f"{prefix}/gap", self._gap_of(monitor.gap_sample).cpu(), self.step)
 
     def plot_flips_against_gap(self, path) -> None:
         """A picture of which blocks flip; needs track_blocks=True. Raises Sparse24Error before the first refresh."""
@@ -421,15 +421,20 @@ class Recipe:
 
     def _gap_quantiles(self) -> dict[str, float]:
         if self._gaps is None or self._gaps[0] != self.last_refresh:
-            self._gaps = (self.last_refresh, monitor.gap_quantiles(self._kernel_weights()))
+            self._gaps = (self.last_refresh, self._gap_of(monitor.gap_quantiles))
         return self._gaps[1]
 
     def _block_gaps(self) -> list[Tensor]:
         return [ops.mask_gap(weight) for weight in self._kernel_weights()]
 
-    def _kernel_weights(self) -> list[Tensor]:
+    def _gap_of(self, statistic: Callable):
+        elements = sum(layer.weight.numel() for layer in self.layers.values())
+        return statistic(self._kernel_weights(), elements=elements)
+
+    def _kernel_weights(self) -> Iterator[Tensor]:
+        """One at a time: FSDP2 gathers each, and all of them would be the memory that sharding saves."""
         sharding.reshard(self._sharded)
-        return [packing.full_weight(layer) for layer in self.layers.values()]
+        return (packing.full_weight(layer) for layer in self.layers.values())
 
     def _take_over(self) -> None:
         """One recipe a layer, or the decay would be added twice."""

@@ -208,6 +208,7 @@ def _fsdp(rank, folder, make, mesh=(WORLD,)):
     recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, **SETTINGS)
     train(model, recipe, optimizer, lambda x: x[:, :width].chunk(WORLD)[rank])
     assert sparse24.verify(model), str(sparse24.verify(model))
+    assert 0 < recipe.metrics()["gap_q10"] <= recipe.metrics()["gap_q90"]
     for form in (dict(), dict(masked=True), dict(format="compressed")):
         sparse24.export(model, folder / f"of rank {rank}", **form)  # gathers: all ranks take part
         assert sparse24.verify(model, folder / f"of rank {rank}")
