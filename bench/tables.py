@@ -74,7 +74,7 @@ def ffn_costs() -> str:
         found[cost] = found.get(cost, 0.0) + float(row["share"])
     rows = [
         [weights, layer, "yes" if mvue == "True" else "no"]
-        + [f"{100 * found[cost]:.1f}" if cost in found else "-" for cost in (*COSTS, "other")]
+        + [f"{abs(100 * found[cost]):.1f}" if cost in found else "-" for cost in (*COSTS, "other")]
         for (weights, layer, mvue), found in shares.items()
     ]
     return markdown(["weights", "layer", "MVUE", *COSTS, "other"], rows, 3)

@@ -188,7 +188,8 @@ def pretrain(context: typer.Context, **values: Any) -> None:
 # what a search for the decay has no use for
 NOT_FOR_TUNE = (
     "ffn", "compare", "decay", "decay_schedule", "method", "dense_fraction", "dense_at", "resume", "overwrite",
-    "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval", "samples", "sample_tokens",
+    "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval", "samples",
+    "sample_tokens",
 )  # fmt: skip
 
 

@@ -27,11 +27,11 @@ class Rates:
     multiprocessors: int = 132
     # Dense products: a line through the times of cuBLAS.
     dense_us_per_gflop: float = 1.534
-    dense_us: float = 8.0
+    dense_us: float = 0.0
     # Sparse products: waves of 128 x 256 tiles over the chip; each takes its K loop and an epilogue.
     sparse_us_per_wave_and_1024_k: float = 7.98
     sparse_us_per_wave: float = 2.87
-    sparse_us: float = 5.0
+    sparse_us: float = 0.0
     # Passes over memory.
     launch_us: float = 3.0
     activation: float = 3.9
