@@ -125,19 +125,14 @@ __device__ __forceinline__ MvuePatch prune_patch(const Patch16& gradient, const 
   return out;
 }
 
-/// store16 that stays one: left to itself the compiler stores one row in four parts.
-__device__ __forceinline__ void store_row(uint16_t* address, const uint2& low, const uint2& high) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(low.x), "r"(low.y),
-               "r"(high.x), "r"(high.y)
-               : "memory");
-}
-
 /// Stores the rows of a patch into packed [padded_tokens/2, features].
 __device__ __forceinline__ void store_mvue(uint16_t* first, uint32_t stride,
                                            const MvuePatch& patch) {
   SP24_UNROLL
-  for (int i = 0; i < 4; ++i)
-    store_row(advance(first, stride, i), patch.quad[0].row[i], patch.quad[1].row[i]);
+  for (int i = 0; i < 4; ++i) {
+    const uint2 low = patch.quad[0].row[i], high = patch.quad[1].row[i];
+    store16(advance(first, stride, i), make_uint4(low.x, low.y, high.x, high.y));
+  }
 }
 
 }  // namespace sparse24
