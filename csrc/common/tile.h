@@ -63,6 +63,25 @@ SP24_HD PatchOrigin patch_origin(Walk walk, bool paired, uint32_t thread) {
   return {static_cast<int>(row * kPatch), static_cast<int>(col * kPatch)};
 }
 
+constexpr int kRowPatch = 4;  // rows of half a patch, which is 4x8 (row_patch.cuh)
+
+/// Tiles of row-major matrices in half patches: 64 rows of 64 to 256 elements. A warp takes up to
+/// 16 patches along a row, 256 B of 16-bit elements, and as many below them as fill it.
+template <int kTileWidth>
+struct RowTile {
+  static constexpr int kCols = kTileWidth, kMetaBlocks = kCols / kMetaBlock;
+  static constexpr int kThreads = kTileRows / kRowPatch * kCols / kPatch;
+  static constexpr int kWide = kCols / kPatch < 16 ? kCols / kPatch : 16, kHigh = 32 / kWide;
+  static constexpr int kAcross = kCols / kPatch / kWide;  // warps along a row
+
+  SP24_HD static PatchOrigin origin(bool paired, uint32_t thread) {
+    const uint32_t lane = thread % 32, warp = thread / 32, along = lane % kWide;
+    const uint32_t patch = paired ? along % 2 * (kWide / 2) + along / 2 : along;
+    return {static_cast<int>((warp / kAcross * kHigh + lane / kWide) * kRowPatch),
+            static_cast<int>((warp % kAcross * kWide + patch) * kPatch)};
+  }
+};
+
 /// Staged metadata blocks lie 528 bytes apart: neighbours written at the same time fall into
 /// different banks.
 constexpr int kStageStride = kMetaBlockBytes + 16;

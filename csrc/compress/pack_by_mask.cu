@@ -1,7 +1,7 @@
-// pack_by_mask.cu: packing by given masks; what every optimizer step runs. The kernel is in
-// pack_tile.cuh.
+// pack_by_mask.cu: packing by given masks; what every optimizer step runs. The kernels are in
+// pack_rows.cuh and pack_tile.cuh.
 #include "compress/compress_cuda.h"
-#include "compress/pack_tile.cuh"
+#include "compress/pack_launch.cuh"
 
 namespace sparse24::cuda {
 

@@ -2,9 +2,10 @@
 // themselves.
 //
 // One group at a time (mask_row, mask_column, and meta_from_bits of metadata.h) is what the CPU
-// backend does. The GPU does eight nibbles of a word at a time: the masks of an 8x8 patch become
-// its eight bytes of E, and the bytes become selectors that pick both kept 16-bit values of a group
-// in one byte permutation. Both ways agree on every mask (tests/cpp).
+// backend does. The GPU looks four groups up at once: the lower three bits of a group's nibble tell
+// the six ways to keep two apart, and a byte permutation is a table of eight bytes. One table holds
+// positions, two hold the halves of selectors that pick both kept 16-bit values of a group in one
+// byte permutation. Both ways agree on every mask (tests/cpp).
 #pragma once
 
 #include <cstdint>
@@ -12,27 +13,57 @@
 #include "common/host_device.h"
 #include "common/mask_bits.h"
 #include "common/metadata.h"
+#include "common/pair16.h"
 
 namespace sparse24 {
 
-/// Kept bits to positions, for eight nibbles that have two bits set each (meta_from_bits).
-SP24_HD uint32_t meta_from_bits8(uint32_t kept) {
-  constexpr uint32_t kOnes = 0x11111111u;
-  const uint32_t k0 = kept & kOnes, k1 = (kept >> 1) & kOnes, k2 = (kept >> 2) & kOnes,
-                 k3 = (kept >> 3) & kOnes;
-  const uint32_t first_low = ~k0 & k1, first_high = kOnes & ~(k0 | k1);
-  const uint32_t second_low = kOnes & (k3 | ~k2), second_high = k2 | k3;
-  return first_low | (first_high << 1) | (second_low << 2) | (second_high << 3);
+/// Byte i belongs to nibbles whose lower three bits are i: per_first * (first kept position) +
+/// per_second * (second) + constant. Nibbles that do not have two bits count as 0 and 1.
+constexpr uint64_t make_group_table(uint32_t per_first, uint32_t per_second, uint32_t constant) {
+  uint64_t table = 0;
+  for (uint32_t index = 0; index < 8; ++index) {
+    uint32_t first = 0, second = 1;
+    for (uint32_t i = 0; i < 4; ++i)
+      for (uint32_t j = i + 1; j < 4; ++j)
+        if (((1u << i | 1u << j) & 7u) == index) first = i, second = j;
+    table |= static_cast<uint64_t>(per_first * first + per_second * second + constant)
+             << (8 * index);
+  }
+  return table;
 }
 
-/// Nibbles k and k + 4 of a word of positions, k < 4, to two selectors for select_bytes, nibble k's
-/// in the lower half (the only one that select_bytes looks at). Applied to the words (elements 0,
-/// 1) and (elements 2, 3) of a group of 16-bit values, a selector gives the pair (first kept,
-/// second kept).
-SP24_HD uint32_t pair_selectors(uint32_t meta, int k) {
-  uint32_t fields = (meta >> (4 * k)) & 0x000F000Fu;  // a group in each half,
-  fields = (fields | (fields << 6)) & 0x03030303u;    // a position in each byte
-  return fields * 0x22u + 0x10101010u;                // position p: bytes 2p and 2p + 1
+constexpr uint64_t kMetaTable = make_group_table(1, 4, 0);          // the nibble of E
+constexpr uint64_t kFirstTable = make_group_table(0x22, 0, 0x10);   // position p: bytes 2p and
+constexpr uint64_t kSecondTable = make_group_table(0, 0x22, 0x10);  // 2p + 1 of the group
+
+/// The table's bytes for the four nibbles in the lower half of `kept`.
+template <uint64_t kTable>
+SP24_HD uint32_t look_up(uint32_t kept) {
+  return select_bytes(static_cast<uint32_t>(kTable), static_cast<uint32_t>(kTable >> 32),
+                      kept & 0x7777u);
+}
+
+/// Bytes of E of four lines: the nibbles of their lower groups are in the lower half of `kept`,
+/// those of their upper groups in the upper half.
+SP24_HD uint32_t meta_bytes_of(uint32_t kept) {
+  return look_up<kMetaTable>(kept) | look_up<kMetaTable << 4>(kept >> 16);
+}
+
+/// Selectors for select_bytes, of four groups.
+struct PairSelectors {
+  uint32_t first, second;  // a byte a group
+};
+
+/// Of the four nibbles in the lower half of `kept`.
+SP24_HD PairSelectors pair_selectors(uint32_t kept) {
+  return {look_up<kFirstTable>(kept), look_up<kSecondTable>(kept)};
+}
+
+/// Of the words (elements 0, 1) and (elements 2, 3) of group i < 4: the pair (first kept, second
+/// kept).
+SP24_HD uint32_t kept_pair(uint32_t low, uint32_t high, const PairSelectors& selectors, int i) {
+  const uint32_t own = static_cast<uint32_t>(i) | static_cast<uint32_t>(i + 4) << 4;
+  return select_bytes(low, high, select_bytes(selectors.first, selectors.second, own));
 }
 
 }  // namespace sparse24

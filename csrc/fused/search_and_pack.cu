@@ -1,9 +1,10 @@
-// search_and_pack.cu: mask search and packing in one read of each weight. The kernel is in
-// compress/pack_tile.cuh, the search of a block in mask/block_search.h; here the two meet.
+// search_and_pack.cu: mask search and packing in one read of each weight. The kernels are in
+// compress/pack_rows.cuh and pack_tile.cuh, the search of a block in mask/block_search.h; here they
+// meet.
 //
-// A thread searches its four blocks from registers, about 130 instructions each, and writes their
-// masks.
-#include "compress/pack_tile.cuh"
+// A thread searches its two or four blocks from registers, about 130 instructions each, and writes
+// their masks.
+#include "compress/pack_launch.cuh"
 #include "fused/fused_cuda.h"
 #include "mask/search_patch.cuh"
 
@@ -19,6 +20,14 @@ struct SearchMasks {
     store_masks<kLayout>(t.mask, top, bottom, row, col, static_cast<int>(t.w.rows),
                          static_cast<int>(t.w.cols));
     return {top, bottom};
+  }
+
+  template <typename Patch>
+  static __device__ __forceinline__ uint32_t of_row_patch(const Patch& patch, const PackTensor& t,
+                                                          int row, int col, bool inside) {
+    const uint32_t masks = search_pair(patch, 0);
+    if (inside) *row_patch_masks(t, row, col) = masks;
+    return masks;
   }
 };
 

@@ -1,4 +1,4 @@
-// search_patch.cuh: the four masks of one thread's 8x8 patch.
+// search_patch.cuh: the masks of one thread's patch: four of 8x8 elements, two of 4x8.
 #pragma once
 
 #include <cstdint>
@@ -8,26 +8,29 @@
 
 namespace sparse24 {
 
+/// Masks of the two blocks of rows 4*bi, ..., 4*bi + 3 of a patch, in the halves of the word.
+template <typename Patch>
+__device__ __forceinline__ uint32_t search_pair(const Patch& patch, int bi) {
+  uint32_t mask[2];
+  SP24_UNROLL
+  for (int bj = 0; bj < 2; ++bj) {
+    float w[4][4];
+    SP24_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      SP24_UNROLL
+      for (int j = 0; j < 4; ++j) w[i][j] = patch.value(4 * bi + i, 4 * bj + j);
+    }
+    mask[bj] = search_block(w);
+  }
+  return mask[0] | mask[1] << 16;
+}
+
 /// Masks of blocks (0, 0) and (0, 1) in the halves of `top`, (1, 0) and (1, 1) in those of
 /// `bottom`.
 template <typename Patch>
 __device__ __forceinline__ void search_patch(const Patch& patch, uint32_t& top, uint32_t& bottom) {
-  uint32_t mask[2][2];
-  SP24_UNROLL
-  for (int bi = 0; bi < 2; ++bi) {
-    SP24_UNROLL
-    for (int bj = 0; bj < 2; ++bj) {
-      float w[4][4];
-      SP24_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        SP24_UNROLL
-        for (int j = 0; j < 4; ++j) w[i][j] = patch.value(4 * bi + i, 4 * bj + j);
-      }
-      mask[bi][bj] = search_block(w);
-    }
-  }
-  top = mask[0][0] | mask[0][1] << 16;
-  bottom = mask[1][0] | mask[1][1] << 16;
+  top = search_pair(patch, 0);
+  bottom = search_pair(patch, 1);
 }
 
 /// Two neighbouring masks at a time, unless kStrided, where the last column of blocks may stand

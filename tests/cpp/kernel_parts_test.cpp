@@ -39,31 +39,35 @@ TEST(nibbles_of_two_halves_interleave) {
   }
 }
 
-TEST(eight_positions_at_once_are_those_of_one_at_a_time) {
+TEST(four_lines_of_positions_at_once_are_those_of_one_at_a_time) {
   // The four rows of every pattern, beside those of another.
   for (int p = 0; p < kPatterns; ++p) {
-    const uint32_t kept = kPatternTable.mask[p] | kPatternTable.mask[(7 * p + 3) % kPatterns] << 16;
-    const uint32_t got = meta_from_bits8(kept);
-    for (int i = 0; i < 8; ++i)
-      CHECK_EQ(got >> (4 * i) & 0xFu, meta_from_bits(kept >> (4 * i) & 0xFu));
+    const uint32_t left = kPatternTable.mask[p],
+                   right = kPatternTable.mask[(7 * p + 3) % kPatterns];
+    const uint32_t got = meta_bytes_of(left | right << 16);
+    for (int i = 0; i < 4; ++i) {
+      CHECK_EQ(got >> (8 * i) & 0xFu, meta_from_bits(mask_row(left, i)));
+      CHECK_EQ(got >> (8 * i + 4) & 0xFu, meta_from_bits(mask_row(right, i)));
+    }
   }
+}
+
+TEST(whatever_a_mask_says_positions_rise) {
+  for (uint32_t kept = 0; kept < 65536; ++kept)
+    for (int i = 0; i < 4; ++i) CHECK(meta_is_valid(meta_bytes_of(kept) >> (8 * i) & 0xFu));
 }
 
 TEST(selectors_pick_the_kept_pair) {
   const uint16_t values[4] = {0xA1A0, 0xB1B0, 0xC1C0, 0xD1D0};
   const uint32_t low = values[0] | static_cast<uint32_t>(values[1]) << 16;
   const uint32_t high = values[2] | static_cast<uint32_t>(values[3]) << 16;
-  std::mt19937 random(3);
-  for (int n = 0; n < 1000; ++n) {
-    const uint32_t meta = static_cast<uint32_t>(random());
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t selectors = pair_selectors(meta, k);
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t nibble = meta >> (4 * k + 16 * half) & 0xFu;
-        const uint32_t pair = select_bytes(low, high, selectors >> (16 * half));
-        CHECK_EQ(pair & 0xFFFFu, static_cast<uint32_t>(values[meta_first(nibble)]));
-        CHECK_EQ(pair >> 16, static_cast<uint32_t>(values[meta_second(nibble)]));
-      }
+  for (uint16_t mask : kPatternTable.mask) {
+    const PairSelectors selectors = pair_selectors(mask);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t nibble = meta_from_bits(mask_row(mask, i));
+      const uint32_t pair = kept_pair(low, high, selectors, i);
+      CHECK_EQ(pair & 0xFFFFu, static_cast<uint32_t>(values[meta_first(nibble)]));
+      CHECK_EQ(pair >> 16, static_cast<uint32_t>(values[meta_second(nibble)]));
     }
   }
 }
@@ -107,6 +111,30 @@ TEST(threads_share_a_tile_without_gaps) {
       }
       CHECK_EQ(seen.size(), static_cast<size_t>(kTileThreads));
     }
+}
+
+template <typename Tile>
+void check_row_tile() {
+  for (bool paired : {false, true}) {
+    std::set<std::pair<int, int>> seen;
+    for (uint32_t thread = 0; thread < Tile::kThreads; ++thread) {
+      const PatchOrigin origin = Tile::origin(paired, thread);
+      CHECK(origin.row >= 0 && origin.row < kTileRows && origin.row % kRowPatch == 0);
+      CHECK(origin.col >= 0 && origin.col < Tile::kCols && origin.col % kPatch == 0);
+      CHECK(seen.insert({origin.row, origin.col}).second);
+      const PatchOrigin other = Tile::origin(paired, thread ^ Tile::kWide);  // of the same 8 rows
+      CHECK_EQ(other.col, origin.col);
+      CHECK_EQ(other.row, origin.row ^ kRowPatch);
+      CHECK_EQ((thread & Tile::kWide) != 0, origin.row % kPatch != 0);
+    }
+    CHECK_EQ(seen.size(), static_cast<size_t>(Tile::kThreads));
+  }
+}
+
+TEST(threads_share_a_row_tile_without_gaps) {
+  check_row_tile<RowTile<64>>();
+  check_row_tile<RowTile<128>>();
+  check_row_tile<RowTile<256>>();
 }
 
 TEST(staged_metadata_bytes_do_not_overlap) {

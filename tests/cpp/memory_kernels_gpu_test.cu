@@ -378,6 +378,35 @@ void test_packing() {
   }
 }
 
+/// Weights of one class share a launch, and a large one has a tile of its own.
+void test_lists() {
+  const DType pairs[][2] = {{DType::kFloat32, DType::kBFloat16},
+                            {DType::kFloat32, DType::kFloat16},
+                            {DType::kBFloat16, DType::kBFloat16},
+                            {DType::kFloat16, DType::kFloat16}};
+  for (const auto& [in, out] : pairs) {
+    std::vector<std::unique_ptr<TwinWeight>> weights;
+    std::vector<PackArgs> host, device;
+    for (const Shape s : {Shape{132, 264}, Shape{68, 136}, Shape{4, 520}, Shape{256, 8}}) {
+      weights.push_back(std::make_unique<TwinWeight>(s, in, out, Order::kRows, 8, 0));
+      weights.back()->w.fill(Fill::kSpecial);
+      host.push_back(weights.back()->args(false)), device.push_back(weights.back()->args(true));
+    }
+    const int count = static_cast<int>(weights.size());
+    const std::string what = concat(sparse24::name_of(in), "->", sparse24::name_of(out));
+    for (bool searches : {true, false}) {
+      (searches ? cpu::search_and_pack : cpu::pack_by_mask)(host.data(), count);
+      (searches ? cuda::search_and_pack : cuda::pack_by_mask)(device.data(), count, nullptr);
+      synchronize("lists");
+      for (const auto& weight : weights)
+        weight->compare(concat("list of ", what, ", search: ", searches));
+      for (const auto& weight : weights) weight->w.fill(Fill::kBits);
+    }
+    if (!quick || in == DType::kBFloat16)
+      test_pack({4100, 4104}, in, out, Order::kRows, 0, 0, Fill::kNormal);
+  }
+}
+
 void test_many_tensors() {
   std::vector<std::unique_ptr<TwinWeight>> weights;
   std::vector<PackArgs> host, device;
@@ -1071,6 +1100,7 @@ int main(int argc, char** argv) {
       test_empty();
       test_masks();
       test_packing();
+      test_lists();
       test_many_tensors();
       test_decompress();
       test_decay();
