@@ -53,7 +53,7 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
     state = plain_state(model)  # first: it gives sharded modules their master weights back
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
     for name, layer in layers.items() if masked else ():
-        key, weight = weight_key(name), masked_weight(name, layer)
+        key, weight = weight_key(name), masked_weight(name, layer).cpu()  # a GPU has room for one at a time
         transposed = layer.as_kernel_sees(layer.weight) is not layer.weight
         if format == "safetensors":
             state[key] = weight.t() if transposed else weight
@@ -138,10 +138,10 @@ def weight_key(layer: str) -> str:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict under the names of the dense, unwrapped model, gathered where FSDP2 has sharded it."""
+    """The state_dict under the names of the dense, unwrapped model; what FSDP2 has sharded is gathered to the CPU."""
     sharding.reshard(sharding.sharded_modules(model))
     state = unwrap(model).state_dict()
-    return {plain_name(name): t.full_tensor() if packing.is_dtensor(t) else t for name, t in state.items()}
+    return {plain_name(name): t.full_tensor().cpu() if packing.is_dtensor(t) else t for name, t in state.items()}
 
 
 def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:

@@ -86,9 +86,9 @@ def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport)
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     expected = plain_state(model)
     for name, layer in semi.items():
-        expected[weight_key(name)] = layer.weight.to_dense()
+        expected[weight_key(name)] = layer.weight.to_dense().cpu()
     for name, layer in layers.items() if masked else ():
-        weight = masked_weight(name, layer)
+        weight = masked_weight(name, layer).cpu()
         expected[weight_key(name)] = weight.t() if layer.as_kernel_sees(layer.weight) is not layer.weight else weight
         if layer.soft is None and _most_kept(weight.t()) > 2:
             report.problems.append((name, "its masked weight is not 2:4 along columns"))
