@@ -46,7 +46,8 @@ __device__ __forceinline__ uint2 load8_cached(const void* address) {
 // Written out, because the compiler splits such a store in four where that spares it a move.
 __device__ __forceinline__ void store16(void* address, uint4 v) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
-               "r"(v.z), "r"(v.w));
+               "r"(v.z), "r"(v.w)
+               : "memory");
 }
 __device__ __forceinline__ void store8(void* address, uint2 v) {
   *static_cast<uint2*>(address) = v;
