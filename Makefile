@@ -1,7 +1,7 @@
 # make demo     environment, installation, then a small model trained dense and sparse on this machine (CPU is enough)
 # make test     environment, installation, C++ and Python tests
 # make build    environment and installation only
-# make bench    benchmarks of the kernels and of a whole FFN (they want a GPU)
+# make bench    benchmarks of the kernels, of layers, blocks and training steps (they want a GPU)
 # make format   clang-format and ruff over the tree
 # make clean    removes what was built; `make distclean` the environment too
 #

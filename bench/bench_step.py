@@ -5,7 +5,7 @@ weights. Compiled block by block. "bound" is Amdahl's, from the layer's share an
 tokens/s, model FLOP utilisation of the dense peak (the 2:4 side counted as dense), peak memory, host time.
 
     python -m bench.bench_step [--csv FOLDER] [--png FOLDER] [--quick] [--all] [--only NAMES] [--master bf16|fp32]
-                               [--micro-batches N] [--eager]
+                               [--micro-batches N] [--many NAMES] [--eager]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], select=True)
     parser.add_argument("--all", action="store_true", help="every model, some minutes; default: " + ", ".join(DEFAULT))
     parser.add_argument("--micro-batches", type=int, default=1, help="forward and backward passes a step")
+    parser.add_argument("--many", default="", help="models, with commas between, to time with 8 micro-batches too")
     parser.add_argument("--eager", action="store_true", help="neither side compiled")
     args = parser.parse_args()
     print(header())
@@ -28,8 +29,9 @@ def main() -> None:
     table = Table("step", suite.STEP_COLUMNS)
     for label in ("bf16",) if args.master is None else masters(args):
         for shape in chosen(args, models, quick=("llama-7B x2",)):
-            suite.training_step(table, shape, label, args.micro_batches, not args.eager)
-            write(args, table)
+            for count in (args.micro_batches, *[suite.MANY] * (shape.name in args.many.split(","))):
+                suite.training_step(table, shape, label, count, not args.eager)
+                write(args, table)
     if args.png:
         print("wrote", table.plot(args.png, "model", "speedup", "speed over torch.compile'd dense", 1.0))
 
