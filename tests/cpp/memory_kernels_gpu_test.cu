@@ -603,9 +603,9 @@ void test_mvue() {
 
 // ---- activations ------------------------------------------------------------------------------
 
-constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                 Activation::kRelu, Activation::kSquaredRelu,
-                                 Activation::kIdentity};
+constexpr Activation kKinds[] = {Activation::kSilu,        Activation::kGelu,
+                                 Activation::kGeluTanh,    Activation::kRelu,
+                                 Activation::kSquaredRelu, Activation::kIdentity};
 
 /// The plain way: one thread an element, any strides.
 template <Activation kKind, typename T>
