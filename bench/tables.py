@@ -50,13 +50,14 @@ def ffn() -> str:
         "speed-up",
         "8 micro-batches",
         "`mvue=False`",
+        "`lean=True`",
         "PyTorch's own 2:4",
     ]
     rows = [
         [
             row["weights"], row["layer"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
             ratio(row["speedup"]), ratio(row["speedup 8 micro-batches"]), ratio(row["speedup mvue=False"]),
-            ratio(row["PyTorch's 2:4 over dense"]),
+            ratio(row.get("speedup lean", "nan")), ratio(row["PyTorch's 2:4 over dense"]),
         ]
         for row in read("ffn")
     ]  # fmt: skip

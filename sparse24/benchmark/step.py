@@ -47,10 +47,19 @@ class Arm:
     compiled  torch.compile, for either side
     """
 
-    def __init__(self, module: nn.Module, inputs: tuple, *, sparse: bool, master: torch.dtype, device: str = "cuda"):
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple,
+        *,
+        sparse: bool,
+        master: torch.dtype,
+        device: str = "cuda",
+        lean: bool = False,
+    ):
         self.root = nn.ModuleDict({"part": module})
         if sparse:
-            sparsify(self.root, backend="sparse")
+            sparsify(self.root, backend="sparse", lean=lean)
         self.module = self.root["part"]
         self.layers = list(sparse_layers(self.root).values())
         self.inputs, self.context = inputs, mixed_precision(master, device)
@@ -119,13 +128,14 @@ def feed_forward_arm(
     compiled: bool,
     device: str = "cuda",
     one_gate: bool = False,
+    lean: bool = False,
 ) -> Arm:
     """One feed-forward layer. one_gate: the dense side with gate and up as one layer, which is the faster way."""
     with torch.device(device):
         gated = shape.gated and one_gate and not sparse
         module = (DenseGatedMLP(shape.d_model, shape.d_ff) if gated else feed_forward(shape)).to(master)
     x = torch.randn(shape.tokens, shape.d_model, device=device, dtype=torch.bfloat16, requires_grad=True)
-    arm = Arm(module, (x,), sparse=sparse, master=master, device=device)
+    arm = Arm(module, (x,), sparse=sparse, master=master, device=device, lean=lean)
     if compiled:
         arm.module.compile(dynamic=False)
     return arm

@@ -20,8 +20,8 @@ MANY = 8  # micro-batches of the column for gradient accumulation
 
 FFN_COLUMNS = [
     "weights", "layer", "dense_us", "sparse_us", "speedup", "micro_batch_us", "repack_us", "search_us", "decay_us",
-    "speedup mvue=False", "speedup 8 micro-batches", "over PyTorch's 2:4", "PyTorch's 2:4 over dense", "estimated",
-    "dense host_us", "sparse host_us",
+    "speedup mvue=False", "speedup 8 micro-batches", "speedup lean", "over PyTorch's 2:4",
+    "PyTorch's 2:4 over dense", "estimated", "dense host_us", "sparse host_us",
 ]  # fmt: skip
 COST_COLUMNS = ["weights", "layer", "mvue", "cost", "us", "share"]
 TOKENS_COLUMNS = ["weights", "layer", "tokens", "dense_us", "sparse_us", "speedup", "speedup mvue=False", "estimated"]
@@ -86,6 +86,8 @@ class FeedForwardTimes:
         if extra:
             calls["dense sum"] = self.dense.accumulate
             calls["sparse sum"] = sparse.with_mvue(True, sparse.accumulate)
+            self.lean = arms.feed_forward_arm(shape, sparse=True, compiled=False, lean=True, **settings)
+            calls |= {"lean": self.lean.micro_batch, "lean repack": self.lean.repack}
             calls |= _pytorch_calls(shape, master)
         # Several in a row, as in a model of many layers; of large ones one covers the host's next.
         calls_in_a_row = 4 if shape.tokens * shape.ffn_weights() < 1e12 else 2
@@ -96,6 +98,11 @@ class FeedForwardTimes:
         """One optimizer step of "dense", "sparse" or "no mvue"."""
         first = self.times[arm] + (0.0 if arm == "dense" else self.between)
         return first + (micro_batches - 1) * self.times.get(f"{arm} sum", 0.0)
+
+    def lean_speedup(self) -> float:
+        """Of a step with one packed form of each weight."""
+        between = self.between - self.times["repack"] + self.times["lean repack"]
+        return self.times["dense"] / (self.times["lean"] + between)
 
     def speedup(self, arm: str = "sparse", micro_batches: int = 1) -> float:
         return self.step_us("dense", micro_batches) / self.step_us(arm, micro_batches)
@@ -135,6 +142,7 @@ def feed_forwards(
             table.add(
                 label, shape.name, times["dense"], total, run.speedup(), times["sparse"], times["repack"],
                 times["search"], times["decay"], run.speedup("no mvue"), run.speedup(micro_batches=MANY),
+                run.lean_speedup(),
                 theirs / total, times["dense"] / theirs, estimate(shape, master), *hosts,
             )  # fmt: skip
             if costs is not None:
