@@ -37,7 +37,7 @@ def test_what_auto_converts_was_never_measured_slower_than_dense():
 
 def test_estimates_of_large_layers_are_near_what_was_measured():
     near = [abs(estimate / speedup - 1) for speedup, estimate in measured() if speedup > 1.2]
-    assert len(near) >= 5 and max(near) < 0.1, near
+    assert len(near) >= 5 and max(near) < 0.15, near
 
 
 def test_products_are_near_what_was_measured():
@@ -47,7 +47,7 @@ def test_products_are_near_what_was_measured():
         m, n, k = int(row["m"]), int(row["n"]), int(row["k"])
         took = 2 * m * n * k / 1e6 / float(row["sparse TFLOP/s"])
         errors.append(abs(cost_model.sparse_product_us(m, n, k, rates) / took - 1))
-    assert len(errors) >= 36 and sorted(errors)[len(errors) // 2] < 0.1, errors
+    assert len(errors) >= 36 and sorted(errors)[len(errors) // 2] < 0.15, errors
 
 
 @pytest.mark.parametrize("gated", [True, False])
