@@ -52,7 +52,8 @@ def rates_of_products() -> tuple[float, float, float]:
     dense_columns, dense_times, sparse_columns, sparse_times = [], [], [], []
     for row in read("gemm"):
         m, n, k = (int(row[name]) for name in "mnk")
-        gflop, waves = 2e-9 * m * n * k, cost_model.waves(m, n, Rates())
+        widths = cost_model.WEIGHT_GRADIENT_WIDTHS if row["pass"].startswith("dW") else cost_model.WIDTHS
+        gflop, waves = 2e-9 * m * n * k, cost_model.waves(m, n, Rates(), widths)
         dense_columns.append([gflop, 1.0])
         dense_times.append(1e3 * gflop / float(row["dense TFLOP/s"]))
         sparse_columns.append([waves * k / 1024, waves, 1.0])

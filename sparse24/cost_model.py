@@ -26,11 +26,11 @@ class Rates:
 
     multiprocessors: int = 132
     # Dense products: a line through the times of cuBLAS.
-    dense_us_per_gflop: float = 1.534
-    dense_us: float = 0.0
-    # Sparse products: waves of 128 x 256 tiles over the chip; each takes its K loop and an epilogue.
-    sparse_us_per_wave_and_1024_k: float = 7.98
-    sparse_us_per_wave: float = 2.87
+    dense_us_per_gflop: float = 1.588
+    dense_us: float = 3.7
+    # Sparse products: waves of 128 x 256 tiles (or narrower) over the chip; each takes its K loop and an epilogue.
+    sparse_us_per_wave_and_1024_k: float = 7.96
+    sparse_us_per_wave: float = 2.27
     sparse_us: float = 0.0
     # Passes over memory.
     launch_us: float = 3.0
@@ -82,15 +82,21 @@ def dense_product_us(m: int, n: int, k: int, rates: Rates) -> float:
     return rates.dense_us_per_gflop * 2e-9 * m * n * k + rates.dense_us
 
 
-def waves(m: int, n: int, rates: Rates) -> int:
-    """Rounds of 128 x 256 tiles, in pairs along m, over the chip."""
-    return _ceil(2 * _ceil(m, 256) * _ceil(n, 256), rates.multiprocessors)
+#: widths of the tiles that are compiled, by 128 rows: weight gradients of narrow layers would leave the chip half empty
+WIDTHS, WEIGHT_GRADIENT_WIDTHS = (256,), (256, 192)
 
 
-def sparse_product_us(m: int, n: int, k: int, rates: Rates) -> float:
+def waves(m: int, n: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> float:
+    """Rounds of tiles, in pairs along m, over the chip, in units of 128 x 256 ones; of the best width."""
+    return min(
+        _ceil(2 * _ceil(m, 256) * _ceil(n, width), rates.multiprocessors) * width / WIDTHS[0] for width in widths
+    )
+
+
+def sparse_product_us(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> float:
     """out(m, n) = lhs(m, k) rhs(k, n) with lhs 2:4."""
     per_wave = rates.sparse_us_per_wave_and_1024_k * k / 1024 + rates.sparse_us_per_wave
-    return waves(m, n, rates) * per_wave + rates.sparse_us
+    return waves(m, n, rates, widths) * per_wave + rates.sparse_us
 
 
 def _pass_us(bytes_moved: float, rate: float, rates: Rates) -> float:
@@ -149,7 +155,7 @@ def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, 
 
 def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> float:
     if training.mvue:
-        return sparse_product_us(m, k, training.tokens, rates)
+        return sparse_product_us(m, k, training.tokens, rates, WEIGHT_GRADIENT_WIDTHS)
     return dense_product_us(m, k, training.tokens, rates)
 
 
