@@ -17,9 +17,9 @@ using namespace testing;
 namespace {
 
 const Context kCpu{};
-constexpr Activation kKinds[] = {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
-                                 Activation::kRelu, Activation::kSquaredRelu,
-                                 Activation::kIdentity};
+constexpr Activation kKinds[] = {Activation::kSilu,        Activation::kGelu,
+                                 Activation::kGeluTanh,    Activation::kRelu,
+                                 Activation::kSquaredRelu, Activation::kIdentity};
 
 double exact(Activation kind, double x) {
   switch (kind) {

@@ -10,13 +10,13 @@ namespace sparse24 {
 SP24_API const char* version();
 
 struct DeviceInfo {
-  bool cuda_built = false;       // was this library compiled with CUDA?
-  std::string gemm_archs;        // architectures with sparse GEMM kernels, such as "sm_90a"; "" without CUDA
-  int device_count = 0;          // 0 without a driver, and when device < 0
-  int capability_major = 0;      // of `device`
+  bool cuda_built = false;   // was this library compiled with CUDA?
+  std::string gemm_archs;    // architectures with sparse GEMM kernels, such as "sm_90a"; "" without CUDA
+  int device_count = 0;      // 0 without a driver, and when device < 0
+  int capability_major = 0;  // of `device`
   int capability_minor = 0;
   int multiprocessors = 0;
-  std::string reason;            // why the sparse kernels cannot run on `device`; "" if they can
+  std::string reason;  // why the sparse kernels cannot run on `device`; "" if they can
 };
 /// Never throws for a missing driver or GPU: it says so in `reason`. With device < 0 it tells only what was built and does
 /// not call the driver at all: a process may still fork after that.
