@@ -13,21 +13,16 @@ warp to wait, with their shares of all waiting.
 
 from __future__ import annotations
 
-import csv
-import io
-import shutil
-import subprocess
-import sys
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from bench.common import Table, arguments
+from bench.counters import READ, TIME_NS, WRITTEN, counted, counters
 from sparse24 import ops
 
-TIME = "gpu__time_duration.sum"
-READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 INSTRUCTIONS = "smsp__inst_executed.sum"
 #: column -> metrics, the first of which that this GPU knows is taken
 SHARES = {
@@ -134,71 +129,26 @@ def product_cases(name: str, m: int, n: int, k: int, seed: torch.Tensor) -> Iter
     yield Case("sparse_mm_grad_weight", name, traffic, flops, lambda: ops.sparse_mm_grad_weight(packed_dy, E_dy, x, m))
 
 
-def wanted(only: str) -> list[str]:
-    return only.split(",") if only else []
+def wanted(only: str) -> Iterator[Case]:
+    """The cases whose op has one of the words of `only`; all, if it is empty."""
+    words = only.split(",")
+    return (case for case in cases() if any(word in case.op for word in words))
 
 
-def child(only: list[str]) -> None:
-    """Runs each case once between two markers (the spin kernel), with the profiler on."""
-    for case in cases():
-        if only and not any(word in case.op for word in only):
-            continue
-        case.run()
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStart()
-        torch.cuda._sleep(10)
-        case.run()
-        torch.cuda.synchronize()
-        torch.cuda.cudart().cudaProfilerStop()
-        print(f"case\t{case.op}\t{case.shape}\t{case.ideal_bytes}\t{case.elements}", flush=True)
+def child(only: str) -> None:
+    for case in wanted(only):
+        case.run()  # allocates, and loads the kernel
+        counted(case.run)
 
 
-def known_metrics(ncu: str) -> set[str]:
-    listing = subprocess.run([ncu, "--query-metrics", "--query-metrics-mode", "base"], capture_output=True, text=True)
-    return {line.split()[0] for line in listing.stdout.splitlines() if "__" in line}
-
-
-def profile(ncu: str, only: str) -> tuple[list[list[str]], list[dict]]:
-    """Runs this file as a child under ncu; returns its cases, and each one's counters summed over its kernels."""
-    known = known_metrics(ncu)
-    metrics = [TIME, READ, WRITTEN, INSTRUCTIONS]
-    metrics += [name for names in SHARES.values() for name in names] + STALLS
-    metrics = [name for name in metrics if not known or name.split(".")[0] in known]
-    command = [ncu, "--csv", "--page", "raw", "--clock-control", "none", "--profile-from-start", "off"]
-    command += ["--print-units", "base", "--metrics", ",".join(metrics)]
-    command += [sys.executable, "-m", "bench.profile", "--child", "--only", only]
-    output = subprocess.run(command, capture_output=True, text=True)
-    lines = output.stdout.splitlines()
-    described = [line.split("\t")[1:] for line in lines if line.startswith("case\t")]
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        raise RuntimeError(f"ncu gave no table:\n{output.stdout[-2000:]}\n{output.stderr[-2000:]}")
-    table = [line for line in lines[start:] if line.startswith('"')]
-    rows = list(csv.DictReader(io.StringIO("\n".join([table[0], *table[2:]]))))  # the second line has the units
-    groups: list[list[dict]] = []
-    for row in rows:
-        if "spin" in row["Kernel Name"]:
-            groups.append([])
-        elif groups:
-            groups[-1].append(row)
-    return described, [combine(group) for group in groups]
-
-
-def number(row: dict, name: str) -> float:
-    try:
-        return float(row[name].replace(",", ""))
-    except (KeyError, ValueError):
-        return float("nan")
-
-
-def combine(kernels: list[dict]) -> dict:
+def combine(kernels: list[dict[str, float]]) -> dict:
     """One record of several kernels: counts are added, percentages are those of the longest."""
-    longest = max(kernels, key=lambda row: number(row, TIME))
-    record = {name: sum(number(row, name) for row in kernels) for name in (TIME, READ, WRITTEN, INSTRUCTIONS)}
+    longest = max(kernels, key=lambda kernel: kernel[TIME_NS])
+    record = {name: sum(kernel[name] for kernel in kernels) for name in (TIME_NS, READ, WRITTEN, INSTRUCTIONS)}
     for column, names in SHARES.items():
-        record[column] = next((x for x in (number(longest, name) for name in names) if x == x), float("nan"))
-    stalls = {name.split("stalled_")[1].split("_per")[0]: number(longest, name) for name in STALLS}
-    stalls = {reason: value for reason, value in stalls.items() if value == value}
+        record[column] = next((longest[name] for name in names if not math.isnan(longest[name])), math.nan)
+    stalls = {name.split("stalled_")[1].split("_per")[0]: longest[name] for name in STALLS}
+    stalls = {reason: value for reason, value in stalls.items() if not math.isnan(value)}
     total = sum(stalls.values())
     top = sorted(stalls, key=stalls.get, reverse=True)[:2] if total else []
     record["stall"] = " ".join(f"{reason} {100 * stalls[reason] / total:.0f}%" for reason in top)
@@ -211,22 +161,21 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help="what ncu runs")
     args = parser.parse_args()
     if args.child:
-        return child(wanted(args.only))
-    ncu = shutil.which("ncu")
-    if ncu is None:
-        raise SystemExit("error: ncu (Nsight Compute) is not on the PATH; it comes with the CUDA toolkit")
+        return child(args.only)
     columns = ["op", "shape", "time_us", "bytes over ideal", "read over ideal bytes", "instructions an element"]
     table = Table("profile", [*columns, *SHARES, "stall"])
-    described, records = profile(ncu, args.only)
-    for (op, shape, ideal, elements), record in zip(described, records, strict=True):
-        moved = record[READ] + record[WRITTEN]
+    metrics = [TIME_NS, READ, WRITTEN, INSTRUCTIONS, *(name for names in SHARES.values() for name in names), *STALLS]
+    described = [(case.op, case.shape, case.ideal_bytes, case.elements) for case in wanted(args.only)]
+    groups = counters("bench.profile", metrics, ["--only", args.only])
+    for (op, shape, ideal, elements), kernels in zip(described, groups, strict=True):
+        record = combine(kernels)
         table.add(
             op,
             shape,
-            record[TIME] / 1e3,
-            moved / float(ideal),
-            record[READ] / float(ideal),
-            32 * record[INSTRUCTIONS] / float(elements),
+            record[TIME_NS] / 1e3,
+            (record[READ] + record[WRITTEN]) / ideal,
+            record[READ] / ideal,
+            32 * record[INSTRUCTIONS] / elements,
             *(record[column] for column in SHARES),
             record["stall"],
         )
