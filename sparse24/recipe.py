@@ -22,7 +22,9 @@ from .block_flips import BlockFlips
 from .convert import sparse_layers
 from .errors import Sparse24Error
 from .modules import DENSE, SPARSE, SparseLayer, distributed_rank
+from .optimizers import holding_optimizer
 from .phases import PLACES, SCHEDULES, Phases, check_decay, scheduled_decay
+from .ranks import check_ranks
 from .recipe_state import check_state, restore_rng, rng_state
 from .soft import soft_scale
 
@@ -84,7 +86,7 @@ class Recipe:
         self.decay_schedule = decay_schedule
         self.phases = Phases.plan(total_steps, dense_fraction, self.method.dense_at if dense_at == "auto" else dense_at)
         self.decay = decay
-        self.optimizer = _holder(optimizer, self.layers)
+        self.optimizer = holding_optimizer(optimizer, self.layers)
         if self.method.freezes_second_moment:
             methods.FrozenSecondMoment.check(self.optimizer, [])
 
@@ -549,54 +551,7 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def check_ranks(layers: dict[str, SparseLayer]) -> None:
-    """All ranks must hold the same masks. Raises Sparse24Error, naming the layers, where they do not."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    sums = torch.stack([_checksum(layer.mask) for layer in layers.values()])
-    low, high = sums.clone(), sums
-    torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-    torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-    differing = [name for name, same in zip(layers, (low == high).tolist(), strict=True) if not same]
-    if differing:
-        raise Sparse24Error(
-            f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given "
-            "the same weights before the recipe was made?"
-        )
-
-
-def _checksum(mask: Tensor) -> Tensor:
-    """64 bits that depend on every byte and its place."""
-    bits = packing.mask_bits(mask).to(torch.int64).flatten()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return ((bits + 1) * (places * -7046029254386353131 ^ (places >> 7))).sum()
-
-
 def _positive(name: str, value: int, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise Sparse24Error(f"{name} must be an integer, {least} or more, got {value!r}")
     return int(value)
-
-
-def _holder(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
-    """The optimizer, of one or several, that holds the sparse weights; unwraps accelerate's and Lightning's."""
-    several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    unwrapped = []
-    for one in several:
-        while not hasattr(one, "_optimizer_step_pre_hooks") and isinstance(
-            inner := getattr(one, "optimizer", None), torch.optim.Optimizer
-        ):
-            one = inner
-        if not isinstance(one, torch.optim.Optimizer):
-            raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
-        unwrapped.append(one)
-    wanted = {id(layer.weight) for layer in layers.values() if layer.weight.requires_grad}
-    held = [one for one in unwrapped if wanted & {id(p) for group in one.param_groups for p in group["params"]}]
-    if len(held) > 1:
-        raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")
-    if not held:
-        raise Sparse24Error(
-            "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before "
-            "the weights were replaced?"
-        )
-    return held[0]

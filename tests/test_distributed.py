@@ -497,10 +497,10 @@ def test_two_gpus_over_nccl_keep_the_same_masks(wrap, tmp_path):
 
 @pytest.mark.fault(64)
 def test_checksum_tells_masks_apart_that_differ_in_one_block_or_in_order():
-    from sparse24.recipe import _checksum
+    from sparse24.ranks import checksum
 
     mask = ops.transposable_mask(torch.randn(16, 16)).view(torch.uint8)
     other = mask.clone()
     other[0, 0] ^= 1
     swapped = mask.flip(0)
-    assert len({int(_checksum(m)) for m in (mask, other, swapped)}) == 3
+    assert len({int(checksum(m)) for m in (mask, other, swapped)}) == 3
