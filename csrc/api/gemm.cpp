@@ -1,6 +1,8 @@
 // gemm.cpp: public functions of gemm.h: check, then dispatch.
 #include "sparse24/gemm.h"
 
+#include <algorithm>
+
 #include "api/checks.h"
 #include "api/dispatch.h"
 
@@ -26,6 +28,30 @@ void check_problem(const SparseGemmArgs& args) {
   const int64_t rhs_cols = weight_grad ? args.n : args.k, out_cols = weight_grad ? args.n : args.m;
   SP24_CHECK(args.rhs_ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs_ld);
   SP24_CHECK(args.out_ld >= out_cols, "out_ld must be at least ", out_cols, ", got ", args.out_ld);
+}
+
+/// What would otherwise read outside of weights or masks.
+void check_decay(const SparseGemmArgs& args) {
+  const MaskedDecayTerm& decay = args.decay;
+  if (decay.factor == nullptr) return;
+  SP24_CHECK(args.pass == GemmPass::kGradWeight, "decay belongs to the weight gradient only");
+  SP24_CHECK(args.m % 4 == 0 && args.n % 4 == 0,
+             "a product with decay must have m and n that are multiples of 4, got ", args.m,
+             " and ", args.n);
+  const bool two = decay.first_rows < args.m;
+  SP24_CHECK(
+      decay.first_rows > 0 && decay.first_rows <= args.m && (!two || decay.first_rows % 64 == 0),
+      "decay.first_rows must be m = ", args.m, " or a smaller multiple of 64, got ",
+      decay.first_rows);
+  const int64_t most_rows = std::max(decay.first_rows, args.m - decay.first_rows);
+  SP24_CHECK((decay.col_stride == 1 && decay.row_stride >= args.n) ||
+                 (decay.row_stride == 1 && decay.col_stride >= most_rows),
+             "decay.weight must be row- or column-major, got strides (", decay.row_stride, ", ",
+             decay.col_stride, ") for extents [", most_rows, ", ", args.n, "]");
+  for (int i = 0; i < (two ? 2 : 1); ++i) {
+    check_pointer(decay.weight[i], "decay.weight");
+    check_pointer(decay.mask[i], "decay.mask");
+  }
 }
 
 #ifndef SPARSE24_WITH_CUDA
@@ -85,6 +111,7 @@ void sparse_gemm(const SparseGemmArgs& args, const Context& context) {
   }
   SP24_CHECK(args.bias == nullptr || args.pass == GemmPass::kForward,
              "bias belongs to the forward product only");
+  check_decay(args);
   if (context.backend == Backend::kCpu) return cpu::sparse_gemm(args);
 #ifdef SPARSE24_WITH_CUDA
   const DeviceGuard guard(context.device);

@@ -139,6 +139,17 @@ MaskedDecayArgs read_masked_decay(Fields& item) {
   return args;
 }
 
+MaskedDecayTerm read_decay_term(Fields& item) {
+  MaskedDecayTerm term;
+  term.factor = item.next_pointer<const float>();
+  for (const void*& weight : term.weight) weight = item.next_pointer<const void>();
+  term.row_stride = item.next<int64_t>();
+  term.col_stride = item.next<int64_t>();
+  for (const uint16_t*& mask : term.mask) mask = item.next_pointer<const uint16_t>();
+  term.first_rows = item.next<int64_t>();
+  return term;
+}
+
 MaskFlipsArgs read_mask_flips(Fields& item) {
   MaskFlipsArgs args;
   args.mask_a = item.next_pointer<const uint16_t>();
@@ -247,26 +258,30 @@ void set_contiguous(SparseGemmArgs& args) {
 }
 
 void bind_gemm(py::module_& module) {
-  module.def(
-      "sparse_gemm",
-      [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, Address packed,
-         Address E, Address rhs, int64_t rhs_ld, Address out, int64_t out_ld, Address bias,
-         int accumulate, Address workspace, int64_t config, int backend, int device,
-         Address stream) {
-        SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
-        args.packed = pointer<const void>(packed);
-        args.E = pointer<const uint8_t>(E);
-        args.rhs = pointer<const void>(rhs);
-        args.rhs_ld = rhs_ld;
-        args.out = pointer<void>(out);
-        args.out_ld = out_ld;
-        args.bias = pointer<const void>(bias);
-        args.accumulate = accumulate != 0;
-        args.workspace = pointer<void>(workspace);
-        args.config = config;
-        sparse_gemm(args, context_of(backend, device, stream));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  module.def("sparse_gemm",
+             [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, Address packed,
+                Address E, Address rhs, int64_t rhs_ld, Address out, int64_t out_ld, Address bias,
+                int accumulate, Address workspace, int64_t config, int backend, int device,
+                Address stream, const py::object& decay) {
+               SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
+               args.packed = pointer<const void>(packed);
+               args.E = pointer<const uint8_t>(E);
+               args.rhs = pointer<const void>(rhs);
+               args.rhs_ld = rhs_ld;
+               args.out = pointer<void>(out);
+               args.out_ld = out_ld;
+               args.bias = pointer<const void>(bias);
+               args.accumulate = accumulate != 0;
+               args.workspace = pointer<void>(workspace);
+               args.config = config;
+               if (!decay.is_none()) {
+                 Fields item(decay, 8);
+                 args.decay = read_decay_term(item);
+               }
+               const Context context = context_of(backend, device, stream);
+               const py::gil_scoped_release unlocked;
+               sparse_gemm(args, context);
+             });
 
   module.def("sparse_gemm_unsupported",
              [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, int64_t rhs_ld,

@@ -33,6 +33,17 @@ void read_row(const SparseGemmArgs& args, int64_t m, std::vector<Kept>& row) {
   }
 }
 
+/// What masked decay adds to out(m, n), as masked_decay has it: a fp32 product.
+template <typename Out>
+float decay_of(const MaskedDecayTerm& decay, int64_t m, int64_t n, int64_t columns) {
+  const int second = m >= decay.first_rows;
+  const int64_t row = m - (second ? decay.first_rows : 0);
+  const uint16_t mask = decay.mask[second][row / 4 * (columns / 4) + n / 4];
+  if (mask >> (4 * (row % 4) + n % 4) & 1) return 0.0f;
+  const Out* weight = static_cast<const Out*>(decay.weight[second]);
+  return *decay.factor * to_float(weight[row * decay.row_stride + n * decay.col_stride]);
+}
+
 template <typename T, typename Out>
 void multiply(const SparseGemmArgs& args) {
   const bool weight_grad = args.pass == GemmPass::kGradWeight;
@@ -42,6 +53,7 @@ void multiply(const SparseGemmArgs& args) {
   const Strided<Out> out = {static_cast<Out*>(args.out), weight_grad ? args.out_ld : 1,
                             weight_grad ? 1 : args.out_ld};
   const T* bias = static_cast<const T*>(args.bias);
+  const bool decays = args.decay.factor != nullptr && *args.decay.factor != 0.0f;
 
   parallel_for(args.m, args.n * args.k, [&](int64_t begin, int64_t end) {
     std::vector<Kept> row;
@@ -57,8 +69,10 @@ void multiply(const SparseGemmArgs& args) {
           for (const Kept& kept : row) sum[n] += kept.value * to_float(rhs(kept.k, n));
       }
       for (int64_t n = 0; n < args.n; ++n) {
-        const double old = args.accumulate ? to_float(out(m, n)) : 0.0;
-        out(m, n) = from_float<Out>(static_cast<float>(old + sum[n]));
+        double total = sum[n];
+        if (args.accumulate) total += to_float(out(m, n));
+        if (decays) total += decay_of<Out>(args.decay, m, n, args.n);
+        out(m, n) = from_float<Out>(static_cast<float>(total));
       }
     }
   });

@@ -53,6 +53,20 @@ GemmConfig config_of(const SparseGemmArgs& args, int multiprocessors) {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
+/// What the kernels ask beyond the public rules: row-major weights are read two elements at a time.
+void check_decay(const SparseGemmArgs& args) {
+  const MaskedDecayTerm& decay = args.decay;
+  if (decay.factor == nullptr) return;
+  SP24_CHECK(args.k > 0, "a product of no tokens takes no decay; add it by masked_decay");
+  const uintptr_t pair = 2 * bytes_of(args.out_dtype);
+  for (const void* weight : decay.weight) {
+    SP24_CHECK(decay.col_stride != 1 ||
+                   (decay.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % pair == 0),
+               "rows of decay.weight must be ", pair, "-byte aligned, got ", weight,
+               " with row_stride ", decay.row_stride);
+  }
+}
+
 Launcher* find_launcher(const GemmDesc& desc, const GemmConfig& config) {
 #define SP24_GEMM_KERNEL(pass_, dtype_, out_, tm, tn, tk, cm, cn)                       \
   if (desc.pass == GemmPass::k##pass_ && desc.dtype == DType::k##dtype_ &&              \
@@ -115,6 +129,7 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
       "packed, E, rhs and out must be 16-byte aligned, got ", args.packed, ", ",
       static_cast<const void*>(args.E), ", ", args.rhs, ", ", args.out);
   if (args.m == 0 || args.n == 0) return;
+  check_decay(args);
   if (args.k == 0) {
     if (!args.accumulate) {
       const bool tall = args.pass == GemmPass::kGradWeight;

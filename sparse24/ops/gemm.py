@@ -6,6 +6,7 @@ over the decompressed operand: the same function up to rounding, noted once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 
 import torch
@@ -13,9 +14,26 @@ from torch import Tensor
 
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import DTYPE_CODE, HALF_DTYPES, as_rows, padded_tokens
+from ..layout import (
+    DTYPE_CODE,
+    HALF_DTYPES,
+    META_BLOCK,
+    as_rows,
+    is_column_major,
+    is_row_major,
+    mask_as_uint16,
+    padded_tokens,
+)
 from . import gemm_tuning
-from ._common import call_without_grad, check_packed_operand, check_same_device, define_op, where
+from ._common import (
+    call_without_grad,
+    check_mask,
+    check_packed_operand,
+    check_same_device,
+    check_weight,
+    define_op,
+    where,
+)
 
 FORWARD, GRAD_INPUT, GRAD_WEIGHT = 0, 1, 2
 _PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
@@ -44,7 +62,9 @@ def _plan(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, in
     return config, library.sparse_gemm_workspace_bytes(*product, config, _library.CUDA, index)
 
 
-def _run_sparse_gemm(pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None) -> bool:
+def _run_sparse_gemm(
+    pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None, decay=None
+) -> bool:
     """Launch the product on the GPU's sparse GEMM; False, and nothing done, where it does not take these operands."""
     library, backend, index, stream = where(rhs)
     if backend != _library.CUDA:
@@ -71,7 +91,7 @@ def _run_sparse_gemm(pass_code, m, n, k, packed, E, rhs, out, bias=None, accumul
     library.sparse_gemm(
         pass_code, m, n, k, dtype, out_dtype, packed.data_ptr(), E.data_ptr(), rhs_pointer, rhs_ld, out_pointer, out_ld,
         _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream,
+        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, decay,
     )  # fmt: skip
     return True
 
@@ -255,35 +275,88 @@ def _check_grad_weight(packed_dy, E_dy, x, out_features, out_dtype) -> tuple[int
     return tokens, in_features, _output_dtype(x, out_dtype)
 
 
-def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate) -> None:
-    tokens, in_features = x.shape
+def _check_decay_term(x, out_features, factor, weights, masks) -> None:
+    """The rules on `decay=(factor, weights, masks)`, which schemas have as three arguments."""
+    if factor is None:
+        if weights or masks:
+            raise Sparse24Error("decay needs its factor, one float32 tensor, beside weights and masks")
+        return
+    if factor.dtype != torch.float32 or factor.numel() != 1:
+        raise Sparse24DtypeError(f"decay's factor must be one float32, got {factor.dtype} {tuple(factor.shape)}")
+    if not 1 <= len(weights) <= 2 or len(masks) != len(weights):
+        raise Sparse24Error(
+            f"decay needs one weight, or two stacked along out_features, and the mask of each; got {len(weights)} "
+            f"weights and {len(masks)} masks"
+        )
+    for w, mask in zip(weights, masks, strict=True):
+        check_weight(w, "decay's weight")
+        check_mask(mask, *w.shape, "decay's mask")
+        check_same_device(x, "x", **{"decay's factor": factor, "decay's weight": w, "decay's mask": mask})
+    stacked = (sum(w.shape[0] for w in weights), weights[0].shape[1])
+    if stacked != (out_features, x.shape[1]) or weights[-1].shape[1] != stacked[1]:
+        raise Sparse24Error(
+            f"decay's weights must make up ({out_features}, {x.shape[1]}), the shape of the gradient, got "
+            f"{' and '.join(str(tuple(w.shape)) for w in weights)}"
+        )
+
+
+def _decay_fields(out, factor, weights, masks) -> tuple | None:
+    """What the kernel takes of masked decay in its epilogue; None where it is to follow in a pass of its own."""
+    w, rows = weights[0], weights[0].shape[0]
+    second = len(weights) - 1  # the only weight again where there is one
+    fits = (
+        all(t.dtype == out.dtype and t.stride() == w.stride() for t in weights)
+        and (second == 0 or rows % META_BLOCK == 0)
+        and ((is_row_major(w) and w.stride(0) % 2 == 0) or is_column_major(w))
+        and all(t.data_ptr() % (2 * t.element_size()) == 0 for t in weights)
+    )
+    if not fits:
+        return None
+    pointers = [t.data_ptr() for t in (w, weights[second], masks[0], masks[second])]
+    return factor.data_ptr(), *pointers[:2], *w.stride(), *pointers[2:], rows
+
+
+def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks) -> None:
     if out.numel() == 0:
         return
+    fields = _decay_fields(out, factor, weights, masks) if weights else None
+    in_product = _product_into(packed_dy, E_dy, x, out_features, out, accumulate, fields)
+    if weights and not in_product:
+        parts = list(out.split([w.shape[0] for w in weights]))
+        torch.ops.sparse24.foreach_masked_decay_.default(parts, weights, masks, 1.0, factor)
+
+
+def _product_into(packed_dy, E_dy, x, out_features, out, accumulate, decay) -> bool:
+    """Whether the product has taken `decay`, fields for its epilogue, along."""
+    tokens, in_features = x.shape
     if tokens == 0:
         if not accumulate:
             out.zero_()
-        return
+        return False
     rows = as_rows(x)
     if _run_sparse_gemm(
-        GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out, accumulate=accumulate
+        GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out, accumulate=accumulate, decay=decay
     ):
-        return
+        return decay is not None
     dy = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, x.dtype)[:tokens]
     if accumulate:
         out.add_(_matmul(dy.T, rows, torch.float32 if x.dtype in HALF_DTYPES else x.dtype))  # one rounding, at the end
     else:
         out.copy_(_matmul(dy.T, rows, out.dtype))
+    return False
 
 
-def _sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype):
+def _sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, factor, weights, masks):
     _, in_features, out_dtype = _check_grad_weight(packed_dy, E_dy, x, out_features, out_dtype)
+    _check_decay_term(x, out_features, factor, weights, masks)
     dw = x.new_empty((out_features, in_features), dtype=out_dtype)
-    _grad_weight_into(packed_dy, E_dy, x, out_features, dw, False)
+    _grad_weight_into(packed_dy, E_dy, x, out_features, dw, False, factor, weights, masks)
     return dw
 
 
-def _sparse_mm_grad_weight_fake(packed_dy, E_dy, x, out_features, out_dtype):
+def _sparse_mm_grad_weight_fake(packed_dy, E_dy, x, out_features, out_dtype, factor, weights, masks):
     _, in_features, out_dtype = _check_grad_weight(packed_dy, E_dy, x, out_features, out_dtype)
+    _check_decay_term(x, out_features, factor, weights, masks)
     return x.new_empty((out_features, in_features), dtype=out_dtype)
 
 
@@ -297,27 +370,35 @@ def _check_grad_weight_out(packed_dy, E_dy, x, out_features, out) -> None:
         )
 
 
-def _sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate) -> None:
+def _sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks):
     _check_grad_weight_out(packed_dy, E_dy, x, out_features, out)
-    _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate)
+    _check_decay_term(x, out_features, factor, weights, masks)
+    _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks)
 
 
-def _sparse_mm_grad_weight_fake_(packed_dy, E_dy, x, out_features, out, accumulate) -> None:
+def _sparse_mm_grad_weight_fake_(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks):
     _check_grad_weight_out(packed_dy, E_dy, x, out_features, out)
+    _check_decay_term(x, out_features, factor, weights, masks)
 
 
 _op_sparse_mm_grad_weight = define_op(
     "sparse_mm_grad_weight",
-    "(Tensor packed_dy, Tensor E_dy, Tensor x, int out_features, ScalarType? out_dtype) -> Tensor",
+    "(Tensor packed_dy, Tensor E_dy, Tensor x, int out_features, ScalarType? out_dtype, "
+    "Tensor? decay_factor, Tensor[] decay_weights, Tensor[] decay_masks) -> Tensor",
     _sparse_mm_grad_weight,
     _sparse_mm_grad_weight_fake,
 )
 _op_sparse_mm_grad_weight_ = define_op(
     "sparse_mm_grad_weight_",
-    "(Tensor packed_dy, Tensor E_dy, Tensor x, int out_features, Tensor(a!) out, bool accumulate) -> ()",
+    "(Tensor packed_dy, Tensor E_dy, Tensor x, int out_features, Tensor(a!) out, bool accumulate, "
+    "Tensor? decay_factor, Tensor[] decay_weights, Tensor[] decay_masks) -> ()",
     _sparse_mm_grad_weight_,
     _sparse_mm_grad_weight_fake_,
 )
+
+
+def _decay_term(factor, weights, masks) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return factor, [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks]
 
 
 def sparse_mm_grad_weight(
@@ -329,6 +410,7 @@ def sparse_mm_grad_weight(
     out: Tensor | None = None,
     accumulate: bool = False,
     out_dtype: torch.dtype | None = None,
+    decay: tuple[Tensor, Sequence[Tensor], Sequence[Tensor]] | None = None,
 ) -> Tensor:
     """dW = dy^T x, where dy is 2:4 sparse along tokens.
 
@@ -337,16 +419,22 @@ def sparse_mm_grad_weight(
     out              contiguous (out_features, in_features) to write to: x's dtype or float32; default a new tensor
     accumulate       add to `out` instead of overwriting it: gradient accumulation without another pass
     out_dtype        of a new tensor: x's dtype (default) or float32
+    decay            (factor, weights, masks): adds factor * (1 - mask) * weight before the one rounding. One float32
+                     on the device; one weight, or two stacked along out_features, and the uint16 mask of each
+
+    The decay is part of the product where weights are in the dtype of dW and row- or column-major alike, the first of
+    two with rows in multiples of 64; else `foreach_masked_decay_` adds it right after.
     """
     if accumulate and out is None:
         raise Sparse24Error("accumulate=True needs out=, the gradient to add to")
+    term = (None, [], []) if decay is None else _decay_term(*decay)
     if out is None:
-        args = (packed_dy, E_dy, x, out_features, out_dtype)
+        args = (packed_dy, E_dy, x, out_features, out_dtype, *term)
         return call_without_grad("sparse_mm_grad_weight", "functional.sparse_linear", _op_sparse_mm_grad_weight, args)
     if out_dtype is not None and out_dtype != out.dtype:
         raise Sparse24DtypeError(f"out_dtype {out_dtype} contradicts out, which is {out.dtype}; pass one of them")
     with torch.no_grad():
-        _op_sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate)
+        _op_sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate, *term)
     torch.autograd.graph.increment_version(out)
     return out
 

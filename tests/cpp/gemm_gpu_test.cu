@@ -4,9 +4,10 @@
 //   exact     small integers, by every config: equal to the host's product, with bias,
 //   accumulation, both output
 //             dtypes and odd token counts; canaries around the output stay
-//   bounded   normal values: error against fp64 within the rounding of the output and of fp32 sums
-//   repeats   250 runs give the same bits
-//   refusals  what the kernels cannot take is said, not run
+//   decay     masked decay in the product: bit for bit what the formula makes of the product
+//   without bounded   normal values: error against fp64 within the rounding of the output and of
+//   fp32 sums repeats   250 runs give the same bits refusals  what the kernels cannot take is said,
+//   not run
 //
 // CMake builds it with the library's objects (SPARSE24_TESTS=ON); arguments choose tests by name.
 // One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
@@ -423,6 +424,108 @@ void test_every_config() {
   }
 }
 
+/// Masked decay in the epilogue: with fp32 outputs the bits of the product without it, plus the
+/// rounded pull; with 16-bit ones of small integers likewise. Kept elements have the bits of the
+/// product. One weight or two, row- or column-major, added to what is there or not.
+void check_decay(const Problem& p, const Operands& o, const Device& d, const Kernel& kernel,
+                 int first_rows, bool column_major, const Variant& v) {
+  ++cases;
+  Random random(p.m + p.n + first_rows);
+  const size_t extent = static_cast<size_t>(p.m) * p.n;
+  std::vector<float> weight(extent);
+  std::vector<uint16_t> weight16(extent), mask(extent / 16);
+  for (uint16_t& bits : mask) bits = static_cast<uint16_t>(random.bits());
+  for (size_t i = 0; i < extent; ++i) {
+    weight[i] = p.integers ? static_cast<float>(random.below(9) - 4) : random.normal();
+    weight16[i] = to_bits(weight[i], DType::kBFloat16);
+    if (!v.float_out) weight[i] = to_value(weight16[i], DType::kBFloat16);
+  }
+  // Strides are shared: column-major weights are as tall as both, the second begins further down.
+  const int64_t row_stride = column_major ? 1 : p.n, col_stride = column_major ? p.m : 1;
+  const float factor = p.integers ? 2.0f : 0.37f;
+  const Buffer device_weight = v.float_out ? Buffer(weight) : Buffer(weight16);
+  const Buffer device_mask(mask), device_factor(std::vector<float>{factor});
+
+  SparseGemmArgs a = make_args(p, DType::kBFloat16, d, v);
+  const size_t out_size = static_cast<size_t>(p.out_rows()) * p.out_ld();
+  const size_t element = v.float_out ? 4 : 2;
+  const Buffer workspace(kernel.workspace_bytes(a));
+  a.workspace = workspace.get();
+  std::vector<float> got[2];
+  for (const bool with : {false, true}) {
+    const std::vector<float> before(out_size, kExisting);
+    const std::vector<uint16_t> before16(out_size, to_bits(kExisting, DType::kBFloat16));
+    const Buffer out = v.float_out ? Buffer(before) : Buffer(before16);
+    a.out = out.get();
+    if (with) {
+      a.decay.factor = static_cast<const float*>(device_factor.get());
+      a.decay.row_stride = row_stride, a.decay.col_stride = col_stride;
+      a.decay.first_rows = first_rows;
+      char* const data = static_cast<char*>(device_weight.get());
+      a.decay.weight[0] = data;
+      a.decay.weight[1] = data + first_rows * row_stride * element;
+      a.decay.mask[0] = static_cast<const uint16_t*>(device_mask.get());
+      a.decay.mask[1] = a.decay.mask[0] + static_cast<int64_t>(first_rows) / 4 * (p.n / 4);
+    }
+    kernel.run(a);
+    SP24_CHECK_CUDA(cudaDeviceSynchronize());
+    if (v.float_out) {
+      got[with] = out.read<float>();
+    } else {
+      for (const uint16_t bits : out.read<uint16_t>())
+        got[with].push_back(to_value(bits, DType::kBFloat16));
+    }
+  }
+  int64_t wrong = 0;
+  for (int row = 0; row < p.m; ++row) {
+    for (int column = 0; column < p.out_ld(); ++column) {
+      const size_t at = static_cast<size_t>(row) * p.out_ld() + column;
+      float expected = got[0][at];
+      if (column < p.n) {
+        const uint16_t bits = mask[static_cast<size_t>(row) / 4 * (p.n / 4) + column / 4];
+        const float w = weight[row * row_stride + column * col_stride];
+        volatile const float pull = factor * w;  // rounded by itself
+        if ((bits >> (row % 4 * 4 + column % 4) & 1) == 0) expected += pull;
+        if (!v.float_out) {
+          const double sum = o.exact[static_cast<size_t>(row) * p.n + column] +
+                             (v.accumulate ? kExisting : 0.0f) +
+                             ((bits >> (row % 4 * 4 + column % 4) & 1) == 0 ? pull : 0.0f);
+          expected = to_value(to_bits(static_cast<float>(sum), DType::kBFloat16), DType::kBFloat16);
+        }
+      }
+      if (got[1][at] != expected && wrong++ == 0) {
+        fail("decay ", describe_case(p, DType::kBFloat16, kernel, v), " first_rows=", first_rows,
+             column_major ? " column-major" : "", " at [", row, ", ", column, "]: ", got[1][at],
+             " for ", expected);
+      }
+    }
+  }
+}
+
+void test_decay() {
+  for (const bool integers : {true, false}) {
+    for (const Problem& p : {Problem{GemmPass::kGradWeight, 264, 136, 200, integers},
+                             Problem{GemmPass::kGradWeight, 520, 1032, 1024, integers},
+                             Problem{GemmPass::kGradWeight, 8, 8, 64, integers}}) {
+      const Operands o = make_operands(p, DType::kBFloat16);
+      const Device d(o);
+      for (const bool float_out : {false, true}) {
+        if (!float_out && !integers) continue;  // two roundings differ from one
+        for (const bool accumulate : {false, true}) {
+          const Variant v{false, accumulate, float_out};
+          for (const int first_rows : {p.m, 64, 192}) {
+            if (first_rows > p.m) continue;
+            for (const bool column_major : {false, true}) {
+              for (const Kernel& kernel : every_config(make_args(p, DType::kBFloat16, d, v)))
+                check_decay(p, o, d, kernel, first_rows, column_major, v);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 /// Small enough for compute-sanitizer: `compute-sanitizer gemm_gpu_test small`.
 void test_small() {
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
@@ -555,6 +658,7 @@ int main(int count, char** arguments) {
   const std::pair<const char*, void (*)()> tests[] = {{"metadata_order", test_metadata_order},
                                                       {"refusals", test_refusals},
                                                       {"products", test_products},
+                                                      {"decay", test_decay},
                                                       {"small", test_small},
                                                       {"every_config", test_every_config},
                                                       {"repeats", test_repeats}};

@@ -1,4 +1,5 @@
 // The CPU's sparse GEMM against a dense product of the decompressed operand, in all three passes.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -134,6 +135,105 @@ TEST(tokens_need_not_be_a_multiple_of_anything) {
   for (int64_t tokens : {1, 2, 3, 5, 7, 9, 63, 65})
     check_product(GemmPass::kGradWeight, {16, 12, tokens}, DType::kBFloat16, DType::kFloat32, false,
                   true, random);
+}
+
+/// Integers and a factor of 2: exact. The first weight has `first_rows` of the m rows.
+void check_decay(int64_t m, int64_t n, int64_t k, int64_t first_rows, DType dtype, DType out_dtype,
+                 Order order, bool accumulate, std::mt19937& random) {
+  const Operand lhs = make_gradient(m, k, dtype, random);
+  TestMatrix rhs(k, n, dtype), out(m, n, out_dtype);
+  rhs.fill_integers(random, 3);
+  out.fill_integers(random, 9);
+  const float factor = 2.0f;
+
+  SparseGemmArgs args;
+  args.pass = GemmPass::kGradWeight;
+  args.m = m, args.n = n, args.k = k;
+  args.dtype = dtype, args.out_dtype = out_dtype;
+  args.packed = lhs.packed.data(), args.E = lhs.E.data();
+  args.rhs = rhs.data(), args.rhs_ld = rhs.ld();
+  args.out_ld = out.ld();
+  args.accumulate = accumulate;
+  TestMatrix without = out;
+  args.out = without.data();
+  sparse_gemm(args, kCpu);
+
+  // Both in memory as tall as the taller: they share their strides.
+  std::vector<TestMatrix> weights;
+  std::vector<Packed> packed;
+  const int64_t rows[2] = {first_rows, m - first_rows}, tall = std::max(rows[0], rows[1]);
+  for (int i = 0; i < 2; ++i) {
+    weights.emplace_back(tall, n, out_dtype, order);
+    weights[i].fill_integers(random, 5);
+    packed.emplace_back(tall, n, DType::kBFloat16);
+    PackArgs search = packed[i].args(weights[i], DType::kBFloat16);
+    search_mask(&search, 1, kCpu);
+    args.decay.weight[i] = weights[i].data();
+    args.decay.mask[i] = packed[i].mask.data();
+  }
+  args.decay.factor = &factor;
+  args.decay.row_stride = weights[0].view().row_stride;
+  args.decay.col_stride = weights[0].view().col_stride;
+  args.decay.first_rows = first_rows;
+  args.out = out.data();
+  sparse_gemm(args, kCpu);
+
+  TestMatrix rounded(1, 1, out_dtype);
+  for (int64_t r = 0; r < m; ++r)
+    for (int64_t c = 0; c < n; ++c) {
+      const int second = r >= first_rows;
+      const int64_t row = r - (second ? first_rows : 0);
+      const uint16_t mask = packed[second].mask[static_cast<size_t>(row / 4 * (n / 4) + c / 4)];
+      const bool kept = mask >> (4 * (row % 4) + c % 4) & 1;
+      const float pull = kept ? 0.0f : factor * weights[second].get(row, c);
+      rounded.set(0, 0, without.get(r, c) + pull);
+      CHECK_EQ(out.get(r, c), rounded.get(0, 0));
+    }
+}
+
+TEST(decay_is_added_where_the_mask_prunes) {
+  std::mt19937 random(4);
+  for (Order order : {Order::kRowMajor, Order::kColumnMajor})
+    for (DType out_dtype : {DType::kBFloat16, DType::kFloat32})
+      for (bool accumulate : {false, true}) {
+        check_decay(12, 20, 4, 12, DType::kBFloat16, out_dtype, order, accumulate, random);
+        check_decay(132, 36, 5, 64, DType::kBFloat16, out_dtype, order, accumulate, random);
+        check_decay(196, 8, 3, 128, DType::kBFloat16, out_dtype, order, accumulate, random);
+      }
+}
+
+TEST(bad_decay_terms_are_named) {
+  const float factor = 1.0f;
+  const uint16_t mask[64] = {};
+  float memory[68 * 4] = {};
+  SparseGemmArgs good;
+  good.pass = GemmPass::kGradWeight;
+  good.m = 68, good.n = 4;
+  good.dtype = good.out_dtype = DType::kFloat32;
+  good.rhs_ld = good.out_ld = 4;
+  good.out = memory;
+  good.decay = {&factor, {memory, memory}, 4, 1, {mask, mask}, 68};
+  const auto changed = [&](auto change) {
+    SparseGemmArgs args = good;
+    change(args);
+    return args;
+  };
+  sparse_gemm(good, kCpu);
+  CHECK_THROWS(
+      sparse_gemm(changed([](auto& a) { a.pass = GemmPass::kGradInput, a.out_ld = 68; }), kCpu),
+      "decay belongs to the weight gradient only");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.m = 66; }), kCpu),
+               "multiples of 4, got 66 and 4");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.decay.first_rows = 60; }), kCpu),
+               "decay.first_rows must be m = 68 or a smaller multiple of 64, got 60");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.decay.row_stride = 3; }), kCpu),
+               "decay.weight must be row- or column-major, got strides (3, 1)");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.decay.mask[0] = nullptr; }), kCpu),
+               "decay.mask must not be null");
+  CHECK_THROWS(
+      sparse_gemm(changed([](auto& a) { a.decay.first_rows = 64, a.decay.weight[1] = nullptr; }),
+                  kCpu),
+      "decay.weight must not be null");
 }
 
 TEST(no_tokens_leave_zero_or_what_was_there) {

@@ -1,7 +1,8 @@
 // epilogue.h: accumulators to memory, each warpgroup for itself, so that one stores while the other
 // multiplies.
 //
-//   out(m, n) = acc [+ bias(m)] [+ out(m, n)],  rounded once
+//   out(m, n) = acc [+ bias(m)] [+ out(m, n)] [+ factor * (1 - mask(m, n)) * weight(m, n)],
+//   rounded once
 //
 // Work      a warpgroup has 64 rows of the tile. It stages 64 x kChunkN of them, 8 KB, in one of
 // its
@@ -13,12 +14,17 @@
 //           swizzle that TMA undoes), so that banks do not conflict.
 // Existing  values of out are read straight into registers: this path is for gradient accumulation
 //           alone, and a source tile in shared memory would cost every product a stage.
-// Edges     TMA clips what lies outside of out; reads of bias and out are guarded.
+// Decay     of weight gradients: weight and mask are read straight into registers too, by one
+//           warpgroup while the other multiplies. Product and sum are rounded as masked_decay
+//           rounds them: a fp32 gradient has the same bits as after that pass.
+// Edges     TMA clips what lies outside of out; reads of bias, out, weight and mask are guarded.
 #pragma once
 
 #include "cute/tensor.hpp"
 #include "cutlass/arch/barrier.h"
+#include "cutlass/arch/memory.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
+#include "sparse24/gemm.h"
 
 namespace sparse24::gemm::sm90 {
 
@@ -62,6 +68,7 @@ class WarpgroupEpilogue {
     int64_t ld = 0;
     const Element* bias = nullptr;
     bool accumulate = false;
+    MaskedDecayTerm decay = {};
   };
   struct Params {
     TmaStore tma;
@@ -115,6 +122,11 @@ class WarpgroupEpilogue {
       }
     }
 
+    DecayPlace decay{};
+    if constexpr (!kMContiguous) {
+      decay = decay_place(m_box * kRows, at.row, column, m_rows, n_columns);
+    }
+
     const auto block = params_.tma.get_slice(_0{});
     const Tensor whole = params_.tma.get_tma_tensor(make_shape(m_rows, n_columns));
     const Tensor boxes = local_tile(whole, Box{}, make_coord(m_box, _));
@@ -131,6 +143,15 @@ class WarpgroupEpilogue {
       }
       if (params_.args.accumulate) {
         add_existing(values, row, column + chunk * kChunkN, m_rows, n_columns);
+      }
+      if constexpr (!kMContiguous) {
+        if (decay.factor != 0.0f) {
+          if (params_.args.decay.col_stride == 1) {
+            add_decay<true>(values, decay, chunk * kChunkN, n_columns);
+          } else {
+            add_decay<false>(values, decay, chunk * kChunkN, n_columns);
+          }
+        }
       }
       char* buffer = shared_.staged[warpgroup][chunk % kBuffers];
       if (chunk == 0 || chunk >= kBuffers) {
@@ -208,6 +229,84 @@ class WarpgroupEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < 4; ++i) {
         values[j][i / 2][i % 2] += static_cast<float>(existing[j][i / 2].column[i % 2]);
+      }
+    }
+  }
+
+  /// A thread's place in the weight and the mask of masked decay, at the tile's first columns.
+  struct DecayPlace {
+    float factor;  // 0: nothing to add
+    const Output* weight;
+    const uint16_t* mask;
+    int shift;                    // of the bits in a mask
+    int rows_left, columns_left;  // down to and right of the place, up to the ends of the weight
+  };
+
+  /// `box_row` is the first row of the warpgroup's box, which lies in one weight as a whole.
+  CUTLASS_DEVICE DecayPlace decay_place(int box_row, int row_in_box, int column, int m_rows,
+                                        int n_columns) const {
+    const MaskedDecayTerm& term = params_.args.decay;
+    if (term.factor == nullptr) return {0.0f, nullptr, nullptr, 0, 0, 0};
+    const int first_rows = int(term.first_rows), second = box_row >= first_rows;
+    const uint32_t row = box_row + row_in_box - (second ? first_rows : 0), col = column;
+    const int rows = second ? m_rows - first_rows : first_rows;
+    const void* weight = second ? term.weight[1] : term.weight[0];
+    const uint16_t* mask = second ? term.mask[1] : term.mask[0];
+    return {*term.factor,
+            static_cast<const Output*>(weight) + row * term.row_stride + col * term.col_stride,
+            mask + int64_t{row / 4} * (n_columns / 4) + col / 4,
+            int(row % 4 * 4 + col % 4),
+            rows - int(row),
+            n_columns - column};
+  }
+
+  /// Extents are multiples of 4 and a thread's columns begin at an even one: the mask's bits of
+  /// both are in one block, inside or outside together. Eight rows or columns further on the shift
+  /// is the same.
+  template <bool kRowMajor>
+  CUTLASS_DEVICE void add_decay(Values& values, const DecayPlace& at, int column,
+                                int n_columns) const {
+    using cutlass::arch::global_load;  // predicated, and kept in order: registers are scarce here
+    const int64_t ld = kRowMajor ? params_.args.decay.row_stride : params_.args.decay.col_stride;
+    struct alignas(2 * sizeof(Output)) Pair {
+      Output column[2];
+    };
+    // As many loads at a time as registers are left for beside the accumulators (8 spill).
+    constexpr int kBatch = 4;
+    CUTLASS_PRAGMA_UNROLL
+    for (int first = 0; first < kChunkN / 8; first += kBatch) {
+      Pair pairs[kBatch][2] = {};
+      uint16_t kept[kBatch][2];
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kBatch; ++j) {
+        const int n = column + (first + j) * 8;
+        CUTLASS_PRAGMA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const bool inside = half * 8 < at.rows_left && n < at.columns_left;
+          kept[j][half] = 0xFFFF;
+          global_load<uint16_t, 2>(kept[j][half], at.mask + half * 2 * (n_columns / 4) + n / 4,
+                                   inside);
+          if constexpr (kRowMajor) {
+            global_load<Pair, sizeof(Pair)>(pairs[j][half], at.weight + half * 8 * ld + n, inside);
+          } else {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              global_load<Output, sizeof(Output)>(pairs[j][half].column[i],
+                                                  at.weight + (n + i) * ld + half * 8, inside);
+            }
+          }
+        }
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int j = 0; j < kBatch; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          float& value = values[first + j][i / 2][i % 2];
+          const float pull =
+              __fmul_rn(at.factor, static_cast<float>(pairs[j][i / 2].column[i % 2]));
+          const float pulled = __fadd_rn(value, pull);
+          if ((kept[j][i / 2] >> (at.shift + i % 2) & 1) == 0) value = pulled;
+        }
       }
     }
   }

@@ -1,6 +1,7 @@
 // kernel.h: one sparse GEMM kernel for Hopper, out of CUTLASS' parts and our main loop.
 //
-//   out(m, n) = lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)],  lhs 2:4 sparse along k
+//   out(m, n) = lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)] [+ decay(m, n)],
+//   lhs 2:4 sparse along k; decay in grad_weight alone
 //
 //   forward      packed [m, k/2] K-major    rhs [n, k] K-major    out [n, m], m contiguous
 //   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
@@ -105,11 +106,12 @@ struct SparseGemm {
         m, n, k, kTileM, kTileN, kTileK, config.strip, config.raster == Raster::kAlongM,
         config.stream_k, multiprocessors);
     const int blocks = scheduler.grid_clusters * kClusterM * kClusterN;
-    return {problem, Mainloop::to_underlying_arguments(problem, operands, nullptr),
-            Epilogue::to_params(m, n,
-                                {static_cast<Output*>(args.out), args.out_ld,
-                                 static_cast<const Element*>(args.bias), args.accumulate}),
-            scheduler, Kernel::Sums::to_params(args.workspace, blocks)};
+    return {
+        problem, Mainloop::to_underlying_arguments(problem, operands, nullptr),
+        Epilogue::to_params(m, n,
+                            {static_cast<Output*>(args.out), args.out_ld,
+                             static_cast<const Element*>(args.bias), args.accumulate, args.decay}),
+        scheduler, Kernel::Sums::to_params(args.workspace, blocks)};
   }
 
   static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device,

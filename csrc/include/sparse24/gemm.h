@@ -19,6 +19,17 @@ namespace sparse24 {
 ///                packed_dy [padded_tokens(k)/2, m] row-major; rhs x [k, n], ld = rhs_ld; out dW [m, n], ld = out_ld
 enum class GemmPass : int { kForward = 0, kGradInput = 1, kGradWeight = 2 };
 
+/// Masked decay inside the weight gradient's product: out += *factor * (1 - mask) * weight, in fp32 and before the one
+/// rounding. The weight is one matrix, or two whose rows lie one after the other in `out` (gate and up).
+struct MaskedDecayTerm {
+  const float* factor = nullptr;  // one float in the backend's memory, read by the kernel; null: no decay
+  const void* weight[2] = {};     // in out_dtype: rows [0, first_rows) of the product's m, and the rest
+  int64_t row_stride = 0;         // of both weights, in elements: row-major, ...
+  int64_t col_stride = 0;         // ... or column-major
+  const uint16_t* mask[2] = {};   // [rows/4, n/4] of each weight, row-major
+  int64_t first_rows = 0;         // m, or where the second weight begins: a multiple of 64
+};
+
 struct SparseGemmArgs {
   GemmPass pass = GemmPass::kForward;
   int64_t m = 0;
@@ -34,6 +45,7 @@ struct SparseGemmArgs {
   int64_t out_ld = 0;
   const void* bias = nullptr;  // [m] or null; forward only
   bool accumulate = false;     // out += product, instead of out = product
+  MaskedDecayTerm decay;       // kGradWeight only
   int64_t config = 0;          // one of sparse_gemm_configs, or 0: the heuristic's
   void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 256-byte aligned
 };
