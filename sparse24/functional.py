@@ -21,11 +21,15 @@ from .layout import HALF_DTYPES, as_rows
 _WIDE_PRODUCTS = hasattr(torch.ops.aten.mm, "dtype") and hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
+#: a factor, weights stacked along out_features, and the mask of each: `decay` of `ops.sparse_mm_grad_weight`
+_DecayTerm = tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]
+
+
 class PackedWeight(NamedTuple):
     """A weight (out_features, in_features) packed both ways, as `ops.compress` returns it.
 
     With an empty packed_t, backward packs along out_features itself, from the weight and `masks`: one mask, or one of
-    each weight whose rows are stacked here. That is the lean form.
+    each weight whose rows are stacked here. That is the lean form. A decay needs `masks` too.
     """
 
     packed: Tensor
@@ -59,24 +63,35 @@ def _constant(values: Tensor) -> Tensor:
     return values.detach() if values.requires_grad else values
 
 
-def _for_backward(form: PackedWeight, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the input gradient needs later: packed_t and E_t; or, lean, the weights and their masks."""
-    if form.packed_t.numel() or not form.packed.numel():
-        return form.packed_t, form.E_t
+def _for_backward(form: PackedWeight, weights: tuple[Tensor, ...], decays: bool) -> tuple[Tensor, ...]:
+    """What backward needs later: packed_t and E_t, unless lean; then weights and masks, if lean or with a decay."""
+    lean = _is_lean(form)
+    packed = () if lean else (form.packed_t, form.E_t)
+    if not lean and not decays:
+        return packed
     if len(form.masks) != len(weights):
+        why = "packed_t is empty, so backward packs it anew" if lean else "backward adds a decay to pruned weights"
+        remedy = "pass masks, or packed_t and E_t from ops.compress" if lean else "pass masks"
         raise Sparse24Error(
-            f"packed_t is empty, so backward packs it anew and needs the mask of each of {len(weights)} weights, "
-            f"got {len(form.masks)}; pass masks, or packed_t and E_t from ops.compress"
+            f"{why} and needs the mask of each of {len(weights)} weights, got {len(form.masks)}; {remedy}"
         )
-    return *weights, *form.masks
+    return *packed, *weights, *form.masks
 
 
 def _packed_t(saved: tuple[Tensor, ...], lean: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(packed_t, E_t) from what `_for_backward` has kept."""
     if not lean:
-        return saved
-    count = len(saved) // 2
-    return ops.compress_transposed(saved[:count], saved[count:], dtype)
+        return saved[0], saved[1]
+    return ops.compress_transposed(*_weights_and_masks(saved), dtype)
+
+
+def _weights_and_masks(saved: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return saved[: len(saved) // 2], saved[len(saved) // 2 :]
+
+
+def _decay_term(factor: Tensor | None, saved: tuple[Tensor, ...], lean: bool) -> _DecayTerm | None:
+    """The decay of a weight gradient, from what `_for_backward` has kept."""
+    return None if factor is None else (factor, *_weights_and_masks(saved if lean else saved[2:]))
 
 
 def _is_lean(form: PackedWeight) -> bool:
@@ -91,28 +106,49 @@ def _check_bias(x: Tensor, bias: Tensor | None) -> None:
 
 
 def _weight_gradient(
-    dy: Tensor, x: Tensor, dtype: torch.dtype, seed: Tensor | None, into: Tensor | None = None
+    dy: Tensor,
+    x: Tensor,
+    dtype: torch.dtype,
+    seed: Tensor | None,
+    into: Tensor | None = None,
+    decay: _DecayTerm | None = None,
 ) -> Tensor | None:
     """dW (out, in) in `dtype` from dy (tokens, out) and x (tokens, in): sparse with a seed, dense without.
 
-    Sums are fp32; a fp32 master weight gets them unrounded. `into`: added there instead, and None returned.
+    Sums are fp32; a fp32 master weight gets them unrounded. `into`: added there instead, and None returned. `decay`:
+    masked decay of the weights, added as well.
     """
     if seed is None:
-        return _dense_weight_gradient(dy, x, dtype, into)
-    return _packed_weight_gradient(*ops.mvue_compress(dy, seed), x, dy.shape[1], dtype, into)
+        return _dense_weight_gradient(dy, x, dtype, into, decay)
+    return _packed_weight_gradient(*ops.mvue_compress(dy, seed), x, dy.shape[1], dtype, into, decay)
 
 
-def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None) -> Tensor | None:
+def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None, decay=None) -> Tensor | None:
     """dW = MVUE(dy^T) x."""
     if into is not None:
-        ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=into, accumulate=True)
+        ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=into, accumulate=True, decay=decay)
         return None
     wide = torch.float32 if dtype == torch.float32 else x.dtype
-    return ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=wide).to(dtype)
+    return ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=wide, decay=decay).to(dtype)
 
 
-def _dense_weight_gradient(dy, x, dtype, into=None) -> Tensor | None:
-    """dW = dy^T x; on a GPU a fp32 one comes out of the product as it is, without a 16-bit one in between."""
+def _dense_weight_gradient(dy, x, dtype, into=None, decay=None) -> Tensor | None:
+    """dW = dy^T x, and then its decay."""
+    dw = _dense_product(dy, x, dtype, into)
+    if decay is not None:
+        _add_decay(into if dw is None else dw, decay)
+    return dw
+
+
+def _add_decay(dw: Tensor, decay: _DecayTerm) -> None:
+    """dw += factor * (1 - mask) * weight in place, for weights stacked along its rows."""
+    factor, weights, masks = decay
+    parts = dw.split([w.shape[0] for w in weights]) if len(weights) > 1 else [dw]
+    ops.foreach_masked_decay_(parts, weights, masks, 1.0, factor)
+
+
+def _dense_product(dy, x, dtype, into) -> Tensor | None:
+    """dy^T x; on a GPU a fp32 one comes out of the product as it is, without a 16-bit one in between."""
     if into is not None and into.dtype == x.dtype:
         into.addmm_(dy.T, x)
         return None
@@ -155,11 +191,13 @@ def _bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, form, mvue, seed, rank):
+    def forward(ctx, x, weight, bias, form, mvue, seed, rank, decay):
         # y = x (M.W)^T: W is K-major, x row-major, y row-major.
         y = ops.sparse_mm(x, form.packed, form.E, weight.shape[0], bias=bias)
         needs_x = weight.requires_grad
-        ctx.save_for_backward(x if needs_x else None, seed, *_for_backward(form, (weight,)))
+        decay = decay if needs_x else None
+        kept = _for_backward(form, (weight,), decay is not None)
+        ctx.save_for_backward(x if needs_x else None, seed, decay, *kept)
         ctx.lean, ctx.packed_dtype = _is_lean(form), form.packed.dtype
         ctx.in_features, ctx.weight_dtype = weight.shape[1], weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -170,7 +208,7 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, seed, *kept = ctx.saved_tensors
+        x, seed, decay, *kept = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dx = dw = db = None
         if need_x:
@@ -180,15 +218,16 @@ class _SparseLinear(torch.autograd.Function):
         if need_weight or need_bias:
             dy = as_rows(dy)
         if need_weight:
-            # dW = MVUE(dy^T) x, for every entry of the dense weight: straight-through.
+            # dW = MVUE(dy^T) x [+ decay (1 - M).W], for every entry of the dense weight: straight-through.
             if ctx.mvue and seed is None:
                 seed = ops.draw_seed(dy, ctx.rank)
             into = accumulation.target(ctx.leaf, x.dtype)
-            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into)
+            term = _decay_term(decay, kept, ctx.lean)
+            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into, term)
             dw = _as_laid_out(dw, ctx.columns)
         if need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 def sparse_linear(
@@ -204,18 +243,22 @@ def sparse_linear(
     seed: Tensor | None = None,
     rank: int = 0,
     mask: Tensor | None = None,
+    decay: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias with W 2:4 sparse; gradients of W go, unmasked, to the dense `weight`.
 
     x                       (..., in_features); under autocast it is cast as `F.linear` casts it
-    weight                  (out_features, in_features), the dense master; only its gradient is computed, not its value
+    weight                  (out_features, in_features), the dense master; only its gradient is computed, and its value
+                            read by backward alone, for `decay` or an empty packed_t
     packed, E, packed_t, E_t  from `ops.compress` of it
     bias                    (out_features,) or None
     mvue                    draw the output gradient's 2:4 form for dW (three sparse products); False: dense dW
     seed                    int64 (2,), or None: drawn in backward from torch's generator, fresh for every call
     rank                    of this process: mixed into a drawn seed, so that ranks draw different noise
     mask                    of the weight, needed where packed_t and E_t are empty: backward then packs them anew, which
-                            keeps 1.125 bytes a weight less and costs a pass over the weight
+                            keeps 1.125 bytes a weight less and costs a pass over the weight. Needed for `decay` too
+    decay                   one float32 on x's device, or None: backward adds decay * (1 - mask) * weight to the
+                            gradient of the weight, in the product that makes it. `Recipe(decay_in="backward")` sets it
 
     Source: arXiv 2404.01847. Not differentiable twice.
     """
@@ -225,7 +268,7 @@ def sparse_linear(
     x, bias = _cast_as_autocast_does(x, bias)
     _check_bias(x, bias)
     form = PackedWeight(_constant(packed), E, _constant(packed_t), E_t, () if mask is None else (mask,))
-    return _SparseLinear.apply(x, weight, bias, form, mvue, seed, rank)
+    return _SparseLinear.apply(x, weight, bias, form, mvue, seed, rank, decay)
 
 
 class _Activation(torch.autograd.Function):
@@ -262,13 +305,15 @@ class _FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights):
+    def forward(ctx, x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, decay, *up_weights):
         gu = ops.sparse_mm(x, up.packed, up.E, up.packed.shape[0], bias=bias_up)  # [gate | up] = x (M.W_up)^T
         h = ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
         y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
         # h is recomputed in backward from gu, in the pass that needs gu anyway.
-        kept_down, kept_up = _for_backward(down, (down_weight,)), _for_backward(up, up_weights)
-        ctx.save_for_backward(x, gu, seed, *kept_down, *kept_up)
+        kept_down = _for_backward(down, (down_weight,), decay is not None)
+        kept_up = _for_backward(up, up_weights, decay is not None)
+        ctx.save_for_backward(x, gu, seed, decay, *kept_down, *kept_up)
+        ctx.kept_down = len(kept_down)
         ctx.lean_down, ctx.lean_up, ctx.packed_dtype = _is_lean(down), _is_lean(up), down.packed.dtype
         ctx.kind, ctx.gated, ctx.mvue, ctx.rank = kind, gated, mvue, rank
         ctx.d_ff, ctx.down_dtype = h.shape[-1], down_weight.dtype
@@ -281,17 +326,16 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gu, seed, *kept = (
-            ctx.saved_tensors
-        )  # of the down weight two tensors, packed_t and E_t or itself and its mask
+        x, gu, seed, decay, *kept = ctx.saved_tensors
+        kept_down, kept_up = kept[: ctx.kept_down], kept[ctx.kept_down :]
         need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
-        need_up = any(ctx.needs_input_grad[11:])
+        need_up = any(ctx.needs_input_grad[12:])
         x_rows, gu_rows, dy = as_rows(x), as_rows(gu), as_rows(dy)
         if ctx.mvue and seed is None and (need_down or need_up):
             seed = ops.draw_seeds(dy, 2, ctx.rank)
         seed_down, seed_up = (seed[0], seed[1]) if ctx.mvue and seed is not None else (None, None)
 
-        packed_t, E_t = _packed_t(kept[:2], ctx.lean_down, ctx.packed_dtype)
+        packed_t, E_t = _packed_t(kept_down, ctx.lean_down, ctx.packed_dtype)
         dh = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.d_ff)  # dh = dy (M.W_down)
         fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
         plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
@@ -305,26 +349,28 @@ class _FeedForward(torch.autograd.Function):
         leaf_down, *leaves_up = ctx.leaves
         if need_down:
             into = accumulation.target(leaf_down, h.dtype)
-            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into)  # dW_down = MVUE(dy^T) h
+            term = _decay_term(decay, kept_down, ctx.lean_down)
+            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into, term)  # dW_down = MVUE(dy^T) h [+ decay]
             d_down = _as_laid_out(d_down, ctx.columns[0])
         d_ups = [None] * len(ctx.up_rows)
         if need_up:
-            into = accumulation.stacked_target(leaves_up, x.dtype)
-            if packed_dgu is not None:  # dW_up = MVUE(d_gu^T) x
-                d_up = _packed_weight_gradient(packed_dgu, E_dgu, x_rows, d_gu.shape[1], ctx.up_dtypes[0], into)
+            into, dtype = accumulation.stacked_target(leaves_up, x.dtype), ctx.up_dtypes[0]
+            term = _decay_term(decay, kept_up, ctx.lean_up)
+            if packed_dgu is not None:  # dW_up = MVUE(d_gu^T) x [+ decay]
+                d_up = _packed_weight_gradient(packed_dgu, E_dgu, x_rows, d_gu.shape[1], dtype, into, term)
             else:
-                d_up = _dense_weight_gradient(d_gu, x_rows, ctx.up_dtypes[0], into)
+                d_up = _dense_weight_gradient(d_gu, x_rows, dtype, into, term)
             if d_up is not None:
                 parts = zip(d_up.split(ctx.up_rows), ctx.columns[1:], strict=True)
                 d_ups = [_as_laid_out(part, columns) for part, columns in parts]
         if need_x:
-            packed_t, E_t = _packed_t(kept[2:], ctx.lean_up, ctx.packed_dtype)
+            packed_t, E_t = _packed_t(kept_up, ctx.lean_up, ctx.packed_dtype)
             dx = ops.sparse_mm_grad_input(d_gu, packed_t, E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
         if need_bias_up:
             db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
         if need_bias_down:
             db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
-        return dx, db_up, db_down, d_down, None, None, None, None, None, None, None, *d_ups
+        return dx, db_up, db_down, d_down, None, None, None, None, None, None, None, None, *d_ups
 
 
 def _check_seed_pairs(seed: Tensor | None) -> None:
@@ -335,7 +381,9 @@ def _check_seed_pairs(seed: Tensor | None) -> None:
         )
 
 
-def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bias_down, mvue, seed, rank) -> Tensor:
+def _feed_forward(
+    x, up_weights, up, down_weight, down, kind, gated, bias_up, bias_down, mvue, seed, rank, decay
+) -> Tensor:
     _check_no_transform(x)
     x, bias_up, bias_down = _cast_as_autocast_does(x, bias_up, bias_down)
     _check_bias(x, bias_up)
@@ -346,7 +394,9 @@ def _feed_forward(x, up_weights, up, down_weight, down, kind, gated, bias_up, bi
     rows = sum(w.shape[0] for w in up_weights)
     if up.packed.shape[0] != rows:
         raise Sparse24Error(f"packed weights of the up product have {up.packed.shape[0]} rows, the parameters {rows}")
-    return _FeedForward.apply(x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, *up_weights)
+    return _FeedForward.apply(
+        x, bias_up, bias_down, down_weight, up, down, kind, gated, mvue, seed, rank, decay, *up_weights
+    )
 
 
 def gated_mlp(
@@ -362,6 +412,7 @@ def gated_mlp(
     mvue: bool = True,
     seed: Tensor | None = None,
     rank: int = 0,
+    decay: Tensor | None = None,
 ) -> Tensor:
     """A whole gated feed-forward layer, (act(x Wg^T) * (x Wu^T)) Wd^T, with both weights 2:4 sparse.
 
@@ -370,13 +421,26 @@ def gated_mlp(
     packed_gate_up  its (2*d_ff, d_model) packed both ways; one buffer for both halves
     down            dense master (d_model, d_ff), and packed_down its packed form
     seed            int64 (2, 2): one pair for each weight gradient, or None to draw them in backward
+    decay           as in `sparse_linear`, for all of the weights; packed forms must have their masks
 
     Fewer passes than three `sparse_linear` and an activation: gate and up are one product, backward computes the
     activation's gradient and its MVUE form in one read, and h is not saved.
     """
     weights = gate_up if isinstance(gate_up, tuple) else (gate_up,)
     return _feed_forward(
-        x, weights, packed_gate_up, down, packed_down, activation, True, bias_gate_up, bias_down, mvue, seed, rank
+        x,
+        weights,
+        packed_gate_up,
+        down,
+        packed_down,
+        activation,
+        True,
+        bias_gate_up,
+        bias_down,
+        mvue,
+        seed,
+        rank,
+        decay,
     )
 
 
@@ -393,8 +457,9 @@ def mlp(
     mvue: bool = True,
     seed: Tensor | None = None,
     rank: int = 0,
+    decay: Tensor | None = None,
 ) -> Tensor:
     """A whole plain feed-forward layer, act(x Wu^T + bu) Wd^T + bd; arguments as `gated_mlp`, up (d_ff, d_model)."""
     return _feed_forward(
-        x, (up,), packed_up, down, packed_down, activation, False, bias_up, bias_down, mvue, seed, rank
+        x, (up,), packed_up, down, packed_down, activation, False, bias_up, bias_down, mvue, seed, rank, decay
     )

@@ -310,3 +310,77 @@ def test_sums_over_tokens_and_fp32_products_are_as_accurate_as_torchs(tokens):
     assert_as_accurate(ours, (dy.T @ x).float(), exact)
     assert functional._dense_weight_gradient(dy, x, torch.float32, into) is None
     assert_as_accurate(into, 1 + (dy.T @ x).float(), 1 + exact)
+
+
+# -- masked decay in backward -----------------------------------------------------------------------------------------
+
+
+def pulled(w, mask, factor):
+    return torch.where(ops.unpack_mask(mask), 0, factor * w.detach())
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("mvue", [False, True])
+def test_backward_adds_the_decay_of_pruned_weights(device, dtype, mvue, lean):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    mask = ops.transposable_mask(w.detach())
+    packed = (*packed[:2], *(t.new_empty(0) for t in packed[2:])) if lean else packed
+    settings = dict(mvue=mvue, seed=torch.tensor([5, 6], device=device), mask=mask)
+    dy = torch.randint(-3, 4, (x.shape[0], w.shape[0])).to(device, dtype)
+    plain = torch.autograd.grad(functional.sparse_linear(x, w, *packed, b, **settings), (x, w, b), dy)
+    factor = torch.tensor([0.5], device=device)
+    ours = torch.autograd.grad(functional.sparse_linear(x, w, *packed, b, **settings, decay=factor), (x, w, b), dy)
+    assert torch.equal(ours[0], plain[0]) and torch.equal(ours[2], plain[2])
+    exact = plain[1].double() + pulled(w.double(), mask, 0.5)
+    assert_as_accurate(ours[1], exact.to(dtype), exact)
+    assert torch.equal(ours[1][ops.unpack_mask(mask)], plain[1][ops.unpack_mask(mask)])
+
+
+@pytest.mark.parametrize("gated, two", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("mvue", [False, True])
+def test_feed_forward_adds_the_decay_of_all_its_weights(device, dtype, gated, two, mvue):
+    make = lambda *s: torch.randn(s, device=device).to(dtype).requires_grad_()  # noqa: E731
+    ups, x = [make(64, 32) for _ in range(2 if two else 1)], make(24, 32)
+    down = make(32, 64 if two or not gated else 32)
+    up = torch.cat([w.detach() for w in ups])
+    masks = [ops.transposable_mask(w.detach()) for w in (*ups, down)]
+    packed_up = functional.PackedWeight(*ops.compress(up, torch.cat(masks[:-1]), dtype), tuple(masks[:-1]))
+    packed_down = functional.PackedWeight(*ops.compress(down.detach(), masks[-1], dtype), (masks[-1],))
+    seed = torch.tensor([[1, 2], [3, 4]], device=device)
+    function = functional.gated_mlp if gated else functional.mlp
+    gradients = []
+    for decay in (None, torch.tensor([0.5], device=device)):
+        weights = tuple(ups) if two else ups[0]
+        y = function(x, weights, packed_up, down, packed_down, mvue=mvue, seed=seed, decay=decay)
+        gradients.append(torch.autograd.grad(y, (x, *ups, down), torch.ones_like(y)))
+    plain, ours = gradients
+    assert torch.equal(plain[0], ours[0])
+    for w, mask, before, after in zip((*ups, down), masks, plain[1:], ours[1:], strict=True):
+        exact = before.double() + pulled(w.double(), mask, 0.5)
+        assert_as_accurate(after, exact.to(dtype), exact)
+
+
+def test_two_micro_batches_add_their_decay_each(device, dtype):
+    """Whether autograd sums the gradients or the second product adds to the first."""
+    x, w, b, packed, _ = make_layer(device, dtype)
+    mask, factor = ops.transposable_mask(w.detach()), torch.tensor([0.5], device=device)
+    for _ in range(2):
+        functional.sparse_linear(x * 0, w, *packed, b, mask=mask, decay=factor).sum().backward()
+    assert torch.equal(w.grad, pulled(w, mask, 1.0))
+
+
+def test_decay_is_read_when_backward_runs(device, dtype):
+    x, w, _, packed, _ = make_layer(device, dtype)
+    mask, factor = ops.transposable_mask(w.detach()), torch.tensor([0.5], device=device)
+    y = functional.sparse_linear(x * 0, w, *packed, mask=mask, decay=factor)
+    factor.data.fill_(2.0)
+    assert torch.equal(torch.autograd.grad(y.sum(), w)[0], pulled(w, mask, 2.0))
+
+
+def test_decay_needs_the_mask_and_a_frozen_weight_needs_none(device, dtype):
+    x, w, b, packed, _ = make_layer(device, dtype)
+    factor = torch.tensor([0.5], device=device)
+    with pytest.raises(Sparse24Error, match="backward adds a decay to pruned weights and needs the mask of each of 1"):
+        functional.sparse_linear(x, w, *packed, b, decay=factor)
+    functional.sparse_linear(x, w.detach(), *packed, b, decay=factor).sum().backward()
+    assert w.grad is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse24 import Sparse24DtypeError, Sparse24Error, ops, reference
+from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
 from sparse24.testing import assert_same_bits, column_major
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -17,6 +17,21 @@ def test_the_worked_example(device):
     grad = ops.masked_decay_(torch.zeros(4, 4, device=device), w, mask, 0.03)
     expected = 0.03 * w * torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0]] * 2, device=device)
     torch.testing.assert_close(grad, expected)
+
+
+def test_the_worked_example_in_backward(device):
+    """g = 0, w = [1, 2, 3, 4] of which 1 and 3 are kept, decay 0.03: the gradient is [0, 0.06, 0, 0.12]."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    w = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 64, device=device, dtype=dtype).repeat(1, 16).requires_grad_()
+    mask = torch.full((16, 16), 0xA5A5, dtype=torch.int32).to(torch.uint16).to(device)  # rows {0, 2} and {1, 3} in turn
+    packed = ops.compress(w.detach(), mask, dtype)
+    x = torch.zeros(8, 64, device=device, dtype=dtype)
+    factor = torch.tensor([0.03], device=device)
+    for mvue in (True, False):
+        y = functional.sparse_linear(x, w, *packed, mvue=mvue, mask=mask, decay=factor)
+        (grad,) = torch.autograd.grad(y, w, torch.ones_like(y))
+        expected = torch.tensor([0, 0.06, 0, 0.12] * 16, device=device).to(dtype)
+        torch.testing.assert_close(grad[0], expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (12, 20), (64, 64), (132, 260), (256, 1024)])
