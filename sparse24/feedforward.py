@@ -26,7 +26,7 @@ from . import functional, ops
 from .errors import Sparse24Error
 from .layout import META_BLOCK
 from .modules import ACTIVATIONS, SPARSE, SparseLayer
-from .packing import PACKED_NAMES, TRANSPOSED_NAMES, blocks
+from .packing import PACKED_NAMES, TRANSPOSED_NAMES, blocks, mask_bits
 
 _CALL = r"self\.(\w+)"
 GATED_FORWARD = re.compile(rf"(?:(\w+) = {_CALL}\({_CALL}\({_CALL}\(x\)\) \* {_CALL}\(x\)\)\nreturn \1)")
@@ -142,10 +142,12 @@ class FusedFeedForward:
         bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
         if bias_up is not None and gated:
             bias_up = torch.cat([up._parameters["bias"] for up in ups])
-        packed_up, packed_down = _packed_forms(self if gated else ups[0], ups), _packed_forms(down, [down])
+        decay = down._buffers["decay_factor"]
+        packed_up = _packed_forms(self if gated else ups[0], ups, decay)
+        packed_down = _packed_forms(down, [down], decay)
         weights = tuple(up.as_kernel_sees(w) for up, w in zip(ups, up_weights, strict=True))
         down_weight = down.as_kernel_sees(down_weight)
-        settings = dict(bias_down=bias_down, mvue=down.mvue, rank=down.rank)
+        settings = dict(bias_down=bias_down, mvue=down.mvue, rank=down.rank, decay=decay)
         if gated:
             y = functional.gated_mlp(
                 x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
@@ -163,9 +165,13 @@ class FusedFeedForward:
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
         if len(layers) == 3 and self._buffers["packed"] is None:
             return False
-        mvue = layers[-1].mvue if isinstance(layers[-1], SparseLayer) else None
+        if not isinstance(layers[-1], SparseLayer):
+            return False
+        mvue, decays = layers[-1].mvue, layers[-1]._buffers["decay_factor"] is not None
         for layer in layers:
             if not isinstance(layer, SparseLayer) or layer.phase != SPARSE or layer.mvue != mvue:
+                return False
+            if (layer._buffers["decay_factor"] is not None) != decays:
                 return False
             if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
                 return False
@@ -177,9 +183,11 @@ class FusedFeedForward:
         return True
 
 
-def _packed_forms(module: nn.Module, layers: list[SparseLayer]) -> functional.PackedWeight:
+def _packed_forms(module: nn.Module, layers: list[SparseLayer], decay: Tensor | None) -> functional.PackedWeight:
     buffers = module._buffers
-    masks = tuple(layer._buffers["mask"] for layer in layers) if layers[0].lean else ()
+    masks = ()
+    if layers[0].lean or decay is not None:
+        masks = tuple(mask_bits(layer._buffers["mask"]) for layer in layers)
     return functional.PackedWeight(buffers["packed"], buffers["E"], buffers["packed_t"], buffers["E_t"], masks)
 
 

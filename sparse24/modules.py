@@ -51,15 +51,21 @@ def distributed_rank() -> int:
 
 
 class _MaskedWeight(torch.autograd.Function):
-    """weight * mask forward, the gradient straight through to every entry of the weight."""
+    """weight * mask forward, the gradient straight through to every entry of the weight, with its decay if any."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, bits: Tensor) -> Tensor:
+    def forward(ctx, weight: Tensor, bits: Tensor, decay: Tensor | None) -> Tensor:
+        ctx.decays = decay is not None
+        if ctx.decays:
+            ctx.save_for_backward(weight, bits, decay)
         return torch.where(ops.unpack_mask(bits), weight, 0)
 
     @staticmethod
     def backward(ctx, d_weight: Tensor):
-        return d_weight, None
+        if ctx.decays:
+            weight, bits, decay = ctx.saved_tensors
+            d_weight = ops.masked_decay_(d_weight.clone(), weight, bits, 1.0, grad_scale=decay)
+        return d_weight, None, None
 
 
 class _SoftWeight(torch.autograd.Function):
@@ -81,6 +87,7 @@ class SparseLayer:
       mask          uint8 [rows/4, cols/2], the bytes of a uint16 mask of 4x4 blocks
       packed, E     kept values [rows, cols/2] and their metadata (forward); E in 2-D pieces in a fused block
       packed_t, E_t the same weight packed along rows, [rows/2, cols], and its metadata (input gradient)
+      decay_factor  one float32, what backward multiplies masked decay by (`Recipe(decay_in="backward")`), or None
     Constants that forward reads:
       phase         "sparse" or "dense" (the plain dense layer)
       mvue          prune the output gradient without bias for the weight gradient
@@ -108,12 +115,13 @@ class SparseLayer:
             self.register_buffer(name, None, persistent=False)
         # S-STE's thresholded, scaled weight, [rows, cols]: what its packed form holds.
         self.register_buffer("soft", None, persistent=False)
+        self.register_buffer("decay_factor", None, persistent=False)
         self.soft_scale: Tensor | None = None  # set: this layer is S-STE's
         self._repack()
 
     def _drop_sparse(self) -> None:
         """Forget everything that `_init_sparse` added; the class is the caller's business."""
-        for name in (*packing.SPARSE_BUFFERS, "soft"):
+        for name in (*packing.SPARSE_BUFFERS, "soft", "decay_factor"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "_stamp", "lean"):
@@ -173,7 +181,7 @@ class SparseLayer:
     def _apply(self, fn, recurse=True):
         # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
         # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
-        buffers = {name: self._buffers[name] for name in (*packing.SPARSE_BUFFERS, "soft")}
+        buffers = {name: self._buffers[name] for name in (*packing.SPARSE_BUFFERS, "soft", "decay_factor")}
         for name in buffers:
             self._buffers[name] = None
         try:
@@ -183,6 +191,8 @@ class SparseLayer:
                 self._buffers[name] = tensor
         if self.soft is not None:
             self.soft = self.soft.to(self.weight.device)
+        if self.decay_factor is not None:
+            self.decay_factor = self.decay_factor.to(self.weight.device)
         self._repack()
         return self
 
@@ -202,15 +212,18 @@ class SparseLayer:
 
     def __getstate__(self):
         # Copies and pickles carry the mask; packed forms are rebuilt, since their layout may differ where they wake up.
+        # The decay factor stays behind: no recipe would write to a copy's.
         state = self.__dict__.copy()
         state["_buffers"] = state["_buffers"].copy()
-        for name in packing.PACKED_NAMES:
+        for name in (*packing.PACKED_NAMES, "decay_factor"):
             state["_buffers"][name] = None
         state["_stamp"] = None
         return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
+        if "decay_factor" not in self._buffers:  # pickled by a version without it
+            self.register_buffer("decay_factor", None, persistent=False)
         self._repack()
 
     # -- forward --------------------------------------------------------------------------------------------------
@@ -255,7 +268,7 @@ class SparseLayer:
                 f"mat1 and mat2 must have the same dtype, but x is {x.dtype} and the weight {weight.dtype}; "
                 "cast one of them or run under torch.autocast"
             )
-        packed = self.packed
+        packed, decay = self.packed, self.decay_factor
         # Packed float32 values, a CPU's, serve every dtype; 16-bit ones serve their own.
         fits = packed.dtype == x.dtype or packed.dtype in (torch.float32, torch.float64)
         if self.soft is not None:
@@ -274,7 +287,8 @@ class SparseLayer:
             bias,
             mvue=self.mvue,
             rank=self.rank,
-            mask=self.mask if self.lean else None,
+            mask=packing.mask_bits(self.mask) if self.lean or decay is not None else None,
+            decay=decay,
         )
 
     def _masked_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -286,7 +300,8 @@ class SparseLayer:
                 Sparse24Warning,
                 stacklevel=3,
             )
-        return F.linear(x, _MaskedWeight.apply(weight, packing.mask_bits(self.mask)).to(x.dtype), bias)
+        bits = packing.mask_bits(self.mask)
+        return F.linear(x, _MaskedWeight.apply(weight, bits, self.decay_factor).to(x.dtype), bias)
 
 
 def _stamp(weight: Tensor):

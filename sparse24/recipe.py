@@ -28,6 +28,9 @@ from .ranks import check_ranks
 from .recipe_state import check_state, restore_rng, rng_state
 from .soft import soft_scale
 
+#: where the decay is added to a gradient
+DECAY_IN = ("step", "backward")
+
 _owners: weakref.WeakKeyDictionary[SparseLayer, weakref.ref[Recipe]] = weakref.WeakKeyDictionary()
 
 
@@ -48,6 +51,17 @@ class Recipe:
     dense_at       "end", "start", "none", or "auto": where the method has its dense steps
     track_blocks   count flips of every 4x4 block too, for `plot_flips_against_gap`
     check_ranks_every  every so many steps all ranks compare their masks; 0: never (a debugging aid)
+    decay_in       "step": the decay goes to final gradients, in `optimizer.step()`. "backward": each backward call adds
+                   decay / micro_batches, inside the product that makes a weight gradient where that is a sparse one;
+                   the step saves a pass over gradients and weights
+    micro_batches  backward calls of an optimizer step, for decay_in="backward"; a step of fewer gets less decay
+
+    decay_in="backward" is for training where nothing clips or scales gradients. The order is un-scale -> clip -> decay,
+    for the decay must keep its strength; what backward has added already would be clipped and un-scaled with the rest.
+    The recipe refuses what it can see of that: a GradScaler with a fused optimizer, and the settings of trainers
+    through `integrations`. It cannot see a call of `clip_grad_norm_`, nor a scaler that un-scales before the step. The
+    gradient that hooks, reductions and `torch.autograd.grad` see holds the decay, and a layer that runs several times
+    in a forward pass gets it as often.
 
     Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse layers, an
     optimizer without their weights, and settings out of range.
@@ -68,6 +82,8 @@ class Recipe:
         dense_at: str = "auto",
         check_ranks_every: int = 0,
         track_blocks: bool = False,
+        decay_in: str = "step",
+        micro_batches: int = 1,
     ):
         if not isinstance(model, nn.Module):
             raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -84,8 +100,11 @@ class Recipe:
         if dense_at not in PLACES:
             raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {dense_at!r}")
         self.decay_schedule = decay_schedule
+        self.micro_batches = _positive("micro_batches", micro_batches)
+        self._check_decay_in(decay_in)
+        self.decay_in = decay_in
         self.phases = Phases.plan(total_steps, dense_fraction, self.method.dense_at if dense_at == "auto" else dense_at)
-        self.decay = decay
+        self._decay = check_decay(decay)
         self.optimizer = holding_optimizer(optimizer, self.layers)
         if self.method.freezes_second_moment:
             methods.FrozenSecondMoment.check(self.optimizer, [])
@@ -102,12 +121,13 @@ class Recipe:
         self._frozen_moment: methods.FrozenSecondMoment | None = None
         self._gaps: tuple[int, dict[str, float]] | None = None
         self._capture_allowed = False
-        self._captured: tuple[str, float] | None = None  # phase and decay of the step in the user's CUDA graph
+        self._captured: tuple[str, str] | None = None  # phase and decay of the step in the user's CUDA graph
+        self._factor: float | None = None  # what the layers' `decay_factor` holds
         self._take_over()
         rank = distributed_rank()
         for layer in self.layers.values():
             layer.mvue, layer.rank, layer.mask_is_state = bool(mvue), rank, False
-            layer.soft = layer.soft_scale = None
+            layer.soft = layer.soft_scale = layer.decay_factor = None
             if self.method.soft:
                 layer.soft_scale = soft_scale(packing.full_weight(layer))
         self._before = [layer.mask.clone() for layer in self.layers.values()]
@@ -117,6 +137,7 @@ class Recipe:
             self.optimizer.register_step_pre_hook(self._pre_hook),
             self.optimizer.register_step_post_hook(self._post_hook),
         ]
+        self._write_factor()
 
     # -- what users read and set ----------------------------------------------------------------------------------
 
@@ -133,6 +154,7 @@ class Recipe:
     @decay.setter
     def decay(self, value: float) -> None:
         self._decay = check_decay(value)
+        self._write_factor()
 
     @property
     def current_decay(self) -> float:
@@ -198,6 +220,8 @@ class Recipe:
         self._hooks = []
         for layer in self.layers.values():
             _owners.pop(layer, None)
+            if isinstance(layer, SparseLayer):
+                layer.decay_factor = None
 
     # -- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -244,6 +268,9 @@ class Recipe:
         self._finish_interrupted()
         if self._frozen_moment is not None:
             self._frozen_moment.before_step()
+        if self.decay_in == "backward":
+            self._check_not_scaled()
+            return
         decay = self.current_decay
         if decay == 0:
             return
@@ -252,6 +279,52 @@ class Recipe:
             self._add_decay(self._trained_layers(), decay, getattr(self.optimizer, "grad_scale", None))
         else:
             self._decay_weights(decay)
+
+    # -- decay in backward ----------------------------------------------------------------------------------------
+
+    def _check_decay_in(self, decay_in: str) -> None:
+        if decay_in not in DECAY_IN:
+            raise Sparse24Error(f"decay_in must be one of {', '.join(DECAY_IN)}, got {decay_in!r}")
+        if decay_in == "step":
+            return
+        if self.method.decay_on != "gradient":
+            raise Sparse24Error(
+                f"decay_in='backward' adds the decay to gradients, where method={self.method.name!r} has none; leave "
+                "decay_in='step'"
+            )
+        if len(self._unique_layers()) < len(self.layers):
+            raise Sparse24Error(
+                "decay_in='backward' would decay a weight that several layers share once for each of them; use "
+                "decay_in='step'"
+            )
+
+    def _check_not_scaled(self) -> None:
+        if any(getattr(self.optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+            raise Sparse24Error(
+                "the gradients are scaled by a GradScaler, and decay_in='backward' has added a decay that is not: the "
+                "optimizer would un-scale it too; use bfloat16 without a scaler, or decay_in='step'"
+            )
+
+    def _write_factor(self) -> None:
+        """Tell backward the decay of the next step. It is read from memory, so that compiled code and CUDA graphs stay
+        as they are while it changes; there is nothing to read as long as the decay is 0.
+        """
+        if self.decay_in == "step" or not self._hooks:
+            return
+        factor = self.current_decay / self.micro_batches
+        made = {}
+        for layer in self.layers.values():
+            if layer.decay_factor is None and self.decay > 0:
+                device = layer.mask.device
+                if device not in made:
+                    made[device] = torch.full((1,), factor, dtype=torch.float32, device=device)
+                layer.decay_factor = made[device]
+        if factor == self._factor:
+            return
+        for tensor in {id(layer.decay_factor): layer.decay_factor for layer in self.layers.values()}.values():
+            if tensor is not None:
+                tensor.data.fill_(factor)  # .data: a forward that has saved it wants the present value
+        self._factor = factor
 
     def _trained_layers(self) -> list[SparseLayer]:
         # Two layers may share a weight (allow_tied): its gradient gets the decay once.
@@ -303,10 +376,11 @@ class Recipe:
                 f"a step of method={self.method.name!r} cannot be captured in a CUDA graph; capture forward and "
                 "backward only"
             )
-        if self.decay and self.decay_schedule != "constant":
+        if self.decay and self.decay_schedule != "constant" and self.decay_in == "step":
             raise Sparse24Error(
                 f"decay_schedule={self.decay_schedule!r} changes the decay at each step, and a captured step keeps the "
-                "one that it was captured with; use decay_schedule='constant', or capture forward and backward only"
+                "one that it was captured with; use decay_schedule='constant' or decay_in='backward', or capture "
+                "forward and backward only"
             )
         self._finish_interrupted()
         self._capture_allowed, self._captured = True, None
@@ -324,12 +398,12 @@ class Recipe:
         if self._captured is None:
             raise Sparse24Error("no step has been captured; capture one under `with recipe.capturing():`")
         self._finish_interrupted()
-        now = (self.phase, self.current_decay)
+        now = self._next_step()
         if self._captured != now:
             (phase, decay), (phase_now, decay_now) = self._captured, now
             raise Sparse24Error(
-                f"the graph holds a step of the {phase} phase with decay {decay:g}, the next step is {phase_now} with "
-                f"decay {decay_now:g}; capture it anew"
+                f"the graph holds a step of the {phase} phase with {decay}, the next step is {phase_now} with "
+                f"{decay_now}; capture it anew"
             )
         graph.replay()
         self._finish_step(self.step + 1, packed=True)
@@ -348,7 +422,14 @@ class Recipe:
         """The post-hook inside a capture: what each replay is to do after the optimizer's step."""
         if self.phase == SPARSE:
             packing.pack(self.layers.values(), search=False)
-        self._captured = (self.phase, self.current_decay)
+        self._captured = self._next_step()
+
+    def _next_step(self) -> tuple[str, str]:
+        """Phase and decay as a graph holds them. A decay in backward is read from memory, and may be any."""
+        if self.decay_in == "step":
+            return self.phase, f"decay {self.current_decay:g}"
+        reads = any(layer.decay_factor is not None for layer in self.layers.values())
+        return self.phase, "a decay in backward" if reads else "no decay in backward"
 
     # -- after the optimizer's step -------------------------------------------------------------------------------
 
@@ -374,7 +455,9 @@ class Recipe:
                     layer.mask_is_state = True
         if self.check_ranks_every and step % self.check_ranks_every == 0:
             check_ranks(self.layers)
-        self.step, self._unfinished = step, None
+        self.step = step
+        self._write_factor()
+        self._unfinished = None
 
     def _finish_interrupted(self) -> None:
         if self._unfinished is not None:
@@ -526,6 +609,7 @@ class Recipe:
         if self._frozen_moment is not None and state["frozen_moment"]:
             weights = [layer.weight for layer in self._unique_layers()]
             self._frozen_moment = methods.FrozenSecondMoment(self.optimizer, weights, state["frozen_moment"])
+        self._write_factor()
         if rng:
             restore_rng(state["rng"], device)
 
@@ -537,6 +621,7 @@ class Recipe:
             "sparse_until": self.phases.sparse_until,
             "mask_interval": self.mask_interval,
             "decay_schedule": self.decay_schedule,
+            "decay_in": self.decay_in,
         }
 
     def __repr__(self) -> str:

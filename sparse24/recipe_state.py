@@ -12,6 +12,8 @@ from .errors import Sparse24Error
 from .modules import DENSE, SPARSE
 
 VERSION = 1
+#: what settings were before there was a choice: states of that time lack them
+OLDER_SETTINGS = {"decay_in": "step"}
 KEYS = {
     "version": int,
     "step": int,
@@ -54,10 +56,9 @@ def check_state(
     if not 0 <= state["decay"] < math.inf:
         raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
     _check_kinds(state["settings"], "settings", (int, float, str, bool))
+    saved = OLDER_SETTINGS | state["settings"]
     differing = [
-        f"{key} was {state['settings'].get(key)!r}, is {value!r}"
-        for key, value in settings.items()
-        if state["settings"].get(key) != value
+        f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items() if saved.get(key) != value
     ]
     if differing and not override:
         raise Sparse24Error(

@@ -241,7 +241,7 @@ class _Probe:
             sparsify(model, **self.sparsify_settings)
         made = self.make_optimizer(model)
         optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
-        method = {"method": "dense"} if decay is None else {"decay": decay}
+        method = {"method": "dense", "decay_in": "step"} if decay is None else {"decay": decay}
         recipe = Recipe(
             model,
             optimizer,

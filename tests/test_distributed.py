@@ -98,11 +98,11 @@ def single_process(mvue=False):
 # -- DDP ------------------------------------------------------------------------------------------------------------
 
 
-def _ddp(rank, mvue, seeds_differ=False, recipe_first=False):
+def _ddp(rank, mvue, seeds_differ=False, **settings):
     model = sparse_model(seed=rank if seeds_differ else 0)  # DDP hands out rank 0's weights
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     wrapped = nn.parallel.DistributedDataParallel(model)
-    recipe = Recipe(wrapped, optimizer, mvue=mvue, check_ranks_every=1, **SETTINGS)
+    recipe = Recipe(wrapped, optimizer, mvue=mvue, check_ranks_every=1, **SETTINGS, **settings)
     torch.manual_seed(0)
     train(wrapped, recipe, optimizer, lambda x: x.chunk(WORLD)[rank])
     assert sparse24.verify(wrapped) and list(recipe.layers) == ["fc1", "fc2"]
@@ -110,9 +110,12 @@ def _ddp(rank, mvue, seeds_differ=False, recipe_first=False):
 
 
 @pytest.mark.fault(64, 66)
-def test_ddp_equals_the_single_process_run(on_two_ranks):
-    """Masks are identical on all ranks, and equal to those of one process on the whole batch."""
-    first, second = on_two_ranks(functools.partial(_ddp, mvue=False, seeds_differ=True))
+@pytest.mark.parametrize("decay_in", ["step", "backward"])
+def test_ddp_equals_the_single_process_run(on_two_ranks, decay_in):
+    """Masks are identical on all ranks, and equal to those of one process on the whole batch. A decay that each rank
+    adds in backward is averaged with the gradients.
+    """
+    first, second = on_two_ranks(functools.partial(_ddp, mvue=False, seeds_differ=True, decay_in=decay_in))
     assert first == second
     alone = numbers(single_process())
     assert first["mask"] == alone["mask"]
@@ -195,7 +198,7 @@ def conv1d():
     return model, 16
 
 
-def _fsdp(rank, folder, make, mesh=(WORLD,)):
+def _fsdp(rank, folder, make, mesh=(WORLD,), decay_in="step"):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -205,7 +208,7 @@ def _fsdp(rank, folder, make, mesh=(WORLD,)):
     names = ("replicate", "shard")[-len(mesh) :]
     fully_shard(model, mesh=init_device_mesh("cpu", mesh, mesh_dim_names=names))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, **SETTINGS)
+    recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, decay_in=decay_in, **SETTINGS)
     train(model, recipe, optimizer, lambda x: x[:, :width].chunk(WORLD)[rank])
     assert sparse24.verify(model), str(sparse24.verify(model))
     assert 0 < recipe.metrics()["gap_q10"] <= recipe.metrics()["gap_q90"]
@@ -216,16 +219,18 @@ def _fsdp(rank, folder, make, mesh=(WORLD,)):
     return state, {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
 
 
+@pytest.mark.parametrize("decay_in", ["step", "backward"])
 @pytest.mark.parametrize(
     "make, mesh",
     [(plain, (2,)), (cut, (2,)), (gated, (2,)), (lean, (2,)), (conv1d, (2,)), (cut, (1, 2)), (cut, (2, 1))],
 )
 @pytest.mark.fault(67)
-def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, tmp_path):
-    """Packed forms come from the gathered weight, the decay works on shards, even across a 4x4 block; so with a mesh of
-    replicas and shards. Exported files are whole.
+def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, decay_in, tmp_path):
+    """Packed forms come from the gathered weight, the decay works on shards, even across a 4x4 block, or in backward on
+    the gathered weight; so with a mesh of replicas and shards. Exported files are whole.
     """
-    (state, masks), second = on_two_ranks(functools.partial(_fsdp, folder=tmp_path, make=make, mesh=mesh))
+    task = functools.partial(_fsdp, folder=tmp_path, make=make, mesh=mesh, decay_in=decay_in)
+    (state, masks), second = on_two_ranks(task)
     assert (state, masks) == second
     torch.manual_seed(0)
     model, width = make()

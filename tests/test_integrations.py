@@ -26,10 +26,11 @@ class Texts(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def hf_trainer(folder, make=gpt2, steps=12, **settings):
+def hf_trainer(folder, make=gpt2, steps=12, max_grad_norm=1.0, **settings):
     arguments = dict(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=5e-3, save_steps=5, logging_steps=2, report_to=[], use_cpu=True, seed=3, max_grad_norm=1.0,
+        learning_rate=5e-3, save_steps=5, logging_steps=2, report_to=[], use_cpu=True, seed=3,
+        max_grad_norm=max_grad_norm,
     )  # fmt: skip
     callback = HFCallback(**(dict(mask_interval=3, dense_fraction=0.25) | settings))
     trainer = Trainer(model=make(), args=TrainingArguments(**arguments), train_dataset=Texts(), callbacks=[callback])
@@ -75,6 +76,32 @@ def test_decay_follows_the_trainers_clipping(tmp_path):
     trainer.add_callback(Look())
     trainer.train()
     assert seen[0] <= 1.0 + 1e-4 < seen[1]
+
+
+@pytest.mark.fault(58, 60)
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(dict(max_grad_norm=1.0), "clips.*max_grad_norm=0"), (dict(fp16=True, max_grad_norm=0.0), "scales.*bf16=True")],
+)
+def test_trainers_that_clip_or_scale_take_no_decay_in_backward(tmp_path, arguments, words):
+    callback = HFCallback(decay_in="backward")
+    arguments = SimpleNamespace(**(dict(fp16=False, gradient_accumulation_steps=1) | arguments))
+    with pytest.raises(Sparse24Error, match=f"the trainer {words}.*or leave decay_in='step'"):
+        callback.on_init_end(arguments, None, None, model=gpt2())
+
+
+@pytest.mark.fault(59)
+def test_trainers_accumulation_shares_the_decay_in_backward(tmp_path):
+    """Each of the two micro-batches of a step adds half of it; the run is that with the decay in the step."""
+    weights = []
+    for decay_in in ("step", "backward"):
+        trainer, callback = hf_trainer(
+            tmp_path / decay_in, steps=4, decay=0.05, decay_in=decay_in, mvue=False, max_grad_norm=0.0
+        )
+        trainer.train()
+        assert callback.recipe.micro_batches == 2
+        weights.append(trainer.model.get_submodule(callback.report.converted[0]).weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.fault(61)
@@ -256,13 +283,14 @@ class Regression(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(folder, steps, ckpt=None, accumulate=1, **settings):
+def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, **settings):
     data = torch.utils.data.TensorDataset(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
     callback = LightningCallback(**(dict(mask_interval=3, dense_fraction=0.25, total_steps=12) | settings))
     save = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
     trainer = lightning.Trainer(
-        max_steps=steps, callbacks=[callback, save], accelerator="cpu", devices=1, logger=False, gradient_clip_val=1.0,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, accumulate_grad_batches=accumulate,
+        max_steps=steps, callbacks=[callback, save], accelerator="cpu", devices=1, logger=False,
+        gradient_clip_val=gradient_clip_val, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, accumulate_grad_batches=accumulate,
         default_root_dir=folder,
     )  # fmt: skip
     module = Regression()
@@ -356,6 +384,26 @@ def test_decay_follows_lightnings_closure_and_clipping(tmp_path):
         trainer.fit(Look(), torch.utils.data.DataLoader(data, batch_size=8))
         assert callback.recipe.step == 2
     assert norms[0.0] and max(norms[0.0]) <= 0.01 + 1e-6 and max(norms[10.0]) > 0.1
+
+
+@pytest.mark.fault(58, 60)
+def test_lightning_that_clips_or_scales_takes_no_decay_in_backward(tmp_path):
+    with pytest.raises(Sparse24Error, match="the trainer clips gradients.*gradient_clip_val=0, or leave"):
+        fit(tmp_path, 2, decay_in="backward")
+    trainer = SimpleNamespace(gradient_clip_val=None, precision="16-mixed")
+    with pytest.raises(Sparse24Error, match='the trainer scales gradients.*precision="bf16-mixed"'):
+        LightningCallback(decay_in="backward").setup(trainer, Regression(), "fit")
+
+
+@pytest.mark.fault(59)
+def test_lightnings_accumulation_shares_the_decay_in_backward(tmp_path):
+    weights = []
+    for decay_in in ("step", "backward"):
+        settings = dict(decay=0.05, decay_in=decay_in, mvue=False)
+        module, callback, _ = fit(tmp_path / decay_in, 2, accumulate=2, gradient_clip_val=None, **settings)
+        assert callback.recipe.micro_batches == 2 and callback.recipe.step == 2
+        weights.append(module.net.fc1.weight.detach())
+    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.fault(61)

@@ -207,6 +207,26 @@ def test_captured_training_steps_are_the_eager_ones():
 
 
 @pytest.mark.fault(35)
+@pytest.mark.parametrize("mvue", [False, True])
+def test_captured_steps_with_the_decay_in_backward_follow_its_schedule(mvue):
+    """A learning rate of 0 and an input of 0: all that is in the gradients is the decay of the day."""
+    settings = dict(decay=0.5, decay_schedule="linear", decay_in="backward", dense_fraction=0, total_steps=20)
+    captured = CapturedStep(lr=0.0, mvue=mvue, **settings)
+    for step in range(3, 12):
+        now = captured.recipe.current_decay
+        assert now == pytest.approx(0.5 * step / 20)
+        captured.x.zero_()
+        captured.recipe.replay(captured.graph)
+        for layer in captured.recipe.layers.values():
+            kept = sparse24.ops.unpack_mask(layer.mask)
+            if layer.weight is captured.model[0].fc1.weight:  # whose input is 0: dW is 0 but for the decay
+                torch.testing.assert_close(layer.weight.grad, torch.where(kept, 0, now * layer.weight.detach()))
+            else:
+                assert layer.weight.grad.isfinite().all()
+    assert captured.recipe.step == 12 and sparse24.verify(captured.model)
+
+
+@pytest.mark.fault(35)
 def test_replays_of_a_captured_step_draw_new_noise():
     captured = CapturedStep(lr=0.0, decay=0.0)
     gradients = []

@@ -20,7 +20,7 @@ except ImportError:  # the same library under its older name
 from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..recipe import Recipe
-from .settings import split_settings
+from .settings import check_decay_in, split_settings
 
 #: Strategies that place a module's parameters themselves.
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -31,6 +31,11 @@ def packed_dtype(trainer) -> torch.dtype | None:
     if trainer.strategy.root_device.type != "cuda":
         return None
     return {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(str(trainer.precision))
+
+
+def is_scaled(trainer) -> bool:
+    """Whether the Trainer's precision comes with a gradient scaler."""
+    return str(trainer.precision) == "16-mixed"
 
 
 class Sparse24Callback(Callback):
@@ -63,7 +68,11 @@ class Sparse24Callback(Callback):
         self._loaded: dict | None = None
 
     def setup(self, trainer, pl_module, stage: str) -> None:
-        if stage != "fit" or sparse_layers(pl_module):
+        if stage != "fit":
+            return
+        clips = "gradient_clip_val=0" if trainer.gradient_clip_val else None
+        check_decay_in(self.recipe_settings, clips, 'precision="bf16-mixed"' if is_scaled(trainer) else None)
+        if sparse_layers(pl_module):
             return
         if type(trainer.strategy).__name__ not in SHARDING:
             # Lightning moves it later; which layers gain from being 2:4 depends on the device.
@@ -77,7 +86,8 @@ class Sparse24Callback(Callback):
         steps = self.total_steps or trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise Sparse24Error("Lightning cannot tell how many steps this run has; give Sparse24Callback total_steps")
-        self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **self.recipe_settings)
+        settings = {"micro_batches": trainer.accumulate_grad_batches} | self.recipe_settings
+        self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **settings)
         if self._loaded is not None:
             self.recipe.load_state_dict(self._loaded)
             self._loaded = None

@@ -25,5 +25,20 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
     return tuple({name: value for name, value in settings.items() if name in names} for names in known)
 
 
+def check_decay_in(recipe_settings: dict[str, Any], clips: str | None, scales: str | None) -> None:
+    """Raise Sparse24Error for decay_in="backward" where the trainer clips or scales gradients after backward.
+
+    clips, scales  how to switch that off, as the trainer has it; None where it is off
+    """
+    if recipe_settings.get("decay_in", "step") == "step":
+        return
+    for what, remedy in (("clips", clips), ("scales", scales)):
+        if remedy is not None:
+            raise Sparse24Error(
+                f"the trainer {what} gradients after backward, and with decay_in='backward' the decay is in them; set "
+                f"{remedy}, or leave decay_in='step'"
+            )
+
+
 def _keywords(function) -> set[str]:
     return set(inspect.signature(function).parameters)

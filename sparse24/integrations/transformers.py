@@ -16,7 +16,7 @@ from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
 from ..recipe import Recipe
-from .settings import split_settings
+from .settings import check_decay_in, split_settings
 
 STATE_FILE = "sparse24.pt"
 
@@ -59,6 +59,8 @@ class Sparse24Callback(TrainerCallback):
         self._convert(model, args)
 
     def _convert(self, model, args) -> None:
+        clips = "max_grad_norm=0" if (args.max_grad_norm or 0) > 0 else None
+        check_decay_in(self.recipe_settings, clips, "bf16=True in place of fp16" if args.fp16 else None)
         given = {"dtype": packed_dtype(args), "micro_batches": args.gradient_accumulation_steps}
         self.report = sparsify(model, self.include, self.exclude, self.backend, **(given | self.sparsify_settings))
 
@@ -80,7 +82,8 @@ class Sparse24Callback(TrainerCallback):
             self._convert(unwrap(model), args)
         if not sparse_layers(model):
             return  # backend="auto" has left the model dense, and has said so
-        self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **self.recipe_settings)
+        settings = {"micro_batches": args.gradient_accumulation_steps} | self.recipe_settings
+        self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **settings)
         if state.global_step > 0:
             self._resume(args, state)
 
