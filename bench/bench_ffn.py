@@ -4,6 +4,7 @@ The 2:4 side pays, each step: re-packing of its weights, 1/40 of a mask search, 
 hot chip. One micro-batch a step, and a column for eight. Two tables: bf16 weights and gradients; fp32 master weights
 under bf16 autocast, where both sides pay for their casts. The dense side has gate and up as one layer. Beside them
 what PyTorch itself offers: greedy packing, cuSPARSELt forward and for the input gradient, a dense weight gradient.
+The last two columns have masked decay inside the products of backward (`decay_in="backward"`), in place of its pass.
 `ffn_costs` has the GPU's time of the 2:4 side by what it is for.
 
     python -m bench.bench_ffn [--csv FOLDER] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32] [--no-costs]

@@ -51,13 +51,15 @@ def ffn() -> str:
         "8 micro-batches",
         "`mvue=False`",
         "`lean=True`",
+        '`decay_in="backward"`',
         "PyTorch's own 2:4",
     ]
     rows = [
         [
             row["weights"], row["layer"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
             ratio(row["speedup"]), ratio(row["speedup 8 micro-batches"]), ratio(row["speedup mvue=False"]),
-            ratio(row.get("speedup lean", "nan")), ratio(row["PyTorch's 2:4 over dense"]),
+            ratio(row.get("speedup lean", "nan")), ratio(row.get("speedup decay in backward", "nan")),
+            ratio(row["PyTorch's 2:4 over dense"]),
         ]
         for row in read("ffn")
     ]  # fmt: skip
@@ -112,13 +114,14 @@ def block() -> str:
 def step() -> str:
     header = [
         "weights", "model", "calls a step", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "`mvue=False`",
-        "tokens/s, dense", "2:4", "MFU, dense", "2:4", "GB, dense", "2:4",
+        '`decay_in="backward"`', "tokens/s, dense", "2:4", "MFU, dense", "2:4", "GB, dense", "2:4",
     ]  # fmt: skip
     rows = [
         [
             row["weights"], row["model"], row["micro-batches"], f"{float(row['dense_ms']):.1f}",
             f"{float(row['sparse_ms']):.1f}", ratio(row["speedup"]), ratio(row["bound"]), percent(row["ffn share"]),
-            ratio(row["speedup mvue=False"]), f"{float(row['dense tokens/s']):,.0f}",
+            ratio(row["speedup mvue=False"]), ratio(row.get("speedup decay in backward", "nan")),
+            f"{float(row['dense tokens/s']):,.0f}",
             f"{float(row['sparse tokens/s']):,.0f}", percent(row["dense MFU"]), percent(row["sparse MFU"]),
             f"{float(row['dense GB']):.1f}", f"{float(row['sparse GB']):.1f}",
         ]

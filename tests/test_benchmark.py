@@ -85,6 +85,26 @@ def test_one_arm_serves_with_and_without_mvue():
     assert seen == [{True}, {False}]
 
 
+def test_one_arm_serves_with_the_decay_in_backward_and_without():
+    arm = step.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
+    arm.set_mvue(False)
+    arm.micro_batch()
+    arm.decay()
+    expected = [layer.weight.grad.clone() for layer in arm.layers]
+    arm.with_decay(arm.micro_batch)()
+    for layer, grad in zip(arm.layers, expected, strict=True):
+        torch.testing.assert_close(layer.weight.grad, grad)
+        assert layer.decay_factor is None
+
+
+def test_a_trainer_may_have_the_decay_in_backward():
+    settings = dict(sparse=True, master=FP32, micro_batches=2, compiled=False, device="cpu", decay_in="backward")
+    trainer = step.Trainer(GATED, **settings)
+    trainer.step()
+    factors = [layer.decay_factor.item() for layer in trainer.layers]
+    assert trainer.recipe.step == 1 and factors == pytest.approx([step.DECAY / 2] * len(factors))
+
+
 def test_gradients_of_a_micro_batch_are_fresh_and_sums_are_kept():
     arm = step.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
     arm.set_mvue(False)
@@ -108,6 +128,8 @@ def test_tables_count_everything(without_gpu):
     # 10 us, and re-packing, decay and a fortieth of what a search costs more: 1 us each and nothing.
     assert cells(table, "sparse_us") == [12.0] * 4 and cells(table, "speedup") == [20 / 12] * 4
     assert cells(table, "speedup 8 micro-batches") == [(20 + 7) / (12 + 7)] * 4
+    # With the decay in backward: what that takes, made up as 1 us, and the same without the pass of the decay.
+    assert cells(table, "decay_in backward us") == [2.0] * 4 and cells(table, "speedup decay in backward") == [10.0] * 4
     assert {row[3] for row in costs.rows} == {"sparse products", "mvue", "pack", "search / 40", "decay"}
     for mvue in ("True", "False"):
         assert abs(sum(row[5] for row in costs.rows if row[:3] == ["bf16", "g", mvue]) - 1) < 1e-9
@@ -121,7 +143,7 @@ def test_blocks_and_steps_stand_beside_their_bound(without_gpu):
     suite.training_step(table, PLAIN, "bf16", micro_batches=2)
     assert cells(table, "speedup") == [2.0] and cells(table, "micro-batches") == [2]
     assert cells(table, "dense tokens/s") == [2 * 32 / 20 * 1e6] and cells(table, "dense GB") == [1.0]
-    assert cells(table, "ffn share") == [2 * 2 * 1 / 20]
+    assert cells(table, "ffn share") == [2 * 2 * 1 / 20] and cells(table, "speedup decay in backward") == [20.0]
 
 
 def test_amdahl():

@@ -98,6 +98,19 @@ class Arm:
 
         return run
 
+    def with_decay(self, call: Callable) -> Callable:
+        """`call` with masked decay inside the products of its backward, as `Recipe(decay_in="backward")` has it."""
+        factor = torch.full((1,), DECAY, device=self.layers[0].weight.device)
+
+        def run() -> None:
+            for layer in self.layers:
+                layer.decay_factor = factor
+            call()
+            for layer in self.layers:
+                layer.decay_factor = None
+
+        return run
+
     # -- what a step adds to the 2:4 side ---------------------------------------------------------------------------
 
     def repack(self) -> None:
@@ -154,7 +167,10 @@ def block_arm(shape: ModelShape, *, sparse: bool, master: torch.dtype, compiled:
 
 
 class Trainer(Arm):
-    """A whole model with its optimizer: `step()` is one optimizer step, under a Recipe on the 2:4 side."""
+    """A whole model with its optimizer: `step()` is one optimizer step, under a Recipe on the 2:4 side.
+
+    decay_in  of that Recipe; nothing clips or scales gradients here
+    """
 
     def __init__(
         self,
@@ -165,6 +181,7 @@ class Trainer(Arm):
         micro_batches: int = 1,
         compiled: bool = True,
         device: str = "cuda",
+        decay_in: str = "step",
     ):
         with torch.device(device):
             model = Decoder(shape).to(master)
@@ -176,7 +193,8 @@ class Trainer(Arm):
         super().__init__(model, (batch,), sparse=sparse, master=master, device=device)
         self.micro_batches = micro_batches
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        self.recipe = Recipe(self.root, self.optimizer, 1 << 30, decay=DECAY, dense_fraction=0) if sparse else None
+        settings = dict(decay=DECAY, dense_fraction=0, decay_in=decay_in, micro_batches=micro_batches)
+        self.recipe = Recipe(self.root, self.optimizer, 1 << 30, **settings) if sparse else None
         if compiled:
             model.compile_parts()
 

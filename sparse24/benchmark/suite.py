@@ -21,7 +21,8 @@ MANY = 8  # micro-batches of the column for gradient accumulation
 FFN_COLUMNS = [
     "weights", "layer", "dense_us", "sparse_us", "speedup", "micro_batch_us", "repack_us", "search_us", "decay_us",
     "speedup mvue=False", "speedup 8 micro-batches", "speedup lean", "over PyTorch's 2:4",
-    "PyTorch's 2:4 over dense", "estimated", "dense host_us", "sparse host_us",
+    "PyTorch's 2:4 over dense", "estimated", "dense host_us", "sparse host_us", "decay_in backward us",
+    "speedup decay in backward",
 ]  # fmt: skip
 COST_COLUMNS = ["weights", "layer", "mvue", "cost", "us", "share"]
 TOKENS_COLUMNS = ["weights", "layer", "tokens", "dense_us", "sparse_us", "speedup", "speedup mvue=False", "estimated"]
@@ -32,7 +33,7 @@ BLOCK_COLUMNS = [
 STEP_COLUMNS = [
     "weights", "model", "compiled", "micro-batches", "dense_ms", "sparse_ms", "speedup", "bound", "of bound",
     "speedup mvue=False", "ffn share", "ffn speedup", "dense tokens/s", "sparse tokens/s", "dense MFU", "sparse MFU",
-    "dense GB", "sparse GB", "dense host_ms", "sparse host_ms",
+    "dense GB", "sparse GB", "dense host_ms", "sparse host_ms", "speedup decay in backward",
 ]  # fmt: skip
 
 
@@ -88,6 +89,7 @@ class FeedForwardTimes:
             calls["sparse sum"] = sparse.with_mvue(True, sparse.accumulate)
             self.lean = arms.feed_forward_arm(shape, sparse=True, compiled=False, lean=True, **settings)
             calls |= {"lean": self.lean.micro_batch, "lean repack": self.lean.repack}
+            calls["decay in backward"] = sparse.with_decay(calls["sparse"])
             calls |= _pytorch_calls(shape, master)
         # Several in a row, as in a model of many layers; of large ones one covers the host's next.
         calls_in_a_row = 4 if shape.tokens * shape.ffn_weights() < 1e12 else 2
@@ -103,6 +105,10 @@ class FeedForwardTimes:
         """Of a step with one packed form of each weight."""
         between = self.between - self.times["repack"] + self.times["lean repack"]
         return self.times["dense"] / (self.times["lean"] + between)
+
+    def decay_in_backward_us(self) -> float:
+        """A step whose decay is inside the products of weight gradients, and no pass of its own."""
+        return self.times["decay in backward"] + self.between - self.times["decay"]
 
     def speedup(self, arm: str = "sparse", micro_batches: int = 1) -> float:
         return self.step_us("dense", micro_batches) / self.step_us(arm, micro_batches)
@@ -143,7 +149,8 @@ def feed_forwards(
                 label, shape.name, times["dense"], total, run.speedup(), times["sparse"], times["repack"],
                 times["search"], times["decay"], run.speedup("no mvue"), run.speedup(micro_batches=MANY),
                 run.lean_speedup(),
-                theirs / total, times["dense"] / theirs, estimate(shape, master), *hosts,
+                theirs / total, times["dense"] / theirs, estimate(shape, master), *hosts, run.decay_in_backward_us(),
+                times["dense"] / run.decay_in_backward_us(),
             )  # fmt: skip
             if costs is not None:
                 add_costs(costs, label, shape.name, run)
@@ -262,11 +269,13 @@ def training_step(
         )
         trainers.append((trainer, gigabytes))
     (dense, dense_gb), (sparse, sparse_gb) = trainers
+    decayed = arms.Trainer(shape, sparse=True, micro_batches=micro_batches, decay_in="backward", **settings)
     times = time_hot(
         {
             "dense": dense.step,
             "sparse": sparse.with_mvue(True, sparse.step),
             "no mvue": sparse.with_mvue(False, sparse.step),
+            "decay in backward": decayed.step,
         },
         rounds=rounds,
         warm_seconds=0.5,
@@ -286,6 +295,6 @@ def training_step(
         label, shape.name, str(compiled), micro_batches, times["dense"] / 1e3, times["sparse"] / 1e3, speedup, bound,
         speedup / bound, times["dense"] / times["no mvue"], share, ffn, tokens / times["dense"] * 1e6,
         tokens / times["sparse"] * 1e6, flops / times["dense"] * 1e6 / peak, flops / times["sparse"] * 1e6 / peak,
-        dense_gb, sparse_gb, *hosts,
+        dense_gb, sparse_gb, *hosts, times["dense"] / times["decay in backward"],
     )  # fmt: skip
     print(f"# {shape.name}: {time.time() - started:.0f} s", flush=True)
