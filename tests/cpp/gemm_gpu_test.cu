@@ -536,6 +536,9 @@ void test_small() {
       const Variant v{pass == GemmPass::kForward, float_out, float_out};
       for (const Kernel& kernel : every_config(make_args(p, DType::kBFloat16, d, v))) {
         check_case(p, DType::kBFloat16, o, d, kernel, v);
+        if (!p.is_weight_grad()) continue;
+        check_decay(p, o, d, kernel, 64, false, v);
+        check_decay(p, o, d, kernel, p.m, true, v);
       }
     }
   }
