@@ -160,6 +160,7 @@ void bind_device(py::module_& module) {
     result["capability_major"] = info.capability_major;
     result["capability_minor"] = info.capability_minor;
     result["multiprocessors"] = info.multiprocessors;
+    result["memory_bandwidth"] = info.memory_bandwidth;
     result["reason"] = info.reason;
     return result;
   });
