@@ -102,6 +102,14 @@ def _weight_gradient(
     return _packed_weight_gradient(*ops.mvue_compress(dy, seed), x, dy.shape[1], dtype, into)
 
 
+def _weight_and_bias_gradient(dy, x, dtype, bias_dtype, seed, into=None) -> tuple[Tensor | None, Tensor]:
+    """dW and db. Packing dy for dW reads all of it, and adds up its columns on the way."""
+    if seed is None:
+        return _dense_weight_gradient(dy, x, dtype, into), _bias_gradient(dy, bias_dtype)
+    packed_dy, E_dy, db = ops.mvue_compress(dy, seed, bias_grad=True)
+    return _packed_weight_gradient(packed_dy, E_dy, x, dy.shape[1], dtype, into), db.to(bias_dtype)
+
+
 def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None) -> Tensor | None:
     """dW = MVUE(dy^T) x."""
     if into is not None:
@@ -183,10 +191,14 @@ class _SparseLinear(torch.autograd.Function):
             # dW = MVUE(dy^T) x, for every entry of the dense weight: straight-through.
             if ctx.mvue and seed is None:
                 seed = ops.draw_seed(dy, ctx.rank)
+            seed = seed if ctx.mvue else None
             into = accumulation.target(ctx.leaf, x.dtype)
-            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into)
+            if need_bias:
+                dw, db = _weight_and_bias_gradient(dy, as_rows(x), ctx.weight_dtype, ctx.bias_dtype, seed, into)
+            else:
+                dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed, into)
             dw = _as_laid_out(dw, ctx.columns)
-        if need_bias:
+        elif need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, db, None, None, None, None
 
@@ -296,17 +308,29 @@ class _FeedForward(torch.autograd.Function):
         fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
         plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
         packed_dgu = E_dgu = h = None
+        dx = d_down = db_up = db_down = None
         if seed_up is not None and need_up:
-            d_gu, packed_dgu, E_dgu, h = fused(dh, gu_rows, ctx.kind, seed_up, recompute_h=True)
+            settings = dict(recompute_h=True, bias_grad=need_bias_up)
+            d_gu, packed_dgu, E_dgu, h, *sums = fused(dh, gu_rows, ctx.kind, seed_up, **settings)
+            if need_bias_up:
+                db_up = sums[0].to(ctx.bias_dtypes[0])
         else:
             d_gu, h = plain(dh, gu_rows, ctx.kind, recompute_h=True)
+            if need_bias_up:
+                db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
 
-        dx = d_down = db_up = db_down = None
         leaf_down, *leaves_up = ctx.leaves
         if need_down:
             into = accumulation.target(leaf_down, h.dtype)
-            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into)  # dW_down = MVUE(dy^T) h
+            if need_bias_down:
+                d_down, db_down = _weight_and_bias_gradient(
+                    dy, h, ctx.down_dtype, ctx.bias_dtypes[1], seed_down, into
+                )
+            else:
+                d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into)  # dW_down = MVUE(dy^T) h
             d_down = _as_laid_out(d_down, ctx.columns[0])
+        elif need_bias_down:
+            db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
         d_ups = [None] * len(ctx.up_rows)
         if need_up:
             into = accumulation.stacked_target(leaves_up, x.dtype)
@@ -320,10 +344,6 @@ class _FeedForward(torch.autograd.Function):
         if need_x:
             packed_t, E_t = _packed_t(kept[2:], ctx.lean_up, ctx.packed_dtype)
             dx = ops.sparse_mm_grad_input(d_gu, packed_t, E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
-        if need_bias_up:
-            db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
-        if need_bias_down:
-            db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
         return dx, db_up, db_down, d_down, None, None, None, None, None, None, None, *d_ups
 
 

@@ -23,6 +23,7 @@
 #include "compress/compress_cuda.h"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
+#include "compress/tile_sums.cuh"
 #include "fused/backward_mvue.cuh"
 #include "fused/backward_rows.cuh"
 #include "fused/fused_cuda.h"
@@ -78,6 +79,10 @@ __global__ void __launch_bounds__(kTileThreads, kGated ? 3 : 4)
   store_halves<kGated>(p, stage, tile);
 }
 
+ConstMatrix view_of(const Matrix& m) {
+  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
 bool one_pass_fits(const ActivationBackwardArgs& args, const BackwardLayouts& layouts) {
   const bool blocks_fit = args.d_h.cols % (args.gated ? kMetaBlock : kPatch) == 0;
   return args.d_h.dtype != DType::kFloat32 && !layouts.any(Layout::kStrided) && blocks_fit &&
@@ -93,8 +98,9 @@ struct LaunchRows {
 
   template <Activation kKind>
   void operator()() const {
-    const auto kernel = gated ? backward_mvue_rows_kernel<kKind, true, T>
-                              : backward_mvue_rows_kernel<kKind, false, T>;
+    const auto kernel = gated                      ? backward_mvue_rows_kernel<kKind, true, T>
+                        : p.tile_sums != nullptr ? backward_mvue_rows_kernel<kKind, false, T, true>
+                                                 : backward_mvue_rows_kernel<kKind, false, T>;
     kernel<<<tiles, kRowThreads, 0, stream>>>(p);
   }
 };
@@ -106,7 +112,8 @@ void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& 
   const bool tall =
       layouts.gate_up == Layout::kColumnMajor && layouts.d_gate_up == Layout::kColumnMajor;
   const BackwardMvue p = {patch_backward(args, layouts), tall ? Walk::kTall : Walk::kSquare,
-                          args.seed, static_cast<uint16_t*>(args.packed), args.E};
+                          args.seed, static_cast<uint16_t*>(args.packed), args.E,
+                          args.tile_sums};
   const uint32_t tiles = p.backward.tile_rows * p.backward.tile_cols;
   if (layouts.any(Layout::kColumnMajor)) {
     const auto kernel =
@@ -117,6 +124,9 @@ void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& 
   }
   SP24_CHECK_LAUNCH("activation_backward with packing of ", name_of(args.d_h.dtype), " gate_up [",
                     args.gate_up.rows, ", ", args.gate_up.cols, "]");
+  const bool summed = !args.gated && !layouts.any(Layout::kColumnMajor);
+  if (args.tile_sums != nullptr && !summed)
+    launch_tile_sums<T>(view_of(args.d_gate_up), args.tile_sums, stream);
 }
 
 }  // namespace
@@ -133,12 +143,7 @@ void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream
                                               : launch_one_pass<Float16>(args, layouts, stream);
   }
   activation_backward_dense(args, stream);
-  const Matrix& d = args.d_gate_up;
-  mvue_compress({{d.data, d.dtype, d.rows, d.cols, d.row_stride, d.col_stride},
-                 args.seed,
-                 args.packed,
-                 args.E},
-                stream);
+  mvue_compress({view_of(args.d_gate_up), args.seed, args.packed, args.E, args.tile_sums}, stream);
 }
 
 }  // namespace cuda
