@@ -80,13 +80,16 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
 template <typename T>
 __device__ __forceinline__ void put_sums(OctetSums& waiting, const PatchOrigin& origin,
                                          const Patch16& gradient) {
-  float sums[kPatch] = {};
   SP24_UNROLL
-  for (int i = 0; i < kPatch; ++i) {
+  for (int p = 0; p < 4; p += 2) {
+    float sums[4] = {};
     SP24_UNROLL
-    for (int p = 0; p < 4; ++p) add_pair<T>(gradient.line[i][p], sums[2 * p], sums[2 * p + 1]);
+    for (int i = 0; i < kPatch; ++i) {
+      add_pair<T>(gradient.line[i][p], sums[0], sums[1]);
+      add_pair<T>(gradient.line[i][p + 1], sums[2], sums[3]);
+    }
+    waiting.put(origin.row, origin.col + 2 * p, sums);
   }
-  waiting.put(origin.row, origin.col, sums);
 }
 
 template <typename T, Layout kLayout, bool kSums>
