@@ -102,8 +102,9 @@ def sparsify(
                 to be 8192 where nothing is said
     micro_batches  forward calls an optimizer step: what is paid once a step weighs less
     allow_tied  also convert layers that share their weight with another module
-    lean        keep one packed form of each weight, not two: 1.125 bytes a weight less, for a pass over the weight in
-                each backward
+    lean        memory before speed: one packed form of each weight, not two (1.125 bytes a weight less, for a pass over
+                the weight in each backward), and in fused blocks h, what enters the down product, is made again in
+                backward instead of kept (one activation of tokens x d_ff less)
     fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (sparse24/feedforward.py)
 
     Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest

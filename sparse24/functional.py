@@ -278,9 +278,10 @@ class _FeedForward(torch.autograd.Function):
         gu = ops.sparse_mm(x, up.packed, up.E, up.packed.shape[0], bias=bias_up)  # [gate | up] = x (M.W_up)^T
         h = ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
         y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
-        # h is recomputed in backward from gu, in the pass that needs gu anyway.
         kept_down, kept_up = _for_backward(down, (down_weight,)), _for_backward(up, up_weights)
-        ctx.save_for_backward(x, gu, seed, *kept_down, *kept_up)
+        # h is kept for dW_down. Lean layers make it again from gu, in the pass of backward that reads gu anyway.
+        keeps_h = down_weight.requires_grad and not _is_lean(down)
+        ctx.save_for_backward(x, gu, h if keeps_h else None, seed, *kept_down, *kept_up)
         ctx.lean_down, ctx.lean_up, ctx.packed_dtype = _is_lean(down), _is_lean(up), down.packed.dtype
         ctx.kind, ctx.gated, ctx.mvue, ctx.rank = kind, gated, mvue, rank
         ctx.d_ff, ctx.down_dtype = h.shape[-1], down_weight.dtype
@@ -293,9 +294,8 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gu, seed, *kept = (
-            ctx.saved_tensors
-        )  # of the down weight two tensors, packed_t and E_t or itself and its mask
+        # Kept of the down weight are two tensors: packed_t and E_t, or itself and its mask.
+        x, gu, h, seed, *kept = ctx.saved_tensors
         need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
         need_up = any(ctx.needs_input_grad[11:])
         x_rows, gu_rows, dy = as_rows(x), as_rows(gu), as_rows(dy)
@@ -307,20 +307,25 @@ class _FeedForward(torch.autograd.Function):
         dh = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.d_ff)  # dh = dy (M.W_down)
         fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
         plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
-        packed_dgu = E_dgu = h = None
+        packed_dgu = E_dgu = None
         dx = d_down = db_up = db_down = None
+        make_h = h is None and need_down
         if seed_up is not None and need_up:
-            settings = dict(recompute_h=True, bias_grad=need_bias_up)
-            d_gu, packed_dgu, E_dgu, h, *sums = fused(dh, gu_rows, ctx.kind, seed_up, **settings)
+            settings = dict(recompute_h=make_h, bias_grad=need_bias_up)
+            d_gu, packed_dgu, E_dgu, *more = fused(dh, gu_rows, ctx.kind, seed_up, **settings)
             if need_bias_up:
-                db_up = sums[0].to(ctx.bias_dtypes[0])
+                db_up = more.pop().to(ctx.bias_dtypes[0])
         else:
-            d_gu, h = plain(dh, gu_rows, ctx.kind, recompute_h=True)
+            results = plain(dh, gu_rows, ctx.kind, recompute_h=make_h)
+            d_gu, *more = results if make_h else (results,)
             if need_bias_up:
                 db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
+        if make_h:
+            (h,) = more
 
         leaf_down, *leaves_up = ctx.leaves
         if need_down:
+            h = as_rows(h)
             into = accumulation.target(leaf_down, h.dtype)
             if need_bias_down:
                 d_down, db_down = _weight_and_bias_gradient(
@@ -391,8 +396,9 @@ def gated_mlp(
     down            dense master (d_model, d_ff), and packed_down its packed form
     seed            int64 (2, 2): one pair for each weight gradient, or None to draw them in backward
 
-    Fewer passes than three `sparse_linear` and an activation: gate and up are one product, backward computes the
-    activation's gradient and its MVUE form in one read, and h is not saved.
+    Fewer passes than three `sparse_linear` and an activation: gate and up are one product, and backward computes the
+    activation's gradient and its MVUE form in one read. Saved for backward are x, the product of gate and up, and h;
+    with lean packed forms not h, which backward then makes again.
     """
     weights = gate_up if isinstance(gate_up, tuple) else (gate_up,)
     return _feed_forward(
