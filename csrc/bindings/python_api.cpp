@@ -177,8 +177,8 @@ void bind_compress(py::module_& module) {
   module.def(
       "mvue_compress",
       [](Address dy, int dtype, int64_t tokens, int64_t features, int64_t row_stride,
-         int64_t col_stride, Address seed, Address packed, Address E, Address tile_sums, int backend,
-         int device, Address stream) {
+         int64_t col_stride, Address seed, Address packed, Address E, Address tile_sums,
+         int backend, int device, Address stream) {
         MvueArgs args;
         args.dy = const_matrix(dy, dtype_of(dtype), tokens, features, row_stride, col_stride);
         args.seed = pointer<const int64_t>(seed);

@@ -13,7 +13,8 @@
 // Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
 //          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
 //          column-major gradients with tokens % 8 != 0.
-// Sums     Of row-major gradients tile_sums come out of the same registers (tile_sums.cuh); of others
+// Sums     Of row-major gradients tile_sums come out of the same registers (tile_sums.cuh); of
+// others
 //          by a read of their own.
 // Random   The draw of a group depends on the seed and its own place only. The seed is read from
 //          device memory, so a replayed graph draws anew when it changes.
@@ -147,8 +148,9 @@ void launch_mvue(const MvueArgs& args, cudaStream_t stream) {
   if (!is_aligned16(args.packed)) layout = Layout::kStrided;
   const uint32_t tile_rows = static_cast<uint32_t>(round_up(dy.rows, kTileRows) / kTileRows);
   const uint32_t tile_cols = static_cast<uint32_t>(round_up(dy.cols, kTileCols) / kTileCols);
-  const MvueParams params = {dy,     args.seed, static_cast<uint16_t*>(args.packed),
-                             args.E, args.tile_sums, tile_rows, tile_cols};
+  const MvueParams params = {dy,       args.seed,      static_cast<uint16_t*>(args.packed),
+                             args.E,   args.tile_sums, tile_rows,
+                             tile_cols};
   const bool sums = args.tile_sums != nullptr, in_one_pass = sums && layout == Layout::kRowMajor;
   const auto kernel = in_one_pass                      ? mvue_kernel<T, Layout::kRowMajor, true>
                       : layout == Layout::kRowMajor    ? mvue_kernel<T, Layout::kRowMajor, false>

@@ -571,8 +571,8 @@ void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order,
       seed(16), sums(tile_sums_bytes(tokens, features));
   seed.host<int64_t>()[0] = 0x0123456789ABCDEFll, seed.host<int64_t>()[1] = random_source.bits();
   seed.upload();
-  cpu::mvue_compress({dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(),
-                      sums.host<float>()});
+  cpu::mvue_compress(
+      {dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(), sums.host<float>()});
   // Every other time without sums: that is a kernel of its own.
   static bool with_sums = false;
   with_sums = !with_sums;
