@@ -399,18 +399,22 @@ def tune_gemm(
         raise Sparse24Error(f"tune_gemm needs a GPU with sparse kernels: {availability.reason}")
     device = torch.device("cuda" if device is None else device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    with torch.cuda.device(index), torch.no_grad():
-        trials = []
-        for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype or dtype, index):
-            trials += gemm_tuning.tune(product, index)
-    _plan.cache_clear()
+    trials = []
+    try:
+        with torch.cuda.device(index), torch.no_grad():
+            for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
+                trials += gemm_tuning.tune(product, index)
+    finally:
+        _plan.cache_clear()  # of what was found before an error, too
     return trials
 
 
 def _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
     """Operands of small integers, and what dense products make of them."""
-    make = lambda *shape: torch.randint(-2, 3, shape, device=f"cuda:{index}").to(dtype)  # noqa: E731
+    drawn = torch.Generator(f"cuda:{index}").manual_seed(0)  # of its own: training goes on as if nothing were tuned
+    make = lambda *s: torch.randint(-2, 3, s, device=drawn.device, generator=drawn).to(dtype)  # noqa: E731
     x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
+    grad_dtype = _output_dtype(x, grad_dtype)
     mask = torch.ops.sparse24.transposable_mask.default(w)
     packed, E, packed_t, E_t = torch.ops.sparse24.compress.default(w, mask, dtype)
     seed = torch.tensor([1, 2], device=x.device)
