@@ -8,8 +8,8 @@ import torch
 from sparse24 import Sparse24DtypeError, Sparse24Error, ops, reference
 from sparse24.testing import assert_as_accurate, column_major
 
-# (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding or a dense
-# product, one real layer.
+# (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one
+# real layer.
 SHAPES = [
     (1, 16, 8), (8, 64, 64), (31, 64, 128), (65, 128, 64), (256, 128, 256), (300, 1024, 48), (257, 48, 1024),
     (100, 768, 3072), (1000, 320, 192), (5, 4, 4), (33, 20, 12), (64, 36, 100), (2, 8, 24),
