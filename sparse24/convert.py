@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import cost_model, feedforward, packing, sharding, structure
+from . import _library, cost_model, feedforward, packing, sharding, structure
 from ._library import is_available
 from .cost_model import Training
 from .errors import Sparse24Error, Sparse24Warning
@@ -102,8 +102,9 @@ def sparsify(
                 to be 8192 where nothing is said
     micro_batches  forward calls an optimizer step: what is paid once a step weighs less
     allow_tied  also convert layers that share their weight with another module
-    lean        keep one packed form of each weight, not two: 1.125 bytes a weight less, for a pass over the weight in
-                each backward
+    lean        memory before speed: one packed form of each weight, not two (1.125 bytes a weight less, for a pass over
+                the weight in each backward), and in fused blocks h, what enters the down product, is made again in
+                backward instead of kept (one activation of tokens x d_ff less)
     fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (sparse24/feedforward.py)
 
     Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest
@@ -228,12 +229,12 @@ def choose_function(
         return True, "backend='sparse'"
     if device.type != "cuda":
         return True, f"{device.type}: every matching layer is 2:4, for the method"
-    training = training.of(master_bytes=module.weight.dtype.itemsize)
+    training, rates = training.of(master_bytes=module.weight.dtype.itemsize), rates_on(device)
 
     def estimate(training: Training) -> float:
         if block is not None:
-            return cost_model.feed_forward(*block, training).speedup
-        return cost_model.linear(*structure.features(module)[::-1], training).speedup
+            return cost_model.feed_forward(*block, training, rates).speedup
+        return cost_model.linear(*structure.features(module)[::-1], training, rates).speedup
 
     speedup = estimate(training)
     out_features, in_features = structure.features(module)[::-1]
@@ -247,6 +248,13 @@ def choose_function(
     if training.mvue and (without := estimate(training.of(mvue=False))) >= cost_model.MARGIN:
         remedies.insert(0, f"with mvue=False it is {without:.2f}x")
     return False, f"{told}, less than the {cost_model.MARGIN:.2f}x asked for; {', '.join(remedies)}"
+
+
+def rates_on(device: torch.device) -> cost_model.Rates:
+    """The cost model's rates on a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    info = _library.device_info(index)
+    return cost_model.Rates().on(info["multiprocessors"], info["memory_bandwidth"])
 
 
 def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:

@@ -2,8 +2,9 @@
 
 A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
 as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
-come from an NVIDIA H200 (bench/results: gemm.csv, ffn.csv, activation.csv, mvue.csv, compress.csv);
-`python -m bench.fit_cost_model` fits them anew and prints how far the estimates are from what was measured.
+come from an NVIDIA H200 (bench/results: gemm.csv, ffn.csv, activation.csv, mvue.csv, compress.csv); `Rates.on` carries
+them over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them anew and
+prints how far the estimates are from what was measured.
 
 The dense side is what `torch.compile` makes of the layer; run eagerly, it is slower than estimated here. Only the
 layer itself is counted, both passes, and for the 2:4 side everything that it adds to a step: re-packing, masked decay,
@@ -41,6 +42,26 @@ class Rates:
     pack: float = 3.5
     decay: float = 3.9
     dense_pass: float = 4.1  # what torch.compile's kernels reach
+
+    def on(self, multiprocessors: int, memory_bandwidth: float) -> Rates:
+        """The same on a chip of so many multiprocessors, whose memory could move so many bytes a second (0: unknown).
+
+        Products go with the multiprocessors and passes over memory with the bandwidth; clocks and limits of power are
+        taken to be alike.
+        """
+        memory = memory_bandwidth / H200_MEMORY_BANDWIDTH if memory_bandwidth > 0 else 1.0
+        return replace(
+            self,
+            multiprocessors=multiprocessors,
+            dense_us_per_gflop=self.dense_us_per_gflop * self.multiprocessors / multiprocessors,
+            **{name: getattr(self, name) * memory for name in PASSES},
+        )
+
+
+#: rates of passes over memory
+PASSES = ("activation", "activation_backward", "activation_backward_mvue", "mvue", "pack", "decay", "dense_pass")
+#: bytes a second by the clock and the width of an H200's memory bus
+H200_MEMORY_BANDWIDTH = 4.9e12
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,14 @@ def _weight_gradient(
     return _packed_weight_gradient(*ops.mvue_compress(dy, seed), x, dy.shape[1], dtype, into, decay)
 
 
+def _weight_and_bias_gradient(dy, x, dtype, bias_dtype, seed, into=None, decay=None) -> tuple[Tensor | None, Tensor]:
+    """dW and db. Packing dy for dW reads all of it, and adds up its columns on the way."""
+    if seed is None:
+        return _dense_weight_gradient(dy, x, dtype, into, decay), _bias_gradient(dy, bias_dtype)
+    packed_dy, E_dy, db = ops.mvue_compress(dy, seed, bias_grad=True)
+    return _packed_weight_gradient(packed_dy, E_dy, x, dy.shape[1], dtype, into, decay), db.to(bias_dtype)
+
+
 def _packed_weight_gradient(packed_dy, E_dy, x, out_features, dtype, into=None, decay=None) -> Tensor | None:
     """dW = MVUE(dy^T) x."""
     if into is not None:
@@ -221,11 +229,15 @@ class _SparseLinear(torch.autograd.Function):
             # dW = MVUE(dy^T) x [+ decay (1 - M).W], for every entry of the dense weight: straight-through.
             if ctx.mvue and seed is None:
                 seed = ops.draw_seed(dy, ctx.rank)
+            seed = seed if ctx.mvue else None
             into = accumulation.target(ctx.leaf, x.dtype)
-            term = _decay_term(decay, kept, ctx.lean)
-            dw = _weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed if ctx.mvue else None, into, term)
+            term, x = _decay_term(decay, kept, ctx.lean), as_rows(x)
+            if need_bias:
+                dw, db = _weight_and_bias_gradient(dy, x, ctx.weight_dtype, ctx.bias_dtype, seed, into, term)
+            else:
+                dw = _weight_gradient(dy, x, ctx.weight_dtype, seed, into, term)
             dw = _as_laid_out(dw, ctx.columns)
-        if need_bias:
+        elif need_bias:
             db = _bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, db, None, None, None, None, None
 
@@ -309,10 +321,11 @@ class _FeedForward(torch.autograd.Function):
         gu = ops.sparse_mm(x, up.packed, up.E, up.packed.shape[0], bias=bias_up)  # [gate | up] = x (M.W_up)^T
         h = ops.gated_activation(gu, kind) if gated else ops.activation(gu, kind)
         y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
-        # h is recomputed in backward from gu, in the pass that needs gu anyway.
         kept_down = _for_backward(down, (down_weight,), decay is not None)
         kept_up = _for_backward(up, up_weights, decay is not None)
-        ctx.save_for_backward(x, gu, seed, decay, *kept_down, *kept_up)
+        # h is kept for dW_down. Lean layers make it again from gu, in the pass of backward that reads gu anyway.
+        keeps_h = down_weight.requires_grad and not _is_lean(down)
+        ctx.save_for_backward(x, gu, h if keeps_h else None, seed, decay, *kept_down, *kept_up)
         ctx.kept_down = len(kept_down)
         ctx.lean_down, ctx.lean_up, ctx.packed_dtype = _is_lean(down), _is_lean(up), down.packed.dtype
         ctx.kind, ctx.gated, ctx.mvue, ctx.rank = kind, gated, mvue, rank
@@ -326,7 +339,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, gu, seed, decay, *kept = ctx.saved_tensors
+        x, gu, h, seed, decay, *kept = ctx.saved_tensors
         kept_down, kept_up = kept[: ctx.kept_down], kept[ctx.kept_down :]
         need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
         need_up = any(ctx.needs_input_grad[12:])
@@ -339,19 +352,36 @@ class _FeedForward(torch.autograd.Function):
         dh = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.d_ff)  # dh = dy (M.W_down)
         fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
         plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
-        packed_dgu = E_dgu = h = None
-        if seed_up is not None and need_up:
-            d_gu, packed_dgu, E_dgu, h = fused(dh, gu_rows, ctx.kind, seed_up, recompute_h=True)
-        else:
-            d_gu, h = plain(dh, gu_rows, ctx.kind, recompute_h=True)
-
+        packed_dgu = E_dgu = None
         dx = d_down = db_up = db_down = None
+        make_h = h is None and need_down
+        if seed_up is not None and need_up:
+            settings = dict(recompute_h=make_h, bias_grad=need_bias_up)
+            d_gu, packed_dgu, E_dgu, *more = fused(dh, gu_rows, ctx.kind, seed_up, **settings)
+            if need_bias_up:
+                db_up = more.pop().to(ctx.bias_dtypes[0])
+        else:
+            results = plain(dh, gu_rows, ctx.kind, recompute_h=make_h)
+            d_gu, *more = results if make_h else (results,)
+            if need_bias_up:
+                db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
+        if make_h:
+            (h,) = more
+
         leaf_down, *leaves_up = ctx.leaves
         if need_down:
+            h = as_rows(h)
             into = accumulation.target(leaf_down, h.dtype)
             term = _decay_term(decay, kept_down, ctx.lean_down)
-            d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into, term)  # dW_down = MVUE(dy^T) h [+ decay]
+            if need_bias_down:
+                d_down, db_down = _weight_and_bias_gradient(
+                    dy, h, ctx.down_dtype, ctx.bias_dtypes[1], seed_down, into, term
+                )
+            else:  # dW_down = MVUE(dy^T) h [+ decay]
+                d_down = _weight_gradient(dy, h, ctx.down_dtype, seed_down, into, term)
             d_down = _as_laid_out(d_down, ctx.columns[0])
+        elif need_bias_down:
+            db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
         d_ups = [None] * len(ctx.up_rows)
         if need_up:
             into, dtype = accumulation.stacked_target(leaves_up, x.dtype), ctx.up_dtypes[0]
@@ -366,10 +396,6 @@ class _FeedForward(torch.autograd.Function):
         if need_x:
             packed_t, E_t = _packed_t(kept_up, ctx.lean_up, ctx.packed_dtype)
             dx = ops.sparse_mm_grad_input(d_gu, packed_t, E_t, x.shape[-1]).view(x.shape)  # dx = d_gu (M.W_up)
-        if need_bias_up:
-            db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
-        if need_bias_down:
-            db_down = _bias_gradient(dy, ctx.bias_dtypes[1])
         return dx, db_up, db_down, d_down, None, None, None, None, None, None, None, None, *d_ups
 
 
@@ -423,8 +449,9 @@ def gated_mlp(
     seed            int64 (2, 2): one pair for each weight gradient, or None to draw them in backward
     decay           as in `sparse_linear`, for all of the weights; packed forms must have their masks
 
-    Fewer passes than three `sparse_linear` and an activation: gate and up are one product, backward computes the
-    activation's gradient and its MVUE form in one read, and h is not saved.
+    Fewer passes than three `sparse_linear` and an activation: gate and up are one product, and backward computes the
+    activation's gradient and its MVUE form in one read. Saved for backward are x, the product of gate and up, and h;
+    with lean packed forms not h, which backward then makes again.
     """
     weights = gate_up if isinstance(gate_up, tuple) else (gate_up,)
     return _feed_forward(

@@ -22,6 +22,9 @@ PADDING_NIBBLE = 0x4  # positions 0 and 1
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
+#: the three products, `GemmPass` of the C++ library (csrc/include/sparse24/gemm.h)
+FORWARD, GRAD_INPUT, GRAD_WEIGHT = 0, 1, 2
+
 
 def round_up(value: int, step: int) -> int:
     return (value + step - 1) // step * step

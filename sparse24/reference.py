@@ -285,6 +285,11 @@ def mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 # ---- activations ----------------------------------------------------------------------------------------------------
 
 
+def bias_gradient(dy: Tensor) -> Tensor:
+    """Sums over tokens: fp32, or float64 for float64 gradients."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
 def activation(x: Tensor, kind: str) -> Tensor:
     """One of silu, gelu (erf), gelu_tanh, relu, squared_relu, identity; differentiable; in fp32 or wider."""
     functional = torch.nn.functional

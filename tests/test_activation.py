@@ -101,9 +101,12 @@ def test_fused_backward_and_mvue_equal_the_two_apart(device, kind, gated, shape)
             expected, expected_h = apart(dh, gu, kind, recompute_h=True)
             assert_same_bits(d_gu, expected, "d_gu")
             assert_same_bits(h, expected_h, "h")
-            expected_packed, expected_E = ops.mvue_compress(expected, seed)
+            expected_packed, expected_E, expected_sums = ops.mvue_compress(expected, seed, bias_grad=True)
             assert_same_bits(packed, expected_packed, "packed")
             assert_same_bits(E, expected_E, "E")
+            with_sums = fused(laid_out(dh, layout), laid_out(gu, layout), kind, seed, bias_grad=True)
+            for ours, alone in zip(with_sums, (d_gu, packed, E, expected_sums), strict=True):
+                assert_same_bits(ours, alone, "with the gradient of a bias")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -405,9 +405,17 @@ def on_gpu(out_features, in_features, dtype=torch.bfloat16):
     return type("Layer", (), {"weight": weight, "in_features": in_features, "out_features": out_features})()
 
 
-def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatch):
-    """Which function a layer trains is decided at conversion, from shape, tokens and device."""
+@pytest.fixture
+def h200(monkeypatch):
+    """A GPU to decide for."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
+    info = {"multiprocessors": 132, "memory_bandwidth": 4.9e12}
+    monkeypatch.setattr(sparse24._library, "device_info", lambda index: info)
+    return info
+
+
+def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(h200):
+    """Which function a layer trains is decided at conversion, from shape, tokens and device."""
     choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training
     large, small = on_gpu(11008, 4096), on_gpu(1024, 256)
     converts, reason = choose(large, "auto", training(8192))
@@ -423,9 +431,19 @@ def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(monkeypatc
     assert converts and "feed-forward layer of 4096 x 11008 at 8192 tokens a call and 8 calls a step" in reason
 
 
-def test_whole_blocks_are_converted_or_none_of_their_layers(monkeypatch):
+def test_the_decision_knows_the_gpu(h200):
+    """Slower memory makes passes over it dearer, and the gain smaller."""
+    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training(2048)
+    speedups = []
+    for bandwidth in (4.9e12, 3.35e12, 2.0e12):
+        h200["memory_bandwidth"] = bandwidth
+        _, reason = choose(on_gpu(11008, 4096), "auto", training, (4096, 11008, True))
+        speedups.append(float(re.search(r"estimated (\d\.\d\d)x", reason)[1]))
+    assert speedups == sorted(speedups, reverse=True) and speedups[0] > speedups[-1]
+
+
+def test_whole_blocks_are_converted_or_none_of_their_layers(h200):
     """Gate and up are as large as down is not: a layer by itself would be judged otherwise."""
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training(8192)
     answers = {choose(on_gpu(*shape), "auto", training, (4096, 11008, True))[0] for shape in ((11008, 4096), (4, 4))}
     assert answers == {True}

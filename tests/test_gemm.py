@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse24 import Sparse24DtypeError, Sparse24Error, ops, reference
+from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops, reference
+from sparse24.ops import gemm
 from sparse24.testing import assert_as_accurate, column_major
 
-# (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding or a dense
-# product, one real layer.
+# (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one
+# real layer.
 SHAPES = [
     (1, 16, 8), (8, 64, 64), (31, 64, 128), (65, 128, 64), (256, 128, 256), (300, 1024, 48), (257, 48, 1024),
     (100, 768, 3072), (1000, 320, 192), (5, 4, 4), (33, 20, 12), (64, 36, 100), (2, 8, 24),
@@ -256,6 +257,50 @@ def test_decay_terms_that_do_not_fit_are_named(device):
     ):
         with pytest.raises(error, match=words):
             ops.sparse_mm_grad_weight(*packed, x, 32, decay=decay)
+
+
+class CpuGemm:
+    """Plays the GPU's library: the same calls, by the C++ CPU backend's own product."""
+
+    def sparse_gemm(self, *args):
+        *product, config, backend, index, stream, decay = args
+        assert backend == _library.CUDA
+        _library.binding().sparse_gemm(*product, 0, _library.CPU, 0, 0, decay)
+
+
+@pytest.mark.parametrize("layout", [torch.clone, column_major])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_library_gets_weights_and_masks_of_the_decay(monkeypatch, parts, layout):
+    """Addresses, strides and rows arrive as the kernels read them, and no pass follows."""
+    for wanted in (torch.bfloat16, torch.float32):
+        x, _, dy, _ = layer(24, 72, 128, torch.bfloat16, "cpu", integers=True)
+        packed = ops.mvue_compress(dy, torch.tensor([3, 4]))
+        decay = decayed(128, 72, wanted, "cpu", parts, layout)
+        expected = ops.sparse_mm_grad_weight(*packed, x, 128, out_dtype=torch.float32) + pull_of(decay)[0]
+        with monkeypatch.context() as context:
+            context.setattr(gemm, "where", lambda t: (CpuGemm(), _library.CUDA, 0, 0))
+            context.setattr(gemm, "_unsupported", lambda *product: "")
+            context.setattr(gemm, "_plan", lambda *product: (1, 0))
+            context.delattr(gemm, "_decay_after")
+            dw = ops.sparse_mm_grad_weight(*packed, x, 128, out_dtype=wanted, decay=decay)
+            assert torch.equal(dw, expected.to(wanted))
+            total = torch.ones(128, 72)
+            if wanted == torch.float32:
+                ops.sparse_mm_grad_weight(*packed, x, 128, out=total, accumulate=True, decay=decay)
+                assert torch.equal(total, expected + 1)
+
+
+def test_weights_that_the_kernels_do_not_take_decay_in_a_pass_of_their_own():
+    """Another dtype than the gradient's, unlike layouts, halves that share a block of 64 rows, odd addresses."""
+    w = torch.zeros(128, 72).bfloat16()
+    out, factor, mask = torch.zeros(128, 72).bfloat16(), torch.ones(1), ops.transposable_mask(w)
+    fields = lambda *weights: gemm._decay_fields(out, factor, list(weights), [mask] * len(weights))  # noqa: E731
+    assert fields(w) is not None and fields(column_major(w)) is not None and fields(w[:64], w[64:]) is not None
+    assert fields(w.float()) is None
+    assert fields(w[:64], column_major(w[64:])) is None
+    assert fields(w[:60], w[60:]) is None
+    assert fields(torch.zeros(128 * 72 + 1).bfloat16()[1:].view(128, 72)) is None
+    assert fields(w.repeat(1, 2)[:, ::2]) is None
 
 
 @pytest.mark.gpu

@@ -1,10 +1,11 @@
 """Tuning of the sparse GEMM: only right results win, and a cache on disk that is broken or of elsewhere is not used.
 
-The library and the clock are stand-ins, so all of it runs without a GPU.
+The library and the clock are stand-ins in the first part, which runs without a GPU; the second tunes on one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24Error, Sparse24Warning, _library, ops
-from sparse24.ops import gemm_tuning
+from sparse24.ops import gemm, gemm_tuning
 
 KEY = (2, 3072, 768, 16384, 1, 1)
 RIGHT, SLOW, WRONG = 11, 12, 13
@@ -144,17 +145,153 @@ def test_tuning_without_a_gpu_says_what_is_missing():
         ops.tune_gemm(64, 64, 64)
 
 
-@pytest.mark.gpu
-def test_tuned_products_stay_right(tmp_path, monkeypatch):
+# ---- on a GPU -------------------------------------------------------------------------------------------------------
+
+LAYERS = [  # tokens, in_features, out_features, dtype, dtype of the weight gradient
+    (512, 256, 1024, torch.bfloat16, None),
+    (1000, 768, 320, torch.float16, torch.float32),
+    (65, 36, 100, torch.bfloat16, torch.float32),  # padded, all three
+]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache file that is empty as yet."""
     monkeypatch.setenv(gemm_tuning.CACHE_VARIABLE, str(tmp_path / "gemm.json"))
+    forget()
+    yield tmp_path / "gemm.json"
+    monkeypatch.undo()
+    forget()
+
+
+def forget():
+    """What a new process does not know."""
     gemm_tuning._read.cache_clear()
+    gemm._plan.cache_clear()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """(pass, m, n, k, dtype, out dtype) and config of each product that ops launch."""
+    seen = []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(_library.binding(), name)
+
+        def sparse_gemm(self, *args):
+            seen.append((args[:6], args[-4]))
+            _library.binding().sparse_gemm(*args)
+
+    original = gemm.where
+    monkeypatch.setattr(gemm, "where", lambda t: (Watched(), *original(t)[1:]))
+    return seen
+
+
+def check_products(tokens, in_features, out_features, dtype, grad_dtype):
+    """All three, against exact ones."""
+    make = lambda *shape: torch.randint(-2, 3, shape, device="cuda").to(dtype)  # noqa: E731
+    x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
+    mask, packed, E, packed_t, E_t = ops.prune_compress(w)
+    w = w.masked_fill(~ops.unpack_mask(mask), 0).double()
+    assert torch.equal(ops.sparse_mm(x, packed, E, out_features), (x.double() @ w.T).to(dtype))
+    assert torch.equal(ops.sparse_mm_grad_input(dy, packed_t, E_t, in_features), (dy.double() @ w).to(dtype))
+    packed_dy, E_dy = ops.mvue_compress(dy, torch.tensor([3, 4], device="cuda"))
+    pruned = ops.decompress(packed_dy, E_dy, 2 * packed_dy.shape[0], out_features, transposed=True)[:tokens]
+    dw = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=grad_dtype)
+    assert torch.equal(dw, (pruned.double().T @ x.double()).to(grad_dtype or dtype))
+
+
+def stored(cache) -> dict:
+    """What the file says of this GPU: product -> config."""
+    (products,) = json.loads(cache.read_text()).values()
+    return {tuple(int(number) for number in key.split()): config for key, config in products.items()}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launched, layer):
+    trials = ops.tune_gemm(*layer[:4], grad_dtype=layer[4])
+    winners = [t for t in trials if t.chosen]
+    assert [t.product for t in winners] == ["sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight"]
+    assert all(t.right and t.time_us > 0 for t in trials), trials
+    for winner in winners:
+        assert winner.time_us == min(t.time_us for t in trials if t.product == winner.product)
+    known, library = stored(cache), _library.binding()
+    assert len(known) == 3
+    for (key, config), winner in zip(sorted(known.items()), winners, strict=True):
+        assert config in library.sparse_gemm_configs(*key, _library.CUDA, 0)
+        assert library.sparse_gemm_config(*key, config, _library.CUDA, 0) == winner.config
+    for another_process in (False, True):
+        if another_process:
+            forget()
+        launched.clear()
+        check_products(*layer)
+        assert dict(launched) == known and len(launched) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_winner_that_is_not_the_librarys_own_choice_is_used(cache, launched, monkeypatch, layer):
+    monkeypatch.setattr(gemm_tuning, "fastest", lambda times, name: list(times)[-1])
+    ops.tune_gemm(*layer[:4], grad_dtype=layer[4])
+    known = stored(cache)
+    own = {key: _library.binding().sparse_gemm_configs(*key, _library.CUDA, 0)[0] for key in known}
+    assert all(known[key] != own[key] for key in known)
+    launched.clear()
+    check_products(*layer)
+    assert dict(launched) == known
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spoil", [lambda out: out[-1, -1].add_(64), lambda out: out[0, 0].fill_(float("nan"))])
+def test_a_config_whose_result_is_wrong_does_not_win_on_a_gpu(cache, launched, monkeypatch, spoil):
+    """The library's own choice, the first that is tried, made wrong in one element."""
+    original = gemm._tunable_products
+
+    def sabotaged(*args):
+        for product in original(*args):
+            bad = _library.binding().sparse_gemm_configs(*product.key, _library.CUDA, 0)[0]
+
+            def run(config, product=product, bad=bad):
+                product.run(config)
+                if config == bad:
+                    spoil(product.out)
+
+            yield dataclasses.replace(product, run=run)
+
+    monkeypatch.setattr(gemm, "_tunable_products", sabotaged)
+    monkeypatch.setattr(gemm_tuning, "fastest", lambda times, name: next(iter(times)))
     trials = ops.tune_gemm(512, 256, 1024)
-    assert {t.product for t in trials} == {"sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight"}
-    assert all(t.right for t in trials) and sum(t.chosen for t in trials) == 3
-    assert (tmp_path / "gemm.json").exists()
-    x = torch.randint(-2, 3, (512, 256), device="cuda").bfloat16()
-    w = torch.randint(-2, 3, (1024, 256), device="cuda").bfloat16()
-    mask, packed, E, *_ = ops.prune_compress(w)
-    expected = x.float() @ w.masked_fill(~ops.unpack_mask(mask), 0).float().T
-    assert torch.equal(ops.sparse_mm(x, packed, E, 1024, out_dtype=torch.float32), expected)
-    gemm_tuning._read.cache_clear()
+    for name in {t.product for t in trials}:
+        first, second, *others = (t for t in trials if t.product == name)
+        assert not first.right and not first.chosen and math.isnan(first.time_us)
+        assert second.chosen and all(t.right for t in (second, *others))
+    known = stored(cache)
+    launched.clear()
+    check_products(512, 256, 1024, torch.bfloat16, None)
+    assert dict(launched) == known
+
+
+@pytest.mark.gpu
+def test_tuning_leaves_the_random_numbers_of_training_alone(cache):
+    before = torch.cuda.get_rng_state(), torch.get_rng_state()
+    ops.tune_gemm(64, 64, 64)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, (torch.cuda.get_rng_state(), torch.get_rng_state()), strict=True)
+    )
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_side_stream_is_right(cache, launched):
+    with torch.cuda.stream(torch.cuda.Stream()):
+        trials = ops.tune_gemm(512, 256, 1024)
+        assert all(t.right and t.time_us > 0 for t in trials)
+        check_products(512, 256, 1024, torch.bfloat16, None)
+
+
+@pytest.mark.gpu
+def test_dtypes_that_no_kernel_writes_are_refused(cache):
+    with pytest.raises(Sparse24Error, match="out_dtype must be"):
+        ops.tune_gemm(64, 64, 64, grad_dtype=torch.float16)
+    assert not cache.exists()

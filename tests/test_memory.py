@@ -70,6 +70,19 @@ def test_lean_layers_compute_the_same_bits(name, mvue):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("name, width, hidden, halves", [("gated", 256, 512, 2), ("plain", 16, 32, 1)])
+def test_activations_kept_for_backward(name, width, hidden, halves, lean):
+    """The input, the up product, and h unless the layer is lean; nothing else that grows with the tokens."""
+    _, module, _ = make(name, lean=lean)
+    kept, tokens = {}, 24
+    x = torch.randn(tokens, width, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        module(x)
+    of_tokens = [t.numel() for t in kept.values() if t.dim() == 2 and t.shape[0] == tokens]
+    assert sum(of_tokens) == tokens * (width + halves * hidden + (0 if lean else hidden))
+
+
 def test_lean_blocks_run_fused_and_survive_copies():
     root, module, width = make("gated", lean=True)
     assert isinstance(module, FusedFeedForward) and module.packed is not None and not module.packed_t.numel()

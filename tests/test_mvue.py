@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24DtypeError, Sparse24Error, ops, reference
-from sparse24.testing import assert_same_bits, column_major
+from sparse24.testing import assert_as_accurate, assert_same_bits, column_major
 
 SHAPES = [(1, 1), (3, 5), (8, 8), (31, 10), (64, 64), (65, 130), (128, 136), (260, 129), (1024, 256)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,6 +35,28 @@ def test_draws_equal_the_reference_bit_for_bit(device, shape, dtype, layout):
     packed, E = ops.mvue_compress(on_device, seed_on(device))
     assert_same_bits(packed, expected[0], "packed")
     assert_same_bits(E, expected[1], "E")
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 16)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["row", "column"])
+def test_a_bias_gradient_comes_with_the_packing(device, shape, dtype, layout):
+    """The draws do not change, and the sums are as accurate as torch's."""
+    dy = torch.randn(shape, device=device).to(dtype)
+    dy = column_major(dy) if layout == "column" else dy
+    packed, E, db = ops.mvue_compress(dy, seed_on(device), bias_grad=True)
+    for ours, alone in zip((packed, E), ops.mvue_compress(dy, seed_on(device)), strict=True):
+        assert_same_bits(ours, alone)
+    assert db.dtype == torch.float32 and db.shape == (shape[1],)
+    assert_as_accurate(db, dy.float().sum(0), dy.double().sum(0))
+
+
+@pytest.mark.parametrize("tokens", [64, 1, 200])
+def test_a_bias_gradient_of_integers_is_exact_and_carries_inf_and_nan(device, tokens):
+    dy = torch.randint(-8, 9, (tokens, 24), device=device).bfloat16()
+    dy[0, 3], dy[-1, 5] = float("inf"), float("nan")
+    db = ops.mvue_compress(dy, seed_on(device), bias_grad=True)[2]
+    assert torch.equal(db.nan_to_num(nan=1e9), dy.float().sum(0).nan_to_num(nan=1e9))
 
 
 @pytest.mark.fault(10, 11, 12)

@@ -31,6 +31,7 @@ def sample_calls(device):
         "prune_compress_": ([w], *([t.clone() for t in part] for part in lists)),
         "decompress": (packed, E, 16, 32, False),
         "mvue_compress": (dy, seed),
+        "mvue_compress_and_sum": (dy, seed),
         "draw_seeds": (dy, 2, 0),
         "sparse_mm": (x, packed, E, 16, None, None),
         "sparse_mm_grad_input": (dy, packed_t, E_t, 32, None),
@@ -38,7 +39,7 @@ def sample_calls(device):
         "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros_like(w), True, *decay),
         "activation": (gu, "silu", True, False),
         "activation_backward": (dh, gu, "silu", True, True),
-        "activation_backward_mvue": (dh, gu, "silu", True, seed, True),
+        "activation_backward_mvue": (dh, gu, "silu", True, seed, True, True),
         "foreach_masked_decay_": ([torch.zeros_like(w)], [w], [mask], 0.1, None),
     }
 

@@ -12,6 +12,7 @@
 
 #include "activation/activation_cuda.h"
 #include "activation/backward_patch.cuh"
+#include "activation/kinds.cuh"
 #include "activation/stream.cuh"
 #include "activation/tile_pass.cuh"
 #include "common/cuda_check.h"
@@ -66,12 +67,6 @@ struct LaunchStream {
   Layout layout;
   cudaStream_t stream;
 
-  template <Activation kKind>
-  void operator()() const {
-    with_type(args.d_h.dtype, [this](auto zero) {
-      args.gated ? launch<kKind, true, decltype(zero)>() : launch<kKind, false, decltype(zero)>();
-    });
-  }
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     const int64_t d_ff = args.d_h.cols;
@@ -91,12 +86,12 @@ using BackwardTile = PatchTile<T, 16, 16>;
 struct TileBackward {
   TileOperand d_h, gate, up, d_gate, d_up, h;  // plain: no up, no d_up
   TileWalk walk;
-  Activation kind;
   bool with_h;
+  int lines = 8;  // at least those of a patch: see backward_patch
 };
 
 // A gated 16-bit patch holds 96 words of operands: two blocks an SM keep them in registers.
-template <bool kGated, typename T>
+template <Activation kKind, bool kGated, typename T>
 __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
     backward_tile_kernel(const __grid_constant__ TileBackward p) {
   using Tile = BackwardTile<T>;
@@ -123,7 +118,7 @@ __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
   SquarePatch<T> gate = Tile::read(staged_gate, place, column_major), up;
   if (kGated) up = Tile::read(staged_up, place, column_major);
   if (p.d_h.column_major != column_major) turn(d_h);
-  backward_patch<kGated>(p.kind, d_h, gate, up);
+  backward_patch<kKind, kGated>(p.lines, d_h, gate, up);
   if (p.d_gate.column_major != column_major) {
     turn(gate);
     if (kGated) turn(up);
@@ -144,26 +139,29 @@ __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
   }
 }
 
-template <typename T>
-void launch_by_tiles(const ActivationBackwardArgs& args, const BackwardLayouts& layouts,
-                     cudaStream_t stream) {
-  using Tile = BackwardTile<T>;
-  const int64_t d_ff = args.d_h.cols, up = args.gated ? d_ff : 0;
-  const bool with_h = args.h.data != nullptr;
-  const TileOperand d_h = tile_operand<Tile>(args.d_h, layouts.d_h, 0, d_ff);
-  const TileBackward p = {d_h,
-                          tile_operand<Tile>(args.gate_up, layouts.gate_up, 0, d_ff),
-                          tile_operand<Tile>(args.gate_up, layouts.gate_up, up, d_ff),
-                          tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, 0, d_ff),
-                          tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, up, d_ff),
-                          with_h ? tile_operand<Tile>(args.h, layouts.h, 0, d_ff) : d_h,
-                          tile_walk<Tile>(args.d_h.rows, d_ff, layouts.d_gate_up),
-                          args.kind,
-                          with_h};
-  launch_tile_pass<Tile>(
-      args.gated ? backward_tile_kernel<true, T> : backward_tile_kernel<false, T>, p,
-      (args.gated ? 3 : 2) * Tile::kBytes, stream);
-}
+struct LaunchTiles {
+  const ActivationBackwardArgs& args;
+  const BackwardLayouts& layouts;
+  cudaStream_t stream;
+
+  template <Activation kKind, bool kGated, typename T>
+  void launch() const {
+    using Tile = BackwardTile<T>;
+    const int64_t d_ff = args.d_h.cols, up = kGated ? d_ff : 0;
+    const bool with_h = args.h.data != nullptr;
+    const TileOperand d_h = tile_operand<Tile>(args.d_h, layouts.d_h, 0, d_ff);
+    const TileBackward p = {d_h,
+                            tile_operand<Tile>(args.gate_up, layouts.gate_up, 0, d_ff),
+                            tile_operand<Tile>(args.gate_up, layouts.gate_up, up, d_ff),
+                            tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, 0, d_ff),
+                            tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, up, d_ff),
+                            with_h ? tile_operand<Tile>(args.h, layouts.h, 0, d_ff) : d_h,
+                            tile_walk<Tile>(args.d_h.rows, d_ff, layouts.d_gate_up),
+                            with_h};
+    launch_tile_pass<Tile>(backward_tile_kernel<kKind, kGated, T>, p,
+                           (kGated ? 3 : 2) * Tile::kBytes, stream);
+  }
+};
 
 // ---- elements ---------------------------------------------------------------------------------
 
@@ -202,12 +200,11 @@ void activation_backward_dense(const ActivationBackwardArgs& args, cudaStream_t 
   const BackwardLayouts layouts(args);
   const bool mixed = layouts.any(Layout::kRowMajor) && layouts.any(Layout::kColumnMajor);
   if (!mixed && !layouts.any(Layout::kStrided)) {
-    with_activation(args.kind, LaunchStream{args, layouts.gate_up, stream});
+    with_kernel(args.kind, args.gated, args.d_h.dtype, LaunchStream{args, layouts.gate_up, stream});
   } else if (tiles_fit(args.d_h, layouts.d_h) && tiles_fit(args.gate_up, layouts.gate_up) &&
              tiles_fit(args.d_gate_up, layouts.d_gate_up) &&
              (args.h.data == nullptr || tiles_fit(args.h, layouts.h))) {
-    with_type(args.d_h.dtype,
-              [&](auto zero) { launch_by_tiles<decltype(zero)>(args, layouts, stream); });
+    with_kernel(args.kind, args.gated, args.d_h.dtype, LaunchTiles{args, layouts, stream});
   } else {
     with_type(args.d_h.dtype, [&](auto zero) {
       backward_element_kernel<decltype(zero)>

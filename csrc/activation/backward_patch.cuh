@@ -2,45 +2,43 @@
 // that packs too.
 #pragma once
 
-#include "activation/kinds.cuh"
+#include "activation/functions.h"
 #include "common/square_patch.cuh"
 
 namespace sparse24 {
 
 /// In: d_h, gate, up (gated), all held the same way. Out, in their place: h, d_gate, d_up; plain: h
-/// and d_x.
-template <bool kGated, typename T>
-__device__ __forceinline__ void backward_patch(Activation kind, SquarePatch<T>& d_h,
-                                               SquarePatch<T>& gate, SquarePatch<T>& up) {
+/// and d_x. `lines` is its side or more, and the compiler must not know it.
+template <Activation kKind, bool kGated, typename T>
+__device__ __forceinline__ void backward_patch(int lines, SquarePatch<T>& d_h, SquarePatch<T>& gate,
+                                               SquarePatch<T>& up) {
   constexpr int kSide = kVectorSize<T>, kPerWord = kSide / 4;
   SP24_UNROLL
   for (int i = 0; i < kSide; ++i) {
-    // The branch comes once a row: a whole patch as one straight piece of code would be scheduled
-    // with all its intermediate values alive, and spill.
-    with_kind(kind, [&](auto kind_constant) {
-      constexpr Activation kKind = decltype(kind_constant)::value;
+    // A branch a line, since a whole patch as one straight piece of code is scheduled with all its
+    // intermediate values alive, and spills up to 600 bytes a thread.
+    if (i >= lines) continue;
+    SP24_UNROLL
+    for (int w = 0; w < 4; ++w) {
+      float h[kPerWord], d_gate[kPerWord];
+      [[maybe_unused]] float d_up[kPerWord];
       SP24_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        float h[kPerWord], d_gate[kPerWord];
-        [[maybe_unused]] float d_up[kPerWord];
-        SP24_UNROLL
-        for (int e = 0; e < kPerWord; ++e) {
-          const int j = w * kPerWord + e;
-          const float d = patch_value(d_h, i, j), x = patch_value(gate, i, j);
-          if constexpr (kGated) {
-            const GatedBackward back =
-                gated_backward<kKind, sizeof(T) == 2>(d, x, patch_value(up, i, j));
-            h[e] = back.h, d_gate[e] = back.d_gate, d_up[e] = back.d_up;
-          } else {
-            const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(x);
-            h[e] = act.value, d_gate[e] = d * act.slope;
-          }
+      for (int e = 0; e < kPerWord; ++e) {
+        const int j = w * kPerWord + e;
+        const float d = patch_value(d_h, i, j), x = patch_value(gate, i, j);
+        if constexpr (kGated) {
+          const GatedBackward back =
+              gated_backward<kKind, sizeof(T) == 2>(d, x, patch_value(up, i, j));
+          h[e] = back.h, d_gate[e] = back.d_gate, d_up[e] = back.d_up;
+        } else {
+          const ValueAndSlope act = activate<kKind, sizeof(T) == 2>(x);
+          h[e] = act.value, d_gate[e] = d * act.slope;
         }
-        d_h.word[i][w] = patch_word<T>(h);
-        gate.word[i][w] = patch_word<T>(d_gate);
-        if constexpr (kGated) up.word[i][w] = patch_word<T>(d_up);
       }
-    });
+      d_h.word[i][w] = patch_word<T>(h);
+      gate.word[i][w] = patch_word<T>(d_gate);
+      if constexpr (kGated) up.word[i][w] = patch_word<T>(d_up);
+    }
   }
 }
 
@@ -49,7 +47,7 @@ struct PatchBackward {
   PatchOperand d_h, gate_up, d_gate_up, h;
   int tokens, d_ff;
   uint32_t tile_rows, tile_cols;
-  Activation kind;
+  int lines = 8;  // at least those of a patch: see backward_patch
 };
 
 /// Loads a patch's operands, all held by rows.
@@ -107,8 +105,7 @@ inline PatchBackward patch_backward(const ActivationBackwardArgs& args,
           static_cast<int>(tokens),
           static_cast<int>(d_ff),
           static_cast<uint32_t>(tile_rows),
-          static_cast<uint32_t>(tile_cols),
-          args.kind};
+          static_cast<uint32_t>(tile_cols)};
 }
 
 }  // namespace sparse24

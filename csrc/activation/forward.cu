@@ -54,12 +54,6 @@ struct LaunchStream {
   Layout layout;
   cudaStream_t stream;
 
-  template <Activation kKind>
-  void operator()() const {
-    with_type(args.h.dtype, [this](auto zero) {
-      args.gated ? launch<kKind, true, decltype(zero)>() : launch<kKind, false, decltype(zero)>();
-    });
-  }
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     const int64_t d_ff = args.h.cols;
@@ -77,10 +71,9 @@ using ForwardTile = PatchTile<T, 16, 16>;
 struct TileForward {
   TileOperand gate, up, h;  // plain: no up
   TileWalk walk;
-  Activation kind;
 };
 
-template <bool kGated, typename T>
+template <Activation kKind, bool kGated, typename T>
 __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
     forward_tile_kernel(const __grid_constant__ TileForward p) {
   using Tile = ForwardTile<T>;
@@ -106,18 +99,16 @@ __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
   for (int i = 0; i < Tile::kSide; ++i) {
     const uint4 gate = Tile::read_line(staged, place, column_major, i);
     const uint4 up = kGated ? Tile::read_line(staged + Tile::kBytes, place, column_major, i) : gate;
-    with_kind(p.kind, [&](auto kind) {  // once a line: see backward_patch
-      float g[Tile::kSide], x[Tile::kSide];
-      Vector<T>::unpack(gate, g);
-      Vector<T>::unpack(up, x);
-      SP24_UNROLL
-      for (int j = 0; j < Tile::kSide; ++j) {
-        const float value = activate<decltype(kind)::value, sizeof(T) == 2>(g[j]).value;
-        g[j] = kGated ? value * x[j] : value;
-      }
-      SP24_UNROLL
-      for (int w = 0; w < 4; ++w) h.word[i][w] = patch_word<T>(&g[w * Tile::kSide / 4]);
-    });
+    float g[Tile::kSide], x[Tile::kSide];
+    Vector<T>::unpack(gate, g);
+    Vector<T>::unpack(up, x);
+    SP24_UNROLL
+    for (int j = 0; j < Tile::kSide; ++j) {
+      const float value = activate<kKind, sizeof(T) == 2>(g[j]).value;
+      g[j] = kGated ? value * x[j] : value;
+    }
+    SP24_UNROLL
+    for (int w = 0; w < 4; ++w) h.word[i][w] = patch_word<T>(&g[w * Tile::kSide / 4]);
   }
   if (column_major != p.h.column_major) turn(h);
   __syncthreads();  // gate has been read
@@ -130,17 +121,23 @@ __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
   }
 }
 
-template <typename T>
-void launch_by_tiles(const ActivationArgs& args, Layout in, Layout out, cudaStream_t stream) {
-  using Tile = ForwardTile<T>;
-  const int64_t d_ff = args.h.cols;
-  const TileForward p = {tile_operand<Tile>(args.gate_up, in, 0, d_ff),
-                         tile_operand<Tile>(args.gate_up, in, args.gated ? d_ff : 0, d_ff),
-                         tile_operand<Tile>(args.h, out, 0, d_ff),
-                         tile_walk<Tile>(args.h.rows, d_ff, out), args.kind};
-  launch_tile_pass<Tile>(args.gated ? forward_tile_kernel<true, T> : forward_tile_kernel<false, T>,
-                         p, (args.gated ? 2 : 1) * Tile::kBytes, stream);
-}
+struct LaunchTiles {
+  const ActivationArgs& args;
+  Layout in, out;
+  cudaStream_t stream;
+
+  template <Activation kKind, bool kGated, typename T>
+  void launch() const {
+    using Tile = ForwardTile<T>;
+    const int64_t d_ff = args.h.cols;
+    const TileForward p = {tile_operand<Tile>(args.gate_up, in, 0, d_ff),
+                           tile_operand<Tile>(args.gate_up, in, kGated ? d_ff : 0, d_ff),
+                           tile_operand<Tile>(args.h, out, 0, d_ff),
+                           tile_walk<Tile>(args.h.rows, d_ff, out)};
+    launch_tile_pass<Tile>(forward_tile_kernel<kKind, kGated, T>, p,
+                           (kGated ? 2 : 1) * Tile::kBytes, stream);
+  }
+};
 
 // ---- elements ---------------------------------------------------------------------------------
 
@@ -166,10 +163,9 @@ void activation_forward(const ActivationArgs& args, cudaStream_t stream) {
   check_extents32(args.gate_up.rows, args.gate_up.cols, "gate_up");
   const Layout in = vector_layout(args.gate_up, args.gated ? 2 : 1), out = vector_layout(args.h);
   if (in == out && in != Layout::kStrided) {
-    with_activation(args.kind, LaunchStream{args, in, stream});
+    with_kernel(args.kind, args.gated, args.h.dtype, LaunchStream{args, in, stream});
   } else if (tiles_fit(args.gate_up, in) && tiles_fit(args.h, out)) {
-    with_type(args.h.dtype,
-              [&](auto zero) { launch_by_tiles<decltype(zero)>(args, in, out, stream); });
+    with_kernel(args.kind, args.gated, args.h.dtype, LaunchTiles{args, in, out, stream});
   } else {
     with_type(args.h.dtype, [&](auto zero) {
       forward_element_kernel<decltype(zero)>

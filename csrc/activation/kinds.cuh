@@ -1,19 +1,21 @@
-// kinds.cuh: from an activation known at run time to code for it, inside a kernel.
+// kinds.cuh: from an activation known at run time to code for it.
 //
-// The streaming kernels have one instantiation a kind; those of patches are long, and branch once a
-// patch instead: all threads of a launch take the same way.
+// Kernels that move whole vectors have one instantiation an activation, whether it is gated, and a
+// dtype: a kernel that holds all activations takes 3 to 4 us longer at any size
+// (docs/kernels/activation.md). Those that go element by element are slow anyway, and branch.
 #pragma once
 
 #include <type_traits>
 
 #include "activation/functions.h"
+#include "common/convert.h"
 
 namespace sparse24 {
 
 template <Activation kKind>
 using KindConstant = std::integral_constant<Activation, kKind>;
 
-/// Calls function(KindConstant<kind>{}).
+/// Calls function(KindConstant<kind>{}), inside a kernel.
 template <typename Function>
 __device__ __forceinline__ void with_kind(Activation kind, const Function& function) {
   switch (kind) {
@@ -24,6 +26,28 @@ __device__ __forceinline__ void with_kind(Activation kind, const Function& funct
     case Activation::kSquaredRelu: return function(KindConstant<Activation::kSquaredRelu>{});
     case Activation::kIdentity: return function(KindConstant<Activation::kIdentity>{});
   }
+}
+
+template <typename Launcher>
+struct LaunchOfKind {
+  const Launcher& launcher;
+  bool gated;
+  DType dtype;
+
+  template <Activation kKind>
+  void operator()() const {
+    with_type(dtype, [this](auto zero) {
+      using T = decltype(zero);
+      gated ? launcher.template launch<kKind, true, T>()
+            : launcher.template launch<kKind, false, T>();
+    });
+  }
+};
+
+/// Calls launcher.launch<kind, gated, type>(), on the host.
+template <typename Launcher>
+void with_kernel(Activation kind, bool gated, DType dtype, const Launcher& launcher) {
+  with_activation(kind, LaunchOfKind<Launcher>{launcher, gated, dtype});
 }
 
 }  // namespace sparse24

@@ -50,6 +50,8 @@ void activation_backward(const ActivationBackwardArgs& args, const Context& cont
   }
   SP24_CHECK((args.packed == nullptr) == (args.E == nullptr),
              "packed and E must be given together, or neither");
+  SP24_CHECK(args.tile_sums == nullptr || args.packed != nullptr,
+             "tile_sums are made while packing: give packed and E too, or no tile_sums");
   if (args.packed != nullptr) {
     check_pointer(args.seed, "seed");
     if (context.backend == Backend::kCuda) check_gpu_packed_dtype(args.d_h.dtype, "d_h");

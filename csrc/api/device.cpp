@@ -39,6 +39,13 @@ void ask_driver(int device, DeviceInfo& info) {
       !attribute(&info.multiprocessors, cudaDevAttrMultiProcessorCount)) {
     return;
   }
+  int clock_khz = 0, bus_bits = 0;
+  if (cudaDeviceGetAttribute(&clock_khz, cudaDevAttrMemoryClockRate, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, device) == cudaSuccess) {
+    info.memory_bandwidth = 2.0 * clock_khz * 1e3 * bus_bits / 8;  // two transfers a clock
+  } else {
+    cudaGetLastError();  // an estimate goes without
+  }
   if (info.capability_major != 9 || info.capability_minor != 0) {
     info.reason = concat("sparse kernels are built for ", info.gemm_archs, ", and this GPU is sm_",
                          info.capability_major, info.capability_minor);

@@ -171,6 +171,7 @@ void bind_device(py::module_& module) {
     result["capability_major"] = info.capability_major;
     result["capability_minor"] = info.capability_minor;
     result["multiprocessors"] = info.multiprocessors;
+    result["memory_bandwidth"] = info.memory_bandwidth;
     result["reason"] = info.reason;
     return result;
   });
@@ -187,13 +188,14 @@ void bind_compress(py::module_& module) {
   module.def(
       "mvue_compress",
       [](Address dy, int dtype, int64_t tokens, int64_t features, int64_t row_stride,
-         int64_t col_stride, Address seed, Address packed, Address E, int backend, int device,
-         Address stream) {
+         int64_t col_stride, Address seed, Address packed, Address E, Address tile_sums,
+         int backend, int device, Address stream) {
         MvueArgs args;
         args.dy = const_matrix(dy, dtype_of(dtype), tokens, features, row_stride, col_stride);
         args.seed = pointer<const int64_t>(seed);
         args.packed = pointer<void>(packed);
         args.E = pointer<uint8_t>(E);
+        args.tile_sums = pointer<float>(tile_sums);
         mvue_compress(args, context_of(backend, device, stream));
       },
       Unlocked());
@@ -345,7 +347,7 @@ void bind_activation(py::module_& module) {
          int64_t dh_row_stride, int64_t dh_col_stride, Address gu, int64_t gu_row_stride,
          int64_t gu_col_stride, Address dgu, int64_t dgu_row_stride, int64_t dgu_col_stride,
          Address h, int64_t h_row_stride, int64_t h_col_stride, Address seed, Address packed,
-         Address E, int backend, int device, Address stream) {
+         Address E, Address tile_sums, int backend, int device, Address stream) {
         const DType type = dtype_of(dtype);
         const int64_t gu_cols = gated != 0 ? 2 * dh_cols : dh_cols;
         ActivationBackwardArgs args;
@@ -358,6 +360,7 @@ void bind_activation(py::module_& module) {
         args.seed = pointer<const int64_t>(seed);
         args.packed = pointer<void>(packed);
         args.E = pointer<uint8_t>(E);
+        args.tile_sums = pointer<float>(tile_sums);
         activation_backward(args, context_of(backend, device, stream));
       },
       Unlocked());

@@ -13,6 +13,9 @@
 // Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
 //          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
 //          column-major gradients with tokens % 8 != 0.
+// Sums     Of row-major gradients tile_sums come out of the same registers (tile_sums.cuh); of
+// others
+//          by a read of their own.
 // Random   The draw of a group depends on the seed and its own place only. The seed is read from
 //          device memory, so a replayed graph draws anew when it changes.
 #include <cuda_runtime.h>
@@ -25,6 +28,7 @@
 #include "compress/compress_cuda.h"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
+#include "compress/tile_sums.cuh"
 
 namespace sparse24 {
 namespace {
@@ -34,6 +38,7 @@ struct MvueParams {
   const int64_t* seed;
   uint16_t* packed;
   uint8_t* E;
+  float* tile_sums;
   uint32_t tile_rows, tile_cols;
 };
 
@@ -72,10 +77,27 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
   return patch;
 }
 
-template <typename T, Layout kLayout>
+/// Sums of the columns of a patch that is held by tokens.
+template <typename T>
+__device__ __forceinline__ void put_sums(OctetSums& waiting, const PatchOrigin& origin,
+                                         const Patch16& gradient) {
+  SP24_UNROLL
+  for (int p = 0; p < 4; p += 2) {
+    float sums[4] = {};
+    SP24_UNROLL
+    for (int i = 0; i < kPatch; ++i) {
+      add_pair<T>(gradient.line[i][p], sums[0], sums[1]);
+      add_pair<T>(gradient.line[i][p + 1], sums[2], sums[3]);
+    }
+    waiting.put(origin.row, origin.col + 2 * p, sums);
+  }
+}
+
+template <typename T, Layout kLayout, bool kSums>
 __global__ void __launch_bounds__(kTileThreads, blocks_per_sm(kLayout))
     mvue_kernel(const __grid_constant__ MvueParams p) {
   __shared__ alignas(16) uint8_t stage[kTileMetaBlocks * kStageStride];
+  [[maybe_unused]] __shared__ alignas(16) OctetSums octet_sums;
 
   const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, band_of(kLayout));
   const PatchOrigin origin = patch_origin(gradient_walk(kLayout), false, threadIdx.x);
@@ -86,6 +108,7 @@ __global__ void __launch_bounds__(kTileThreads, blocks_per_sm(kLayout))
 
   const PhiloxKey key = philox_key(p.seed[0], p.seed[1]);
   const Patch16 gradient = load_gradient<T, kLayout>(p.dy, token, feature);
+  if constexpr (kSums) put_sums<T>(octet_sums, origin, gradient);
   const MvuePatch pruned = prune_patch<T, kLayout != Layout::kColumnMajor>(
       gradient, key, static_cast<uint32_t>(token) / 8, static_cast<uint32_t>(feature) / 4);
 
@@ -110,7 +133,8 @@ __global__ void __launch_bounds__(kTileThreads, blocks_per_sm(kLayout))
               static_cast<uint32_t>(origin.col) % kMetaBlock, origin.row, pruned.quad[0].meta,
               pruned.quad[1].meta);
 
-  __syncthreads();  // all bytes of the tile's blocks are staged
+  __syncthreads();  // all bytes of the tile's blocks are staged, and all sums of its octets
+  if constexpr (kSums) octet_sums.store(p.tile_sums, tile.row, tile.col, features);
   const uint32_t warp = threadIdx.x / 32;
   if (warp < kTileMetaBlocks) {
     store_staged(p.E, stage, warp, tile.col * kTileMetaBlocks + warp, tile.row, features, padded);
@@ -124,13 +148,17 @@ void launch_mvue(const MvueArgs& args, cudaStream_t stream) {
   if (!is_aligned16(args.packed)) layout = Layout::kStrided;
   const uint32_t tile_rows = static_cast<uint32_t>(round_up(dy.rows, kTileRows) / kTileRows);
   const uint32_t tile_cols = static_cast<uint32_t>(round_up(dy.cols, kTileCols) / kTileCols);
-  const MvueParams params = {dy,     args.seed, static_cast<uint16_t*>(args.packed),
-                             args.E, tile_rows, tile_cols};
-  const auto kernel = layout == Layout::kRowMajor      ? mvue_kernel<T, Layout::kRowMajor>
-                      : layout == Layout::kColumnMajor ? mvue_kernel<T, Layout::kColumnMajor>
-                                                       : mvue_kernel<T, Layout::kStrided>;
+  const MvueParams params = {dy,       args.seed,      static_cast<uint16_t*>(args.packed),
+                             args.E,   args.tile_sums, tile_rows,
+                             tile_cols};
+  const bool sums = args.tile_sums != nullptr, in_one_pass = sums && layout == Layout::kRowMajor;
+  const auto kernel = in_one_pass                      ? mvue_kernel<T, Layout::kRowMajor, true>
+                      : layout == Layout::kRowMajor    ? mvue_kernel<T, Layout::kRowMajor, false>
+                      : layout == Layout::kColumnMajor ? mvue_kernel<T, Layout::kColumnMajor, false>
+                                                       : mvue_kernel<T, Layout::kStrided, false>;
   kernel<<<tile_rows * tile_cols, kTileThreads, 0, stream>>>(params);
   SP24_CHECK_LAUNCH("mvue_compress of ", name_of(dy.dtype), " [", dy.rows, ", ", dy.cols, "]");
+  if (sums && !in_one_pass) launch_tile_sums<T>(dy, args.tile_sums, stream);
 }
 
 }  // namespace

@@ -98,6 +98,7 @@ void activation_backward(const ActivationBackwardArgs& args) {
   mvue.seed = args.seed;
   mvue.packed = args.packed;
   mvue.E = args.E;
+  mvue.tile_sums = args.tile_sums;
   mvue_compress(mvue);
 }
 

@@ -131,6 +131,23 @@ void mvue_tile(const MvueArgs& args, const PhiloxKey& key, int64_t tile_token,
   meta.store(args.E, tile_feature, tile_token, features);
 }
 
+/// Octets of tokens first, then their sums: the order of the GPU's kernels.
+template <typename T>
+void sum_tile(const MvueArgs& args, int64_t tile_token, int64_t tile_feature) {
+  const Strided<const T> dy = typed<T>(args.dy);
+  const Tile tile = tile_at(tile_token, tile_feature, args.dy.rows, args.dy.cols);
+  float* sums = args.tile_sums + tile_token * args.dy.cols;
+  for (int64_t f = tile.col_begin; f < tile.col_end; ++f) {
+    sums[f] = 0.0f;
+    for (int64_t octet = tile.row_begin; octet < tile.row_end; octet += 8) {
+      float of_octet = 0.0f;
+      for (int64_t token = octet; token < std::min(octet + 8, tile.row_end); ++token)
+        of_octet += to_float(dy(token, f));
+      sums[f] += of_octet;
+    }
+  }
+}
+
 /// The nibble of group (m, k..k+3) of an operand of rows_m rows.
 uint32_t nibble_at(const uint8_t* E, int64_t m, int64_t k, int64_t rows_m) {
   return E[meta_byte_offset(m, k & ~int64_t{7}, rows_m)] >> (k & 4 ? 4 : 0) & 0xFu;
@@ -193,8 +210,11 @@ void mvue_compress(const MvueArgs& args) {
   with_type(args.dy.dtype, [&](auto zero) {
     parallel_for(tiles_along(args.dy.rows) * tile_features, kTile * kTile,
                  [&](int64_t begin, int64_t end) {
-                   for (int64_t t = begin; t < end; ++t)
+                   for (int64_t t = begin; t < end; ++t) {
                      mvue_tile<decltype(zero)>(args, key, t / tile_features, t % tile_features);
+                     if (args.tile_sums != nullptr)
+                       sum_tile<decltype(zero)>(args, t / tile_features, t % tile_features);
+                   }
                  });
   });
 }

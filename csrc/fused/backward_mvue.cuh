@@ -13,6 +13,7 @@ struct BackwardMvue {
   const int64_t* seed;
   uint16_t* packed;
   uint8_t* E;
+  float* tile_sums;  // or null
 };
 
 /// Stores the staged metadata of a tile: the blocks of gate, then those of up, each by one warp.

@@ -15,6 +15,7 @@
 #include "activation/backward_patch.cuh"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
+#include "compress/tile_sums.cuh"
 #include "fused/backward_mvue.cuh"
 
 namespace sparse24 {
@@ -65,12 +66,25 @@ __device__ __forceinline__ void prune_half_quad(const uint2 (&tokens)[4], const 
   meta |= meta_of(pruned[0], pruned[1]) & meta_mask;
 }
 
+/// Four features of four tokens, added to the sums over the octet.
+template <typename T>
+__device__ __forceinline__ void add_tokens(const TokenPart (&tokens)[4], float (&sums)[4]) {
+  SP24_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    add_pair<T>(tokens[i].gate.x, sums[0], sums[1]);
+    add_pair<T>(tokens[i].gate.y, sums[2], sums[3]);
+  }
+}
+
 // Two blocks an SM: 128 registers hold a quad of three operands and the pruning of a group.
-template <Activation kKind, bool kGated, typename T>
+// kSums: sums for the gradient of a bias, which plain layers have.
+template <Activation kKind, bool kGated, typename T, bool kSums = false>
 __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
     backward_mvue_rows_kernel(const __grid_constant__ BackwardMvue p) {
+  static_assert(!(kSums && kGated));
   constexpr int kHalves = kGated ? 2 : 1;
   __shared__ alignas(16) uint8_t stage[kHalves * kTileMetaBlocks * kStageStride];
+  [[maybe_unused]] __shared__ alignas(16) OctetSums octet_sums;
 
   const PatchBackward& b = p.backward;
   const TileIndex tile = raster_tile(blockIdx.x, b.tile_rows, b.tile_cols, 1);
@@ -109,6 +123,7 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
   const uint32_t stride = 2 * features;
   char* packed = reinterpret_cast<char*>(p.packed) + uint64_t{stride} * (token / 2) + 2 * feature;
   uint32_t meta[kHalves] = {};
+  [[maybe_unused]] float sums[4] = {};
 #pragma unroll 1
   for (int group = 0; group < 2; ++group) {
     const int left = valid - 4 * group;
@@ -123,6 +138,7 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
         if (h != nullptr) store8(advance(h, b.h.line_bytes, i), now[i].d_h);
       }
     }
+    if constexpr (kSums) add_tokens<T>(now, sums);
     const uint32_t meta_mask = group == 0 ? 0x0F0F0F0Fu : 0xF0F0F0F0u;
     SP24_UNROLL
     for (int half = 0; half < kHalves; ++half) {
@@ -146,8 +162,10 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
     stage_meta(stage + stage_offset(block, static_cast<uint32_t>(col) % kMetaBlock, row),
                meta[half]);
   }
-  __syncthreads();  // all bytes of the tile's blocks are staged
+  if constexpr (kSums) octet_sums.put(row, col, sums);
+  __syncthreads();  // all bytes of the tile's blocks are staged, and all sums of its octets
   store_halves<kGated>(p, stage, tile);
+  if constexpr (kSums) octet_sums.store(p.tile_sums, tile.row, tile.col, features);
 }
 
 }  // namespace sparse24

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from .. import cost_model
+from ..convert import rates_on
 from . import kernels
 from . import step as arms
 from .models import SHAPES, ModelShape
@@ -130,7 +131,8 @@ def _pytorch_calls(shape: ModelShape, master: torch.dtype) -> dict[str, Callable
 def estimate(shape: ModelShape, master: torch.dtype, mvue: bool = True, micro_batches: int = 1) -> float:
     """The speed-up that `sparsify` expects."""
     training = cost_model.Training(shape.tokens, micro_batches, master.itemsize, mvue)
-    return cost_model.feed_forward(shape.d_model, shape.d_ff, shape.gated, training).speedup
+    rates = rates_on(torch.device("cuda"))
+    return cost_model.feed_forward(shape.d_model, shape.d_ff, shape.gated, training, rates).speedup
 
 
 def feed_forwards(

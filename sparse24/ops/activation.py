@@ -9,7 +9,7 @@ from .. import reference
 from ..errors import Sparse24Error
 from ..layout import DTYPE_CODE, as_major
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
-from .mvue import check_seed, empty_mvue, has_kernel
+from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel
 
 #: names of activations -> codes of the C++ library
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "identity": 5}
@@ -115,14 +115,18 @@ def _backward(
     return d_gu, h
 
 
-def _run_backward(library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None) -> None:
+def _run_backward(
+    library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None, tile_sums=None
+) -> None:
     dh, gu = _as_matrix(dh), _as_matrix(gu)
     d_gu = d_gu.reshape(gu.shape)  # views: leading dimensions of results are dense
     h_place = (0, 0, 0)
     if h is not None:
         h = h.reshape(dh.shape)
         h_place = (h.data_ptr(), *h.stride())
-    mvue = (seed.data_ptr(), packed.data_ptr(), E.data_ptr()) if seed is not None else (0, 0, 0)
+    mvue = (0, 0, 0, 0)
+    if seed is not None:
+        mvue = (seed.data_ptr(), packed.data_ptr(), E.data_ptr(), 0 if tile_sums is None else tile_sums.data_ptr())
     library.activation_backward(
         KINDS[kind], gated, dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gu.data_ptr(), *gu.stride(),
         d_gu.data_ptr(), *d_gu.stride(), *h_place, *mvue, *place,
@@ -173,56 +177,68 @@ def _check_backward_mvue(dh: Tensor, gu: Tensor, kind: str, gated: bool, seed: T
     return _check_backward(dh, gu, kind, gated)
 
 
-def _backward_mvue(dh, gu, kind, gated, seed, recompute_h) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_mvue(dh, gu, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
     width = _check_backward_mvue(dh, gu, kind, gated, seed)
     library, *place = where(gu)
-    if library is None:
-        d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
-        packed, E = reference.mvue_compress(d_gu, seed)
-        return d_gu.contiguous(), packed, E, h.contiguous() if recompute_h else gu.new_empty(0)
-    if not has_kernel(gu):
-        d_gu, h = _backward(dh, gu, kind, gated, recompute_h)
-        return d_gu, *reference.mvue_compress(d_gu, seed), h
+    if library is None or not has_kernel(gu):
+        if library is None:
+            d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
+            d_gu, h = d_gu.contiguous(), h.contiguous() if recompute_h else gu.new_empty(0)
+        else:
+            d_gu, h = _backward(dh, gu, kind, gated, recompute_h)
+        db = reference.bias_gradient(d_gu) if bias_grad else gu.new_empty(0)
+        return d_gu, *reference.mvue_compress(d_gu, seed), h, db
     d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
     packed, E = empty_mvue(*gu.shape, gu.dtype, gu.device)
     h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
+    tile_sums = empty_tile_sums(gu) if bias_grad else None
     if d_gu.numel():
-        _run_backward(library, place, kind, gated, dh, gu, d_gu, h if recompute_h else None, seed, packed, E)
-    return d_gu, packed, E, h
+        h_or_none = h if recompute_h else None
+        _run_backward(library, place, kind, gated, dh, gu, d_gu, h_or_none, seed, packed, E, tile_sums)
+    # Without tokens there are no tiles, and their sum is zero.
+    return d_gu, packed, E, h, gu.new_empty(0) if tile_sums is None else tile_sums.sum(0)
 
 
-def _backward_mvue_fake(dh, gu, kind, gated, seed, recompute_h) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_mvue_fake(dh, gu, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
     width = _check_backward_mvue(dh, gu, kind, gated, seed)
     d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
     h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
-    return d_gu, *empty_mvue(*gu.shape, gu.dtype, gu.device), h
+    db = empty_bias_grad(gu) if bias_grad else gu.new_empty(0)
+    return d_gu, *empty_mvue(*gu.shape, gu.dtype, gu.device), h, db
 
 
 _op_backward_mvue = define_op(
     "activation_backward_mvue",
-    "(Tensor dh, Tensor gu, str kind, bool gated, Tensor seed, bool recompute_h) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor dh, Tensor gu, str kind, bool gated, Tensor seed, bool recompute_h, bool bias_grad) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_mvue,
     _backward_mvue_fake,
 )
 
 
+def _results(out: tuple[Tensor, ...], recompute_h: bool, bias_grad: bool) -> tuple[Tensor, ...]:
+    d_gu, packed, E, h, db = out
+    return (d_gu, packed, E, *(h,) * recompute_h, *(db,) * bias_grad)
+
+
 def gated_activation_backward_mvue(
-    dh: Tensor, gu: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False
+    dh: Tensor, gu: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
     """(d_gu, packed_dgu, E_dgu): the gradient twice from one read, dense and MVUE-packed for the weight gradient.
 
     dh (tokens, d_ff), gu (tokens, 2*d_ff), seed int64 (2,). packed and E are equal, bit for bit, to
-    `mvue_compress(d_gu, seed)`. With `recompute_h` the fourth result is h (tokens, d_ff).
+    `mvue_compress(d_gu, seed)`. With `recompute_h` follows h (tokens, d_ff), with `bias_grad` then the sums of d_gu
+    over its tokens, (2*d_ff,) fp32.
     """
-    args = (dh, gu, kind, True, seed, recompute_h)
+    args = (dh, gu, kind, True, seed, recompute_h, bias_grad)
     out = call_without_grad("gated_activation_backward_mvue", "functional.gated_mlp", _op_backward_mvue, args)
-    return out if recompute_h else out[:3]
+    return _results(out, recompute_h, bias_grad)
 
 
 def activation_backward_mvue(
-    dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False
+    dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
-    """The same for a plain activation: (d_x, packed, E[, h])."""
-    args = (dh, x, kind, False, seed, recompute_h)
+    """The same for a plain activation: (d_x, packed, E[, h][, bias_grad])."""
+    args = (dh, x, kind, False, seed, recompute_h, bias_grad)
     out = call_without_grad("activation_backward_mvue", "functional.mlp", _op_backward_mvue, args)
-    return out if recompute_h else out[:3]
+    return _results(out, recompute_h, bias_grad)

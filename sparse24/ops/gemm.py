@@ -1,7 +1,8 @@
 """The three products of a 2:4 linear layer: forward, input gradient, weight gradient.
 
-Each runs the sparse GEMM where the library has one for the device, dtype and alignment, and otherwise a dense product
-over the decompressed operand: the same function up to rounding, noted once.
+Each runs the sparse GEMM where the library has one for the device and dtype, with zeros around operands of odd sizes
+(gemm_padding.py), and otherwise a dense product over the decompressed operand: the same function up to rounding, noted
+once.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..layout import (
     DTYPE_CODE,
+    FORWARD,
+    GRAD_INPUT,
+    GRAD_WEIGHT,
     HALF_DTYPES,
     META_BLOCK,
     as_rows,
@@ -24,7 +28,7 @@ from ..layout import (
     mask_as_uint16,
     padded_tokens,
 )
-from . import gemm_tuning
+from . import gemm_padding, gemm_tuning
 from ._common import (
     call_without_grad,
     check_mask,
@@ -35,7 +39,6 @@ from ._common import (
     where,
 )
 
-FORWARD, GRAD_INPUT, GRAD_WEIGHT = 0, 1, 2
 _PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
 _NO_POINTER = 0
 
@@ -70,15 +73,14 @@ def _run_sparse_gemm(
     if backend != _library.CUDA:
         return False
     rhs_ld, out_ld, rhs_pointer, out_pointer = rhs.stride(0), out.stride(0), rhs.data_ptr(), out.data_ptr()
+    packed_pointer, E_pointer = packed.data_ptr(), E.data_ptr()
     # Token counts never matter to the answer: a constant keeps the cache small.
     if pass_code == GRAD_WEIGHT:
         why_not = _unsupported(pass_code, m, n, 64, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
     else:
         why_not = _unsupported(pass_code, m, 64, k, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
-    if why_not:
-        _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
-    if why_not or rhs_pointer % 16 or out_pointer % 16:
-        return False
+    if why_not or (rhs_pointer | out_pointer | packed_pointer | E_pointer) % 16:
+        return _run_padded(pass_code, m, n, k, packed, E, rhs, out, bias, accumulate, config, index, decay)
     dtype, out_dtype = DTYPE_CODE[rhs.dtype], DTYPE_CODE[out.dtype]
     if config is None:
         config, scratch_bytes = _plan(pass_code, m, n, k, dtype, out_dtype, index)
@@ -88,11 +90,34 @@ def _run_sparse_gemm(
         )
     # From the caching allocator: freed on this stream right after the launch, and reused only behind it.
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=rhs.device) if scratch_bytes else None
+    fields = None if decay is None else _decay_fields(out, *decay)
     library.sparse_gemm(
-        pass_code, m, n, k, dtype, out_dtype, packed.data_ptr(), E.data_ptr(), rhs_pointer, rhs_ld, out_pointer, out_ld,
+        pass_code, m, n, k, dtype, out_dtype, packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld,
         _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, decay,
+        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, fields,
     )  # fmt: skip
+    if decay is not None and fields is None:
+        _decay_after(out, *decay)
+    return True
+
+
+def _run_padded(pass_code, m, n, k, packed, E, rhs, out, bias, accumulate, config, index, decay) -> bool:
+    """The product by padded operands; False, and said once, where the GPU does not take those either."""
+    if k == 0:  # a sum of nothing, and perhaps a bias
+        return False
+    to = gemm_padding.padded_extents(pass_code, m, n, k, out.element_size())
+    to_n, to_k = (to.n, 64) if pass_code == GRAD_WEIGHT else (64, to.k)
+    why_not = _unsupported(pass_code, to.m, to_n, to_k, rhs.dtype, out.dtype, to.rhs_ld, to.out_ld, index)
+    if why_not:
+        _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
+        return False
+    p = gemm_padding.pad(pass_code, m, n, k, packed, E, rhs, out, accumulate)
+    m, n, k, *_ = p.extents
+    if not _run_sparse_gemm(pass_code, m, n, k, p.packed, p.E, p.rhs, p.out, bias, p.accumulate, config):
+        return False
+    p.finish()
+    if decay is not None:
+        _decay_after(out, *decay)
     return True
 
 
@@ -316,34 +341,34 @@ def _decay_fields(out, factor, weights, masks) -> tuple | None:
     return factor.data_ptr(), *pointers[:2], *w.stride(), *pointers[2:], rows
 
 
+def _decay_after(out, factor, weights, masks) -> None:
+    """Masked decay in a pass of its own, right after the product."""
+    parts = list(out.split([w.shape[0] for w in weights]))
+    torch.ops.sparse24.foreach_masked_decay_.default(parts, weights, masks, 1.0, factor)
+
+
 def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks) -> None:
+    tokens, in_features = x.shape
     if out.numel() == 0:
         return
-    fields = _decay_fields(out, factor, weights, masks) if weights else None
-    in_product = _product_into(packed_dy, E_dy, x, out_features, out, accumulate, fields)
-    if weights and not in_product:
-        parts = list(out.split([w.shape[0] for w in weights]))
-        torch.ops.sparse24.foreach_masked_decay_.default(parts, weights, masks, 1.0, factor)
-
-
-def _product_into(packed_dy, E_dy, x, out_features, out, accumulate, decay) -> bool:
-    """Whether the product has taken `decay`, fields for its epilogue, along."""
-    tokens, in_features = x.shape
+    decay = (factor, weights, masks) if weights else None
     if tokens == 0:
         if not accumulate:
             out.zero_()
-        return False
-    rows = as_rows(x)
-    if _run_sparse_gemm(
-        GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out, accumulate=accumulate, decay=decay
-    ):
-        return decay is not None
-    dy = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, x.dtype)[:tokens]
-    if accumulate:
-        out.add_(_matmul(dy.T, rows, torch.float32 if x.dtype in HALF_DTYPES else x.dtype))  # one rounding, at the end
     else:
-        out.copy_(_matmul(dy.T, rows, out.dtype))
-    return False
+        rows = as_rows(x)
+        if _run_sparse_gemm(
+            GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out,
+            accumulate=accumulate, decay=decay,
+        ):  # fmt: skip
+            return
+        dy = _dense(packed_dy, E_dy, padded_tokens(tokens), out_features, True, x.dtype)[:tokens]
+        if accumulate:  # one rounding, at the end
+            out.add_(_matmul(dy.T, rows, torch.float32 if x.dtype in HALF_DTYPES else x.dtype))
+        else:
+            out.copy_(_matmul(dy.T, rows, out.dtype))
+    if decay is not None:
+        _decay_after(out, *decay)
 
 
 def _sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, factor, weights, masks):
@@ -423,7 +448,7 @@ def sparse_mm_grad_weight(
                      on the device; one weight, or two stacked along out_features, and the uint16 mask of each
 
     The decay is part of the product where weights are in the dtype of dW and row- or column-major alike, the first of
-    two with rows in multiples of 64; else `foreach_masked_decay_` adds it right after.
+    two with rows in multiples of 64, and nothing is padded; else `foreach_masked_decay_` adds it right after.
     """
     if accumulate and out is None:
         raise Sparse24Error("accumulate=True needs out=, the gradient to add to")
@@ -470,18 +495,22 @@ def tune_gemm(
         raise Sparse24Error(f"tune_gemm needs a GPU with sparse kernels: {availability.reason}")
     device = torch.device("cuda" if device is None else device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    with torch.cuda.device(index), torch.no_grad():
-        trials = []
-        for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype or dtype, index):
-            trials += gemm_tuning.tune(product, index)
-    _plan.cache_clear()
+    trials = []
+    try:
+        with torch.cuda.device(index), torch.no_grad():
+            for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
+                trials += gemm_tuning.tune(product, index)
+    finally:
+        _plan.cache_clear()  # of what was found before an error, too
     return trials
 
 
 def _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
     """Operands of small integers, and what dense products make of them."""
-    make = lambda *shape: torch.randint(-2, 3, shape, device=f"cuda:{index}").to(dtype)  # noqa: E731
+    drawn = torch.Generator(f"cuda:{index}").manual_seed(0)  # of its own: training goes on as if nothing were tuned
+    make = lambda *s: torch.randint(-2, 3, s, device=drawn.device, generator=drawn).to(dtype)  # noqa: E731
     x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
+    grad_dtype = _output_dtype(x, grad_dtype)
     mask = torch.ops.sparse24.transposable_mask.default(w)
     packed, E, packed_t, E_t = torch.ops.sparse24.compress.default(w, mask, dtype)
     seed = torch.tensor([1, 2], device=x.device)
@@ -505,6 +534,8 @@ def _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, inde
         def run(config, pass_code=pass_code, mnk=(m, n, k), operands=operands, out=out):
             return _run_sparse_gemm(pass_code, *mnk, *operands, out, config=config)
 
+        # The op asks for the config of the product that is launched, so of the padded one.
+        m, n, k, *_ = gemm_padding.padded_extents(pass_code, m, n, k, out.element_size())
         codes = (DTYPE_CODE[dtype], DTYPE_CODE[result_dtype])
         if run(0):
             yield gemm_tuning.Product(_PASS_NAME[pass_code], (pass_code, m, n, k, *codes), run, out, expected)

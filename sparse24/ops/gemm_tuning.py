@@ -89,6 +89,7 @@ def time_interleaved(candidates: dict[int, Callable], rounds: int = 15) -> dict[
     """Median microseconds of each candidate, run in turn on a GPU that they keep busy."""
     events: dict[int, list] = {code: [] for code in candidates}
     for _ in range(rounds):
+        torch.cuda._sleep(4_000_000)  # some 2 ms: the host gets ahead, and its costs stay outside
         for code, run in candidates.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             run()

@@ -10,6 +10,9 @@ from ..errors import Sparse24DtypeError, Sparse24Error
 from ..layout import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
 
+#: tokens that one row of `tile_sums` adds up
+TILE_TOKENS = 64
+
 
 def check_seed(seed: Tensor, like: Tensor) -> None:
     if seed.dtype != torch.int64 or tuple(seed.shape) != (2,) or not seed.is_contiguous():
@@ -40,7 +43,12 @@ def empty_mvue(tokens: int, features: int, dtype: torch.dtype, device) -> tuple[
     )
 
 
-def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def empty_tile_sums(dy: Tensor) -> Tensor:
+    """Room for the sums of dy's columns over each of its tiles of 64 tokens."""
+    return torch.empty((-(-dy.shape[0] // TILE_TOKENS), dy.shape[1]), dtype=torch.float32, device=dy.device)
+
+
+def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
     if library is None or not has_kernel(dy):
@@ -49,7 +57,7 @@ def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
     library.mvue_compress(
         dy.data_ptr(), DTYPE_CODE[dy.dtype], *dy.shape, *dy.stride(), seed.data_ptr(), packed.data_ptr(), E.data_ptr(),
-        *place,
+        0 if tile_sums is None else tile_sums.data_ptr(), *place,
     )  # fmt: skip
     return packed, E
 
@@ -64,19 +72,50 @@ _op_mvue_compress = define_op(
 )
 
 
-def mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def sums_while_packing(dy: Tensor) -> bool:
+    """Whether packing dy can add up its columns on the way: where our library packs it."""
+    return dy.numel() > 0 and has_kernel(dy) and where(dy)[0] is not None and dy.dtype in DTYPE_CODE
+
+
+def _mvue_compress_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_mvue(dy, seed)
+    if not sums_while_packing(dy):
+        return *_mvue_compress(dy, seed), reference.bias_gradient(dy)
+    tile_sums = empty_tile_sums(dy)
+    return *_mvue_compress(dy, seed, tile_sums), tile_sums.sum(0)
+
+
+def _mvue_compress_and_sum_fake(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *_mvue_compress_fake(dy, seed), empty_bias_grad(dy)
+
+
+def empty_bias_grad(dy: Tensor) -> Tensor:
+    return dy.new_empty(dy.shape[-1], dtype=torch.promote_types(dy.dtype, torch.float32))
+
+
+_op_mvue_compress_and_sum = define_op(
+    "mvue_compress_and_sum",
+    "(Tensor dy, Tensor seed) -> (Tensor, Tensor, Tensor)",
+    _mvue_compress_and_sum,
+    _mvue_compress_and_sum_fake,
+)
+
+
+def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple[Tensor, ...]:
     """Prune `dy` to 2:4 along tokens, unbiased and with the least variance, packed for the weight gradient.
 
     dy      (tokens, features) fp32, bf16 or fp16, row- or column-major (other strides are copied); any extents
     seed    int64 (2,) on dy's device; the result is a pure function of dy and seed, equal on CPU and GPU
     packed  (padded_tokens/2, features) in dy's dtype; tokens are padded with zero rows to a multiple of 8
     E       metadata for (features, padded_tokens)
+    bias_grad  also return the sums of dy over its tokens, (features,) fp32: the gradient of a bias, from the same read
 
     Groups are 4 consecutive tokens of one feature: two are kept, scaled by 1/probability, so that the expected value
     is dy. Arithmetic is fp32, each value rounded once; what leaves fp16's range becomes Inf. Inf and NaN survive.
     Source: arXiv 2404.01847 (MVUE); csrc/compress/mvue_group.h has the exact draw.
     """
-    return call_without_grad("mvue_compress", "functional.sparse_linear", _op_mvue_compress, (dy, seed))
+    op = _op_mvue_compress_and_sum if bias_grad else _op_mvue_compress
+    return call_without_grad("mvue_compress", "functional.sparse_linear", op, (dy, seed))
 
 
 def _draw_seeds(like: Tensor, count: int, rank: int) -> Tensor:

@@ -558,24 +558,35 @@ void test_decay() {
 
 // ---- MVUE -------------------------------------------------------------------------------------
 
+int64_t tile_sums_bytes(int64_t tokens, int64_t features) {
+  return (tokens + 63) / 64 * features * 4;
+}
+
 void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order, int64_t gap,
                      int shift, Fill fill) {
   const int64_t padded = round_up(tokens, 8);
   TwinMatrix dy(tokens, features, dtype, order, gap, shift);
   dy.fill(fill);
   Twin packed(padded / 2 * features * 2, 2 * shift), E(meta_bytes(features, padded), shift),
-      seed(16);
+      seed(16), sums(tile_sums_bytes(tokens, features));
   seed.host<int64_t>()[0] = 0x0123456789ABCDEFll, seed.host<int64_t>()[1] = random_source.bits();
   seed.upload();
-  cpu::mvue_compress({dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
-  cuda::mvue_compress(
-      {dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device()}, nullptr);
+  cpu::mvue_compress(
+      {dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(), sums.host<float>()});
+  // Every other time without sums: that is a kernel of its own.
+  static bool with_sums = false;
+  with_sums = !with_sums;
+  cuda::mvue_compress({dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device(),
+                       with_sums ? sums.device<float>() : nullptr},
+                      nullptr);
   const std::string what =
       concat("mvue_compress [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
              name_of(order), " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
   synchronize(what);
   packed.compare(what + " packed");
   E.compare(what + " E");
+  if (with_sums && fill != Fill::kSpecial && fill != Fill::kBits)  // NaNs differ in their bits
+    sums.compare(what + " sums over tiles");
 }
 
 void test_mvue() {
@@ -734,22 +745,26 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
         got(tokens, width, dtype, din_order, gap, shift);
     initialise(got_h), initialise(got);
     Twin packed(padded / 2 * width * 2, 2 * shift), E(meta_bytes(width, padded), shift), seed(16);
+    Twin sums(tile_sums_bytes(tokens, width));
     seed.host<int64_t>()[0] = -7, seed.host<int64_t>()[1] = random_source.bits();
     seed.upload();
     // d_in holds on its host what the kernels make of it on the device: prune that on the CPU.
-    cpu::mvue_compress({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
+    cpu::mvue_compress({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(),
+                        sums.host<float>()});
     ActivationBackwardArgs args;
     args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(),
     args.gate_up = in.const_device();
     args.d_gate_up = got.device();
     if (with_h) args.h = got_h.device();
     args.seed = seed.device<int64_t>(), args.packed = packed.device<void>(), args.E = E.device();
+    if (with_h) args.tile_sums = sums.device<float>();
     cuda::activation_backward(args, nullptr);
     synchronize(what);
     got.twin().compare_with(d_in.twin(), "fused backward, d_gate_up " + what);
     if (with_h) got_h.twin().compare_with(h.twin(), "fused backward, h " + what);
     packed.compare("fused backward, packed " + what);
     E.compare("fused backward, E " + what);
+    if (with_h && fill == Fill::kNormal) sums.compare("fused backward, sums over tiles " + what);
   }
 }
 

@@ -25,7 +25,7 @@ SP24_API void activation_forward(const ActivationArgs& args, const Context& cont
 
 /// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass.
 /// With `packed` and `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to
-/// mvue_compress(d_gate_up, seed).
+/// mvue_compress(d_gate_up, seed), and `tile_sums`, if given, are those of that call.
 struct ActivationBackwardArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;
@@ -36,6 +36,7 @@ struct ActivationBackwardArgs {
   const int64_t* seed = nullptr;  // int64[2] on the device; with packed
   void* packed = nullptr;         // optional: [padded_tokens/2, d_gate_up.cols]
   uint8_t* E = nullptr;
+  float* tile_sums = nullptr;  // optional, with packed: fp32 [ceil(tokens/64), d_gate_up.cols]
 };
 SP24_API void activation_backward(const ActivationBackwardArgs& args, const Context& context);
 

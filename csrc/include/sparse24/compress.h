@@ -44,11 +44,14 @@ SP24_API void search_and_pack(const PackArgs* weights, int count, const Context&
 ///
 ///   seed     int64[2] in the memory of the context's device: the Philox key
 ///   packed   [padded_tokens/2, features] of dy's dtype, contiguous;  E metadata_bytes(features, padded_tokens)
+///   tile_sums  optional: fp32 [ceil(tokens/64), features], sums of dy over 64 tokens each. Their sum is the gradient
+///            of a bias
 struct MvueArgs {
   ConstMatrix dy;
   const int64_t* seed = nullptr;
   void* packed = nullptr;
   uint8_t* E = nullptr;
+  float* tile_sums = nullptr;
 };
 SP24_API void mvue_compress(const MvueArgs& args, const Context& context);
 

@@ -16,7 +16,8 @@ struct DeviceInfo {
   int capability_major = 0;  // of `device`
   int capability_minor = 0;
   int multiprocessors = 0;
-  std::string reason;  // why the sparse kernels cannot run on `device`; "" if they can
+  double memory_bandwidth = 0;  // bytes a second that its memory bus could move; 0 where the driver does not say
+  std::string reason;           // why the sparse kernels cannot run on `device`; "" if they can
 };
 /// Never throws for a missing driver or GPU: it says so in `reason`. With device < 0 it tells only what was built and does
 /// not call the driver at all: a process may still fork after that.
