@@ -60,20 +60,21 @@ __device__ __forceinline__ void store_patch16(uint16_t* first, uint32_t stride, 
 /// fp32 elements of lanes that are `paired` (tile.h). A pair of lanes loads the same two stretches
 /// of a line, side by side, and exchanges what the other owns. `along` is the patch's place in its
 /// line, `half_line` half of what the warp's lanes span; a line ends at `extent`, a multiple of 4.
-/// All lanes of the warp must call this.
-template <int kStep, int kLines>
+/// All lanes of the warp must call this. kCached: see vector.cuh.
+template <int kStep, bool kCached = false, int kLines>
 __device__ __forceinline__ void load_patch32(float (&value)[kLines][kPatch], const float* line,
                                              uint32_t stride, int along, int half_line, int extent,
                                              int valid) {
   const bool odd = threadIdx.x % 2 == 1;
   const int near = odd ? along - half_line + 4 : along, far = near + half_line;
+  const auto load = [](const void* from) { return kCached ? load16_cached(from) : load16(from); };
   uint4 low[kLines], high[kLines];
   SP24_UNROLL
   for (int i = 0; i < kLines; ++i) {
     low[i] = high[i] = make_uint4(0, 0, 0, 0);
     const float* at = advance(line + near, stride, i);
-    if (i / kStep * kStep < valid && near < extent) low[i] = load16(at);
-    if (i / kStep * kStep < valid && far < extent) high[i] = load16(at + half_line);
+    if (i / kStep * kStep < valid && near < extent) low[i] = load(at);
+    if (i / kStep * kStep < valid && far < extent) high[i] = load(at + half_line);
   }
   SP24_UNROLL
   for (int i = 0; i < kLines; ++i) {

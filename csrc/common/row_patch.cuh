@@ -28,7 +28,7 @@ struct RowPatch {
     uint4 v[kRowPatch];
     if (inside) {
       SP24_UNROLL
-      for (int i = 0; i < kRowPatch; ++i) v[i] = load16(advance(first, stride, i));
+      for (int i = 0; i < kRowPatch; ++i) v[i] = load16_cached(advance(first, stride, i));
     } else {
       SP24_UNROLL
       for (int i = 0; i < kRowPatch; ++i) v[i] = make_uint4(0, 0, 0, 0);
@@ -57,8 +57,8 @@ struct RowPatch<float, kWide> {
   __device__ __forceinline__ void load(const ConstMatrix& w, int row, int col, bool) {
     const int rows = static_cast<int>(w.rows), cols = static_cast<int>(w.cols);
     const uint32_t stride = static_cast<uint32_t>(w.row_stride) * 4;
-    load_patch32<kRowPatch>(line, advance(static_cast<const float*>(w.data), stride, row), stride,
-                            col, kWide / 2 * 8, cols, row < rows ? kRowPatch : 0);
+    load_patch32<kRowPatch, true>(line, advance(static_cast<const float*>(w.data), stride, row),
+                                  stride, col, kWide / 2 * 8, cols, row < rows ? kRowPatch : 0);
   }
   __device__ __forceinline__ float value(int i, int j) const { return line[i][j]; }
   template <typename Out>

@@ -1,12 +1,11 @@
 // vector.cuh: memory accesses of up to 16 bytes with the cache hints that streaming kernels want.
 //
-// Two kinds of loads, because neither is always the faster one. load16 and load8 do not allocate in
-// L1: each byte is used by one thread, once; more of what the kernel writes stays in L2 for the
-// next one. The cached ones are plain: where a warp reads lines in pieces of 64 or 128 bytes, or
-// the traffic is mostly reads, they are 2 to 6 % faster (docs/kernels/mvue.md). All stay ordinary
-// (coherent) loads, because some callers update in place, and are volatile so that a batch of them
-// stays together, in front of the arithmetic that waits for them. Stores are plain: what a kernel
-// writes here is what the next GEMM reads, possibly from L2.
+// Two kinds of loads, because neither is always the faster one. The cached ones are plain: packing,
+// MVUE and activations are 1 to 6 % faster with them (docs/kernels). load16 and load8 do not
+// allocate in L1: the mask search alone, which writes next to nothing, is 8 % faster so. All stay
+// ordinary (coherent) loads, because some callers update in place, and are volatile so that a batch
+// of them stays together, in front of the arithmetic that waits for them. Stores are plain: what a
+// kernel writes here is what the next GEMM reads, possibly from L2.
 #pragma once
 
 #include <cstdint>

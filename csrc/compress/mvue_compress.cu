@@ -71,7 +71,7 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
     const int lines = kByTokens ? tokens : features, length = kByTokens ? features : tokens;
     const uint32_t stride = stride_bytes(dy, kByTokens, 2);
     const uint16_t* first = advance(static_cast<const uint16_t*>(dy.data), stride, line) + along;
-    patch = load_patch16<kByTokens ? 1 : 8, !kByTokens>(first, stride,
+    patch = load_patch16<kByTokens ? 1 : 8, true>(first, stride,
                                                         along < length ? lines - line : 0);
   }
   return patch;

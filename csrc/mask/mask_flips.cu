@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kCountThreads)
   for (int i = 0; i < kChunk / kPerVector / kCountThreads; ++i) {
     const int at = i * kCountThreads + static_cast<int>(threadIdx.x);
     if (at < vectors) {
-      const uint4 x = load16(a + at * kPerVector), y = load16(b + at * kPerVector);
+      const uint4 x = load16_cached(a + at * kPerVector), y = load16_cached(b + at * kPerVector);
       flips += __popc(x.x ^ y.x) + __popc(x.y ^ y.y) + __popc(x.z ^ y.z) + __popc(x.w ^ y.w);
     }
   }

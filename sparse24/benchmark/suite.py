@@ -131,7 +131,7 @@ def _pytorch_calls(shape: ModelShape, master: torch.dtype) -> dict[str, Callable
 def estimate(shape: ModelShape, master: torch.dtype, mvue: bool = True, micro_batches: int = 1) -> float:
     """The speed-up that `sparsify` expects."""
     training = cost_model.Training(shape.tokens, micro_batches, master.itemsize, mvue)
-    rates = rates_on(torch.device("cuda"))
+    rates = rates_on(torch.device("cuda")) if torch.cuda.is_available() else cost_model.Rates()
     return cost_model.feed_forward(shape.d_model, shape.d_ff, shape.gated, training, rates).speedup
 
 

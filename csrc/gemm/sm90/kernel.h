@@ -28,7 +28,6 @@
 #include "gemm/sm90/epilogue.h"
 #include "gemm/sm90/mainloop.h"
 #include "gemm/sm90/persistent.h"
-#include "sparse24/compress.h"
 
 namespace sparse24::gemm::sm90 {
 
@@ -89,8 +88,7 @@ struct SparseGemm {
     const int m = static_cast<int>(args.m), n = static_cast<int>(args.n),
               k = static_cast<int>(args.k);
     // The gradient operand is padded with zero rows; rhs ends at k, and TMA fills zeros past it.
-    const int packed_k =
-        kPass == GemmPass::kGradWeight ? static_cast<int>(padded_tokens(args.k)) : k;
+    const int packed_k = kPass == GemmPass::kGradWeight ? static_cast<int>(round_up(args.k, 8)) : k;
     const auto packed_shape = cute::make_shape(m, n, packed_k, 1);
     const auto problem = cute::make_shape(m, n, k, 1);
 

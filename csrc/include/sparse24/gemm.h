@@ -41,7 +41,7 @@ struct SparseGemmArgs {
   const uint8_t* E = nullptr;
   const void* rhs = nullptr;
   int64_t rhs_ld = 0;
-  void* out = nullptr;
+  void* out = nullptr;  // rows are stored in whole 16-byte units: what follows an odd width, up to out_ld, is scratch
   int64_t out_ld = 0;
   const void* bias = nullptr;  // [m] or null; forward only
   bool accumulate = false;     // out += product, instead of out = product
