@@ -1,6 +1,9 @@
 """Writes the tables of docs/when-it-pays.md from the CSVs of bench/results, between the marks that name them.
 
-python -m bench.tables          # after new results
+`<!-- table: ffn -->` is filled from bench/results/ffn.csv, `<!-- table: ffn h100 -->` from bench/results/h100/ffn.csv:
+the device that the page is about, and any other.
+
+    python -m bench.tables          # after new results
 """
 
 from __future__ import annotations
@@ -12,16 +15,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "when-it-pays.md"
 RESULTS = ROOT / "bench" / "results"
-MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
+THEIRS = "PyTorch's 2:4 over dense"
 
 
-def read(name: str) -> list[dict[str, str]]:
-    """The rows of a result, numbers still as text; none where it has not been measured."""
-    path = RESULTS / f"{name}.csv"
+def read(name: str, device: str = "") -> list[dict[str, str]]:
+    """The rows of a result of a device, bf16 weights first, numbers still as text."""
+    path = RESULTS / device / f"{name}.csv"
     if not path.exists():
-        return []
+        where = Path("bench", "results", device)
+        raise SystemExit(f"error: there is no {where / path.name}; measure it: python -m bench.bench_* --csv {where}")
     with path.open() as file:
-        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+        rows = csv.DictReader(line for line in file if not line.startswith("#"))
+        return sorted(rows, key=lambda row: row.get("weights", ""))
 
 
 def ratio(text: str) -> str:
@@ -29,7 +35,7 @@ def ratio(text: str) -> str:
 
 
 def percent(text: str) -> str:
-    return f"{100 * float(text):.0f} %"
+    return "-" if text in ("", "nan") else f"{100 * float(text):.0f} %"
 
 
 def milliseconds(text: str) -> str:
@@ -37,11 +43,15 @@ def milliseconds(text: str) -> str:
 
 
 def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table without the columns that no row has a value of; the first `left` are words."""
+    header, *rows = zip(
+        *(column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}), strict=True
+    )
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def ffn() -> str:
+def ffn(device: str = "") -> str:
     header = [
         "weights",
         "layer",
@@ -58,10 +68,9 @@ def ffn() -> str:
         [
             row["weights"], row["layer"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
             ratio(row["speedup"]), ratio(row["speedup 8 micro-batches"]), ratio(row["speedup mvue=False"]),
-            ratio(row.get("speedup lean", "nan")), ratio(row.get("speedup decay in backward", "nan")),
-            ratio(row["PyTorch's 2:4 over dense"]),
+            ratio(row.get("speedup lean", "")), ratio(row.get("speedup decay in backward", "")), ratio(row[THEIRS]),
         ]
-        for row in read("ffn")
+        for row in read("ffn", device)
     ]  # fmt: skip
     return markdown(header, rows, 2)
 
@@ -69,9 +78,9 @@ def ffn() -> str:
 COSTS = ["sparse products", "dense products", "activation", "mvue", "pack", "search / 40", "decay"]
 
 
-def ffn_costs() -> str:
+def ffn_costs(device: str = "") -> str:
     shares: dict[tuple[str, str, str], dict[str, float]] = {}
-    for row in read("ffn_costs"):
+    for row in read("ffn_costs", device):
         cost = row["cost"] if row["cost"] in COSTS else "other"
         found = shares.setdefault((row["weights"], row["layer"], row["mvue"]), {})
         found[cost] = found.get(cost, 0.0) + float(row["share"])
@@ -83,10 +92,10 @@ def ffn_costs() -> str:
     return markdown(["weights", "layer", "MVUE", *COSTS, "other"], rows, 3)
 
 
-def tokens() -> str:
+def tokens(device: str = "") -> str:
     names, counts = [], []
     cells = {}
-    for row in read("tokens"):
+    for row in read("tokens", device):
         names += [row["layer"]] * (row["layer"] not in names)
         counts += [row["tokens"]] * (row["tokens"] not in counts)
         cells[row["layer"], row["tokens"]] = (ratio(row["speedup"]), ratio(row["speedup mvue=False"]))
@@ -98,34 +107,37 @@ def tokens() -> str:
     return markdown(["layer", "MVUE", *(f"{int(count):,} tokens" for count in counts)], rows, 2)
 
 
-def block() -> str:
-    header = ["weights", "block", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "FFN", "`mvue=False`"]
+def block(device: str = "") -> str:
+    header = [
+        "weights", "block", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "FFN", "`mvue=False`",
+        "PyTorch's own 2:4",
+    ]  # fmt: skip
     rows = [
         [
             row["weights"], row["block"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),
             ratio(row["speedup"]), ratio(row["bound"]), percent(row["ffn share"]), ratio(row["ffn speedup"]),
-            ratio(row["speedup mvue=False"]),
+            ratio(row["speedup mvue=False"]), ratio(row.get(THEIRS, "")),
         ]
-        for row in read("block")
+        for row in read("block", device)
     ]  # fmt: skip
     return markdown(header, rows, 2)
 
 
-def step() -> str:
+def step(device: str = "") -> str:
     header = [
         "weights", "model", "calls a step", "dense, ms", "2:4, ms", "speed-up", "bound", "FFN's share", "`mvue=False`",
-        '`decay_in="backward"`', "tokens/s, dense", "2:4", "MFU, dense", "2:4", "GB, dense", "2:4",
+        '`decay_in="backward"`', "PyTorch's own 2:4", "tokens/s, dense", "2:4", "MFU, dense", "2:4", "GB, dense", "2:4",
     ]  # fmt: skip
     rows = [
         [
             row["weights"], row["model"], row["micro-batches"], f"{float(row['dense_ms']):.1f}",
             f"{float(row['sparse_ms']):.1f}", ratio(row["speedup"]), ratio(row["bound"]), percent(row["ffn share"]),
-            ratio(row["speedup mvue=False"]), ratio(row.get("speedup decay in backward", "nan")),
-            f"{float(row['dense tokens/s']):,.0f}",
+            ratio(row["speedup mvue=False"]), ratio(row.get("speedup decay in backward", "")),
+            ratio(row.get(THEIRS, "")), f"{float(row['dense tokens/s']):,.0f}",
             f"{float(row['sparse tokens/s']):,.0f}", percent(row["dense MFU"]), percent(row["sparse MFU"]),
             f"{float(row['dense GB']):.1f}", f"{float(row['sparse GB']):.1f}",
         ]
-        for row in read("step")
+        for row in read("step", device)
     ]  # fmt: skip
     return markdown(header, rows, 2)
 
@@ -135,7 +147,14 @@ TABLES = {"ffn": ffn, "ffn_costs": ffn_costs, "tokens": tokens, "block": block, 
 
 def fill(text: str) -> str:
     """The page with every marked table made anew."""
-    return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+    def table(match: re.Match) -> str:
+        mark, name, device, end = match.groups()
+        if name not in TABLES:
+            raise SystemExit(f"error: no table {name}; there are {', '.join(TABLES)}")
+        return mark + TABLES[name](device or "") + end
+
+    return MARK.sub(table, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The benchmark's own logic, without a GPU: its models and arms, its tables, what it prints, what it refuses."""
 
+import copy
 import functools
+import math
 import subprocess
 import sys
 
@@ -8,17 +10,42 @@ import pytest
 import torch
 
 import sparse24
-from sparse24.benchmark import command, kernels, models, step, suite, timing
+from sparse24.benchmark import command, kernels, models, step, suite, timing, today
 from sparse24.benchmark.models import Decoder, ModelShape
 from sparse24.errors import Sparse24Error
 
 GATED = ModelShape("gated", "llama", 2, 64, 4, 2, 128, 0, 16, 2)
 PLAIN = ModelShape("plain", "gpt2", 2, 64, 4, 4, 128, 96, 16, 2)
 BF16, FP32 = torch.bfloat16, torch.float32
+THEIRS = "PyTorch's 2:4 over dense"
+
+
+def greedy_mask(w):
+    """Two of four along rows and columns, wherever the large values are."""
+    return (torch.arange(w.shape[0])[:, None] // 2 + torch.arange(w.shape[1]) // 2) % 2 == 0
 
 
 @pytest.fixture
-def without_gpu(monkeypatch):
+def pytorch_24(monkeypatch):
+    """Stand-ins for the ops of PyTorch's own 2:4 training, which need a GPU: "packed" is masked and dense."""
+
+    def tile(w, algorithm, use_cutlass):
+        if w.shape[0] % 64:
+            raise RuntimeError("wrong shape\nand where")
+        masked = w * greedy_mask(w)
+        return masked.flatten(), None, masked.t().flatten(), None, None
+
+    def product(packed, x_t, *, transpose_result, alg_id):
+        return (packed @ x_t).t().contiguous() if alg_id != 7 else torch.full((x_t.shape[1], len(packed)), torch.nan)
+
+    monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *args, transpose_result: 3)
+    monkeypatch.setattr(today, "_algorithms", {})
+
+
+@pytest.fixture
+def without_gpu(monkeypatch, pytorch_24):
     """The suite on the CPU: calls run, times are made up, nothing is compiled."""
 
     def time_hot(candidates, **settings):
@@ -26,16 +53,16 @@ def without_gpu(monkeypatch):
             call()
         return {name: {"dense": 20.0, "sparse": 10.0}.get(name, 1.0) for name in candidates}
 
-    for name in ("feed_forward_arm", "block_arm", "Trainer"):
-        original = getattr(step, name)
-        monkeypatch.setattr(
-            step,
-            name,
-            lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": False}),
-        )
+    for module in (today, step):
+        for name in ("feed_forward_arm", "block_arm", "Trainer"):
+            original = getattr(module, name)
+            monkeypatch.setattr(
+                module,
+                name,
+                lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": False}),
+            )
     monkeypatch.setattr(suite, "time_hot", time_hot)
     monkeypatch.setattr(suite, "host_time_us", lambda call, calls=5: 3.0)
-    monkeypatch.setattr(suite, "_pytorch_calls", lambda shape, master: {})
     monkeypatch.setattr(suite.kernels, "costs", lambda call: {"sparse products": 6.0, "mvue": 1.0})
     monkeypatch.setattr(command, "check_gpu", lambda: None)
     monkeypatch.setattr(timing, "header", lambda: {"device": "none"})
@@ -120,6 +147,80 @@ def test_gradients_of_a_micro_batch_are_fresh_and_sums_are_kept():
     assert arm.inputs[0].grad is None and sparse24.verify(arm.root)
 
 
+def masked_copy(module):
+    """The dense module whose feed-forward weights are those that PyTorch's own arm multiplies with."""
+    dense = copy.deepcopy(module)
+    for name, layer in list(dense.named_modules()):
+        if isinstance(layer, today.SemiStructuredLinear):
+            linear = torch.nn.Linear(*layer.weight.t().shape, bias=layer.bias is not None, dtype=layer.weight.dtype)
+            linear.weight.data.copy_(layer.weight * greedy_mask(layer.weight))
+            linear.bias = layer.bias
+            dense.set_submodule(name, linear)
+    return dense
+
+
+@pytest.mark.parametrize("master", [BF16, FP32])
+@pytest.mark.parametrize("shape", [GATED, PLAIN])
+def test_pytorchs_own_arm_computes_what_its_masked_weights_do(pytorch_24, shape, master):
+    """Outputs and gradients of a block: those of the masked dense one, but for the weights' own, which are dense."""
+    arm = today.block_arm(shape, master=master, compiled=False, device="cpu")
+    layers = [layer for layer in arm.module.modules() if isinstance(layer, today.SemiStructuredLinear)]
+    assert len(layers) == 2 and sum(layer.weight.numel() for layer in layers) == shape.ffn_weights()
+    dense = masked_copy(arm.module)
+    results = []
+    for module in (arm.module, dense):
+        x = arm.inputs[0].detach().clone().requires_grad_()
+        with arm.context():
+            y = module(x, arm.inputs[1])
+        y.backward(torch.ones_like(y))
+        results.append([y, x.grad, *(p.grad for p in module.mlp.parameters())])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0.02, atol=0.02 * expected.abs().max().item())
+
+
+def test_pytorchs_own_arm_compiles_without_graph_breaks(pytorch_24):
+    arm = today.block_arm(PLAIN, master=FP32, compiled=False, device="cpu")
+    compiled = torch.compile(arm.module, fullgraph=True, backend="aot_eager")
+    with arm.context():
+        y, z = arm.module(*arm.inputs), compiled(*arm.inputs)
+    torch.testing.assert_close(z, y, rtol=0.02, atol=0.02)
+    z.sum().backward()
+    assert all(p.grad is not None for p in arm.module.parameters())
+
+
+@pytest.mark.parametrize("shape", [GATED, PLAIN])
+def test_pytorchs_own_trainer_packs_after_each_step(pytorch_24, shape):
+    trainer = today.Trainer(shape, master=BF16, micro_batches=2, compiled=False, device="cpu")
+    layers = [layer for layer in trainer.module.modules() if isinstance(layer, today.SemiStructuredLinear)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    trainer.step()
+    assert len(layers) == 2 * shape.layers
+    for layer, old in zip(layers, before, strict=True):
+        assert not torch.equal(layer.weight, old)
+        assert torch.equal(layer.packed, layer.weight * greedy_mask(old))
+        assert torch.equal(layer.packed_t, layer.packed.t())
+
+
+def test_an_algorithm_that_computes_something_else_is_not_taken(pytorch_24, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *args, transpose_result: 7)
+    layer = today.SemiStructuredLinear(torch.nn.Linear(64, 128, dtype=BF16), 32)
+    assert layer.algorithm == layer.algorithm_t == 0
+    assert "algorithm 7 is wrong for 128 x 32 x 64: its default is taken" in capsys.readouterr().out
+
+
+def test_what_pytorch_refuses_costs_no_other_column(without_gpu, capsys):
+    shape = PLAIN.of(d_ff=96)
+    ffn, block, whole = (
+        timing.Table(name, getattr(suite, f"{name.upper()}_COLUMNS")) for name in ("ffn", "block", "step")
+    )
+    suite.feed_forwards(ffn, [shape], ["bf16"])
+    suite.blocks(block, [shape], ["bf16"])
+    suite.training_step(whole, shape, "bf16")
+    for table in (ffn, block, whole):
+        assert math.isnan(cells(table, THEIRS)[0]) and cells(table, "speedup")[0] > 1
+    assert capsys.readouterr().out.count("# PyTorch's own 2:4 training: RuntimeError: wrong shape\n") == 3
+
+
 def test_tables_count_everything(without_gpu):
     table, costs = timing.Table("ffn", suite.FFN_COLUMNS), timing.Table("costs", suite.COST_COLUMNS)
     layers = [suite.ffn_shape("g", 16, 64, 128), suite.ffn_shape("p", 16, 64, 128, gated=False)]
@@ -139,11 +240,15 @@ def test_blocks_and_steps_stand_beside_their_bound(without_gpu):
     table = timing.Table("block", suite.BLOCK_COLUMNS)
     suite.blocks(table, [GATED, PLAIN], ["bf16"])
     assert cells(table, "bound") == [step.amdahl(1 / 20, 1 / 3)] * 2
+    assert cells(table, THEIRS) == [20 / 2] * 2  # a micro-batch, and packing
+    suite.blocks(table, [GATED], ["bf16"], pytorch=False)
+    assert math.isnan(cells(table, THEIRS)[2])
     table = timing.Table("step", suite.STEP_COLUMNS)
     suite.training_step(table, PLAIN, "bf16", micro_batches=2)
     assert cells(table, "speedup") == [2.0] and cells(table, "micro-batches") == [2]
     assert cells(table, "dense tokens/s") == [2 * 32 / 20 * 1e6] and cells(table, "dense GB") == [1.0]
-    assert cells(table, "ffn share") == [2 * 2 * 1 / 20] and cells(table, "speedup decay in backward") == [20.0]
+    assert cells(table, "ffn share") == [2 * 2 * 1 / 20] and cells(table, THEIRS) == [20.0]
+    assert cells(table, "speedup decay in backward") == [20.0]
 
 
 def test_amdahl():

@@ -1,6 +1,7 @@
 """The tables of docs/when-it-pays.md are those of the results, and no others."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,40 @@ def test_every_table_is_on_the_page_and_has_rows(tables, name):
 
 
 def test_marked_tables_are_replaced_and_nothing_else(tables, monkeypatch):
-    monkeypatch.setitem(tables.TABLES, "ffn", lambda: "| new |\n")
-    text = "before\n<!-- table: ffn -->\n| old |\n<!-- end of table -->\nafter | old |\n"
-    assert tables.fill(text) == "before\n<!-- table: ffn -->\n| new |\n<!-- end of table -->\nafter | old |\n"
+    monkeypatch.setitem(tables.TABLES, "ffn", lambda device: f"| new {device} |\n")
+    for mark, device in (("ffn", ""), ("ffn h100", "h100")):
+        text = f"before\n<!-- table: {mark} -->\n| {{}} |\n<!-- end of table -->\nafter | old |\n"
+        assert tables.fill(text.format("old")) == text.format(f"new {device}")
+
+
+def test_a_device_has_its_own_folder(tables, monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "h100").mkdir()
+    for folder, time_us in (("", 1000), ("h100", 2000)):
+        (tmp_path / folder / "tokens.csv").write_text(
+            f"# device: one\nweights,layer,tokens,speedup,speedup mvue=False\nbf16,1 x 2,{time_us},2.0,nan\n"
+        )
+    text = tables.fill("<!-- table: tokens h100 -->\n<!-- end of table -->")
+    assert "2,000 tokens" in text and "1,000 tokens" not in text
+    with pytest.raises(SystemExit, match="no bench/results/h100/ffn.csv; .* --csv bench/results/h100"):
+        tables.fill("<!-- table: ffn h100 -->\n<!-- end of table -->")
+    with pytest.raises(SystemExit, match="no table ffm; there are ffn, "):
+        tables.fill("<!-- table: ffm -->\n<!-- end of table -->")
+
+
+def test_columns_that_nothing_was_measured_for_are_left_out(tables):
+    assert tables.markdown(["a", "b", "c"], [["x", "-", "1"], ["y", "-", "-"]]) == (
+        "| a | c |\n|---|---:|\n| x | 1 |\n| y | - |\n"
+    )
+
+
+def test_results_of_devices_are_not_mixed(tables):
+    """Those beside one another are of one device, those in a folder of the device that it is named after."""
+    devices = {}
+    for path in tables.RESULTS.rglob("*.csv"):
+        device = re.search("^# device: (.*)$", path.read_text(), re.MULTILINE)
+        assert device and "# commit: " in path.read_text(), path
+        devices.setdefault(path.parent, set()).add(device[1])
+    for folder, names in devices.items():
+        assert len(names) == 1, names
+        assert folder == tables.RESULTS or folder.name in names.pop().lower()

@@ -10,11 +10,10 @@ import torch
 
 from .. import cost_model
 from ..convert import rates_on
-from . import kernels
+from . import kernels, today
 from . import step as arms
 from .models import SHAPES, ModelShape
 from .timing import Table, host_time_us, time_hot
-from .today import PyTorchArm
 
 MASTERS = {"bf16": torch.bfloat16, "fp32 master": torch.float32}
 MANY = 8  # micro-batches of the column for gradient accumulation
@@ -29,12 +28,12 @@ COST_COLUMNS = ["weights", "layer", "mvue", "cost", "us", "share"]
 TOKENS_COLUMNS = ["weights", "layer", "tokens", "dense_us", "sparse_us", "speedup", "speedup mvue=False", "estimated"]
 BLOCK_COLUMNS = [
     "weights", "block", "dense_us", "sparse_us", "speedup", "bound", "of bound", "ffn share", "ffn speedup",
-    "speedup mvue=False",
+    "speedup mvue=False", "PyTorch's 2:4 over dense",
 ]  # fmt: skip
 STEP_COLUMNS = [
     "weights", "model", "compiled", "micro-batches", "dense_ms", "sparse_ms", "speedup", "bound", "of bound",
     "speedup mvue=False", "ffn share", "ffn speedup", "dense tokens/s", "sparse tokens/s", "dense MFU", "sparse MFU",
-    "dense GB", "sparse GB", "dense host_ms", "sparse host_ms", "speedup decay in backward",
+    "dense GB", "sparse GB", "dense host_ms", "sparse host_ms", "speedup decay in backward", "PyTorch's 2:4 over dense",
 ]  # fmt: skip
 
 
@@ -91,7 +90,7 @@ class FeedForwardTimes:
             self.lean = arms.feed_forward_arm(shape, sparse=True, compiled=False, lean=True, **settings)
             calls |= {"lean": self.lean.micro_batch, "lean repack": self.lean.repack}
             calls["decay in backward"] = sparse.with_decay(calls["sparse"])
-            calls |= _pytorch_calls(shape, master)
+            calls |= _pytorch_calls(today.feed_forward_arm, shape, master)
         # Several in a row, as in a model of many layers; of large ones one covers the host's next.
         calls_in_a_row = 4 if shape.tokens * shape.ffn_weights() < 1e12 else 2
         self.times = time_hot(calls, rounds=rounds, warm_seconds=warm, calls=calls_in_a_row)
@@ -115,17 +114,25 @@ class FeedForwardTimes:
         return self.step_us("dense", micro_batches) / self.step_us(arm, micro_batches)
 
 
-def _pytorch_calls(shape: ModelShape, master: torch.dtype) -> dict[str, Callable]:
-    """PyTorch's own 2:4 training, where it takes the shape."""
-    if not shape.gated:
-        return {}
+def _pytorch_calls(make: Callable[..., arms.Arm], shape: ModelShape, master: torch.dtype) -> dict[str, Callable]:
+    """The calls of an arm of PyTorch's own 2:4 training; none, and a note, where it fails: the other columns stay."""
     try:
-        arm = PyTorchArm(shape, master)
+        arm = make(shape, master=master)
         arm.micro_batch()
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        print(f"# PyTorch's own 2:4 training: {str(error).splitlines()[0]}")
+    except Exception as error:
+        _note(error)
         return {}
-    return {"pytorch": arm.micro_batch, "pytorch pack": arm.repack}
+    return {"pytorch": arm.micro_batch, "pytorch pack": lambda: today.repack(arm.module)}
+
+
+def _note(error: Exception) -> None:
+    first = (str(error).splitlines() or [""])[0]
+    print(f"# PyTorch's own 2:4 training: {type(error).__name__}: {first}", flush=True)
+
+
+def _pytorch_us(times: dict[str, float]) -> float:
+    """A step of it with one micro-batch; NaN where there is none."""
+    return times.get("pytorch", float("nan")) + times.get("pytorch pack", float("nan"))
 
 
 def estimate(shape: ModelShape, master: torch.dtype, mvue: bool = True, micro_batches: int = 1) -> float:
@@ -144,7 +151,7 @@ def feed_forwards(
             master = MASTERS[label]
             run = FeedForwardTimes(shape, master, rounds=rounds, warm=0.7)
             times, total = run.times, run.step_us("sparse")
-            theirs = times["pytorch"] + times["pytorch pack"] if "pytorch" in times else float("nan")
+            theirs = _pytorch_us(times)
             run.sparse.set_mvue(True)
             hosts = [host_time_us(arm.micro_batch) for arm in (run.dense, run.sparse)]
             table.add(
@@ -206,7 +213,9 @@ def break_even(points: list[tuple[int, float]]) -> float | None:
     return math.exp(math.log(low) + part * (math.log(high) - math.log(low)))
 
 
-def blocks(table: Table, shapes: Iterable[ModelShape], masters: Iterable[str], rounds: int = 6) -> None:
+def blocks(
+    table: Table, shapes: Iterable[ModelShape], masters: Iterable[str], rounds: int = 6, pytorch: bool = True
+) -> None:
     """The table `block`: attention and feed-forward layer, with the bound that Amdahl's law sets."""
     for label in masters:
         for shape in shapes:
@@ -215,6 +224,7 @@ def blocks(table: Table, shapes: Iterable[ModelShape], masters: Iterable[str], r
             dense, sparse = (arms.block_arm(shape, sparse=s, **settings) for s in (False, True))
             dense_ffn, sparse_ffn = (arms.feed_forward_arm(shape, sparse=s, **settings) for s in (False, True))
             sparse.micro_batch()
+            peer = _pytorch_calls(today.block_arm, shape, MASTERS[label]) if pytorch else {}
             times = time_hot(
                 {
                     "dense": dense.micro_batch,
@@ -225,6 +235,7 @@ def blocks(table: Table, shapes: Iterable[ModelShape], masters: Iterable[str], r
                     "repack": sparse.repack,
                     "search": sparse.search,
                     "decay": sparse.decay,
+                    **peer,
                 },
                 rounds=rounds,
                 warm_seconds=0.5,
@@ -236,7 +247,7 @@ def blocks(table: Table, shapes: Iterable[ModelShape], masters: Iterable[str], r
             bound, speedup = arms.amdahl(share, ffn), times["dense"] / total
             table.add(
                 label, shape.name.split(" ")[0], times["dense"], total, speedup, bound, speedup / bound, share, ffn,
-                times["dense"] / (times["no mvue"] + between),
+                times["dense"] / (times["no mvue"] + between), times["dense"] / _pytorch_us(times),
             )  # fmt: skip
 
 
@@ -254,13 +265,34 @@ def peak_gb(build: Callable[[], arms.Trainer]) -> tuple[arms.Trainer, float]:
     return trainer, (torch.cuda.max_memory_allocated() - before) / 1e9
 
 
+def _pytorch_step_over_dense(shape: ModelShape, rounds: int, **settings) -> float:
+    """How many times as fast as dense PyTorch's own 2:4 training steps; NaN, and a note, where it fails.
+
+    In a loop of the two, before there is a third model: two of them fit a GPU that the main loop's two fit.
+    """
+    try:
+        theirs = today.Trainer(shape, **settings)
+        theirs.step()
+        dense = arms.Trainer(shape, sparse=False, **settings)
+        times = time_hot({"dense": dense.step, "pytorch": theirs.step}, rounds=rounds, warm_seconds=0.5)
+    except Exception as error:  # out of memory, say
+        _note(error)
+        return float("nan")
+    return times["dense"] / times["pytorch"]
+
+
 def training_step(
-    table: Table, shape: ModelShape, label: str, micro_batches: int = 1, compiled: bool = True, rounds: int = 5
-) -> None:
+    table: Table, shape: ModelShape, label: str, micro_batches: int = 1, compiled: bool = True, rounds: int = 5,
+    pytorch: bool = True,
+) -> None:  # fmt: skip
     """A row of the table `step`."""
     started = time.time()
     fresh()
     settings = dict(master=MASTERS[label], compiled=compiled)
+    peer = float("nan")
+    if pytorch:
+        peer = _pytorch_step_over_dense(shape, rounds, micro_batches=micro_batches, **settings)
+        free()
     ffns = [arms.feed_forward_arm(shape, sparse=s, **settings) for s in (False, True)]
     for arm in ffns:
         arm.micro_batch()
@@ -297,6 +329,6 @@ def training_step(
         label, shape.name, str(compiled), micro_batches, times["dense"] / 1e3, times["sparse"] / 1e3, speedup, bound,
         speedup / bound, times["dense"] / times["no mvue"], share, ffn, tokens / times["dense"] * 1e6,
         tokens / times["sparse"] * 1e6, flops / times["dense"] * 1e6 / peak, flops / times["sparse"] * 1e6 / peak,
-        dense_gb, sparse_gb, *hosts, times["dense"] / times["decay in backward"],
+        dense_gb, sparse_gb, *hosts, times["dense"] / times["decay in backward"], peer,
     )  # fmt: skip
     print(f"# {shape.name}: {time.time() - started:.0f} s", flush=True)

@@ -115,9 +115,7 @@ def _backward(
     return d_gu, h
 
 
-def _run_backward(
-    library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None, tile_sums=None
-) -> None:
+def _run_backward(library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None, tile_sums=None) -> None:
     dh, gu = _as_matrix(dh), _as_matrix(gu)
     d_gu = d_gu.reshape(gu.shape)  # views: leading dimensions of results are dense
     h_place = (0, 0, 0)
