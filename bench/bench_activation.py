@@ -7,7 +7,7 @@ Bytes an element of h: forward 6 (gate, up, h in bf16); backward 10 (d_h, gate, 
 more with MVUE packing of both halves. Layouts: r is row-major, c is column-major (tokens contiguous). With `--ncu` the
 profiler counts the DRAM bytes of our kernels too; what still waits in L2 when a kernel ends is not counted.
 
-    python -m bench.bench_activation [--csv FOLDER] [--png FOLDER] [--ncu]
+    python -m bench.bench_activation [--csv FOLDER] [--append] [--png FOLDER] [--ncu]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import Table, arguments, copy_bandwidth, header, time_cold
+from bench.common import Table, arguments, copy_bandwidth, header, open_table, time_cold
 from bench.counters import READ, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -204,7 +204,7 @@ def main() -> None:
     dram = dram_over_ideal() if args.ncu else {}
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
-    table = Table("activation", COLUMNS)
+    table = open_table(args, "activation", COLUMNS, key=3)
     table.add("copy", "1 GiB", "", 2 * 2**30 / copy / 1e6, copy, 1.0, "")
     for name, tokens, d_ff in SHAPES:
         dhs, gus = operands(tokens, d_ff)
@@ -214,8 +214,6 @@ def main() -> None:
         for (op, where), time_us in times.items():
             rate = calls[op, where][0] * tokens * d_ff / time_us / 1e6
             table.add(op, name, where, time_us, rate, rate / copy, dram.get((op, name, where), ""))
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", plot(table, args.png, copy))
 

@@ -3,22 +3,21 @@
 Only the feed-forward layer is 2:4, so Amdahl's law bounds the gain: 1 / (1 - share + share / speed-up), with the
 share of the dense layer in the dense block and its speed-up measured in the same loop.
 
-    python -m bench.bench_block [--csv FOLDER] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32]
+    python -m bench.bench_block [--csv FOLDER] [--append] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32]
 """
 
 from __future__ import annotations
 
-from bench.common import Table, arguments, chosen, header, masters, write
+from bench.common import arguments, chosen, header, masters, open_table
 from sparse24.benchmark import suite
 
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0], select=True).parse_args()
     print(header())
-    table = Table("block", suite.BLOCK_COLUMNS)
+    table = open_table(args, "block", suite.BLOCK_COLUMNS, key=2)
     for label in masters(args):
         suite.blocks(table, chosen(args, suite.BLOCKS, quick=("llama-7B x2",)), [label])
-        write(args, table)
     if args.png:
         print("wrote", table.plot(args.png, "block", "speedup", "speed over torch.compile'd dense", 1.0))
 

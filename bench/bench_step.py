@@ -4,13 +4,13 @@ Forward, backward, fused AdamW; the 2:4 side under a Recipe: decay, re-packing, 
 weights. Compiled block by block. "bound" is Amdahl's, from the layer's share and speed-up measured in the same run;
 tokens/s, model FLOP utilisation of the dense peak (the 2:4 side counted as dense), peak memory, host time.
 
-    python -m bench.bench_step [--csv FOLDER] [--png FOLDER] [--quick] [--all] [--only NAMES] [--master bf16|fp32]
-                               [--micro-batches N] [--many NAMES] [--eager]
+    python -m bench.bench_step [--csv FOLDER] [--append] [--png FOLDER] [--quick] [--all] [--only NAMES]
+                               [--master bf16|fp32] [--micro-batches N] [--many NAMES] [--eager]
 """
 
 from __future__ import annotations
 
-from bench.common import Table, arguments, chosen, header, masters, write
+from bench.common import arguments, chosen, header, masters, open_table
 from sparse24.benchmark import suite
 from sparse24.benchmark.models import SHAPES
 
@@ -26,12 +26,11 @@ def main() -> None:
     args = parser.parse_args()
     print(header())
     models = [SHAPES[name] for name in (SHAPES if args.all or args.only else DEFAULT)]
-    table = Table("step", suite.STEP_COLUMNS)
+    table = open_table(args, "step", suite.STEP_COLUMNS, key=4)
     for label in ("bf16",) if args.master is None else masters(args):
         for shape in chosen(args, models, quick=("llama-7B x2",)):
             for count in (args.micro_batches, *[suite.MANY] * (shape.name in args.many.split(","))):
                 suite.training_step(table, shape, label, count, not args.eager)
-                write(args, table)
     if args.png:
         print("wrote", table.plot(args.png, "model", "speedup", "speed over torch.compile'd dense", 1.0))
 
