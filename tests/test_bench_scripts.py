@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import common
-from sparse24.benchmark import suite, timing
+from bench import bench_step, common
+from sparse24.benchmark import models, suite, timing
 
 SMALL = [("gpt2-small", 64, 64, 128)]
 #: script -> what it measures instead of real shapes
@@ -95,6 +95,45 @@ def test_a_script_writes_what_it_measures(without_gpu, monkeypatch, tmp_path, sc
     assert len(rows) >= 2
     run(monkeypatch, script, "--csv", tmp_path, "--append")
     assert path.read_text().splitlines() == lines  # every row has a key of its own
+
+
+def steps(monkeypatch, *options):
+    """(dtype, model, micro-batches) of what the script for training steps times."""
+    found = []
+    monkeypatch.setattr(bench_step, "header", dict)
+    monkeypatch.setattr(
+        suite, "training_step", lambda table, shape, label, count, *_, **__: found.append((label, shape.name, count))
+    )
+    run(monkeypatch, "bench_step", *options)
+    return found
+
+
+def test_which_steps_are_timed(monkeypatch):
+    default = steps(monkeypatch)
+    assert [(label, name) for label, name, _ in default] == bench_step.DEFAULT and len(set(default)) == len(default)
+    assert {name for _, name, _ in default} == set(models.SHAPES)
+    assert steps(monkeypatch, "--master", "fp32") == [case for case in default if case[0] == "fp32 master"]
+    assert steps(monkeypatch, "--only", "llama-1B,gpt2-124M", "--many", "llama-1B") == [
+        ("bf16", "llama-1B", 1), ("bf16", "llama-1B", 8), ("bf16", "gpt2-124M", 1)
+    ]  # fmt: skip
+    assert steps(monkeypatch, "--only", "llama-3B", "--master", "fp32") == [("fp32 master", "llama-3B", 1)]
+    assert len(steps(monkeypatch, "--all")) == len(models.SHAPES)
+
+
+@pytest.mark.parametrize("label, name", bench_step.DEFAULT)
+def test_both_models_of_a_step_fit_80_gigabytes(label, name):
+    """Bytes a token and feature of a layer are what a compiled dense block saves for backward; 2 more, and the weights
+    in bf16, under autocast. Together 1 to 5 % above what steps of gpt2-774M and llama-3B hold on a GPU.
+    """
+    shape, master = models.SHAPES[name], 2 if label == "bf16" else 4
+    ffn = shape.layers * shape.ffn_weights()
+    attention = shape.layers * (2 + 2 * shape.kv_heads / shape.heads) * shape.d_model**2
+    weights = ffn + attention + shape.vocab * shape.d_model
+    between_steps = 2 * 3 * master * weights + 2.375 * ffn  # master weights, AdamW's states; packed forms of one side
+    a_feature = (17 + 5.7 * shape.d_ff / shape.d_model if shape.gated else 32) + 2 * (master == 4)
+    saved = shape.layers * shape.tokens * shape.d_model * a_feature + 2 * weights * (master == 4)
+    logits = shape.tokens * shape.vocab * (2 + 4)
+    assert between_steps + saved + logits < 70e9  # the rest for gradients and fragments
 
 
 def test_options_of_the_shared_parser_reach_the_table(tmp_path):
