@@ -1,7 +1,7 @@
 """Gated activation, forward and backward, in every mix of layouts, against the copy bandwidth of the same run.
 
-Beside ours: eager PyTorch; torch.compile with static and with dynamic shapes; Liger's SwiGLU where it is installed (it
-takes contiguous halves); for the fused backward, torch.compile's dense backward followed by our `mvue_compress`.
+Beside ours: eager PyTorch; torch.compile with static and with dynamic shapes; Liger's SwiGLU where it is installed
+(of row-major operands); for the fused backward, torch.compile's dense backward followed by our `mvue_compress`.
 
 Bytes an element of h: forward 6 (gate, up, h in bf16); backward 10 (d_h, gate, up, d_gate, d_up), 2 more with h, 2.25
 more with MVUE packing of both halves. Layouts: r is row-major, c is column-major (tokens contiguous). With `--ncu` the
@@ -57,15 +57,18 @@ def swiglu_backward(dh, gu, d_gu) -> None:
     d_gate.copy_(dh * up * sigmoid * (1 + gate * (1 - sigmoid)))
 
 
-def liger_forward(gu: torch.Tensor) -> Callable | None:
-    """Liger's SwiGLU over two contiguous halves, or None."""
+def liger_forward(gu: torch.Tensor) -> dict[str, Callable]:
+    """Liger's SwiGLU: over two contiguous halves and, in newer versions, over gate_up as one; nothing without Liger."""
     try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        from liger_kernel.ops import swiglu as liger
     except ImportError as error:
         print(f"# Liger is left out: {error}")
-        return None
+        return {}
     gate, up = (half.contiguous() for half in gu.chunk(2, -1))
-    return lambda: LigerSiLUMulFunction.apply(gate, up)
+    calls: dict[str, Callable] = {"Liger, halves apart": lambda: liger.LigerSiLUMulFunction.apply(gate, up)}
+    if hasattr(liger, "LigerFusedGateUpSiLUMulFunction"):
+        calls["Liger, halves as one"] = lambda: liger.LigerFusedGateUpSiLUMulFunction.apply(gu)
+    return calls
 
 
 def ours_forward(gus, column_in: bool, column_out: bool) -> Callable:
@@ -83,8 +86,7 @@ def forward_calls(gus: dict[bool, torch.Tensor]) -> dict[tuple, Callable]:
         calls["eager", where] = lambda gu=gu, run=plain: run(gu)
         calls["torch.compile static", where] = lambda gu=gu, run=static: run(gu)
         calls["torch.compile dynamic", where] = lambda gu=gu, run=dynamic: run(gu)
-    if (liger := liger_forward(gus[False])) is not None:
-        calls["Liger, halves apart", "r/r"] = liger
+    calls |= {(name, "r/r"): call for name, call in liger_forward(gus[False]).items()}
     return calls
 
 

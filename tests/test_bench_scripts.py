@@ -97,6 +97,29 @@ def test_a_script_writes_what_it_measures(without_gpu, monkeypatch, tmp_path, sc
     assert path.read_text().splitlines() == lines  # every row has a key of its own
 
 
+@pytest.mark.parametrize("newer", [True, False])
+def test_liger_stands_beside_ours_where_it_is_installed(without_gpu, monkeypatch, tmp_path, newer):
+    """With a stand-in of its names and signatures: liger_kernel 0.8.5, and versions before gate_up as one."""
+    liger = types.ModuleType("liger_kernel.ops.swiglu")
+    silu = torch.nn.functional.silu
+    liger.LigerSiLUMulFunction = types.SimpleNamespace(apply=lambda gate, up: silu(gate) * up)
+    if newer:
+        halves = types.SimpleNamespace(apply=lambda gate_up: silu(gate_up.chunk(2, -1)[0]))
+        liger.LigerFusedGateUpSiLUMulFunction = halves
+    ops = types.ModuleType("liger_kernel.ops")
+    ops.swiglu = liger
+    for name, module in (
+        ("liger_kernel", types.ModuleType("liger_kernel")),
+        (ops.__name__, ops),
+        (liger.__name__, liger),
+    ):
+        monkeypatch.setitem(sys.modules, name, module)
+    run(monkeypatch, "bench_activation", "--csv", tmp_path)
+    text = (tmp_path / "activation.csv").read_text()
+    assert '"forward Liger, halves apart",small,r/r,' in text
+    assert ('"forward Liger, halves as one",small,r/r,' in text) == newer
+
+
 def steps(monkeypatch, *options):
     """(dtype, model, micro-batches) of what the script for training steps times."""
     found = []
