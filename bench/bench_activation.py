@@ -1,13 +1,13 @@
 """Gated activation, forward and backward, in every mix of layouts, against the copy bandwidth of the same run.
 
-Beside ours: eager PyTorch; torch.compile with static and with dynamic shapes; Liger's SwiGLU where it is installed (it
-takes contiguous halves); for the fused backward, torch.compile's dense backward followed by our `mvue_compress`.
+Beside ours: eager PyTorch; torch.compile with static and with dynamic shapes; Liger's SwiGLU where it is installed
+(of row-major operands); for the fused backward, torch.compile's dense backward followed by our `mvue_compress`.
 
 Bytes an element of h: forward 6 (gate, up, h in bf16); backward 10 (d_h, gate, up, d_gate, d_up), 2 more with h, 2.25
 more with MVUE packing of both halves. Layouts: r is row-major, c is column-major (tokens contiguous). With `--ncu` the
 profiler counts the DRAM bytes of our kernels too; what still waits in L2 when a kernel ends is not counted.
 
-    python -m bench.bench_activation [--csv FOLDER] [--png FOLDER] [--ncu]
+    python -m bench.bench_activation [--csv FOLDER] [--append] [--png FOLDER] [--ncu]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import Table, arguments, copy_bandwidth, header, time_cold
+from bench.common import Table, arguments, copy_bandwidth, header, open_table, time_cold
 from bench.counters import READ, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -57,15 +57,18 @@ def swiglu_backward(dh, gu, d_gu) -> None:
     d_gate.copy_(dh * up * sigmoid * (1 + gate * (1 - sigmoid)))
 
 
-def liger_forward(gu: torch.Tensor) -> Callable | None:
-    """Liger's SwiGLU over two contiguous halves, or None."""
+def liger_forward(gu: torch.Tensor) -> dict[str, Callable]:
+    """Liger's SwiGLU: over two contiguous halves and, in newer versions, over gate_up as one; nothing without Liger."""
     try:
-        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+        from liger_kernel.ops import swiglu as liger
     except ImportError as error:
         print(f"# Liger is left out: {error}")
-        return None
+        return {}
     gate, up = (half.contiguous() for half in gu.chunk(2, -1))
-    return lambda: LigerSiLUMulFunction.apply(gate, up)
+    calls: dict[str, Callable] = {"Liger, halves apart": lambda: liger.LigerSiLUMulFunction.apply(gate, up)}
+    if hasattr(liger, "LigerFusedGateUpSiLUMulFunction"):
+        calls["Liger, halves as one"] = lambda: liger.LigerFusedGateUpSiLUMulFunction.apply(gu)
+    return calls
 
 
 def ours_forward(gus, column_in: bool, column_out: bool) -> Callable:
@@ -83,8 +86,7 @@ def forward_calls(gus: dict[bool, torch.Tensor]) -> dict[tuple, Callable]:
         calls["eager", where] = lambda gu=gu, run=plain: run(gu)
         calls["torch.compile static", where] = lambda gu=gu, run=static: run(gu)
         calls["torch.compile dynamic", where] = lambda gu=gu, run=dynamic: run(gu)
-    if (liger := liger_forward(gus[False])) is not None:
-        calls["Liger, halves apart", "r/r"] = liger
+    calls |= {(name, "r/r"): call for name, call in liger_forward(gus[False]).items()}
     return calls
 
 
@@ -204,7 +206,7 @@ def main() -> None:
     dram = dram_over_ideal() if args.ncu else {}
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
-    table = Table("activation", COLUMNS)
+    table = open_table(args, "activation", COLUMNS, key=3)
     table.add("copy", "1 GiB", "", 2 * 2**30 / copy / 1e6, copy, 1.0, "")
     for name, tokens, d_ff in SHAPES:
         dhs, gus = operands(tokens, d_ff)
@@ -214,8 +216,6 @@ def main() -> None:
         for (op, where), time_us in times.items():
             rate = calls[op, where][0] * tokens * d_ff / time_us / 1e6
             table.add(op, name, where, time_us, rate, rate / copy, dram.get((op, name, where), ""))
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", plot(table, args.png, copy))
 

@@ -2,14 +2,14 @@
 
 Bytes an element: the weight (2 or 4), packed and packed_t with metadata (1.125 each), the mask (0.125).
 
-    python -m bench.bench_compress [--csv FOLDER] [--png FOLDER]
+    python -m bench.bench_compress [--csv FOLDER] [--append] [--png FOLDER]
 """
 
 from __future__ import annotations
 
 import torch
 
-from bench.common import WEIGHTS, Table, arguments, copy_bandwidth, header, time_cold
+from bench.common import WEIGHTS, arguments, copy_bandwidth, header, open_table, time_cold
 from sparse24 import ops
 
 
@@ -23,7 +23,8 @@ def main() -> None:
     print(header())
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
-    table = Table("compress", ["op", "weight", "dtype", "time_us", "TB/s", "share of copy", "over greedy"])
+    columns = ["op", "weight", "dtype", "time_us", "TB/s", "share of copy", "over greedy"]
+    table = open_table(args, "compress", columns, key=3)
     for name, rows, cols in WEIGHTS:
         for dtype in (torch.bfloat16, torch.float32):
             w = torch.randn(rows, cols, device="cuda", dtype=dtype)
@@ -57,8 +58,6 @@ def main() -> None:
     for op, time_us in times.items():
         rate = 4.375 * sum(w.numel() for w in weights) / time_us / 1e6
         table.add(f"{op} x24", "gpt2-124M all", "bfloat16", time_us, rate, rate / copy, float("nan"))
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", table.plot(args.png, "op", "share of copy", "share of copy bandwidth", 0.85))
 

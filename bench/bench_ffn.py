@@ -7,12 +7,13 @@ what PyTorch itself offers: greedy packing, cuSPARSELt forward and for the input
 The last two columns have masked decay inside the products of backward (`decay_in="backward"`), in place of its pass.
 `ffn_costs` has the GPU's time of the 2:4 side by what it is for.
 
-    python -m bench.bench_ffn [--csv FOLDER] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32] [--no-costs]
+    python -m bench.bench_ffn [--csv FOLDER] [--append] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32]
+                              [--no-costs]
 """
 
 from __future__ import annotations
 
-from bench.common import Table, arguments, chosen, header, masters, write
+from bench.common import arguments, chosen, header, masters, open_table
 from sparse24.benchmark import suite
 
 
@@ -21,11 +22,11 @@ def main() -> None:
     parser.add_argument("--no-costs", action="store_true", help="without the table of costs")
     args = parser.parse_args()
     print(header())
-    table, costs = Table("ffn", suite.FFN_COLUMNS), Table("ffn_costs", suite.COST_COLUMNS)
+    table = open_table(args, "ffn", suite.FFN_COLUMNS, key=2)
+    costs = None if args.no_costs else open_table(args, "ffn_costs", suite.COST_COLUMNS, key=2)
     layers = chosen(args, suite.LAYERS, quick=("124M-like", "llama-7B"))
     for label in masters(args):
-        suite.feed_forwards(table, layers, [label], None if args.no_costs else costs)
-        write(args, table, costs)
+        suite.feed_forwards(table, layers, [label], costs)
     if args.png:
         print("wrote", table.plot(args.png, "layer", "speedup", "speed over torch.compile'd dense", 1.0))
 

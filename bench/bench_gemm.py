@@ -5,7 +5,7 @@ the same run. cuSPARSELt is called as a PyTorch user can (`torch._cslt_sparse_mm
 K-major operands, so it stands in the forward rows, where no copy is needed, only. It plans anew at each call: its ratio
 is taken behind a wait on the GPU that hides this.
 
-    python -m bench.bench_gemm [--csv FOLDER] [--png FOLDER] [--no-cusparselt]
+    python -m bench.bench_gemm [--csv FOLDER] [--append] [--png FOLDER] [--no-cusparselt]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, time_hot
+from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, open_table, time_hot
 from sparse24 import ops
 
 CEILING = 16384
@@ -148,7 +148,7 @@ def main() -> None:
     ceiling = measured_ceiling()
     print(f"ceiling: {ceiling:.0f} TFLOP/s ({CEILING} cubed)")
     columns = ["layer", "pass", "m", "n", "k", "dense TFLOP/s", "sparse TFLOP/s", "over dense", "over cuSPARSELt"]
-    table = Table("gemm", [*columns, "of ceiling"])
+    table = open_table(args, "gemm", [*columns, "of ceiling"], key=2)
     ratios: dict[str, list[float]] = {}
     for name, tokens, d_model, d_ff in LAYERS:
         for side, d_in, d_out in (("up", d_model, d_ff), ("down", d_ff, d_model)):
@@ -167,8 +167,6 @@ def main() -> None:
                 ratios.setdefault(name.split("-")[0], []).append(ratio)
     for family, values in ratios.items():
         print(f"geometric mean over dense, {family}: {math.exp(sum(map(math.log, values)) / len(values)):.3f}")
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", table.plot(args.png, "layer", "over dense", "speed over dense cuBLAS", 1.0))
         print("wrote", plot_roofline(table, ceiling, copy_bandwidth(), args.png))

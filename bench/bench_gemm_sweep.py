@@ -4,7 +4,7 @@ Products are of GPT-2, Llama (whole and as shards of tensor-parallel ones), BERT
 Rows are pass, m, n, k, dense cuBLAS' TFLOP/s, config and its TFLOP/s. `tests/cpp/gemm_config_test.cpp` reads the CSV
 and holds the choice to within 3 % of the best.
 
-    python -m bench.bench_gemm_sweep [--csv FOLDER]
+    python -m bench.bench_gemm_sweep [--csv FOLDER] [--append]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from bench.common import Table, arguments, header
+from bench.common import arguments, header, open_table
 from sparse24 import _library, ops
 from sparse24.layout import DTYPE_CODE
 from sparse24.ops import gemm
@@ -80,7 +80,8 @@ def median_times(candidates: dict, rounds: int) -> dict:
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     print(header())
-    table = Table("gemm_sweep", ["pass", "m", "n", "k", "dense TFLOP/s", "config", "TFLOP/s"])
+    columns = ["pass", "m", "n", "k", "dense TFLOP/s", "config", "TFLOP/s"]
+    table = open_table(args, "gemm_sweep", columns, key=4)
     library, bf16 = _library.binding(), DTYPE_CODE[torch.bfloat16]
     heat(1.5)
     for layer in LAYERS:
@@ -94,8 +95,6 @@ def main() -> None:
             for config in list(candidates)[1:]:
                 text = library.sparse_gemm_config(code, m, n, k, bf16, bf16, config, _library.CUDA, 0)
                 table.add(PASSES[code], m, n, k, tflop / times["dense"], text, tflop / times[config])
-    if args.csv:
-        print("wrote", table.write(args.csv))
 
 
 if __name__ == "__main__":

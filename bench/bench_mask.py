@@ -5,7 +5,7 @@ Peers    the 90-pattern search in Triton (bench/peers/triton_mask.py), which yie
 Bytes    an element: the weight (2 or 4) and 0.125 of mask; packing adds 2 x 1.125; flips read 0.25; gaps write 0.25.
 Checked  before timing: every exact search keeps the same magnitude.
 
-    python -m bench.bench_mask [--csv FOLDER] [--png FOLDER]
+    python -m bench.bench_mask [--csv FOLDER] [--append] [--png FOLDER]
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common import WEIGHTS, Table, arguments, copy_bandwidth, header, time_cold
+from bench.common import WEIGHTS, Table, arguments, copy_bandwidth, header, open_table, time_cold
 from sparse24 import ops
 
+#: (name, layers, shapes of the weights of a layer) of models whose flips are counted in one call
+MODELS = [
+    ("gpt2-124M all", 12, ((3072, 768), (768, 3072))),
+    ("llama-8B, 8 layers", 8, ((28672, 4096), (4096, 14336))),
+]
 GREEDY, TRITON, TRITON_FP32 = "greedy tiles (torch)", "90 patterns (Triton)", "90 patterns (Triton, fp32)"
 
 
@@ -76,10 +81,7 @@ def bench_monitoring(table: Table, copy: float) -> None:
         time_us = time_cold({"mask_gap": lambda w=w: ops.mask_gap(w)}, rounds=5)["mask_gap"]
         rate = bytes_an_element("mask_gap", 2) * rows * cols / time_us / 1e6
         table.add("mask_gap", name, "bfloat16", time_us, rate, rate / copy, math.nan, math.nan)
-    for name, layers, shapes in (
-        ("gpt2-124M all", 12, ((3072, 768), (768, 3072))),
-        ("llama-8B, 8 layers", 8, ((28672, 4096), (4096, 14336))),
-    ):
+    for name, layers, shapes in MODELS:
         weights = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for _ in range(layers) for s in shapes]
         masks = [[ops.transposable_mask(sign * w + 0.5) for w in weights] for sign in (1, -1)]
         time_us = time_cold({"flips": lambda masks=masks: ops.foreach_mask_flips(*masks)})["flips"]
@@ -93,11 +95,9 @@ def main() -> None:
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
     columns = ["op", "weight", "dtype", "time_us", "TB/s", "share of copy", "over Triton", "over greedy"]
-    table = Table("mask", columns)
+    table = open_table(args, "mask", columns, key=3)
     bench_search(table, copy)
     bench_monitoring(table, copy)
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", table.plot(args.png, "op", "share of copy", "share of copy bandwidth", 0.85))
 

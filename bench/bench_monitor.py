@@ -11,7 +11,7 @@ in both. A step is 8 x 1024 tokens under bf16 autocast, PyTorch eager, fused Ada
 The last columns bound it from above: the milliseconds of counting (and reading) alone on an idle device, host and
 device one after the other, over the time of an interval.
 
-    python -m bench.bench_monitor [--csv FOLDER] [--rounds 5]
+    python -m bench.bench_monitor [--csv FOLDER] [--append] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 import torch
 
 import sparse24
-from bench.common import Table, arguments, header
+from bench.common import arguments, header, open_table
 from sparse24.block_flips import BlockFlips
 
 INTERVAL, SEQUENCES, LENGTH = 40, 8, 1024
@@ -97,7 +97,7 @@ def main() -> None:
         for mode in MODES if turn % 2 == 0 else reversed(MODES):
             times[mode].append(training.interval(mode))
     columns = ["mode", "step_ms", "over none, %", "spread, %", "alone_ms", "alone over interval, %"]
-    table = Table("monitor", columns)
+    table = open_table(args, "monitor", columns)
     base = statistics.median(times["none"])
     for mode, values in times.items():
         # Ratios of neighbours in time, so that a chip that warms up does not enter.
@@ -105,8 +105,6 @@ def main() -> None:
         alone = training.alone(mode)
         spread = 100 * (max(values) - min(values)) / base
         table.add(mode, statistics.median(values), 100 * ratio, spread, alone, 100 * alone / (INTERVAL * base))
-    if args.csv:
-        print("wrote", table.write(args.csv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Bytes    an element: MVUE reads 2 and writes 1.125, the peer 2 and 2; masked dec
          (bf16), or twice that.
 Checked  before timing: the peer keeps two of four wherever two are not zero, and so do we.
 
-    python -m bench.bench_mvue [--csv FOLDER] [--png FOLDER]
+    python -m bench.bench_mvue [--csv FOLDER] [--append] [--png FOLDER]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common import GRADIENTS, WEIGHTS, Table, arguments, copy_bandwidth, header, time_cold
+from bench.common import GRADIENTS, WEIGHTS, arguments, copy_bandwidth, header, open_table, time_cold
 from sparse24 import ops
 
 OURS, TRITON = "mvue_compress", "dense MVUE (Triton)"
@@ -65,7 +65,8 @@ def main() -> None:
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
     peer = triton_mvue()
-    table = Table("mvue", ["op", "shape", "layout", "time_us", "TB/s", "share of copy", "x Triton"])
+    columns = ["op", "shape", "layout", "time_us", "TB/s", "share of copy", "x Triton"]
+    table = open_table(args, "mvue", columns, key=3)
     for name, tokens, features in GRADIENTS:
         times = time_cold(mvue_calls(tokens, features, peer))
         for (op, layout), time_us in times.items():
@@ -76,8 +77,6 @@ def main() -> None:
             for label, time_us in time_cold(decay_call(rows, cols, dtype)).items():
                 rate = (3 * dtype.itemsize + 0.125) * rows * cols / time_us / 1e6
                 table.add("masked_decay_", name, label, time_us, rate, rate / copy, math.nan)
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", table.plot(args.png, "shape", "share of copy", "share of copy bandwidth", 0.85))
 

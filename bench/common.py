@@ -8,9 +8,9 @@ from sparse24.benchmark.timing import (  # noqa: F401
     copy_bandwidth,
     header,
     masters,
+    open_table,
     time_cold,
     time_hot,
-    write,
 )
 
 #: (name, rows, cols) of weights

@@ -11,7 +11,7 @@ special functions (exponential and reciprocal) of each element, of which an SM d
 
 Hot chip, candidates interleaved; the clock is read while the product runs.
 
-    python -m bench.gated_epilogue [--csv FOLDER]
+    python -m bench.gated_epilogue [--csv FOLDER] [--append]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.common import Table, arguments, header, time_hot
+from bench.common import arguments, header, open_table, time_hot
 from sparse24 import ops
 from sparse24.benchmark.suite import LAYERS
 
@@ -50,7 +50,7 @@ def hot_clock_mhz(call: Callable, time_us: float) -> float:
 def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     print(header())
-    table = Table("gated_epilogue", COLUMNS)
+    table = open_table(args, "gated_epilogue", COLUMNS)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for layer in (layer for layer in LAYERS if layer.gated):
         name, tokens, d_model, d_ff = layer.name, layer.tokens, layer.d_model, layer.d_ff
@@ -80,8 +80,6 @@ def main() -> None:
         saved = time_us["activation"] - cost
         gains = [saved / time_us["forward"], (saved - cycles / clock) / time_us["forward"]]
         table.add(name, *(time_us[key] for key in calls), cost, clock, cycles / clock, *gains)
-    if args.csv:
-        print("wrote", table.write(args.csv))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Ideal: 4 B read and 2 B written, of DRAM and of L2. What the naive walks lose, t
 second uses of a sector, but serves a whole sector for each 2 B. Nsight Compute (`ncu`) counts, from an empty L2; bytes
 that still wait in L2 when a kernel ends are not counted.
 
-    python -m bench.l2_walks [--csv FOLDER] [--png FOLDER]
+    python -m bench.l2_walks [--csv FOLDER] [--append] [--png FOLDER]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.common import Table, arguments
+from bench.common import Table, arguments, open_table
 from bench.counters import READ, TIME_NS, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -106,7 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         return child()
-    table = Table("l2_walks", COLUMNS)
+    table = open_table(args, "l2_walks", COLUMNS, key=2)
     cases = [(order, name, tokens * d_ff) for name, tokens, d_ff in SHAPES for order in WALKS]
     for (order, name, elements), (record,) in zip(cases, counters("bench.l2_walks", METRICS), strict=True):
         time_ns, read, written, sectors, hit_rate = (record[key] for key in METRICS)
@@ -121,8 +121,6 @@ def main() -> None:
             32 * sectors / elements,
             hit_rate,
         )
-    if args.csv:
-        print("wrote", table.write(args.csv))
     if args.png:
         print("wrote", plot(table, args.png))
 

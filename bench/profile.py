@@ -3,7 +3,7 @@
 Nsight Compute (`ncu`) replays each kernel a few times with empty caches and reads the hardware counters. Its times are
 longer than those of the other benchmarks (every run starts cold); its counts are what this is for.
 
-    python -m bench.profile [--csv FOLDER] [--only WORDS]
+    python -m bench.profile [--csv FOLDER] [--append] [--only WORDS]
 
 Columns: time; DRAM bytes read and written over the bytes that must move; warp instructions x 32 / elements; and, in
 percent of what the unit could do while the kernel ran: DRAM, issue slots, and the pipes for integer and logic (alu),
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.common import Table, arguments
+from bench.common import arguments, open_table
 from bench.counters import READ, TIME_NS, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -163,7 +163,7 @@ def main() -> None:
     if args.child:
         return child(args.only)
     columns = ["op", "shape", "time_us", "bytes over ideal", "read over ideal bytes", "instructions an element"]
-    table = Table("profile", [*columns, *SHARES, "stall"])
+    table = open_table(args, "profile", [*columns, *SHARES, "stall"], key=2)
     metrics = [TIME_NS, READ, WRITTEN, INSTRUCTIONS, *(name for names in SHARES.values() for name in names), *STALLS]
     described = [(case.op, case.shape, case.ideal_bytes, case.elements) for case in wanted(args.only)]
     groups = counters("bench.profile", metrics, ["--only", args.only])
@@ -179,8 +179,6 @@ def main() -> None:
             *(record[column] for column in SHARES),
             record["stall"],
         )
-    if args.csv:
-        print("wrote", table.write(args.csv))
 
 
 if __name__ == "__main__":

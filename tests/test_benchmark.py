@@ -251,6 +251,65 @@ def test_blocks_and_steps_stand_beside_their_bound(without_gpu):
     assert cells(table, "speedup decay in backward") == [20.0]
 
 
+def a_table(folder, append=True, columns=("weights", "layer", "speed")):
+    return timing.Table("t", list(columns), key=2, folder=folder, append=append)
+
+
+def written(folder):
+    return (folder / "t.csv").read_text().splitlines()
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """The header of the coming tables, to be changed."""
+    values = {"device": "NVIDIA H200", "commit": "aaa"}
+    monkeypatch.setattr(timing, "header", lambda: dict(values))
+    return values
+
+
+def test_a_table_is_on_disk_after_each_row(head, tmp_path):
+    table = a_table(tmp_path / "new", append=False)
+    for count in (1, 2):
+        table.add("bf16", f"layer {count}", 1.0 / 3)
+        assert written(tmp_path / "new")[-1] == f"bf16,layer {count},0.3333"
+        assert len(written(tmp_path / "new")) == 2 + 1 + count
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.csv"]
+    a_table(tmp_path / "new", append=False).add("bf16", "another", 2.0)
+    assert written(tmp_path / "new")[3:] == ["bf16,another,2"]
+
+
+def test_appended_rows_take_the_place_of_those_with_their_key(head, tmp_path):
+    first = a_table(tmp_path, columns=("weights", "layer", "cost"))
+    for row in (("bf16", "a", 1.0), ("bf16", "a", 2.0), ("bf16", "b", 3.0)):
+        first.add(*row)
+    head["commit"] = "bbb"
+    second = a_table(tmp_path, columns=("weights", "layer", "cost", "more"))
+    second.add("fp32", "a", 4.0, 0.5)
+    assert written(tmp_path)[1] == "# commit: bbb, aaa"
+    assert written(tmp_path)[3:] == ["bf16,a,1,", "bf16,a,2,", "bf16,b,3,", "fp32,a,4,0.5"]
+    second.add("bf16", "a", 5.0, nan := float("nan"))
+    assert written(tmp_path)[3:] == ["bf16,a,5,nan", "bf16,b,3,", "fp32,a,4,0.5"]
+    second.add("bf16", "b", 6.0, nan)
+    assert written(tmp_path)[1:] == [
+        "# commit: bbb", "weights,layer,cost,more", "bf16,a,5,nan", "bf16,b,6,nan", "fp32,a,4,0.5"
+    ]  # fmt: skip
+
+
+def test_notes_of_a_header_stay_with_the_rows(head, tmp_path):
+    a_table(tmp_path).add("bf16", "a", 1.0)
+    path = tmp_path / "t.csv"
+    path.write_text(path.read_text().replace("weights", "# layer a: measured cold\nweights"))
+    a_table(tmp_path).add("bf16", "b", 1.0)
+    assert written(tmp_path)[:3] == ["# device: NVIDIA H200", "# commit: aaa", "# layer a: measured cold"]
+
+
+def test_rows_of_another_device_are_not_kept(head, tmp_path, capsys):
+    a_table(tmp_path).add("bf16", "a", 1.0)
+    head["device"] = "NVIDIA H100"
+    a_table(tmp_path).add("bf16", "b", 1.0)
+    assert written(tmp_path)[3:] == ["bf16,b,1"] and "another device, NVIDIA H200" in capsys.readouterr().out
+
+
 def test_amdahl():
     assert step.amdahl(0.5, 2.0) == pytest.approx(4 / 3) and step.amdahl(1.0, 1.5) == 1.5 and step.amdahl(0.0, 9) == 1
 

@@ -49,14 +49,14 @@ def own_layer(
     run = suite.FeedForwardTimes(shape, dtype, rounds=10, warm=2.0)
     for line in describe(run, shape, master, micro_batches):
         print(line)
-    table = Table("own", suite.TOKENS_COLUMNS)
+    table = Table("own", suite.TOKENS_COLUMNS, folder=csv)
     counts = [tokens * 2**power for power in range(-3, 2) if tokens * 2**power >= LEAST_TOKENS]
     suite.tokens_sweep(table, [(shape.name, d_model, d_ff, gated)], [int(c) for c in counts], [master])
     for label, column in (("with MVUE", "speedup"), ("with mvue=False", "speedup mvue=False")):
         points = [(row[2], row[table.columns.index(column)]) for row in table.rows]
         print(f"break-even {label}: {break_even_text(points, suite.break_even(points))}")
     if csv:
-        print("wrote", table.write(csv))
+        print("wrote", csv / "own.csv")
 
 
 def describe(run, shape, master: str, micro_batches: int) -> list[str]:
@@ -105,10 +105,11 @@ def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
 
     print(header())
     parts, labels = parts or PARTS, ("bf16",) if quick else tuple(suite.MASTERS)
-    tables = {
-        "ffn": Table("ffn", suite.FFN_COLUMNS), "tokens": Table("tokens", suite.TOKENS_COLUMNS),
-        "block": Table("block", suite.BLOCK_COLUMNS), "step": Table("step", suite.STEP_COLUMNS),
+    columns = {
+        "ffn": suite.FFN_COLUMNS, "tokens": suite.TOKENS_COLUMNS, "block": suite.BLOCK_COLUMNS,
+        "step": suite.STEP_COLUMNS,
     }  # fmt: skip
+    tables = {name: Table(name, columns[name], folder=csv) for name in columns}
     if "ffn" in parts:
         suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels)
     if "tokens" in parts:
@@ -126,4 +127,4 @@ def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
     if csv:
         for table in tables.values():
             if table.rows:
-                print("wrote", table.write(csv))
+                print("wrote", csv / f"{table.name}.csv")

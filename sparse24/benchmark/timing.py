@@ -12,6 +12,7 @@ Ratios   only within one run.
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import shutil
 import statistics
@@ -28,17 +29,21 @@ from .._version import __version__
 
 def header() -> dict[str, str]:
     """Device, versions and commit, for the first lines of every result. GIT_COMMIT names it where git cannot."""
-    commit = os.environ.get("GIT_COMMIT", "")
-    if not commit and shutil.which("git"):
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "sparse24": __version__,
-        "commit": commit or "unknown",
+        "commit": os.environ.get("GIT_COMMIT") or _commit() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+@functools.cache
+def _commit() -> str:
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 class ColdL2:
@@ -126,27 +131,67 @@ def copy_bandwidth() -> float:
 
 @dataclass
 class Table:
-    """Rows of one benchmark, printed as they come and written as CSV under the header of `header()`."""
+    """Rows of one benchmark, printed as they come and, with a folder, written as CSV under the header of `header()`.
+
+    key     so many of the first columns tell what was measured
+    folder  where NAME.csv is written, anew after each row, so that nothing measured is lost
+    append  rows of a CSV that is there already, of this device, stay; but new ones take the place of those with their
+            key. Where the headers differ (commit, date), the line has both values, the newest first
+    """
 
     name: str
     columns: list[str]
+    key: int = 1
+    folder: Path | None = None
+    append: bool = False
     rows: list[list] = field(default_factory=list)
 
     def add(self, *cells) -> None:
         self.rows.append(list(cells))
         text = "  ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
         print(f"{self.name:<12} {text}", flush=True)
+        if self.folder:
+            self.write(self.folder)
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.csv"
-        with path.open("w", newline="") as file:
-            for key, value in header().items():
+        head = header()
+        rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
+        if self.append and path.exists():
+            head, rows = self._with_those_of(path, head, rows)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("w", newline="") as file:
+            for key, value in head.items():
                 file.write(f"# {key}: {value}\n")
             writer = csv.writer(file)
             writer.writerow(self.columns)
-            writer.writerows([f"{c:.4g}" if isinstance(c, float) else c for c in row] for row in self.rows)
+            writer.writerows(rows)
+        unfinished.replace(path)  # a run that is killed leaves a whole file
         return path
+
+    def _with_those_of(
+        self, path: Path, head: dict[str, str], rows: list[list[str]]
+    ) -> tuple[dict[str, str], list[list[str]]]:
+        """The new header and rows joined with those of the CSV at `path`."""
+        lines = path.read_text().splitlines()
+        old_head = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# ") and ": " in line)
+        if old_head.get("device") != head["device"]:
+            print(f"# {path} is of another device, {old_head.get('device')}: its rows are not kept")
+            return head, rows
+        new: dict[tuple[str, ...], list[list[str]]] = {}
+        for row in rows:
+            new.setdefault(tuple(row[: self.key]), []).append(row)
+        measured, merged = set(new), []
+        for old in csv.DictReader(line for line in lines if not line.startswith("#")):
+            cells = [old.get(column, "") for column in self.columns]
+            key = tuple(cells[: self.key])
+            merged += new.pop(key, []) if key in measured else [cells]
+        merged += [row for others in new.values() for row in others]
+        if len(merged) > len(rows):
+            for key, old in old_head.items():
+                head[key] = ", ".join(dict.fromkeys([head[key], *old.split(", ")])) if key in head else old
+        return head, merged
 
     def plot(
         self, folder: Path, label: str | tuple[str, ...], value: str, unit: str, reference: float | None = None
@@ -182,6 +227,7 @@ def arguments(description: str, *, select: bool = False):
 
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--csv", type=Path, default=None, help="folder for the table as CSV")
+    parser.add_argument("--append", action="store_true", help="keep the rows of that CSV that are not measured anew")
     parser.add_argument("--png", type=Path, default=None, help="folder for the picture")
     if select:
         parser.add_argument("--quick", action="store_true", help="a few cases only")
@@ -208,8 +254,8 @@ def masters(args) -> tuple[str, ...]:
     return tuple(both.values()) if args.master is None else (both[args.master],)
 
 
-def write(args, *tables: Table) -> None:
-    """The tables as CSV where asked for; again after each part, so that what was measured is not lost."""
-    for table in tables:
-        if args.csv and table.rows:
-            print("wrote", table.write(args.csv))
+def open_table(args, name: str, columns: list[str], key: int = 1) -> Table:
+    """A table whose rows go, as they come, where the options of the script say."""
+    if args.csv:
+        print(f"# rows go to {args.csv / name}.csv")
+    return Table(name, columns, key, args.csv, args.append)
