@@ -310,6 +310,28 @@ def activation(x: Tensor, kind: str = "gelu_tanh") -> Tensor:
     return _Activation.apply(x, kind, False)
 
 
+def _activation_backward(dh, gu, kind, gated, seed, make_h, bias_dtype):
+    """d_gu, its MVUE form (packed, E), h and the gradient of the up bias, from one read where they are wanted.
+
+    seed        None: no MVUE form        make_h  make h again        bias_dtype  None: no gradient of a bias
+    """
+    db = h = None
+    if seed is None:
+        backward = ops.gated_activation_backward if gated else ops.activation_backward
+        results = backward(dh, gu, kind, recompute_h=make_h)
+        d_gu, h = results if make_h else (results, None)
+        if bias_dtype is not None:
+            db = _bias_gradient(d_gu, bias_dtype)
+        return d_gu, None, h, db
+    backward = ops.gated_activation_backward_mvue if gated else ops.activation_backward_mvue
+    results = backward(dh, gu, kind, seed, recompute_h=make_h, bias_grad=bias_dtype is not None)
+    if make_h:
+        h = results[3]
+    if bias_dtype is not None:
+        db = results[-1].to(bias_dtype)
+    return results[0], results[1:3], h, db
+
+
 class _FeedForward(torch.autograd.Function):
     """Up product, activation, down product: nine kernels a micro-batch, each array read once by its consumer.
 
@@ -350,23 +372,12 @@ class _FeedForward(torch.autograd.Function):
 
         packed_t, E_t = _packed_t(kept_down, ctx.lean_down, ctx.packed_dtype)
         dh = ops.sparse_mm_grad_input(dy, packed_t, E_t, ctx.d_ff)  # dh = dy (M.W_down)
-        fused = ops.gated_activation_backward_mvue if ctx.gated else ops.activation_backward_mvue
-        plain = ops.gated_activation_backward if ctx.gated else ops.activation_backward
-        packed_dgu = E_dgu = None
-        dx = d_down = db_up = db_down = None
-        make_h = h is None and need_down
-        if seed_up is not None and need_up:
-            settings = dict(recompute_h=make_h, bias_grad=need_bias_up)
-            d_gu, packed_dgu, E_dgu, *more = fused(dh, gu_rows, ctx.kind, seed_up, **settings)
-            if need_bias_up:
-                db_up = more.pop().to(ctx.bias_dtypes[0])
-        else:
-            results = plain(dh, gu_rows, ctx.kind, recompute_h=make_h)
-            d_gu, *more = results if make_h else (results,)
-            if need_bias_up:
-                db_up = _bias_gradient(d_gu, ctx.bias_dtypes[0])
-        if make_h:
-            (h,) = more
+        dx = d_down = db_down = None
+        d_gu, packed_dgu, made_h, db_up = _activation_backward(
+            dh, gu_rows, ctx.kind, ctx.gated, seed_up if need_up else None, h is None and need_down,
+            ctx.bias_dtypes[0] if need_bias_up else None,
+        )  # fmt: skip
+        h = made_h if h is None else h
 
         leaf_down, *leaves_up = ctx.leaves
         if need_down:
@@ -387,7 +398,7 @@ class _FeedForward(torch.autograd.Function):
             into, dtype = accumulation.stacked_target(leaves_up, x.dtype), ctx.up_dtypes[0]
             term = _decay_term(decay, kept_up, ctx.lean_up)
             if packed_dgu is not None:  # dW_up = MVUE(d_gu^T) x [+ decay]
-                d_up = _packed_weight_gradient(packed_dgu, E_dgu, x_rows, d_gu.shape[1], dtype, into, term)
+                d_up = _packed_weight_gradient(*packed_dgu, x_rows, d_gu.shape[1], dtype, into, term)
             else:
                 d_up = _dense_weight_gradient(d_gu, x_rows, dtype, into, term)
             if d_up is not None:
