@@ -4,7 +4,7 @@
         model.safetensors   the dense master weights under the dense model's names: `export` made it
         state.pt            version, optimizer, recipe and what else was given: plain tensors, numbers and strings
 
-A checkpoint is written under a temporary name and renamed; older ones go only afterwards. Loading reads and checks all
+A checkpoint is written under a temporary name and renamed; earlier ones go only afterwards. Loading reads and checks all
 of it before anything changes. Sharded models have `torch.distributed.checkpoint`: docs/distributed.md.
 """
 
@@ -40,16 +40,18 @@ def save_checkpoint(
     *,
     keep: int = 1,
 ) -> Path:
-    """Write the checkpoint of the recipe's step under `folder` and drop all but the newest `keep`; returns its path.
+    """Write the checkpoint of the recipe's step under `folder` and drop all but the last `keep` written; returns its path.
 
     extra  what else must come back: states of a scheduler, a scaler, the data's position; plain numbers, strings,
            lists, dicts and tensors, which is what `torch.load(weights_only=True)` reads
 
     Save between two optimizer steps. Under DDP on one rank only; ranks then share torch's generators after loading,
-    unless each restores its own. Raises Sparse24Error for sharded weights and for an `extra` that holds anything else;
-    OSError when the disk refuses. The checkpoints before are then still there.
+    unless each restores its own. Raises Sparse24Error for sharded weights, for an `extra` that holds anything else, and
+    where the step has a checkpoint already; OSError when the disk refuses. The checkpoints before are then still there.
     """
     folder = Path(folder)
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise Sparse24Error(f"keep must be an integer, 1 or more, got {keep!r}: the checkpoint just written stays")
     _refuse_shards(model)
     _check_plain(extra)
     state = {
@@ -69,16 +71,19 @@ def save_checkpoint(
         torch.save(state, path / STATE)
 
     write_folder_atomically(final, write)
-    for old in checkpoints(folder)[: -max(1, keep)]:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints under `folder`, oldest first."""
+    """The complete checkpoints under `folder` in the order in which they were written.
+
+    Not by step: a run that starts anew in the same folder, or goes back, writes lower steps than are there.
+    """
     folder = Path(folder)
     found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=lambda path: ((path / STATE).stat().st_mtime_ns, path.name))
 
 
 def load_checkpoint(
@@ -92,7 +97,7 @@ def load_checkpoint(
 ) -> dict | None:
     """Take up a checkpoint; returns its `extra`, or None where `path` holds none: a fresh start.
 
-    path           a checkpoint, or a folder of them: the newest is taken
+    path           a checkpoint, or a folder of them: the one written last is taken
     override, rng  as in `Recipe.load_state_dict`
 
     Weights are cast to the model's dtype and go to its device. Raises Sparse24Error, changing nothing, for a checkpoint

@@ -19,13 +19,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import _library, cost_model, feedforward, packing, sharding, structure
+from . import _library, cost_model, feedforward, ops, packing, sharding, structure
 from ._library import is_available
 from .cost_model import Training
 from .errors import Sparse24Error, Sparse24Warning
 from .modules import DTYPES, SparseLayer, SparseLinear
 
 BACKENDS = ("auto", "sparse")
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 ALREADY_SPARSE = "already sparse"
 WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module"}  # parts of names that torch's wrappers insert
 
@@ -171,13 +172,26 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
 
     search  also find the masks anew from the weights' magnitudes; by default the masks stay
 
-    Returns how many layers were packed.
+    Returns how many layers were packed. A mask that is none any more, because an average over buffers went through it
+    (`AveragedModel(use_buffers=True)`), is searched anew, with a warning.
     """
     sharding.reshard(sharding.sharded_modules(model))
-    layers = sparse_layers(model).values()
-    for layer in layers:
-        layer._repack(search=search)
+    layers = sparse_layers(model)
+    broken = [] if search else [name for name, layer in layers.items() if not _has_mask(layer)]
+    if broken:
+        warnings.warn(
+            f"the masks of {', '.join(broken[:4])} ({len(broken)} layers) do not keep two in each row and column of their "
+            "blocks: something has written to buffers, an average perhaps; they are searched anew",
+            Sparse24Warning,
+            stacklevel=2,
+        )
+    for name, layer in layers.items():
+        layer._repack(search=search or name in broken)
     return len(layers)
+
+
+def _has_mask(layer: SparseLayer) -> bool:
+    return layer.mask is None or layer.mask.is_meta or ops.is_transposable(layer.mask)
 
 
 def end_recipes(layers: dict[str, SparseLayer]) -> None:
@@ -422,6 +436,14 @@ def _after_conversion(model: nn.Module) -> None:
                 module.activation_relu_or_gelu = 0
             elif not sparse and "_sparse24_activation" in module.__dict__:
                 module.activation_relu_or_gelu = module.__dict__.pop("_sparse24_activation")
+        if isinstance(module, nn.TransformerEncoder):
+            # It was decided when the encoder was made that padding becomes a nested tensor on that fast path.
+            sparse = any(isinstance(m, SparseLayer) for m in module.modules())
+            if sparse and "_sparse24_nested" not in module.__dict__:
+                module._sparse24_nested = module.use_nested_tensor
+                module.use_nested_tensor = False
+            elif not sparse and "_sparse24_nested" in module.__dict__:
+                module.use_nested_tensor = module.__dict__.pop("_sparse24_nested")
         # DDP would broadcast the packed forms, as large as the model, before each forward. Every rank makes them
         # itself.
         buffers = [
@@ -432,10 +454,10 @@ def _after_conversion(model: nn.Module) -> None:
         ]
         others = [
             name
-            for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+            for name in module.__dict__.get(DDP_IGNORES, ())  # the module's own: wrappers pass on their model's
             if name.rsplit(".", 1)[-1] not in (*packing.SPARSE_BUFFERS, "soft")
         ]
         if buffers or others:
-            module._ddp_params_and_buffers_to_ignore = others + buffers
-        elif hasattr(module, "_ddp_params_and_buffers_to_ignore"):
-            del module._ddp_params_and_buffers_to_ignore
+            module.__dict__[DDP_IGNORES] = others + buffers
+        else:
+            module.__dict__.pop(DDP_IGNORES, None)

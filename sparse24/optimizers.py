@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
-from .errors import Sparse24Error
+from .errors import Sparse24Error, Sparse24Warning
 from .modules import SparseLayer
 
 
@@ -28,5 +30,15 @@ def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.
         raise Sparse24Error(
             "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before "
             "the weights were replaced?"
+        )
+    in_it = {id(p) for group in held[0].param_groups for p in group["params"]}
+    left = [name for name, layer in layers.items() if id(layer.weight) in wanted - in_it]
+    if left:
+        warnings.warn(
+            f"the optimizer does not hold the weights of {', '.join(left[:4])} ({len(left)} sparse layers). If another one "
+            "trains them, they get no decay and lag a step behind their packed form: give all sparse weights to one "
+            "optimizer, or call requires_grad_(False) on what is not trained",
+            Sparse24Warning,
+            stacklevel=3,
         )
     return held[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,11 @@ def check_ranks(layers: dict[str, SparseLayer]) -> None:
             f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given "
             "the same weights before the recipe was made?"
         )
+
+
+def fingerprint(masks: Iterable[Tensor]) -> str:
+    """Of all masks of a model, as text."""
+    return f"{sum(int(checksum(mask)) for mask in masks) % 2**64:016x}"
 
 
 def checksum(mask: Tensor) -> Tensor:

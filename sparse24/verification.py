@@ -122,6 +122,8 @@ def _most_kept(weight: Tensor) -> int:
 def _fused_is_current(block: FusedFeedForward) -> bool:
     """Whether the one buffer of gate and up holds what the two layers packed together would."""
     *ups, _ = block.ffn_layers()
+    if not all(isinstance(layer, SparseLayer) for layer in ups):
+        return True  # an adapter is around a layer: the block's own forward runs
     if len(ups) == 1 or block.packed is None or any(layer.phase == DENSE or layer.soft is not None for layer in ups):
         return True
     weight = torch.cat([packing.full_weight(layer) for layer in ups])

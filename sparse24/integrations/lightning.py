@@ -14,8 +14,10 @@ import torch
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError:  # the same library under its older name
     from pytorch_lightning import Callback
+    from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
@@ -47,7 +49,8 @@ class Sparse24Callback(Callback):
     settings        all others of `sparsify` (tokens, lean, ...) and of `Recipe` (decay, mask_interval, ...). The
                     Trainer gives dtype (what its precision multiplies in) and micro_batches if they are left out
 
-    The module is converted in `setup`, before its optimizers are made. The state travels in Lightning's checkpoints.
+    The module is converted in `setup`, before its optimizers are made; one that makes its layers in `configure_model`, when
+    fitting starts. The state travels in Lightning's checkpoints.
     """
 
     def __init__(
@@ -72,6 +75,14 @@ class Sparse24Callback(Callback):
             return
         clips = "gradient_clip_val=0" if trainer.gradient_clip_val else None
         check_decay_in(self.recipe_settings, clips, 'precision="bf16-mixed"' if is_scaled(trainer) else None)
+        if not is_overridden("configure_model", pl_module):
+            self._convert(trainer, pl_module)
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        if is_overridden("configure_model", pl_module):  # Lightning has called it after `setup`
+            self._convert(trainer, pl_module)
+
+    def _convert(self, trainer, pl_module) -> None:
         if sparse_layers(pl_module):
             return
         if type(trainer.strategy).__name__ not in SHARDING:

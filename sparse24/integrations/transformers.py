@@ -15,10 +15,12 @@ from transformers import TrainerCallback
 from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
+from ..ranks import fingerprint
 from ..recipe import Recipe
 from .settings import check_decay_in, split_settings
 
 STATE_FILE = "sparse24.pt"
+STATE_KEY = "sparse24"  # in trainer_state.json: which masks the file beside it has
 
 
 def packed_dtype(args) -> torch.dtype | None:
@@ -37,7 +39,8 @@ class Sparse24Callback(TrainerCallback):
                     Trainer gives dtype (what its fp16 or bf16 multiplies in) and micro_batches if they are left out
 
     The model is converted when the Trainer is made, before its optimizer. Checkpoints get a file sparse24.pt beside the
-    Trainer's own; `trainer.train(resume_from_checkpoint=...)` reads it. `report` and `recipe` are there to look at.
+    Trainer's own; resuming reads it. From another folder than the Trainer's own `output_dir`, name that folder in
+    `args.resume_from_checkpoint` as well as in `train(resume_from_checkpoint=...)`: callbacks do not see the latter. `report` and `recipe` are there to look at.
     The metrics go into the Trainer's log history; `log_through` shows them to its other loggers too.
     """
 
@@ -88,18 +91,32 @@ class Sparse24Callback(TrainerCallback):
             self._resume(args, state)
 
     def _resume(self, args, state) -> None:
+        # The Trainer does not tell callbacks which folder it resumes from, but it has read trainer_state.json there.
+        expected = (state.stateful_callbacks or {}).get(STATE_KEY, {}).get("masks")
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
+        problem = f"there is no {STATE_FILE} in {folders[0]}: without it the masks are lost"
         for folder in folders:
-            if (folder / STATE_FILE).is_file():
+            if not (folder / STATE_FILE).is_file():
+                continue
+            saved = torch.load(folder / STATE_FILE, weights_only=True)
+            if expected is None or expected == fingerprint(saved["masks"].values()):
                 # The Trainer restores the generators itself, per rank.
-                self.recipe.load_state_dict(torch.load(folder / STATE_FILE, weights_only=True), rng=False)
+                self.recipe.load_state_dict(saved, rng=False)
                 return
+            problem = f"{folder / STATE_FILE} has the masks of another run"
         raise Sparse24Error(
-            f"resuming at step {state.global_step}, but there is no {STATE_FILE} in {folders[0]}: without it the "
-            "masks are lost. Set args.resume_from_checkpoint to the checkpoint's folder, or train from the start"
+            f"resuming at step {state.global_step}, but {problem}. Set args.resume_from_checkpoint to the checkpoint's "
+            "folder too, or train from the start"
         )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.recipe is not None and control.should_save:  # trainer_state.json is written before on_save
+            masks = fingerprint(layer.mask for layer in self.recipe.layers.values())
+            state.stateful_callbacks = (state.stateful_callbacks or {}) | {STATE_KEY: {"masks": masks}}
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         if self.recipe is not None and state.is_world_process_zero:

@@ -26,6 +26,7 @@ from ..layout import (
     is_column_major,
     is_row_major,
     mask_as_uint16,
+    metadata_bytes,
     padded_tokens,
 )
 from . import gemm_padding, gemm_tuning
@@ -170,6 +171,12 @@ def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, 
     if x.dim() == 0:
         raise Sparse24Error("x must have at least one dimension, got a scalar")
     in_features = x.shape[-1]
+    packed_features = 2 * packed.shape[-1] if packed.dim() == 2 else in_features
+    if in_features != packed_features and E.numel() == metadata_bytes(out_features, packed_features):
+        raise Sparse24Error(
+            f"x must have {packed_features} features in its last dimension, as the packed weight has, "
+            f"got shape {tuple(x.shape)}"
+        )
     check_packed_operand(packed, E, "packed", (out_features, in_features // 2), out_features, in_features)
     _check_values_fit(packed, "packed", x, "x")
     if bias is not None:
