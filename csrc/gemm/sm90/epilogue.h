@@ -15,10 +15,8 @@
 // Existing  values of out are read straight into registers: this path is for gradient accumulation
 //           alone, and a source tile in shared memory would cost every product a stage.
 // Decay     of weight gradients: weight and mask are read straight into registers too, by one
-//           warpgroup while the other multiplies. The stages let one wait for memory only so long
-//           before the other waits for it, so L2 is asked for them when the main loop begins.
-//           Product and sum are rounded as masked_decay rounds them: a fp32 gradient has the same
-//           bits as after that pass.
+//           warpgroup while the other multiplies. Product and sum are rounded as masked_decay
+//           rounds them: a fp32 gradient has the same bits as after that pass.
 // Edges     TMA clips what lies outside of out; reads of bias, out, weight and mask are guarded.
 #pragma once
 
@@ -101,28 +99,6 @@ class WarpgroupEpilogue {
 
   CUTLASS_DEVICE WarpgroupEpilogue(const Params& params, TensorStorage& shared)
       : params_(params), shared_(shared) {}
-
-  /// Before a tile's main loop: asks L2 for what its decay will read. `thread` as for store.
-  template <typename Problem>
-  CUTLASS_DEVICE void prefetch(const Problem& problem, int m_tile, int n_tile, int thread) const {
-    if constexpr (!kMContiguous) {
-      const MaskedDecayTerm& term = params_.args.decay;
-      if (term.factor == nullptr) return;
-      const int warpgroup = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
-      const int n_columns = cute::get<1>(problem), line = thread % cutlass::NumThreadsPerWarpGroup;
-      const DecayPlace at = decay_place((m_tile * kWarpgroups + warpgroup) * kRows, 0,
-                                        n_tile * kTileN, cute::get<0>(problem), n_columns);
-      // + since cute::min takes references
-      const int rows = cute::min(+kRows, at.rows_left),
-                columns = cute::min(+kTileN, at.columns_left);
-      if (term.col_stride == 1) {
-        prefetch_lines(at.weight, term.row_stride, rows, columns, line);
-      } else {
-        prefetch_lines(at.weight, term.col_stride, columns, rows, line);
-      }
-      prefetch_lines(at.mask, n_columns / 4, rows / 4, columns / 4, line);
-    }
-  }
 
   template <typename Problem, typename Accumulators>
   CUTLASS_DEVICE void store(const Problem& problem, int m_tile, int n_tile,
@@ -282,18 +258,6 @@ class WarpgroupEpilogue {
             int(row % 4 * 4 + col % 4),
             rows - int(row),
             n_columns - column};
-  }
-
-  /// Each thread its lines of `length` elements; those that are not whole 16-byte units go without.
-  template <typename T>
-  CUTLASS_DEVICE static void prefetch_lines(const T* first, int64_t ld, int lines, int length,
-                                            int line) {
-    const uint32_t bytes = length > 0 ? length * sizeof(T) : 0;
-    for (; line < lines && bytes > 0; line += cutlass::NumThreadsPerWarpGroup) {
-      const T* begin = first + line * ld;
-      if ((reinterpret_cast<uintptr_t>(begin) | bytes) % 16 != 0) return;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(begin), "r"(bytes));
-    }
   }
 
   /// Extents are multiples of 4 and a thread's columns begin at an even one: the mask's bits of

@@ -117,7 +117,6 @@ class PersistentKernel {
     TiledMma tiled_mma;
     const int block = int(blockIdx.x + blockIdx.y * gridDim.x);
     for (Part part = scheduler.next(); part.valid; part = scheduler.next()) {
-      if (part.owns_tile()) epilogue.prefetch(params.problem, part.m_tile, part.n_tile, thread);
       auto accumulators = partition_fragment_C(tiled_mma, take<0, 2>(TileShape{}));
       mainloop.mma(pipeline, state, accumulators, part.k_tiles(), thread, shared.mainloop,
                    params.mainloop);
