@@ -4,8 +4,8 @@
         model.safetensors   the dense master weights under the dense model's names: `export` made it
         state.pt            version, optimizer, recipe and what else was given: plain tensors, numbers and strings
 
-A checkpoint is written under a temporary name and renamed; earlier ones go only afterwards. Loading reads and checks all
-of it before anything changes. Sharded models have `torch.distributed.checkpoint`: docs/distributed.md.
+A checkpoint is written under a temporary name and renamed; earlier ones go only afterwards. Loading reads and checks
+all of it before anything changes. Sharded models have `torch.distributed.checkpoint`: docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def save_checkpoint(
     *,
     keep: int = 1,
 ) -> Path:
-    """Write the checkpoint of the recipe's step under `folder` and drop all but the last `keep` written; returns its path.
+    """Write the checkpoint of the recipe's step under `folder`, keep the `keep` written last; returns its path.
 
     extra  what else must come back: states of a scheduler, a scaler, the data's position; plain numbers, strings,
            lists, dicts and tensors, which is what `torch.load(weights_only=True)` reads

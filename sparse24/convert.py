@@ -180,8 +180,8 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
     broken = [] if search else [name for name, layer in layers.items() if not _has_mask(layer)]
     if broken:
         warnings.warn(
-            f"the masks of {', '.join(broken[:4])} ({len(broken)} layers) do not keep two in each row and column of their "
-            "blocks: something has written to buffers, an average perhaps; they are searched anew",
+            f"the masks of {', '.join(broken[:4])} ({len(broken)} layers) do not keep two in each row and column of "
+            "their blocks: something has written to buffers, an average perhaps; they are searched anew",
             Sparse24Warning,
             stacklevel=2,
         )

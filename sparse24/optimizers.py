@@ -35,9 +35,9 @@ def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.
     left = [name for name, layer in layers.items() if id(layer.weight) in wanted - in_it]
     if left:
         warnings.warn(
-            f"the optimizer does not hold the weights of {', '.join(left[:4])} ({len(left)} sparse layers). If another one "
-            "trains them, they get no decay and lag a step behind their packed form: give all sparse weights to one "
-            "optimizer, or call requires_grad_(False) on what is not trained",
+            f"the optimizer does not hold the weights of {', '.join(left[:4])} ({len(left)} sparse layers). If another "
+            "one trains them, they get no decay, and their packed form lags a step behind: give all sparse weights to "
+            "one optimizer, or call requires_grad_(False) on what is not trained",
             Sparse24Warning,
             stacklevel=3,
         )

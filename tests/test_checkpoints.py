@@ -187,6 +187,26 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(tmp_path):
         save_checkpoint(tmp_path, model, optimizer, recipe)
 
 
+def test_a_run_that_starts_anew_in_the_folder_keeps_what_it_writes(tmp_path):
+    model, optimizer, recipe = make()
+    run(model, optimizer, 0, 6)
+    save_checkpoint(tmp_path, model, optimizer, recipe)
+    model, optimizer, recipe = make(seed=1)
+    run(model, optimizer, 0, 2)
+    written = save_checkpoint(tmp_path, model, optimizer, recipe)
+    assert checkpoints(tmp_path) == [written]
+    *_, again = fresh = make(seed=2)
+    load_checkpoint(tmp_path, *fresh)
+    assert again.step == 2
+
+
+@pytest.mark.parametrize("keep", [0, -1, 1.5, True])
+def test_keeping_none_is_refused(keep, tmp_path):
+    with pytest.raises(Sparse24Error, match=f"keep must be an integer, 1 or more, got {keep}"):
+        save_checkpoint(tmp_path, *make(), keep=keep)
+    assert not checkpoints(tmp_path)
+
+
 def test_no_checkpoint_is_a_fresh_start(tmp_path):
     model, optimizer, recipe = make()
     assert load_checkpoint(tmp_path / "nothing", model, optimizer, recipe) is None

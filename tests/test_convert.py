@@ -500,3 +500,54 @@ def test_conversion_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", Sparse24Warning)
         sparse24.sparsify(MLP())
+
+
+def test_padding_masks_work_in_torchs_encoder():
+    """Its nested tensors belong to a fast path that never calls the layers."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()
+    nested = encoder.use_nested_tensor
+    sparse24.sparsify(encoder)
+    x, padding = torch.randn(2, 6, 16), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(y[1, :4], encoder(x, src_key_padding_mask=padding)[1, :4].detach())
+    sparse24.densify(encoder)
+    assert encoder.use_nested_tensor == nested and "_sparse24_nested" not in encoder.__dict__
+
+
+def test_wrappers_that_pass_on_attributes_are_left_as_they_are():
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+    wrapper = Wrapper(MLP())
+    sparse24.sparsify(wrapper)
+    assert len(sparse24.densify(wrapper)) == 2
+
+
+def test_refresh_finds_masks_anew_that_an_average_has_broken():
+    model = MLP()
+    sparse24.sparsify(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    with torch.no_grad():
+        model.fc1.weight.copy_(torch.randn_like(model.fc1.weight))
+        sparse24.refresh(model, search=True)
+    for _ in range(2):
+        averaged.update_parameters(model)
+    with pytest.warns(Sparse24Warning, match="fc1.* do not keep two in each row and column"):
+        sparse24.refresh(averaged)
+    assert sparse24.verify(averaged)
+
+
+def test_sparse_weights_that_no_given_optimizer_holds_are_named():
+    model = nn.Sequential(MLP(), MLP())
+    sparse24.sparsify(model)
+    with pytest.warns(Sparse24Warning, match=r"does not hold the weights of 1.fc1, 1.fc2 \(2 sparse layers\)"):
+        sparse24.Recipe(model, torch.optim.SGD(model[0].parameters(), 0.1), 4)

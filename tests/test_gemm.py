@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops, reference
 from sparse24.ops import gemm
 from sparse24.testing import assert_as_accurate, column_major
@@ -417,10 +418,16 @@ def test_operands_of_another_size_are_refused_before_any_launch(device):
         lambda: ops.sparse_mm_grad_weight(packed_dy, E_dy, x, 32, out=torch.empty(32, 60, device=device, dtype=dtype)),
     ]
     for call in calls:
-        with pytest.raises(Sparse24Error, match="must have shape|must be a contiguous|must be contiguous"):
+        with pytest.raises(Sparse24Error, match="must have (shape|64 features)|must be (a )?contiguous"):
             call()
     with pytest.raises(Sparse24Error, match="accumulate=True needs out="):
         ops.sparse_mm_grad_weight(packed_dy, E_dy, x, 32, accumulate=True)
+
+
+@pytest.mark.parametrize("make", [lambda: sparse24.SparseLinear(64, 32), lambda: sparse24.SparseGatedMLP(64, 128)])
+def test_an_input_of_another_width_is_named_as_such(make):
+    with pytest.raises(Sparse24Error, match=r"x must have 64 features in its last dimension, .* got shape \(3, 60\)"):
+        make()(torch.randn(3, 60))
 
 
 @pytest.mark.gpu

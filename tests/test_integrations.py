@@ -119,6 +119,31 @@ def test_resumed_trainer_equals_the_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.fault(61)
+def test_masks_of_another_run_are_not_resumed_with(tmp_path):
+    """The Trainer's checkpoint is named to `train` alone, and its own output folder has one of the same step."""
+    there, _ = hf_trainer(tmp_path / "there", steps=6)
+    there.train()
+
+    def another():
+        model = gpt2()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return model
+
+    hf_trainer(tmp_path / "here", another, steps=6)[0].train()
+    again, callback = hf_trainer(tmp_path / "here", steps=6)
+    wanted = str(tmp_path / "there" / "checkpoint-5")
+    with pytest.raises(Sparse24Error, match="has the masks of another run. Set args.resume_from_checkpoint"):
+        again.train(resume_from_checkpoint=wanted)
+    again, callback = hf_trainer(tmp_path / "here", steps=6)
+    again.args.resume_from_checkpoint = wanted
+    again.train(resume_from_checkpoint=wanted)
+    for ours, theirs in zip(again.model.parameters(), there.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.fault(61)
 def test_resuming_without_the_recipes_file_is_an_error(tmp_path):
     trainer, _ = hf_trainer(tmp_path)
     trainer.train()
@@ -283,7 +308,20 @@ class Regression(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, **settings):
+class MadeLate(Regression):
+    """Its layers exist only when Lightning has asked for them."""
+
+    def __init__(self):
+        lightning.LightningModule.__init__(self)
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            torch.manual_seed(0)
+            self.net = MLP()
+
+
+def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, make=Regression, **settings):
     data = torch.utils.data.TensorDataset(torch.randn(40, 16, generator=torch.Generator().manual_seed(0)))
     callback = LightningCallback(**(dict(mask_interval=3, dense_fraction=0.25, total_steps=12) | settings))
     save = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=5, save_top_k=-1, filename="{step}")
@@ -293,7 +331,7 @@ def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, **setting
         log_every_n_steps=1, accumulate_grad_batches=accumulate,
         default_root_dir=folder,
     )  # fmt: skip
-    module = Regression()
+    module = make()
     torch.manual_seed(7)
     trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=8), ckpt_path=ckpt)
     return module, callback, trainer
@@ -305,6 +343,13 @@ def test_lightning_trains_sparse_then_dense_and_logs(tmp_path):
     assert callback.recipe.step == 12 and callback.recipe.phase == "dense"
     assert trainer.callback_metrics["sparse24/phase"] == 1.0 and "sparse24/flip_rate" in trainer.callback_metrics
     assert [step for step, _ in callback.recipe.monitor.history()] == [3, 6]
+
+
+def test_layers_made_in_configure_model_are_converted(tmp_path):
+    ours, callback, _ = fit(tmp_path / "late", 6, make=MadeLate)
+    assert callback.report.converted == ["net.fc1", "net.fc2"] and callback.recipe.step == 6
+    for late, soon in zip(ours.parameters(), fit(tmp_path / "soon", 6)[0].parameters(), strict=True):
+        assert torch.equal(late, soon)
 
 
 @pytest.mark.parametrize(

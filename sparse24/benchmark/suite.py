@@ -296,6 +296,12 @@ def training_step(
     ffns = [arms.feed_forward_arm(shape, sparse=s, **settings) for s in (False, True)]
     for arm in ffns:
         arm.micro_batch()
+    parts = {
+        "dense ffn": ffns[0].micro_batch, "sparse ffn": ffns[1].micro_batch, "repack": ffns[1].repack,
+        "search": ffns[1].search, "decay": ffns[1].decay,
+    }  # fmt: skip
+    times = time_hot(parts, rounds=rounds, warm_seconds=0.5, calls=4)
+    del ffns, arm, parts  # the models fill the GPU
     trainers = []
     for sparse in (False, True):
         trainer, gigabytes = peak_gb(
@@ -303,7 +309,7 @@ def training_step(
         )
         trainers.append((trainer, gigabytes))
     (dense, dense_gb), (sparse, sparse_gb) = trainers
-    times = time_hot(
+    times |= time_hot(
         {
             "dense": dense.step,
             "sparse": sparse.with_mvue(True, sparse.step),
@@ -312,11 +318,6 @@ def training_step(
         rounds=rounds,
         warm_seconds=0.5,
     )
-    parts = {
-        "dense ffn": ffns[0].micro_batch, "sparse ffn": ffns[1].micro_batch, "repack": ffns[1].repack,
-        "search": ffns[1].search, "decay": ffns[1].decay,
-    }  # fmt: skip
-    times |= time_hot(parts, rounds=rounds, warm_seconds=0.2, calls=4)
     ffn = micro_batches * times["dense ffn"] / (micro_batches * times["sparse ffn"] + arms.between_us(times))
     share = shape.layers * micro_batches * times["dense ffn"] / times["dense"]
     bound, speedup = arms.amdahl(share, ffn), times["dense"] / times["sparse"]
@@ -324,6 +325,7 @@ def training_step(
     sparse.set_mvue(True)
     hosts = [host_time_us(trainer.step, 3) / 1e3 for trainer in (dense, sparse)]
     del sparse, trainer, trainers  # a GPU holds two of these models, not three
+    free()
     decayed = arms.Trainer(shape, sparse=True, micro_batches=micro_batches, decay_in="backward", **settings)
     again = time_hot({"dense": dense.step, "decayed": decayed.step}, rounds=rounds, warm_seconds=0.5)
     table.add(

@@ -49,8 +49,8 @@ class Sparse24Callback(Callback):
     settings        all others of `sparsify` (tokens, lean, ...) and of `Recipe` (decay, mask_interval, ...). The
                     Trainer gives dtype (what its precision multiplies in) and micro_batches if they are left out
 
-    The module is converted in `setup`, before its optimizers are made; one that makes its layers in `configure_model`, when
-    fitting starts. The state travels in Lightning's checkpoints.
+    The module is converted in `setup`, before its optimizers are made; one that makes its layers in `configure_model`,
+    when fitting starts. The state travels in Lightning's checkpoints.
     """
 
     def __init__(

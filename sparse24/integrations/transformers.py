@@ -39,9 +39,10 @@ class Sparse24Callback(TrainerCallback):
                     Trainer gives dtype (what its fp16 or bf16 multiplies in) and micro_batches if they are left out
 
     The model is converted when the Trainer is made, before its optimizer. Checkpoints get a file sparse24.pt beside the
-    Trainer's own; resuming reads it. From another folder than the Trainer's own `output_dir`, name that folder in
-    `args.resume_from_checkpoint` as well as in `train(resume_from_checkpoint=...)`: callbacks do not see the latter. `report` and `recipe` are there to look at.
-    The metrics go into the Trainer's log history; `log_through` shows them to its other loggers too.
+    Trainer's own; resuming reads it. From a folder outside of the Trainer's own `output_dir`, name it in
+    `args.resume_from_checkpoint` as well as in `train(resume_from_checkpoint=...)`, which callbacks do not see.
+    `report` and `recipe` are there to look at. The metrics go into the Trainer's log history; `log_through` shows them
+    to its other loggers too.
     """
 
     def __init__(
