@@ -8,7 +8,6 @@ Names alone would also find attention projections and classification heads; size
 from __future__ import annotations
 
 from dataclasses import dataclass
-from operator import attrgetter
 
 from torch import nn
 
@@ -102,14 +101,19 @@ def find_fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
+def _own_module(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at `path` below `module`. Not by getattr: wrappers pass attributes of their model on as their own."""
+    for name in path.split("."):
+        if module is None:
+            return None
+        module = module._modules.get(name)
+    return module
+
+
 def _match(module: nn.Module, shape: Shape) -> tuple[nn.Module, ...] | None:
     """The layers of `module` if it is an FFN of this shape."""
-    try:
-        ups = [attrgetter(path)(module) for path in shape.up]
-        down = attrgetter(shape.down)(module)
-    except AttributeError:
-        return None
-    if not all(isinstance(layer, nn.Module) and is_linear(layer) for layer in (*ups, down)):
+    *ups, down = (_own_module(module, path) for path in (*shape.up, shape.down))
+    if not all(layer is not None and is_linear(layer) for layer in (*ups, down)):
         return None
     hidden, out = features(down)
     widths = {features(up) for up in ups}

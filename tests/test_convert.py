@@ -536,10 +536,10 @@ def test_refresh_finds_masks_anew_that_an_average_has_broken():
     model = MLP()
     sparse24.sparsify(model)
     averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
-    with torch.no_grad():
-        model.fc1.weight.copy_(torch.randn_like(model.fc1.weight))
+    for _ in range(3):
+        with torch.no_grad():
+            model.fc1.weight.copy_(torch.randn_like(model.fc1.weight))
         sparse24.refresh(model, search=True)
-    for _ in range(2):
         averaged.update_parameters(model)
     with pytest.warns(Sparse24Warning, match="fc1.* do not keep two in each row and column"):
         sparse24.refresh(averaged)
