@@ -6,37 +6,51 @@ from pathlib import Path
 import pytest
 
 from sparse24 import cost_model
+from sparse24.benchmark import suite
 from sparse24.cost_model import MARGIN, Training, break_even_tokens, feed_forward, linear
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
-SHAPES = {"124M-like": (16384, 768, 2048), "1.5B-like": (8192, 1600, 4288), "llama-7B": (8192, 4096, 11008),
-          "llama-8B": (16384, 4096, 14336)}  # fmt: skip
+#: folder of results -> rates of their device
+DEVICES = {".": cost_model.Rates(), "h100": cost_model.Rates().on(132, 3.35e12)}
+#: layer of ffn.csv -> tokens, d_model, d_ff, gated
+SHAPES = {layer.name: (layer.tokens, layer.d_model, layer.d_ff, layer.gated) for layer in suite.LAYERS}
 
 
-def rows(name):
-    with (RESULTS / f"{name}.csv").open() as file:
+def rows(name, folder="."):
+    with (RESULTS / folder / f"{name}.csv").open() as file:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def measured():
-    """(measured speed-up, estimated speed-up) of every layer of ffn.csv, with MVUE and without."""
-    for row in rows("ffn"):
-        if row["layer"] not in SHAPES:
-            continue
-        tokens, d_model, d_ff = SHAPES[row["layer"]]
-        training = Training(tokens, master_bytes=2 if row["weights"] == "bf16" else 4)
+def layers(folder):
+    """(d_model, d_ff, gated, training, row) of every layer of ffn.csv and tokens.csv."""
+    for row in rows("ffn", folder):
+        tokens, d_model, d_ff, gated = SHAPES[row["layer"]]
+        yield d_model, d_ff, gated, Training(tokens, master_bytes=2 if row["weights"] == "bf16" else 4), row
+    for row in rows("tokens", folder):
+        d_model, d_ff = map(int, row["layer"].split(" x "))
+        yield d_model, d_ff, row["layer"] != "768 x 3072", Training(int(row["tokens"])), row
+
+
+def measured(folder="."):
+    """(measured speed-up, estimated speed-up) of every layer that was measured, with MVUE and without."""
+    for d_model, d_ff, gated, training, row in layers(folder):
         for column, mvue in (("speedup", True), ("speedup mvue=False", False)):
-            yield float(row[column]), feed_forward(d_model, d_ff, True, training.of(mvue=mvue)).speedup
+            yield (
+                float(row[column]),
+                feed_forward(d_model, d_ff, gated, training.of(mvue=mvue), DEVICES[folder]).speedup,
+            )
 
 
-def test_what_auto_converts_was_never_measured_slower_than_dense():
+@pytest.mark.parametrize("folder", DEVICES)
+def test_what_auto_converts_was_never_measured_slower_than_dense(folder):
     """The rule of backend="auto", over every layer of the benchmark."""
-    converted = [speedup for speedup, estimate in measured() if estimate >= MARGIN]
-    assert len(converted) >= 8 and min(converted) > 0.99, converted
+    converted = [speedup for speedup, estimate in measured(folder) if estimate >= MARGIN]
+    assert len(converted) >= 30 and min(converted) > 0.99, converted
 
 
-def test_estimates_of_large_layers_are_near_what_was_measured():
-    near = [abs(estimate / speedup - 1) for speedup, estimate in measured() if speedup > 1.2]
+@pytest.mark.parametrize("folder", DEVICES)
+def test_estimates_of_large_layers_are_near_what_was_measured(folder):
+    near = [abs(estimate / speedup - 1) for speedup, estimate in measured(folder) if speedup > 1.2]
     assert len(near) >= 5 and max(near) < 0.15, near
 
 
