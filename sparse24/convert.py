@@ -23,7 +23,7 @@ from . import _library, cost_model, feedforward, ops, packing, sharding, structu
 from ._library import is_available
 from .cost_model import Training
 from .errors import Sparse24Error, Sparse24Warning
-from .modules import DTYPES, SparseLayer, SparseLinear
+from .modules import DTYPES, SparseLayer, SparseLinear, check_switch
 
 BACKENDS = ("auto", "sparse")
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
@@ -112,7 +112,7 @@ def sparsify(
     names, when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is
     then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
     """
-    _check_settings(model, backend, dtype, tokens, micro_batches)
+    _check_settings(model, backend, dtype, tokens, micro_batches, mvue)
     report = SparsifyReport()
     unavailable = _why_unavailable(model)
     chosen = _candidates(model, include, _patterns(exclude, "exclude"), report)
@@ -271,7 +271,7 @@ def rates_on(device: torch.device) -> cost_model.Rates:
     return cost_model.Rates().on(info["multiprocessors"], info["memory_bandwidth"])
 
 
-def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
+def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:
     if not isinstance(model, nn.Module):
         raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
     sharding.sharded_modules(model)  # refuses FSDP1
@@ -282,6 +282,7 @@ def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     for name, value in (("tokens", 1 if tokens is None else tokens), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or value < 1:
             raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")
+    check_switch("mvue", mvue)
 
 
 def _why_unavailable(model: nn.Module) -> str | None:
@@ -293,7 +294,7 @@ def _why_unavailable(model: nn.Module) -> str | None:
 
 
 def _patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(p, str) and p for p in patterns):
         raise Sparse24Error(f"{argument} must be patterns over module names, got {value!r}")
     return patterns
@@ -323,9 +324,14 @@ def _candidates(
             chosen += matched
     for pattern in exclude:
         if not any(fnmatchcase(name, pattern) for name in modules):
-            _raise_no_match("exclude", pattern, list(modules))
+            _raise_no_match("exclude", pattern, [name for name in modules if name])
     chosen = dict.fromkeys(chosen)  # in order, once each
-    return {name: modules[name] for name in chosen if not any(fnmatchcase(name, p) for p in exclude)}
+    left = {name: modules[name] for name in chosen if not any(fnmatchcase(name, p) for p in exclude)}
+    if chosen and not left:
+        raise Sparse24Error(
+            f"exclude={exclude} leaves none of the layers that include={include!r} names: {_some(list(chosen))}"
+        )
+    return left
 
 
 def _why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: bool) -> str | None:

@@ -43,6 +43,11 @@ def packed_dtype(weight: Tensor, compute_dtype: torch.dtype | None = None) -> to
     return weight.dtype
 
 
+def check_switch(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise Sparse24Error(f"{name} must be True or False, got {value!r}")
+
+
 def distributed_rank() -> int:
     """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

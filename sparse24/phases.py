@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 from .errors import Sparse24Error
 from .modules import DENSE, SPARSE
@@ -70,6 +70,6 @@ def scheduled_decay(decay: float, schedule: str, progress: float) -> float:
 
 
 def check_decay(decay: float) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < math.inf:
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < math.inf:
         raise Sparse24Error(f"decay must be a finite number, 0 or more, got {decay!r}; 0 is plain straight-through")
     return float(decay)

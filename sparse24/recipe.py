@@ -21,7 +21,7 @@ from . import methods, monitor, ops, packing, sharding
 from .block_flips import BlockFlips
 from .convert import sparse_layers
 from .errors import Sparse24Error
-from .modules import DENSE, SPARSE, SparseLayer, distributed_rank
+from .modules import DENSE, SPARSE, SparseLayer, check_switch, distributed_rank
 from .optimizers import holding_optimizer
 from .phases import PLACES, SCHEDULES, Phases, check_decay, scheduled_decay
 from .ranks import check_ranks
@@ -93,6 +93,7 @@ class Recipe:
         if not self.layers:
             raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
         self.method = methods.get_method(method)
+        check_switch("mvue", mvue)
         self.mask_interval = _positive("mask_interval", mask_interval)
         self.check_ranks_every = _positive("check_ranks_every", check_ranks_every, least=0)
         if decay_schedule not in SCHEDULES:
@@ -126,7 +127,7 @@ class Recipe:
         self._take_over()
         rank = distributed_rank()
         for layer in self.layers.values():
-            layer.mvue, layer.rank, layer.mask_is_state = bool(mvue), rank, False
+            layer.mvue, layer.rank, layer.mask_is_state = mvue, rank, False
             layer.soft = layer.soft_scale = layer.decay_factor = None
             if self.method.soft:
                 layer.soft_scale = soft_scale(packing.full_weight(layer))

@@ -502,6 +502,20 @@ def test_conversion_warns_of_nothing():
         sparse24.sparsify(MLP())
 
 
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(include=None), "include must be patterns over module names, got None"),
+        (dict(exclude=None), "exclude must be patterns over module names, got None"),
+        (dict(exclude="*"), "leaves none of the layers that include='auto' names: fc1, fc2"),
+        (dict(mvue="no"), "mvue must be True or False, got 'no'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, words):
+    with pytest.raises(Sparse24Error, match=re.escape(words)):
+        sparse24.sparsify(MLP(), **settings)
+
+
 def test_padding_masks_work_in_torchs_encoder():
     """Its nested tensors belong to a fast path that never calls the layers."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2).eval()

@@ -36,7 +36,8 @@ def arm_result(arm: str, rows: list[Row], settings: Settings, **known: Any) -> R
         "flip_rate_last": flips[-1] if flips else None,
         "verified": all(verified) if verified else None,
         "step_ms": median(every) if every else None,
-        "step_ms_mean": mean(every) if every else None,
+        # Medians of both phases, weighted by their steps: a few stalled steps of a busy machine do not decide.
+        "step_ms_of_run": sum(len(t) * median(t) for t in times.values() if t) / len(every) if every else None,
         "step_ms_sparse_phase": median(times["sparse"]) if times["sparse"] else None,
         "step_ms_dense_phase": median(times["dense"]) if times["dense"] else None,
         "tokens_per_s": 1e3 * settings.batch * settings.ctx / mean(every) if every else None,
@@ -51,7 +52,7 @@ def compare(results: dict[str, Result]) -> dict[str, float]:
     ratios = {"valid_loss_ratio": sparse["valid_loss"] / dense["valid_loss"]}
     if dense["step_ms"] and sparse["step_ms_sparse_phase"]:
         ratios["speedup_sparse_phase"] = dense["step_ms"] / sparse["step_ms_sparse_phase"]
-        ratios["speedup_whole_run"] = dense["step_ms_mean"] / sparse["step_ms_mean"]
+        ratios["speedup_whole_run"] = dense["step_ms_of_run"] / sparse["step_ms_of_run"]
     if dense["flip_rate_peak"] and sparse["flip_rate_peak"] is not None:
         ratios["peak_flip_rate_ratio"] = sparse["flip_rate_peak"] / dense["flip_rate_peak"]
     return ratios
