@@ -16,6 +16,7 @@ from ._version import __version__
 from .errors import Sparse24BuildError, Sparse24Warning
 
 CPU, CUDA = 0, 1  # backend codes of the C++ library
+INTERFACE = 2  # of the binding's signatures: kInterface in csrc/bindings/python_api.cpp
 
 _why_missing = ""
 try:
@@ -32,13 +33,23 @@ _REBUILD = "rebuild with `pip install --force-reinstall --no-deps .` in the sour
 def binding():
     """The binding, or None where there is no compiled library (ops then run `sparse24.reference`).
 
-    Raises Sparse24BuildError when the binding and libsparse24 are of different versions.
+    Raises Sparse24BuildError when these files, the binding and libsparse24 do not belong together.
     """
-    if _binding is not None and _binding.version() != __version__:
-        raise Sparse24BuildError(
-            f"sparse24 {__version__} found libsparse24 {_binding.version()}: the two must be built together; {_REBUILD}"
-        )
+    if mismatch := _mismatch():
+        raise Sparse24BuildError(mismatch)
     return _binding
+
+
+def _mismatch() -> str:
+    """What does not belong together; "" if all does, or nothing is compiled."""
+    if _binding is None:
+        return ""
+    version, interface = _binding.version(), getattr(_binding, "interface", 0)
+    if version != __version__:
+        return f"sparse24 {__version__} found libsparse24 {version}: the two must be built together; {_REBUILD}"
+    if interface != INTERFACE:
+        return f"sparse24._C was built from other sources (interface {interface}, not {INTERFACE}); {_REBUILD}"
+    return ""
 
 
 @cache
@@ -120,13 +131,8 @@ def is_available(device=None) -> Availability:
     device = torch.device(device)
     if _binding is None:
         return Availability(False, f"no compiled library: {_why_missing}", device.type, "reference")
-    if _binding.version() != __version__:
-        return Availability(
-            False,
-            f"libsparse24 is {_binding.version()}, the package {__version__}; {_REBUILD}",
-            device.type,
-            "reference",
-        )
+    if mismatch := _mismatch():
+        return Availability(False, mismatch, device.type, "reference")
     if device.type == "cpu":
         return Availability(False, "the CPU has no sparse tensor cores; ops run on the C++ backend", "cpu", "cpu")
     if device.type != "cuda":

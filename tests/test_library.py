@@ -50,6 +50,23 @@ def test_without_a_library_ops_run_the_reference_and_say_so_once(another_library
 
 
 @pytest.mark.fault(38)
+def test_a_binding_of_other_sources_is_named_at_the_first_op(another_library):
+    """The version is the same: an editable installation that was not built anew."""
+
+    class Stale:
+        interface = 1
+
+        @staticmethod
+        def version():
+            return sparse24.__version__
+
+    another_library(Stale())
+    with pytest.raises(Sparse24BuildError, match="built from other sources .interface 1, .*pip install"):
+        ops.transposable_mask(torch.randn(4, 4))
+    assert not sparse24.is_available("cpu") and "other sources" in sparse24.is_available("cpu").reason
+
+
+@pytest.mark.fault(38)
 def test_a_library_of_another_version_is_named_at_the_first_op(another_library):
     class Old:
         @staticmethod
@@ -64,6 +81,8 @@ def test_a_library_of_another_version_is_named_at_the_first_op(another_library):
 
 class Ampere:
     """A library with CUDA kernels for Hopper, beside a made-up GPU of another kind."""
+
+    interface = _library.INTERFACE
 
     @staticmethod
     def version():

@@ -25,6 +25,11 @@ namespace {
 
 using Address = uintptr_t;
 
+/// Of the signatures below. Raised with each change of one, here and in sparse24/_library.py: an
+/// editable installation whose Python files are newer than its binding then says so instead of
+/// failing at some call.
+constexpr int kInterface = 2;
+
 template <typename T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
@@ -395,6 +400,7 @@ void translate_errors(std::exception_ptr pending) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "libsparse24 for Python: addresses and extents in, no torch. Use sparse24.ops.";
   py::register_local_exception_translator(sparse24::translate_errors);
+  module.attr("interface") = sparse24::kInterface;
   sparse24::bind_device(module);
   sparse24::bind_compress(module);
   sparse24::bind_gemm(module);
