@@ -11,10 +11,9 @@
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"
-#include "activation/backward_patch.cuh"
+#include "activation/backward_tile.cuh"
 #include "activation/kinds.cuh"
 #include "activation/stream.cuh"
-#include "activation/tile_pass.cuh"
 #include "common/cuda_check.h"
 #include "common/element.cuh"
 
@@ -83,58 +82,31 @@ struct LaunchStream {
 template <typename T>
 using BackwardTile = PatchTile<T, 16, 16>;
 
-struct TileBackward {
-  TileOperand d_h, gate, up, d_gate, d_up, h;  // plain: no up, no d_up
-  TileWalk walk;
-  bool with_h;
-  int lines = 8;  // at least those of a patch: see backward_patch
-};
-
 // A gated 16-bit patch holds 96 words of operands: two blocks an SM keep them in registers.
 template <Activation kKind, bool kGated, typename T>
 __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
     backward_tile_kernel(const __grid_constant__ TileBackward p) {
   using Tile = BackwardTile<T>;
-  extern __shared__ __align__(128) char staged[];  // d_h, gate, up; then h, d_gate, d_up
-  char *const staged_gate = staged + Tile::kBytes, *const staged_up = staged + 2 * Tile::kBytes;
+  extern __shared__ __align__(128) char staged[];
   __shared__ uint64_t arrived;
   const TileIndex tile = p.walk.tile();
   const int token = static_cast<int>(tile.row) * Tile::kTokens;
   const int feature = static_cast<int>(tile.col) * Tile::kFeatures;
-  if (threadIdx.x == 0) {
-    start_barrier(&arrived);
-    announce_bytes(&arrived, (kGated ? 3 : 2) * Tile::kBytes);
-    load_tile(staged, p.d_h, &arrived, token, feature);
-    load_tile(staged_gate, p.gate, &arrived, token, feature);
-    if (kGated) load_tile(staged_up, p.up, &arrived, token, feature);
-  }
+  if (threadIdx.x == 0) load_operands<Tile, kGated>(p, staged, &arrived, token, feature);
   __syncthreads();  // the barrier is there
   wait_for_bytes(&arrived);
 
-  // Patches are held as gate_up lies; the others are turned where they lie otherwise.
-  const typename Tile::Place place{};
-  const bool column_major = p.gate.column_major;
-  SquarePatch<T> d_h = Tile::read(staged, place, p.d_h.column_major);
-  SquarePatch<T> gate = Tile::read(staged_gate, place, column_major), up;
-  if (kGated) up = Tile::read(staged_up, place, column_major);
-  if (p.d_h.column_major != column_major) turn(d_h);
+  const bool by_columns = p.gate.column_major;  // gate and up need no turning then
+  SquarePatch<T> d_h, gate, up;
+  read_operands<Tile, kGated>(p, staged, by_columns, d_h, gate, up);
   backward_patch<kKind, kGated>(p.lines, d_h, gate, up);
-  if (p.d_gate.column_major != column_major) {
-    turn(gate);
-    if (kGated) turn(up);
-  }
-  if (p.with_h && p.h.column_major != column_major) turn(d_h);
 
   __syncthreads();  // all operands have been read
-  Tile::write(staged_gate, place, p.d_gate.column_major, gate);
-  if (kGated) Tile::write(staged_up, place, p.d_gate.column_major, up);
-  if (p.with_h) Tile::write(staged, place, p.h.column_major, d_h);
+  stage_results<Tile, kGated>(p, staged, by_columns, d_h, gate, up);
   fence_for_copies();
   __syncthreads();  // all results are staged
   if (threadIdx.x == 0) {
-    store_tile(p.d_gate, staged_gate, token, feature);
-    if (kGated) store_tile(p.d_up, staged_up, token, feature);
-    if (p.with_h) store_tile(p.h, staged, token, feature);
+    store_results<Tile, kGated>(p, staged, token, feature);
     finish_stores();
   }
 }
@@ -147,19 +119,9 @@ struct LaunchTiles {
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     using Tile = BackwardTile<T>;
-    const int64_t d_ff = args.d_h.cols, up = kGated ? d_ff : 0;
-    const bool with_h = args.h.data != nullptr;
-    const TileOperand d_h = tile_operand<Tile>(args.d_h, layouts.d_h, 0, d_ff);
-    const TileBackward p = {d_h,
-                            tile_operand<Tile>(args.gate_up, layouts.gate_up, 0, d_ff),
-                            tile_operand<Tile>(args.gate_up, layouts.gate_up, up, d_ff),
-                            tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, 0, d_ff),
-                            tile_operand<Tile>(args.d_gate_up, layouts.d_gate_up, up, d_ff),
-                            with_h ? tile_operand<Tile>(args.h, layouts.h, 0, d_ff) : d_h,
-                            tile_walk<Tile>(args.d_h.rows, d_ff, layouts.d_gate_up),
-                            with_h};
-    launch_tile_pass<Tile>(backward_tile_kernel<kKind, kGated, T>, p,
-                           (kGated ? 3 : 2) * Tile::kBytes, stream);
+    launch_tile_pass<Tile>(backward_tile_kernel<kKind, kGated, T>,
+                           tile_backward<Tile>(args, layouts), kBackwardBytes<Tile, kGated>,
+                           stream);
   }
 };
 
@@ -201,9 +163,7 @@ void activation_backward_dense(const ActivationBackwardArgs& args, cudaStream_t 
   const bool mixed = layouts.any(Layout::kRowMajor) && layouts.any(Layout::kColumnMajor);
   if (!mixed && !layouts.any(Layout::kStrided)) {
     with_kernel(args.kind, args.gated, args.d_h.dtype, LaunchStream{args, layouts.gate_up, stream});
-  } else if (tiles_fit(args.d_h, layouts.d_h) && tiles_fit(args.gate_up, layouts.gate_up) &&
-             tiles_fit(args.d_gate_up, layouts.d_gate_up) &&
-             (args.h.data == nullptr || tiles_fit(args.h, layouts.h))) {
+  } else if (backward_tiles_fit(args, layouts)) {
     with_kernel(args.kind, args.gated, args.d_h.dtype, LaunchTiles{args, layouts, stream});
   } else {
     with_type(args.d_h.dtype, [&](auto zero) {
