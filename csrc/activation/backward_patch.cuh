@@ -42,42 +42,6 @@ __device__ __forceinline__ void backward_patch(int lines, SquarePatch<T>& d_h, S
   }
 }
 
-/// The operands of a backward pass by patches; h.data is null if it is not wanted.
-struct PatchBackward {
-  PatchOperand d_h, gate_up, d_gate_up, h;
-  int tokens, d_ff;
-  uint32_t tile_rows, tile_cols;
-  int lines = 8;  // at least those of a patch: see backward_patch
-};
-
-/// Loads a patch's operands, all held by rows.
-template <bool kGated, typename T>
-__device__ __forceinline__ void load_backward(const PatchBackward& p, int token, int feature,
-                                              int valid, SquarePatch<T>& d_h, SquarePatch<T>& gate,
-                                              SquarePatch<T>& up) {
-  const char* from = patch_address<T>(p.gate_up, token, feature);
-  d_h = load_lines<T>(patch_address<T>(p.d_h, token, feature), p.d_h.line_bytes, valid);
-  gate = load_lines<T>(from, p.gate_up.line_bytes, valid);
-  if (kGated) up = load_lines<T>(from + p.gate_up.half_bytes, p.gate_up.line_bytes, valid);
-  if (p.d_h.column_major) turn(d_h);
-  if (p.gate_up.column_major) {
-    turn(gate);
-    if (kGated) turn(up);
-  }
-}
-
-/// Stores what backward_patch made of them.
-template <bool kGated, typename T>
-__device__ __forceinline__ void store_backward(const PatchBackward& p, int token, int feature,
-                                               int valid, const SquarePatch<T>& h,
-                                               const SquarePatch<T>& d_gate,
-                                               const SquarePatch<T>& d_up) {
-  char* to = patch_address<T>(p.d_gate_up, token, feature);
-  store_patch(p.d_gate_up, to, valid, d_gate);
-  if (kGated) store_patch(p.d_gate_up, to + p.d_gate_up.half_bytes, valid, d_up);
-  if (p.h.data != nullptr) store_patch(p.h, patch_address<T>(p.h, token, feature), valid, h);
-}
-
 /// Layouts of the operands of a backward pass; the one of an absent h equals that of d_h.
 struct BackwardLayouts {
   Layout d_h, gate_up, d_gate_up, h;
@@ -92,20 +56,5 @@ struct BackwardLayouts {
     return d_h == layout || gate_up == layout || d_gate_up == layout || h == layout;
   }
 };
-
-inline PatchBackward patch_backward(const ActivationBackwardArgs& args,
-                                    const BackwardLayouts& layouts) {
-  const int64_t side = 16 / bytes_of(args.d_h.dtype), d_ff = args.d_h.cols, tokens = args.d_h.rows;
-  const int64_t tile_rows = round_up((tokens + side - 1) / side * kPatch, kTileRows) / kTileRows;
-  const int64_t tile_cols = round_up(d_ff / side * kPatch, kTileCols) / kTileCols;
-  return {patch_operand(args.d_h, layouts.d_h, d_ff),
-          patch_operand(args.gate_up, layouts.gate_up, d_ff),
-          patch_operand(args.d_gate_up, layouts.d_gate_up, d_ff),
-          patch_operand(args.h, layouts.h, d_ff),
-          static_cast<int>(tokens),
-          static_cast<int>(d_ff),
-          static_cast<uint32_t>(tile_rows),
-          static_cast<uint32_t>(tile_cols)};
-}
 
 }  // namespace sparse24

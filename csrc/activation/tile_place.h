@@ -13,15 +13,16 @@ struct TilePlace {
 };
 
 /// Thread `thread` of token_patches x feature_patches, both multiples of 8. Every patch has one
-/// thread. Neighbouring lanes lie on diagonals: any eight that shared memory serves at a time
-/// differ, modulo 8, in `token` and in `feature`. Patches have lines of 16 bytes, so whichever way
-/// a tile lies, their accesses fall into different banks, without padding or swizzle.
+/// thread. Any eight lanes that shared memory serves at a time differ, modulo 8, in `token` and in
+/// `feature`. Patches have lines of 16 bytes, so whichever way a tile lies, their accesses fall
+/// into different banks, without padding or swizzle. A warp has four neighbouring features of each
+/// of its tokens: 64 contiguous, aligned bytes of what threads store to global memory themselves.
 template <int kTokenPatches, int kFeaturePatches>
 SP24_HD TilePlace tile_place(uint32_t thread) {
-  static_assert(kTokenPatches % 8 == 0 && kFeaturePatches % 8 == 0, "diagonals of 8");
-  const uint32_t lane = thread % 8, diagonal = thread / 8 % 8, square = thread / 64;
+  static_assert(kTokenPatches % 8 == 0 && kFeaturePatches % 8 == 0, "squares of 8 x 8");
+  const uint32_t lane = thread % 8, eight = thread / 8 % 8, square = thread / 64;
   return {static_cast<int>(square % (kTokenPatches / 8) * 8 + lane),
-          static_cast<int>(square / (kTokenPatches / 8) * 8 + (lane + diagonal) % 8)};
+          static_cast<int>(square / (kTokenPatches / 8) * 8 + (lane ^ eight))};
 }
 
 }  // namespace sparse24

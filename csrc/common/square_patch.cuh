@@ -106,14 +106,6 @@ __device__ __forceinline__ void store_lines(char* first, uint32_t line_bytes, in
   }
 }
 
-/// Stores a patch held by rows.
-template <typename T>
-__device__ __forceinline__ void store_patch(const PatchOperand& operand, char* first, int valid,
-                                            SquarePatch<T> patch) {
-  if (operand.column_major) turn(patch);
-  store_lines(first, operand.line_bytes, valid, patch);
-}
-
 /// Element j of line i.
 template <typename T, int kSide>
 __device__ __forceinline__ float patch_value(const SquarePatch<T, kSide>& patch, int i, int j) {

@@ -12,7 +12,8 @@
 //          two, which spill, 730 (docs/kernels/mvue.md).
 #pragma once
 
-#include "activation/backward_patch.cuh"
+#include "activation/functions.h"
+#include "common/square_patch.cuh"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
 #include "compress/tile_sums.cuh"
@@ -22,6 +23,13 @@ namespace sparse24 {
 
 constexpr int kRowThreads = 256;
 static_assert(kRowThreads / 32 * 8 == kTileRows && 32 * 4 == kTileCols, "a warp takes 8 tokens");
+
+struct RowsBackwardMvue {
+  PatchOperand d_h, gate_up, d_gate_up, h;  // h.data is null if it is not wanted
+  uint32_t tile_rows, tile_cols;
+  PackedBackward to;
+  float* tile_sums;  // or null
+};
 
 /// Four features of a token: d_h, gate, up; later h, d_gate, d_up.
 struct TokenPart {
@@ -80,48 +88,49 @@ __device__ __forceinline__ void add_tokens(const TokenPart (&tokens)[4], float (
 // kSums: sums for the gradient of a bias, which plain layers have.
 template <Activation kKind, bool kGated, typename T, bool kSums = false>
 __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
-    backward_mvue_rows_kernel(const __grid_constant__ BackwardMvue p) {
+    backward_mvue_rows_kernel(const __grid_constant__ RowsBackwardMvue p) {
   static_assert(!(kSums && kGated));
   constexpr int kHalves = kGated ? 2 : 1;
   __shared__ alignas(16) uint8_t stage[kHalves * kTileMetaBlocks * kStageStride];
   [[maybe_unused]] __shared__ alignas(16) OctetSums octet_sums;
 
-  const PatchBackward& b = p.backward;
-  const TileIndex tile = raster_tile(blockIdx.x, b.tile_rows, b.tile_cols, 1);
+  const int d_ff = p.to.d_ff;
+  const TileIndex tile = raster_tile(blockIdx.x, p.tile_rows, p.tile_cols, 1);
   const int row = static_cast<int>(threadIdx.x / 32) * 8;
   const int col = static_cast<int>(threadIdx.x % 32) * 4;
   const int token = static_cast<int>(tile.row) * kTileRows + row;
   const int feature = static_cast<int>(tile.col) * kTileCols + col;
   // Tokens past the end are zeros: with d_h = 0 all gradients are, and their groups keep nothing.
-  const int valid = feature < b.d_ff ? b.tokens - token : 0;
-  const uint32_t features = static_cast<uint32_t>(b.d_ff) * kHalves;
+  const int valid = feature < d_ff ? p.to.tokens - token : 0;
+  const uint32_t features = static_cast<uint32_t>(d_ff) * kHalves;
 
   TokenPart now[4], next[4];
-  const char* d_h = patch_address<T>(b.d_h, token, feature);
-  const char* gate_up = patch_address<T>(b.gate_up, token, feature);
+  const char* d_h = patch_address<T>(p.d_h, token, feature);
+  const char* gate_up = patch_address<T>(p.gate_up, token, feature);
   SP24_UNROLL
   for (int i = 0; i < 8; ++i) {
     TokenPart part = {};
     if (i < valid) {
-      part.gate = load8_cached(advance(gate_up, b.gate_up.line_bytes, i));
+      part.gate = load8_cached(advance(gate_up, p.gate_up.line_bytes, i));
       if (kGated)
-        part.up = load8_cached(advance(gate_up, b.gate_up.line_bytes, i) + b.gate_up.half_bytes);
-      part.d_h = load8_cached(advance(d_h, b.d_h.line_bytes, i));
+        part.up = load8_cached(advance(gate_up, p.gate_up.line_bytes, i) + p.gate_up.half_bytes);
+      part.d_h = load8_cached(advance(d_h, p.d_h.line_bytes, i));
     }
     (i < 4 ? now[i] : next[i - 4]) = part;
   }
 
-  const PhiloxKey key = philox_key(p.seed[0], p.seed[1]);
+  const PhiloxKey key = philox_key(p.to.seed[0], p.to.seed[1]);
   const uint32_t octet = static_cast<uint32_t>(token) / 8,
                  quad = static_cast<uint32_t>(feature) / 4;
   Philox4 random[kHalves];
   random[0] = mvue_random(key, octet, quad);
-  if constexpr (kGated) random[1] = mvue_random(key, octet, quad + b.d_ff / 4);
+  if constexpr (kGated) random[1] = mvue_random(key, octet, quad + d_ff / 4);
 
-  char* d_gate_up = patch_address<T>(b.d_gate_up, token, feature);
-  char* h = b.h.data == nullptr ? nullptr : patch_address<T>(b.h, token, feature);
+  char* d_gate_up = patch_address<T>(p.d_gate_up, token, feature);
+  char* h = p.h.data == nullptr ? nullptr : patch_address<T>(p.h, token, feature);
   const uint32_t stride = 2 * features;
-  char* packed = reinterpret_cast<char*>(p.packed) + uint64_t{stride} * (token / 2) + 2 * feature;
+  char* packed =
+      reinterpret_cast<char*>(p.to.packed) + uint64_t{stride} * (token / 2) + 2 * feature;
   uint32_t meta[kHalves] = {};
   [[maybe_unused]] float sums[4] = {};
 #pragma unroll 1
@@ -132,10 +141,10 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
       backward_word<kKind, kGated, T>(now[i].d_h.x, now[i].gate.x, now[i].up.x);
       backward_word<kKind, kGated, T>(now[i].d_h.y, now[i].gate.y, now[i].up.y);
       if (i < left) {
-        char* to = advance(d_gate_up, b.d_gate_up.line_bytes, i);
+        char* to = advance(d_gate_up, p.d_gate_up.line_bytes, i);
         store8(to, now[i].gate);
-        if (kGated) store8(to + b.d_gate_up.half_bytes, now[i].up);
-        if (h != nullptr) store8(advance(h, b.h.line_bytes, i), now[i].d_h);
+        if (kGated) store8(to + p.d_gate_up.half_bytes, now[i].up);
+        if (h != nullptr) store8(advance(h, p.h.line_bytes, i), now[i].d_h);
       }
     }
     if constexpr (kSums) add_tokens<T>(now, sums);
@@ -146,14 +155,14 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
           half == 0 ? now[0].gate : now[0].up, half == 0 ? now[1].gate : now[1].up,
           half == 0 ? now[2].gate : now[2].up, half == 0 ? now[3].gate : now[3].up};
       const uint32_t bits[2] = {random[half].word[0], random[half].word[1]};
-      prune_half_quad<T>(tokens, bits, packed + uint64_t{2} * half * b.d_ff, stride, valid > 0,
+      prune_half_quad<T>(tokens, bits, packed + uint64_t{2} * half * d_ff, stride, valid > 0,
                          meta_mask, meta[half]);
       random[half].word[0] = random[half].word[2], random[half].word[1] = random[half].word[3];
     }
     SP24_UNROLL
     for (int i = 0; i < 4; ++i) now[i] = next[i];
-    d_gate_up = advance(d_gate_up, b.d_gate_up.line_bytes, 4);
-    if (h != nullptr) h = advance(h, b.h.line_bytes, 4);
+    d_gate_up = advance(d_gate_up, p.d_gate_up.line_bytes, 4);
+    if (h != nullptr) h = advance(h, p.h.line_bytes, 4);
     packed = advance(packed, stride, 2);
   }
   SP24_UNROLL
@@ -164,7 +173,7 @@ __global__ void __launch_bounds__(kRowThreads, kGated ? 2 : 3)
   }
   if constexpr (kSums) octet_sums.put(row, col, sums);
   __syncthreads();  // all bytes of the tile's blocks are staged, and all sums of its octets
-  store_halves<kGated>(p, stage, tile);
+  store_halves<kGated>(p.to, stage, tile);
   if constexpr (kSums) octet_sums.store(p.tile_sums, tile.row, tile.col, features);
 }
 

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "activation/tile_place.h"
 #include "common/convert.h"
 #include "common/metadata.h"
 #include "common/tile.h"
@@ -70,6 +71,39 @@ TEST(every_byte_of_E_is_staged_once) {
   for (size_t i = 0; i < written.size(); ++i) {
     const bool in_block = i % kStageStride < kMetaBlockBytes;
     CHECK(written[i] == (in_block ? 1 : 0));  // every byte of the staged blocks is written once
+  }
+}
+
+// backward_tiles.cuh: both halves of a tile, in the order of its loop, and what a warp stores of
+// packed.
+TEST(threads_of_a_tile_stage_every_byte_of_both_halves_once) {
+  constexpr int kTokenPatches = kTileRows / kPatch, kFeaturePatches = kTileCols / kPatch;
+  std::vector<int> written(2 * kTileMetaBlocks * kStageStride, 0);
+  for (uint32_t thread = 0; thread < kTileThreads; ++thread) {
+    const TilePlace at = tile_place<kTokenPatches, kFeaturePatches>(thread);
+    const uint32_t row = at.token * kPatch, col = at.feature * kPatch;
+    for (uint32_t half = 0; half < 2; ++half) {
+      const uint32_t block = col / kMetaBlock + half * kTileMetaBlocks;
+      for (uint32_t i = 0; i < kPatch; ++i) {
+        const uint32_t byte = stage_offset(block, col % kMetaBlock, row) + 8 * i;
+        CHECK(byte == stage_offset(block, col % kMetaBlock + i, row));
+        ++written[byte];
+      }
+    }
+  }
+  for (size_t i = 0; i < written.size(); ++i)
+    CHECK(written[i] == (i % kStageStride < kMetaBlockBytes ? 1 : 0));
+}
+
+TEST(warps_of_a_tile_store_aligned_pieces_of_64_bytes) {
+  constexpr int kTokenPatches = kTileRows / kPatch, kFeaturePatches = kTileCols / kPatch;
+  for (uint32_t warp = 0; warp < kTileThreads / 32; ++warp) {
+    std::vector<int> lanes(kTokenPatches * kFeaturePatches / 4, 0);  // of four patches of a token
+    for (uint32_t lane = 0; lane < 32; ++lane) {
+      const TilePlace at = tile_place<kTokenPatches, kFeaturePatches>(warp * 32 + lane);
+      ++lanes[at.token * (kFeaturePatches / 4) + at.feature / 4];
+    }
+    for (const int count : lanes) CHECK(count == 0 || count == 4);
   }
 }
 

@@ -768,6 +768,39 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
   }
 }
 
+/// The gradient of a mean: all tokens share one row of d_h, which the copy engine cannot read.
+void test_shared_gradient_rows(bool gated, Order in_order, Order din_order) {
+  constexpr int64_t kTokens = 72, kFeatures = 192;
+  constexpr DType kType = DType::kBFloat16;
+  const int64_t width = gated ? 2 * kFeatures : kFeatures;
+  TwinMatrix in(kTokens, width, kType, in_order), row(1, kFeatures, kType, Order::kRows);
+  in.fill(Fill::kNormal), row.fill(Fill::kNormal);
+  ConstMatrix d_h = row.const_device();
+  d_h.rows = kTokens, d_h.row_stride = 0;
+  TwinMatrix h(kTokens, kFeatures, kType, Order::kRows), expected(kTokens, width, kType, din_order),
+      got(kTokens, width, kType, din_order);
+  got.twin().upload();
+  Reference{d_h, in.const_device(), expected.device(), h.device(), gated, true}
+      .operator()<Activation::kSilu>();
+  synchronize("reference with shared rows of d_h");
+  expected.twin().download();
+  Twin packed(kTokens / 2 * width * 2), E(meta_bytes(width, kTokens)), seed(16);
+  seed.host<int64_t>()[0] = 3, seed.host<int64_t>()[1] = 4;
+  seed.upload();
+  cpu::mvue_compress({expected.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
+  ActivationBackwardArgs args;
+  args.gated = gated, args.d_h = d_h, args.gate_up = in.const_device();
+  args.d_gate_up = got.device();
+  args.seed = seed.device<int64_t>(), args.packed = packed.device<void>(), args.E = E.device();
+  cuda::activation_backward(args, nullptr);
+  const std::string what = concat("shared rows of d_h, ", gated ? "gated, " : "", "gate_up by ",
+                                  name_of(in_order), ", d_gate_up by ", name_of(din_order));
+  synchronize(what);
+  got.twin().compare_with(expected.twin(), "fused backward, d_gate_up, " + what);
+  packed.compare("fused backward, packed, " + what);
+  E.compare("fused backward, E, " + what);
+}
+
 void test_activations() {
   const Shape shapes[] = {{1, 1},    {1, 64},  {3, 12},   {8, 8},     {7, 64},
                           {31, 128}, {72, 72}, {64, 192}, {136, 320}, {200, 128}};
@@ -788,6 +821,22 @@ void test_activations() {
       }
     }
   }
+  // Tiles of 64 x 128 and 128 x 128: one patch, whole tiles, a patch more or less.
+  const Shape tails[] = {{8, 64},   {56, 128},  {64, 128},  {72, 256},
+                         {128, 64}, {120, 192}, {264, 128}, {64, 136}};
+  for (const Shape s : tails) {
+    for (bool gated : {true, false}) {
+      for (int orders = 0; orders < 16; ++orders) {
+        if (!some_orders.takes(orders % 8)) continue;
+        const int n = turn++;
+        test_activation_shape(s.rows, s.cols, k16[n % 2], kKinds[n % 6], gated, orders,
+                              orders % 3 == 0 ? 8 : 0, 0, Fill::kNormal);
+      }
+    }
+  }
+  for (bool gated : {true, false})
+    for (Order in_order : kOrders)
+      for (Order din_order : kOrders) test_shared_gradient_rows(gated, in_order, din_order);
   for (Activation kind : kKinds)
     for (int orders : {0, 15, 1, 14, 6, 3, 9, 12})
       if (!quick || kind == Activation::kSilu)
