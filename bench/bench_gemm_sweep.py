@@ -91,7 +91,7 @@ def main() -> None:
                 candidates[config] = partial(gemm._run_sparse_gemm, code, m, n, k, *operands, out, config=config)
             heat(0.05)
             tflop = 2 * m * n * k / 1e6
-            times = median_times(candidates, rounds=5 if tflop < 5e5 else 3)
+            times = median_times(candidates, rounds=15 if tflop < 5e5 else 7)
             for config in list(candidates)[1:]:
                 text = library.sparse_gemm_config(code, m, n, k, bf16, bf16, config, _library.CUDA, 0)
                 table.add(PASSES[code], m, n, k, tflop / times["dense"], text, tflop / times[config])

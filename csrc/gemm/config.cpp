@@ -5,6 +5,7 @@
 
 #include "common/check.h"
 #include "common/convert.h"
+#include "gemm/stream_k.h"
 
 namespace sparse24::gemm {
 namespace {
@@ -26,56 +27,45 @@ bool computes(const KernelEntry& entry, const GemmDesc& desc) {
 
 /// The clusters of tiles that cover an output, and how many of them run at a time.
 struct Cover {
-  int64_t m_clusters, n_clusters, resident;
-  int64_t clusters() const { return m_clusters * n_clusters; }
+  int64_t clusters, resident;
 };
 
 Cover cover(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
-  return {ceil_div(desc.m, int64_t{config.tile_m} * config.cluster_m),
-          ceil_div(desc.n, int64_t{config.tile_n} * config.cluster_n),
+  return {ceil_div(desc.m, int64_t{config.tile_m} * config.cluster_m) *
+              ceil_div(desc.n, int64_t{config.tile_n} * config.cluster_n),
           std::max<int64_t>(multiprocessors / (config.cluster_m * config.cluster_n), 1)};
 }
 
-/// Cycles that a product takes, near enough to compare configs by. The constants are fitted to the
-/// sweep on an H200 (bench/results/gemm_sweep.csv).
-double cycles(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
-  const Cover tiles = cover(config, desc, multiprocessors);
-  const double k_tiles = static_cast<double>(ceil_div(desc.k, config.tile_k));
-  const double k_tile = config.tile_n == 256 ? 690 : 550;  // wgmma waits for shared memory
-  const double store = config.tile_n == 256 ? 800 : 600;   // what shows of a tile's epilogue
-  const double whole_tile = k_tiles * k_tile + store;
-  if (!config.stream_k) {
-    return static_cast<double>(ceil_div(tiles.clusters(), tiles.resident)) * whole_tile;
-  }
-  const int64_t whole_waves = std::max<int64_t>(tiles.clusters() / tiles.resident - 1, 0);
-  const double resident = static_cast<double>(tiles.resident);
-  const double cut_clusters = static_cast<double>(tiles.clusters() - whole_waves * tiles.resident);
-  const double cut_waves = cut_clusters / resident;
-  // Blocks are at different places of k, so operands that exceed L2 are read from memory more
-  // often.
-  const int64_t operand_bytes = desc.m * desc.k * 9 / 8 + desc.n * desc.k * 2;
-  const double locality = operand_bytes < 60'000'000 ? 1.0 : 1.25;
-  const double parts_of_a_tile = std::max(1.0, resident / cut_clusters);
-  const double hand_over = 5000 + 4500 * parts_of_a_tile;  // sums through the workspace, its flags
-  return static_cast<double>(whole_waves) * whole_tile + cut_waves * k_tiles * k_tile * locality +
-         (cut_waves + 1) * store + hand_over;
+/// How stream-K shares out the last wave.
+StreamK cut_of(const Cover& tiles, int64_t k_tiles) {
+  return StreamK::of(static_cast<int>(tiles.clusters % tiles.resident),
+                     static_cast<int>(tiles.resident), static_cast<int>(k_tiles));
 }
 
-/// The order of the tiles. Strips of eight clusters keep both operands in L2; where few clusters
-/// cover m, the strip is all of them. With stream-K, neighbours share the operand of the shorter
-/// extent.
-void choose_walk(GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
+/// Cycles that a product takes, near enough to compare configs by. The constants are fitted to the
+/// sweep on an H100 (bench/results/h100/gemm_sweep.csv).
+double cycles(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
   const Cover tiles = cover(config, desc, multiprocessors);
-  const bool weight_grad = desc.pass == GemmPass::kGradWeight;
-  if (config.stream_k && (weight_grad || tiles.m_clusters <= 16)) {
-    const bool along_n = weight_grad && tiles.m_clusters < tiles.n_clusters;
-    config.raster = along_n ? Raster::kAlongN : Raster::kAlongM;
-    config.strip = 1;
-  } else {
-    const bool along_n = config.stream_k || weight_grad || tiles.m_clusters <= 8;
-    config.raster = along_n ? Raster::kAlongN : Raster::kAlongM;
-    config.strip = 8;
+  const int64_t k_tiles = ceil_div(desc.k, config.tile_k);
+  const double k_tile = config.tile_n == 256 ? 690 : 520;  // wgmma waits for shared memory
+  const double store = config.tile_n == 256 ? 800 : 1200;  // what shows of a tile's epilogue
+  const double wave = static_cast<double>(k_tiles) * k_tile + store;
+  if (!config.stream_k) {
+    return static_cast<double>(ceil_div(tiles.clusters, tiles.resident)) * wave;
   }
+  const double slower = 1.1;  // clusters are at a few places of k instead of one
+  const double shared_wave = cut_of(tiles, k_tiles).time() * k_tile * slower + store;
+  return static_cast<double>(tiles.clusters / tiles.resident) * wave + shared_wave;
+}
+
+/// The order of the tiles: strips of eight clusters keep both operands in L2. They go along n, but
+/// for short K loops with a long m: there the writing of the output counts, in which m is
+/// contiguous.
+void choose_walk(GemmConfig& config, const GemmDesc& desc) {
+  const bool long_m = desc.m > int64_t{8} * config.tile_m * config.cluster_m;
+  const bool writes = desc.pass != GemmPass::kGradWeight && long_m && desc.k <= 1536;
+  config.raster = writes ? Raster::kAlongM : Raster::kAlongN;
+  config.strip = 8;
 }
 
 /// Products of the sweep for which the formula is more than 3 % off: their best config there.
@@ -89,18 +79,10 @@ struct Measured {
 };
 constexpr int kMeasuredMultiprocessors = 132;
 constexpr Measured kMeasured[] = {
-    {GemmPass::kForward, 1600, 8192, 6400, 256, Raster::kAlongN, 1, true},
-    {GemmPass::kGradInput, 1600, 8192, 6400, 256, Raster::kAlongN, 1, true},
-    {GemmPass::kGradWeight, 3072, 768, 16384, 192, Raster::kAlongN, 8, true},
-    {GemmPass::kGradWeight, 768, 3072, 16384, 192, Raster::kAlongN, 1, true},
-    {GemmPass::kGradWeight, 3072, 768, 65536, 256, Raster::kAlongN, 1, true},
-    {GemmPass::kGradWeight, 1280, 5120, 16384, 192, Raster::kAlongN, 8, true},
-    {GemmPass::kGradWeight, 3584, 4096, 32768, 192, Raster::kAlongN, 8, false},
-    {GemmPass::kGradWeight, 4096, 11008, 8192, 256, Raster::kAlongM, 1, false},
+    {GemmPass::kGradWeight, 768, 3072, 16384, 192, Raster::kAlongM, 8, true},
 };
 
-GemmConfig config_of(const KernelEntry& entry, const GemmDesc& desc, bool stream_k,
-                     int multiprocessors) {
+GemmConfig config_of(const KernelEntry& entry, const GemmDesc& desc, bool stream_k) {
   GemmConfig config{entry.tile_m,
                     entry.tile_n,
                     entry.tile_k,
@@ -109,14 +91,15 @@ GemmConfig config_of(const KernelEntry& entry, const GemmDesc& desc, bool stream
                     Raster::kAlongM,
                     1,
                     stream_k};
-  choose_walk(config, desc, multiprocessors);
+  choose_walk(config, desc);
   return config;
 }
 
-/// Stream-K has something to share out only where the last wave is not full.
-bool last_wave_is_partial(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
+/// Stream-K is worth a try where the last wave is not full and its tiles long enough to be cut.
+bool stream_k_cuts(const GemmConfig& config, const GemmDesc& desc, int multiprocessors) {
   const Cover tiles = cover(config, desc, multiprocessors);
-  return tiles.clusters() % tiles.resident != 0;
+  if (tiles.clusters % tiles.resident == 0) return false;
+  return cut_of(tiles, ceil_div(desc.k, config.tile_k)).is_cut();
 }
 
 }  // namespace
@@ -132,8 +115,8 @@ GemmConfig choose_config(const GemmDesc& desc, int multiprocessors) {
   for (const KernelEntry& entry : kTable) {
     if (!computes(entry, desc)) continue;
     for (const bool stream_k : {false, true}) {
-      const GemmConfig config = config_of(entry, desc, stream_k, multiprocessors);
-      if (stream_k && !last_wave_is_partial(config, desc, multiprocessors)) continue;
+      const GemmConfig config = config_of(entry, desc, stream_k);
+      if (stream_k && !stream_k_cuts(config, desc, multiprocessors)) continue;
       const double cost = cycles(config, desc, multiprocessors);
       if (best_cycles < 0 || cost < best_cycles) best = config, best_cycles = cost;
     }
@@ -157,8 +140,8 @@ std::vector<GemmConfig> candidate_configs(const GemmDesc& desc, int multiprocess
   for (const KernelEntry& entry : kTable) {
     if (!computes(entry, desc)) continue;
     for (const bool stream_k : {false, true}) {
-      GemmConfig config = config_of(entry, desc, stream_k, multiprocessors);
-      if (stream_k && !last_wave_is_partial(config, desc, multiprocessors)) continue;
+      GemmConfig config = config_of(entry, desc, stream_k);
+      if (stream_k && !stream_k_cuts(config, desc, multiprocessors)) continue;
       for (const Raster raster : {Raster::kAlongM, Raster::kAlongN}) {
         for (const int strip : {1, 8}) {
           config.raster = raster;

@@ -118,15 +118,16 @@ TEST(workspace_is_a_tile_and_a_flag_line_for_each_block) {
   CHECK_EQ(workspace_bytes(config, 132), 1280 + int64_t{132} * 128 * 256 * 4);
 }
 
-/// Rows of bench/results/gemm_sweep.csv: every config of every product of the sweep, as measured.
+/// Rows of a sweep (bench/bench_gemm_sweep.py): every config of every product, as measured.
 struct Measured {
   std::string config;
   double tflops;
 };
 
-std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep() {
+std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep(
+    const std::string& name) {
   std::string path = __FILE__;
-  path = path.substr(0, path.rfind("tests/cpp")) + "bench/results/gemm_sweep.csv";
+  path = path.substr(0, path.rfind("tests/cpp")) + "bench/results/" + name;
   std::ifstream file(path);
   CHECK(file.good());
   std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> products;
@@ -143,23 +144,36 @@ std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep() {
     entry.first = desc;
     entry.second.push_back({cells[5], std::stod(cells[6])});
   }
+  CHECK(products.size() >= 50);
   return products;
 }
 
-TEST(the_choice_is_within_three_per_cent_of_the_best_measured) {
-  const auto products = read_sweep();
-  CHECK(products.size() >= 50);
-  for (const auto& [name, product] : products) {
+/// The choice for each product is within 3 % of the best row that `counts`, where it is one itself.
+template <typename Counts>
+void check_choice(const std::string& sweep, Counts counts) {
+  for (const auto& [name, product] : read_sweep(sweep)) {
     const std::string chosen = to_string(choose_config(product.first, 132));
+    if (!counts(chosen)) continue;
     double best = 0, ours = 0;
     for (const Measured& row : product.second) {
-      best = std::max(best, row.tflops);
+      if (counts(row.config)) best = std::max(best, row.tflops);
       if (row.config == chosen) ours = row.tflops;
     }
     if (ours < 0.97 * best)
       throw std::runtime_error(name + ": " + chosen + " reaches " + std::to_string(ours) + " of " +
                                std::to_string(best) + " TFLOP/s");
   }
+}
+
+TEST(the_choice_is_within_three_per_cent_of_the_best_measured) {
+  check_choice("h100/gemm_sweep.csv", [](const std::string&) { return true; });
+}
+
+/// That sweep is older than stream-K as it is now: rows of whole tiles alone can be compared.
+TEST(so_is_it_on_an_h200_among_whole_tiles) {
+  check_choice("gemm_sweep.csv", [](const std::string& config) {
+    return config.find("stream-k") == std::string::npos;
+  });
 }
 
 TEST(what_is_not_compiled_is_named) {

@@ -421,20 +421,26 @@ void test_products() {
   }
 }
 
+/// On 132 multiprocessors, 66 clusters run at a time: one lane a tile and helpers; and a whole wave
+/// before the shared one.
+constexpr int kTilesOfHelpers = 44, kTilesOfTwoWaves = 70;
+
 void test_every_config() {
   std::vector<Problem> problems;
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
-    problems.push_back({pass, 264, 136, 1008, true});    // fewer tiles than multiprocessors
     problems.push_back({pass, 8, 8, 64, true});          // one K tile for all
     problems.push_back({pass, 2312, 1800, 192, true});   // more tiles than fit at once
-    problems.push_back({pass, 520, 1032, 2048, false});  // sums of many parts
+    problems.push_back({pass, 264, 136, 4104, true});    // stream-K: many lanes
+    problems.push_back({pass, 520, 1032, 2048, false});  // few
+    problems.push_back({pass, 8, kTilesOfHelpers * 256, 6016, true});
+    problems.push_back({pass, 8, kTilesOfTwoWaves * 256, 2056, true});
   }
   for (const Problem& p : problems) {
     const Operands o = make_operands(p, DType::kBFloat16);
     const Device d(o);
     std::vector<Variant> variants = {
         {false, false, false}, {false, true, true}, {true, true, false}};
-    if (p.m > 1000) variants.resize(1);  // comparing takes the time
+    if (p.m > 1000 || p.n > 2000) variants.resize(1);  // comparing takes the time
     for (const Variant& v : variants) {
       Variant fitting = v;
       if (p.pass != GemmPass::kForward) fitting.bias = false;
@@ -547,17 +553,17 @@ void test_decay() {
   }
 }
 
-/// Small enough for compute-sanitizer (tests/sanitize.sh): each tile with and without stream-K. Two
-/// sizes: edges in both extents, where each share of stream-K is a K tile at most and many blocks
-/// add up; and, on 132 multiprocessors, more tiles than run at a time, so that shares end and begin
-/// within tiles. Values are poison where no kernel may read; all of out is initialised, since
+/// Small enough for compute-sanitizer (tests/sanitize.sh): each tile with and without stream-K.
+/// Three sizes: edges in both extents, and many lanes; one lane and helpers; a whole wave before
+/// the shared one. Values are poison where no kernel may read; all of out is initialised, since
 /// initcheck does not see stores by TMA.
 void test_sanitize() {
   const Variant variants[] = {{true, false, false}, {true, true, true}, {false, true, false}};
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
     const bool weight = pass == GemmPass::kGradWeight;
-    const Problem problems[] = {{pass, 264, weight ? 296 : 279, weight ? 403 : 400, true},
-                                {pass, 8, 70 * 256, 192, true}};
+    const Problem problems[] = {{pass, 264, weight ? 296 : 279, weight ? 3203 : 3200, true},
+                                {pass, 8, kTilesOfHelpers * 256, 6016, true},
+                                {pass, 8, kTilesOfTwoWaves * 256, 2056, true}};
     for (const Problem& p : problems) {
       const Operands o = make_operands(p, DType::kBFloat16);
       const Device d(o);

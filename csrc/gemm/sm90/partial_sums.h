@@ -1,8 +1,8 @@
 // partial_sums.h: sums of a part of a tile, handed from one block to another through the workspace.
 //
-// Each block has one slot: it is never asked for more than one such sum (scheduler.h). A slot holds
-// accumulators in the order of registers, 16 bytes of a thread beside those of its neighbour. A
-// flag for each warpgroup tells that they are there; the host zeroes flags before the launch.
+// A slot of a cluster (stream_k.h) has a place for each of its blocks, in which accumulators are in
+// the order of registers, 16 bytes of a thread beside those of its neighbour. A flag for each
+// warpgroup tells that they are there; the host zeroes flags before the launch.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,11 @@ class PartialSums {
             reinterpret_cast<float*>(static_cast<char*>(workspace) + stream_k_flag_bytes(blocks))};
   }
 
-  /// `block` counts blocks of the grid; `thread` the multiplying threads of one.
+  /// `place` counts the places of all slots; `thread` the multiplying threads of a block.
   template <typename Accumulators>
-  CUTLASS_DEVICE static void give(const Params& params, int block, int thread,
+  CUTLASS_DEVICE static void give(const Params& params, int place, int thread,
                                   const Accumulators& sums) {
-    float4* slot = reinterpret_cast<float4*>(params.slots + block * kSlotFloats) + thread;
+    float4* slot = reinterpret_cast<float4*>(params.slots + place * kSlotFloats) + thread;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kAccumulators / 4; ++i) {
       __stcg(slot + i * kThreads,
@@ -43,7 +43,7 @@ class PartialSums {
     const int warpgroup = thread / cutlass::NumThreadsPerWarpGroup;
     cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
     if (thread % cutlass::NumThreadsPerWarpGroup == 0) {
-      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(params.flags + block * kWarpgroups +
+      asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(params.flags + place * kWarpgroups +
                                                                warpgroup),
                    "r"(1)
                    : "memory");
@@ -51,9 +51,9 @@ class PartialSums {
   }
 
   template <typename Accumulators>
-  CUTLASS_DEVICE static void add(const Params& params, int block, int thread, Accumulators& sums) {
+  CUTLASS_DEVICE static void add(const Params& params, int place, int thread, Accumulators& sums) {
     const uint32_t* flag =
-        params.flags + block * kWarpgroups + thread / cutlass::NumThreadsPerWarpGroup;
+        params.flags + place * kWarpgroups + thread / cutlass::NumThreadsPerWarpGroup;
     uint32_t ready = 0;
     while (true) {
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(ready) : "l"(flag) : "memory");
@@ -61,7 +61,7 @@ class PartialSums {
       __nanosleep(40);
     }
     const float4* slot =
-        reinterpret_cast<const float4*>(params.slots + block * kSlotFloats) + thread;
+        reinterpret_cast<const float4*>(params.slots + place * kSlotFloats) + thread;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kAccumulators / 4; ++i) {
       const float4 more = __ldcg(slot + i * kThreads);

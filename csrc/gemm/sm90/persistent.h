@@ -115,20 +115,21 @@ class PersistentKernel {
     Epilogue epilogue(params.epilogue, shared.epilogue);
     typename Mainloop::PipelineState state;
     TiledMma tiled_mma;
-    const int block = int(blockIdx.x + blockIdx.y * gridDim.x);
+    const auto block_of = [](int slot) {
+      return slot * int(size(ClusterShape{})) + int(block_rank_in_cluster());
+    };
     for (Part part = scheduler.next(); part.valid; part = scheduler.next()) {
       auto accumulators = partition_fragment_C(tiled_mma, take<0, 2>(TileShape{}));
       mainloop.mma(pipeline, state, accumulators, part.k_tiles(), thread, shared.mainloop,
                    params.mainloop);
       mainloop.mma_tail(pipeline, state, part.k_tiles());
       state.advance(part.k_tiles());
-      if (!part.owns_tile()) {
-        Sums::give(params.sums, block, thread, accumulators);
+      if (part.slot >= 0) {
+        Sums::give(params.sums, block_of(part.slot), thread, accumulators);
         continue;
       }
-      for (int peer = 1; peer <= part.peers; ++peer) {
-        Sums::add(params.sums, block + peer * int(size<0>(ClusterShape{})), thread, accumulators);
-      }
+      scheduler.for_each_slot(
+          part, [&](int slot) { Sums::add(params.sums, block_of(slot), thread, accumulators); });
       epilogue.store(params.problem, part.m_tile, part.n_tile, accumulators, thread);
     }
     epilogue.finish();

@@ -4,15 +4,12 @@
 //            of the output, line after line along the other. The clusters that run at a time then
 //            cover a block of the output about as high as wide, so that operands come from L2 and
 //            not, many times over, from memory. The last strip may be narrower: nothing is padded.
-// Stream-K   Where whole tiles do not fill the last wave, the tiles of the last one to two waves
-//            are put end to end, and their K loops cut into equal shares. A share is a part at most
-//            of its first tile, whole tiles, and a part at most of its last. Who has the head of a
-//            tile (k = 0) owns it: it comes to it last, when the others have written their sums of
-//            it to the workspace long ago, and adds those in order. So results do not depend on
-//            timing.
+// Stream-K   Where whole tiles do not fill the last wave, all clusters share its tiles
+// (stream_k.h).
 #pragma once
 
 #include "cutlass/fast_math.h"
+#include "gemm/stream_k.h"
 
 namespace sparse24::gemm::sm90 {
 
@@ -20,10 +17,10 @@ namespace sparse24::gemm::sm90 {
 struct Part {
   int m_tile = 0, n_tile = 0;
   int k_begin = 0, k_end = 0;
-  int peers = 0;  // clusters after this one that have written sums of this tile
+  int cut_tile = -1;  // among the cut ones; -1: a whole tile
+  int slot = -1;      // of its sums, where another cluster owns the tile
   bool valid = false;
   CUTLASS_DEVICE int k_tiles() const { return k_end - k_begin; }
-  CUTLASS_DEVICE bool owns_tile() const { return k_begin == 0; }
 };
 
 template <int kClusterM, int kClusterN>
@@ -36,9 +33,8 @@ class Scheduler {
     bool strips_along_m = true;
     int grid_clusters = 0;
     int whole_clusters = 0;  // clusters of tiles done as a whole; the rest are cut
-    int clusters = 0;
-    cutlass::FastDivmod k_tiles;
-    int share = 0, longer_shares = 0;  // of the cut ones, in K tiles; so many are one longer
+    int k_tiles = 0;
+    StreamK cut;
   };
 
   static Params to_params(int m, int n, int k, int tile_m, int tile_n, int tile_k, int width,
@@ -54,18 +50,15 @@ class Scheduler {
     params.last_width = cutlass::FastDivmod(across % width == 0 ? width : across % width);
     params.full_strips = across / width;
     params.strips_along_m = strips_along_m;
-    params.clusters = params.whole_clusters = m_clusters * n_clusters;
+    const int clusters = m_clusters * n_clusters;
     const int resident = multiprocessors / (kClusterM * kClusterN);
-    params.k_tiles = cutlass::FastDivmod(count(k, tile_k));
-    if (stream_k && params.clusters % resident != 0) {
-      const int whole_waves = params.clusters / resident;
-      params.whole_clusters = whole_waves > 1 ? (whole_waves - 1) * resident : 0;
-      params.grid_clusters = resident;
-      const int units = (params.clusters - params.whole_clusters) * count(k, tile_k);
-      params.share = units / resident;
-      params.longer_shares = units % resident;
-    } else {
-      params.grid_clusters = resident < params.clusters ? resident : params.clusters;
+    params.k_tiles = count(k, tile_k);
+    params.grid_clusters = resident < clusters ? resident : clusters;
+    params.whole_clusters = clusters;
+    if (stream_k && clusters % resident != 0) {
+      params.cut = StreamK::of(clusters % resident, resident, params.k_tiles);
+      params.whole_clusters = clusters - params.cut.tiles;
+      params.grid_clusters = params.whole_clusters > 0 ? resident : params.cut.clusters;
     }
     return params;
   }
@@ -76,39 +69,55 @@ class Scheduler {
 
   CUTLASS_DEVICE explicit Scheduler(const Params& params)
       : params_(params), me_(int(blockIdx.x) / kClusterM), whole_(me_) {
-    if (params.whole_clusters < params.clusters) {
-      unit_ = share_begin(me_);
-      last_unit_ = share_begin(me_ + 1);
+    const StreamK& cut = params.cut;
+    const int role = cut.clusters - 1 - me_;  // the owners, who wait for others, start last
+    if (role < 0) return;
+    if (role < cut.in_lanes()) {
+      lane_ = role / cut.tiles;
+      lane_tile_ = role % cut.tiles;
+    } else {
+      helper_ = role - cut.in_lanes();
+      unit_ = cut.share_begin(helper_);
+      last_unit_ = cut.share_begin(helper_ + 1);
     }
   }
 
   CUTLASS_DEVICE Part next() {
     if (whole_ < params_.whole_clusters) {
       Part part = place(whole_);
-      part.k_end = params_.k_tiles.divisor;
+      part.k_end = params_.k_tiles;
       whole_ += params_.grid_clusters;
       return part;
     }
-    if (unit_ >= last_unit_) return {};
-    const int k_tiles = params_.k_tiles.divisor;
-    int tile, k_begin;
-    params_.k_tiles(tile, k_begin, unit_);
-    Part part = place(params_.whole_clusters + tile);
-    const int tile_end = (tile + 1) * k_tiles;
-    const int end = tile_end < last_unit_ ? tile_end : last_unit_;
-    part.k_begin = k_begin;
-    part.k_end = k_begin + end - unit_;
-    if (k_begin == 0) {
-      while (share_begin(me_ + 1 + part.peers) < tile_end) ++part.peers;
+    const StreamK& cut = params_.cut;
+    if (lane_ >= 0) {
+      const int lane = lane_;
+      lane_ = -1;
+      return place(cut.lane_part(lane, lane_tile_));
     }
-    unit_ = end;
-    return part;
+    if (unit_ < last_unit_) {
+      const StreamK::Part part = cut.helper_part(helper_, unit_, last_unit_);
+      unit_ += part.k_end - part.k_begin;
+      return place(part);
+    }
+    return {};
+  }
+
+  /// Calls visit(slot) for the sums of other clusters that the owner of a tile adds, in order.
+  template <typename Visit>
+  CUTLASS_DEVICE void for_each_slot(const Part& part, Visit&& visit) const {
+    if (part.cut_tile >= 0) params_.cut.for_each_slot(part.cut_tile, visit);
   }
 
  private:
-  CUTLASS_DEVICE int share_begin(int cluster) const {
-    const int longer = cluster < params_.longer_shares ? cluster : params_.longer_shares;
-    return cluster * params_.share + longer;
+  CUTLASS_DEVICE Part place(const StreamK::Part& cut) const {
+    Part part = place(params_.whole_clusters + cut.tile);
+    part.k_begin = cut.k_begin;
+    part.k_end = cut.k_end;
+    part.cut_tile = cut.tile;
+    part.slot = cut.slot;
+    part.valid = cut.k_begin < cut.k_end;  // short K loops leave nothing to the last lanes
+    return part;
   }
 
   CUTLASS_DEVICE Part place(int cluster) const {
@@ -130,7 +139,8 @@ class Scheduler {
 
   const Params& params_;
   int me_, whole_;
-  int unit_ = 0, last_unit_ = 0;  // what is left of this cluster's share
+  int lane_ = -1, lane_tile_ = 0;              // a lane still to do
+  int helper_ = 0, unit_ = 0, last_unit_ = 0;  // what is left of a helper's share
 };
 
 }  // namespace sparse24::gemm::sm90
