@@ -23,7 +23,9 @@ target_include_directories(sparse24_cuda_options INTERFACE ${CUDAToolkit_INCLUDE
 target_compile_options(sparse24_cuda_options INTERFACE
   $<$<COMPILE_LANGUAGE:CUDA>:-O3;-gencode=arch=compute_90a,code=sm_90a;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off>)
 
-# Kernels around the GEMM: the same rounding as on the CPU, so no a*b + c in one step.
+# The same rounding as on the CPU, so no a*b + c in one step.
+set(no_contraction $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+# Kernels around the GEMM.
 file(GLOB kernel_sources CONFIGURE_DEPENDS
   csrc/mask/*.cu csrc/compress/*.cu csrc/activation/*.cu csrc/fused/*.cu)
 # Host code of the GEMM (heuristics) and its kernels, one instantiation a file.
@@ -37,7 +39,7 @@ set_source_files_properties(${gemm_host_sources} PROPERTIES INCLUDE_DIRECTORIES 
 if(kernel_sources)
   add_library(sparse24_kernels OBJECT ${kernel_sources})
   target_link_libraries(sparse24_kernels PRIVATE sparse24_cuda_options)
-  target_compile_options(sparse24_kernels PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+  target_compile_options(sparse24_kernels PRIVATE ${no_contraction})
   set_target_properties(sparse24_kernels PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
   list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
 endif()
@@ -46,6 +48,7 @@ if(gemm_sources)
   add_library(sparse24_gemm OBJECT ${gemm_sources})
   target_link_libraries(sparse24_gemm PRIVATE sparse24_cuda_options)
   target_include_directories(sparse24_gemm SYSTEM PRIVATE ${cutlass_include})
+  target_compile_options(sparse24_gemm PRIVATE ${no_contraction})
   set_target_properties(sparse24_gemm PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
   list(APPEND objects $<TARGET_OBJECTS:sparse24_gemm>)
 endif()

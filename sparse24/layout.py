@@ -22,8 +22,9 @@ PADDING_NIBBLE = 0x4  # positions 0 and 1
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-#: the three products, `GemmPass` of the C++ library (csrc/include/sparse24/gemm.h)
-FORWARD, GRAD_INPUT, GRAD_WEIGHT = 0, 1, 2
+#: the three products, and forward with an activation, plain or gated: `GemmPass` of the C++ library
+#: (csrc/include/sparse24/gemm.h)
+FORWARD, GRAD_INPUT, GRAD_WEIGHT, ACTIVATED_FORWARD, GATED_FORWARD = 0, 1, 2, 3, 4
 
 
 def round_up(value: int, step: int) -> int:

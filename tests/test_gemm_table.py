@@ -11,6 +11,8 @@ SHORT = {
     "Forward": "forward",
     "GradInput": "grad_input",
     "GradWeight": "grad_weight",
+    "ActivatedForward": "activated_forward",
+    "GatedForward": "gated_forward",
     "BFloat16": "bf16",
     "Float16": "fp16",
     "Float32": "fp32",

@@ -34,6 +34,7 @@ def sample_calls(device):
         "mvue_compress_and_sum": (dy, seed),
         "draw_seeds": (dy, 2, 0),
         "sparse_mm": (x, packed, E, 16, None, None),
+        "sparse_mm_activation": (x, packed, E, 16, "silu", True, None),
         "sparse_mm_grad_input": (dy, packed_t, E_t, 32, None),
         "sparse_mm_grad_weight": (packed_dy, E_dy, x, 16, None, *decay),
         "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros_like(w), True, *decay),

@@ -15,6 +15,24 @@ namespace {
 
 using namespace api;
 
+/// Width of h.
+int64_t h_cols(const SparseGemmArgs& args) {
+  return args.pass == GemmPass::kGatedForward ? args.m / 2 : args.m;
+}
+
+/// What products with an activation want besides.
+void check_activated(const SparseGemmArgs& args) {
+  if (!has_activation(args.pass)) return;
+  SP24_CHECK(args.pass != GemmPass::kGatedForward || args.m % 128 == 0,
+             "a gated product must have m = 2 d_ff with d_ff a multiple of 64, got m = ", args.m);
+  SP24_CHECK(args.out_dtype == args.dtype,
+             "out_dtype of a product with an activation must be that of its operands, ",
+             name_of(args.dtype), ", got ", name_of(args.out_dtype));
+  SP24_CHECK(!args.accumulate, "a product with an activation does not accumulate: h is not a sum");
+  SP24_CHECK(args.h_ld >= h_cols(args), "h_ld must be at least ", h_cols(args), ", got ",
+             args.h_ld);
+}
+
 /// Shapes, dtypes and leading dimensions: all that needs no pointer.
 void check_problem(const SparseGemmArgs& args) {
   const bool weight_grad = args.pass == GemmPass::kGradWeight;
@@ -28,6 +46,7 @@ void check_problem(const SparseGemmArgs& args) {
   const int64_t rhs_cols = weight_grad ? args.n : args.k, out_cols = weight_grad ? args.n : args.m;
   SP24_CHECK(args.rhs_ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs_ld);
   SP24_CHECK(args.out_ld >= out_cols, "out_ld must be at least ", out_cols, ", got ", args.out_ld);
+  check_activated(args);
 }
 
 /// What would otherwise read outside of weights or masks.
@@ -104,13 +123,14 @@ void sparse_gemm(const SparseGemmArgs& args, const Context& context) {
   check_problem(args);
   if (args.m == 0 || args.n == 0) return;
   check_pointer(args.out, "out");
+  if (has_activation(args.pass)) check_pointer(args.h, "h");
   if (args.k > 0) {
     check_pointer(args.packed, "packed");
     check_pointer(args.E, "E");
     check_pointer(args.rhs, "rhs");
   }
-  SP24_CHECK(args.bias == nullptr || args.pass == GemmPass::kForward,
-             "bias belongs to the forward product only");
+  SP24_CHECK(args.bias == nullptr || is_forward(args.pass),
+             "bias belongs to forward products only");
   check_decay(args);
   if (context.backend == Backend::kCpu) return cpu::sparse_gemm(args);
 #ifdef SPARSE24_WITH_CUDA

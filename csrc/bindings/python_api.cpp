@@ -28,7 +28,7 @@ using Address = uintptr_t;
 /// Of the signatures below. Raised with each change of one, here and in sparse24/_library.py: an
 /// editable installation whose Python files are newer than its binding then says so instead of
 /// failing at some call.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 template <typename T>
 T* pointer(Address address) {
@@ -45,7 +45,7 @@ Enum checked_enum(int code, Enum last, const char* name) {
 }
 
 DType dtype_of(int code) { return checked_enum(code, DType::kFloat16, "dtype"); }
-GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGradWeight, "pass"); }
+GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGatedForward, "pass"); }
 Activation activation_of(int code) {
   return checked_enum(code, Activation::kIdentity, "activation");
 }
@@ -262,6 +262,7 @@ void set_contiguous(SparseGemmArgs& args) {
   const bool weight_grad = args.pass == GemmPass::kGradWeight;
   args.rhs_ld = weight_grad ? args.n : args.k;
   args.out_ld = weight_grad ? args.n : args.m;
+  args.h_ld = args.m;
 }
 
 void bind_gemm(py::module_& module) {
@@ -269,7 +270,7 @@ void bind_gemm(py::module_& module) {
              [](int pass, int64_t m, int64_t n, int64_t k, int dtype, int out_dtype, Address packed,
                 Address E, Address rhs, int64_t rhs_ld, Address out, int64_t out_ld, Address bias,
                 int accumulate, Address workspace, int64_t config, int backend, int device,
-                Address stream, const py::object& decay) {
+                Address stream, const py::object& decay, const py::object& activation) {
                SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
                args.packed = pointer<const void>(packed);
                args.E = pointer<const uint8_t>(E);
@@ -285,6 +286,12 @@ void bind_gemm(py::module_& module) {
                  Fields item(decay, 8);
                  args.decay = read_decay_term(item);
                }
+               if (!activation.is_none()) {
+                 Fields item(activation, 3);
+                 args.h = item.next_pointer<void>();
+                 args.h_ld = item.next<int64_t>();
+                 args.activation = activation_of(item.next<int>());
+               }
                const Context context = context_of(backend, device, stream);
                const py::gil_scoped_release unlocked;
                sparse_gemm(args, context);
@@ -296,6 +303,7 @@ void bind_gemm(py::module_& module) {
                SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
                args.rhs_ld = rhs_ld;
                args.out_ld = out_ld;
+               args.h_ld = out_ld;
                return sparse_gemm_unsupported(args, context_of(backend, device, 0));
              });
 

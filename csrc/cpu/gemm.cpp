@@ -25,8 +25,7 @@ void read_row(const SparseGemmArgs& args, int64_t m, std::vector<Kept>& row) {
     const uint32_t nibble = byte >> (k & 4 ? 4 : 0) & 0xFu;
     for (int pick = 0; pick < 2; ++pick) {
       const int64_t at = k / 2 + pick;
-      const T value =
-          packed[args.pass == GemmPass::kForward ? m * (args.k / 2) + at : at * args.m + m];
+      const T value = packed[is_forward(args.pass) ? m * (args.k / 2) + at : at * args.m + m];
       const int64_t position = k + (pick == 0 ? meta_first(nibble) : meta_second(nibble));
       if (position < args.k) row.push_back({position, to_float(value)});
     }
@@ -84,6 +83,13 @@ void sparse_gemm(const SparseGemmArgs& args) {
   with_type(args.dtype, [&](auto in) {
     with_type(args.out_dtype, [&](auto out) { multiply<decltype(in), decltype(out)>(args); });
   });
+  if (!has_activation(args.pass)) return;
+  ActivationArgs after;
+  after.kind = args.activation;
+  after.gated = args.pass == GemmPass::kGatedForward;
+  after.gate_up = {args.out, args.dtype, args.n, args.m, args.out_ld, 1};
+  after.h = {args.h, args.dtype, args.n, after.gated ? args.m / 2 : args.m, args.h_ld, 1};
+  activation_forward(after);
 }
 
 }  // namespace sparse24::cpu

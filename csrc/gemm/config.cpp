@@ -195,9 +195,14 @@ int64_t workspace_bytes(const GemmConfig& config, int multiprocessors) {
 }
 
 const char* name_of(GemmPass pass) {
-  return pass == GemmPass::kForward     ? "forward"
-         : pass == GemmPass::kGradInput ? "grad_input"
-                                        : "grad_weight";
+  switch (pass) {
+    case GemmPass::kForward: return "forward";
+    case GemmPass::kGradInput: return "grad_input";
+    case GemmPass::kGradWeight: return "grad_weight";
+    case GemmPass::kActivatedForward: return "activated_forward";
+    case GemmPass::kGatedForward: return "gated_forward";
+  }
+  return "?";
 }
 
 std::string to_string(const GemmDesc& desc) {

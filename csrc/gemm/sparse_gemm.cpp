@@ -101,12 +101,17 @@ std::string unsupported(const SparseGemmArgs& args, int device) {
     return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ",
                   out_unit);
   }
-  if (args.pass == GemmPass::kForward && args.k % 16 != 0) {
+  if (is_forward(args.pass) && args.k % 16 != 0) {
     return concat("in_features ", args.k, ", not a multiple of 16");
   }
-  if (args.pass != GemmPass::kForward && args.m % 8 != 0) {
+  if (!is_forward(args.pass) && args.m % 8 != 0) {
     return concat(args.pass == GemmPass::kGradInput ? "in_features " : "out_features ", args.m,
                   ", not a multiple of 8");
+  }
+  if (has_activation(args.pass)) {
+    if (args.h_ld % 8 != 0)
+      return concat("rows of h ", args.h_ld, " elements apart, not a multiple of 8");
+    if (args.k == 0) return "a product of no features, with an activation";
   }
   // Coordinates are 32-bit; addresses are not.
   constexpr int64_t kLargest = std::numeric_limits<int>::max() - 1024;
@@ -128,6 +133,8 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
       is_aligned(args.packed) && is_aligned(args.E) && is_aligned(args.rhs) && is_aligned(args.out),
       "packed, E, rhs and out must be 16-byte aligned, got ", args.packed, ", ",
       static_cast<const void*>(args.E), ", ", args.rhs, ", ", args.out);
+  SP24_CHECK(!has_activation(args.pass) || is_aligned(args.h), "h must be 16-byte aligned, got ",
+             args.h);
   if (args.m == 0 || args.n == 0) return;
   check_decay(args);
   if (args.k == 0) {

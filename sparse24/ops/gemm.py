@@ -1,4 +1,4 @@
-"""The three products of a 2:4 linear layer: forward, input gradient, weight gradient.
+"""The three products of a 2:4 linear layer, and forward with an activation in its epilogue.
 
 Each runs the sparse GEMM where the library has one for the device and dtype, with zeros around operands of odd sizes
 (gemm_padding.py), and otherwise a dense product over the decompressed operand: the same function up to rounding, noted
@@ -16,8 +16,10 @@ from torch import Tensor
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..layout import (
+    ACTIVATED_FORWARD,
     DTYPE_CODE,
     FORWARD,
+    GATED_FORWARD,
     GRAD_INPUT,
     GRAD_WEIGHT,
     HALF_DTYPES,
@@ -39,8 +41,11 @@ from ._common import (
     define_op,
     where,
 )
+from .activation import KINDS
 
-_PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
+_PASS_NAME = (
+    "sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight", "sparse_mm_activation", "sparse_mm_gated_activation",
+)  # fmt: skip
 _NO_POINTER = 0
 
 
@@ -67,7 +72,7 @@ def _plan(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, in
 
 
 def _run_sparse_gemm(
-    pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None, decay=None
+    pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None, decay=None, activation=None
 ) -> bool:
     """Launch the product on the GPU's sparse GEMM; False, and nothing done, where it does not take these operands."""
     library, backend, index, stream = where(rhs)
@@ -81,6 +86,8 @@ def _run_sparse_gemm(
     else:
         why_not = _unsupported(pass_code, m, 64, k, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
     if why_not or (rhs_pointer | out_pointer | packed_pointer | E_pointer) % 16:
+        if activation is not None:  # by two ops, of which the product is padded
+            return False
         return _run_padded(pass_code, m, n, k, packed, E, rhs, out, bias, accumulate, config, index, decay)
     dtype, out_dtype = DTYPE_CODE[rhs.dtype], DTYPE_CODE[out.dtype]
     if config is None:
@@ -95,7 +102,7 @@ def _run_sparse_gemm(
     library.sparse_gemm(
         pass_code, m, n, k, dtype, out_dtype, packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld,
         _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, fields,
+        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, fields, activation,
     )  # fmt: skip
     if decay is not None and fields is None:
         _decay_after(out, *decay)
@@ -238,6 +245,81 @@ def sparse_mm(
     """
     args = (x, packed, E, out_features, bias, out_dtype)
     return call_without_grad("sparse_mm", "functional.sparse_linear", _op_sparse_mm, args)
+
+
+# ---- forward with an activation -------------------------------------------------------------------------------------
+
+
+def _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias) -> int:
+    if kind not in KINDS:
+        raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    return _check_sparse_mm(x, packed, E, out_features, bias, None)[0]
+
+
+def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
+    in_features = _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
+    width = out_features // 2 if gated else out_features
+    if x.is_cuda and x.numel() > 0 and (not gated or width % META_BLOCK == 0):
+        y, y_rows = _empty_rows(x, out_features, x.dtype)
+        h, h_rows = _empty_rows(x, width, x.dtype)
+        rows = as_rows(x)
+        bias = bias if bias is None else bias.contiguous()
+        if _run_sparse_gemm(
+            GATED_FORWARD if gated else ACTIVATED_FORWARD, out_features, rows.shape[0], in_features,
+            packed, E, rows, y_rows, bias, activation=(h_rows.data_ptr(), width, KINDS[kind]),
+        ):  # fmt: skip
+            return y, h
+    y = torch.ops.sparse24.sparse_mm.default(x, packed, E, out_features, bias, None)
+    return y, torch.ops.sparse24.activation.default(y, kind, gated, False)
+
+
+def _sparse_mm_activation_fake(x, packed, E, out_features, kind, gated, bias):
+    _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
+    width = out_features // 2 if gated else out_features
+    return x.new_empty((*x.shape[:-1], out_features)), x.new_empty((*x.shape[:-1], width))
+
+
+_op_sparse_mm_activation = define_op(
+    "sparse_mm_activation",
+    "(Tensor x, Tensor packed, Tensor E, int out_features, str kind, bool gated, Tensor? bias) -> (Tensor, Tensor)",
+    _sparse_mm_activation,
+    _sparse_mm_activation_fake,
+)
+
+
+def sparse_mm_activation(
+    x: Tensor, packed: Tensor, E: Tensor, out_features: int, kind: str, *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(y, h): y = x W^T + bias as `sparse_mm` has it, and h = act(y), from one kernel.
+
+    x, packed, E, out_features, bias  as in `sparse_mm`
+    kind                              of the activation, as in `activation`
+    returns                           two (..., out_features), row-major; h has the bits of `activation`(y)
+
+    The activation is computed in the epilogue of the product, from what it has in registers: a pass that reads y is
+    saved. Where the GPU's sparse GEMM does not take the operands as they are, it is the two ops.
+
+    Raises Sparse24Error as they do: packed or E of another size than the shapes declare, or an unknown kind.
+    """
+    args = (x, packed, E, out_features, kind, False, bias)
+    return call_without_grad("sparse_mm_activation", "functional.mlp", _op_sparse_mm_activation, args)
+
+
+def sparse_mm_gated_activation(
+    x: Tensor, packed: Tensor, E: Tensor, d_ff: int, kind: str = "silu", *, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(gate_up, h): gate_up = x W^T + bias with W = [gate | up] stacked, and h = act(gate) * up, from one kernel.
+
+    x          (..., in_features)
+    packed, E  from `compress` of W, (2*d_ff, in_features)
+    kind       of the activation, as in `gated_activation`
+    bias       (2*d_ff,) in x's dtype, or None
+    returns    (..., 2*d_ff) and (..., d_ff), row-major; h has the bits of `gated_activation`(gate_up)
+
+    Otherwise as `sparse_mm_activation`; where d_ff is not a multiple of 64, it is the two ops as well.
+    """
+    args = (x, packed, E, 2 * d_ff, kind, True, bias)
+    return call_without_grad("sparse_mm_gated_activation", "functional.gated_mlp", _op_sparse_mm_activation, args)
 
 
 # ---- input gradient -------------------------------------------------------------------------------------------------

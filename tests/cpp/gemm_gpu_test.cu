@@ -31,6 +31,7 @@
 #include <cutlass/transform/device/transform_universal_adapter.hpp>
 #include <cutlass/transform/kernel/sparse_gemm_compressor.hpp>
 
+#include "activation/activation_cuda.h"
 #include "common/check.h"
 #include "common/cuda_check.h"
 #include "common/metadata.h"
@@ -89,12 +90,6 @@ float to_value(uint16_t bits, DType dtype) {
   __half v;
   std::memcpy(&v, &bits, 2);
   return __half2float(v);
-}
-
-const char* name_of(GemmPass pass) {
-  return pass == GemmPass::kForward     ? "forward"
-         : pass == GemmPass::kGradInput ? "grad_input"
-                                        : "grad_weight";
 }
 
 /// Device memory that frees itself.
@@ -186,9 +181,8 @@ Operands make_operands(const Problem& p, DType dtype) {
         const bool is_padding =
             k >= p.k;  // tokens that do not exist: their rows are zero, rhs has none
         const uint16_t bits = is_padding ? 0 : to_bits(draw(), dtype);
-        const size_t at = p.pass == GemmPass::kForward
-                              ? static_cast<size_t>(m) * (packed_k / 2) + k_packed
-                              : static_cast<size_t>(k_packed) * p.m + m;
+        const size_t at = is_forward(p.pass) ? static_cast<size_t>(m) * (packed_k / 2) + k_packed
+                                             : static_cast<size_t>(k_packed) * p.m + m;
         o.packed[at] = bits;
         if (!is_padding) rows[m].push_back({k, to_value(bits, dtype)});
       }
@@ -250,7 +244,7 @@ struct Variant {
 };
 
 std::string describe_case(const Problem& p, DType dtype, const Kernel& kernel, const Variant& v) {
-  return concat(name_of(p.pass), " m=", p.m, " n=", p.n, " k=", p.k,
+  return concat(gemm::name_of(p.pass), " m=", p.m, " n=", p.n, " k=", p.k,
                 dtype == DType::kBFloat16 ? " bf16" : " fp16", v.bias ? " bias" : "",
                 v.accumulate ? " accumulate" : "", v.float_out ? " fp32-out" : "",
                 p.integers ? "" : " normal", " | ", kernel.name);
@@ -430,10 +424,10 @@ void test_every_config() {
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
     problems.push_back({pass, 8, 8, 64, true});          // one K tile for all
     problems.push_back({pass, 2312, 1800, 192, true});   // more tiles than fit at once
-    problems.push_back({pass, 264, 136, 4104, true});    // stream-K: many lanes
+    problems.push_back({pass, 264, 136, 4112, true});    // stream-K: many lanes
     problems.push_back({pass, 520, 1032, 2048, false});  // few
     problems.push_back({pass, 8, kTilesOfHelpers * 256, 6016, true});
-    problems.push_back({pass, 8, kTilesOfTwoWaves * 256, 2056, true});
+    problems.push_back({pass, 8, kTilesOfTwoWaves * 256, 2064, true});
   }
   for (const Problem& p : problems) {
     const Operands o = make_operands(p, DType::kBFloat16);
@@ -553,6 +547,48 @@ void test_decay() {
   }
 }
 
+/// `kernel` with h beside out: after each run, h must have the bits that activation_forward
+/// makes of that out, and nothing may be written past its columns.
+Kernel with_h(const Kernel& kernel, Activation activation) {
+  const auto run = [kernel, activation](const SparseGemmArgs& given) {
+    SparseGemmArgs a = given;
+    const bool gated = a.pass == GemmPass::kGatedForward;
+    const int64_t width = gated ? a.m / 2 : a.m, ld = width + kPad;
+    const std::vector<uint16_t> canary(static_cast<size_t>(a.n * ld), 0x4321);
+    const Buffer h(canary), expected(canary);
+    a.h = h.get();
+    a.h_ld = ld;
+    a.activation = activation;
+    kernel.run(a);
+    ActivationArgs separate;
+    separate.kind = activation;
+    separate.gated = gated;
+    separate.gate_up = {a.out, a.dtype, a.n, a.m, a.out_ld, 1};
+    separate.h = {expected.get(), a.dtype, a.n, width, ld, 1};
+    sparse24::cuda::activation_forward(separate, nullptr);
+    if (h.read<uint16_t>() != expected.read<uint16_t>()) {
+      fail("h of activation ", static_cast<int>(activation), ", m=", a.m, " n=", a.n, " k=", a.k,
+           " differs from activation_forward | ", kernel.name);
+    }
+  };
+  return {kernel.name, kernel.workspace_bytes, run};
+}
+
+void check_activated(const Problem& p, DType dtype, bool all_configs) {
+  const Operands o = make_operands(p, dtype);
+  const Device d(o);
+  for (const bool bias : {false, true}) {
+    const Variant v{bias, false, false};
+    SparseGemmArgs args = make_args(p, dtype, d, v);
+    args.h_ld = p.m + kPad;
+    const std::vector<Kernel> kernels = all_configs ? every_config(args) : first_walks(args);
+    int activation = bias ? 0 : 3;
+    for (const Kernel& kernel : kernels) {
+      check_case(p, dtype, o, d, with_h(kernel, static_cast<Activation>(activation++ % 6)), v);
+    }
+  }
+}
+
 /// Small enough for compute-sanitizer (tests/sanitize.sh): each tile with and without stream-K.
 /// Three sizes: edges in both extents, and many lanes; one lane and helpers; a whole wave before
 /// the shared one. Values are poison where no kernel may read; all of out is initialised, since
@@ -563,7 +599,7 @@ void test_sanitize() {
     const bool weight = pass == GemmPass::kGradWeight;
     const Problem problems[] = {{pass, 264, weight ? 296 : 279, weight ? 3203 : 3200, true},
                                 {pass, 8, kTilesOfHelpers * 256, 6016, true},
-                                {pass, 8, kTilesOfTwoWaves * 256, 2056, true}};
+                                {pass, 8, kTilesOfTwoWaves * 256, 2064, true}};
     for (const Problem& p : problems) {
       const Operands o = make_operands(p, DType::kBFloat16);
       const Device d(o);
@@ -578,6 +614,23 @@ void test_sanitize() {
         }
       }
     }
+  }
+  check_activated({GemmPass::kActivatedForward, 264, 279, 3200, true}, DType::kBFloat16, false);
+  check_activated({GemmPass::kGatedForward, 384, 279, 3200, true}, DType::kBFloat16, false);
+}
+
+void test_activated() {
+  constexpr GemmPass kPlain = GemmPass::kActivatedForward, kGated = GemmPass::kGatedForward;
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int tokens : {1, 65, 300}) {
+      check_activated({kPlain, 8, tokens, 16, true}, dtype, true);
+      check_activated({kPlain, 328, tokens, 208, true}, dtype, true);
+      check_activated({kGated, 128, tokens, 16, true}, dtype, true);
+      check_activated({kGated, 384, tokens, 208, true}, dtype, true);
+      check_activated({kGated, 256, tokens, 4112, true}, dtype, true);  // stream-K
+    }
+    check_activated({kPlain, 1280, 2056, 512, false}, dtype, true);  // many tiles
+    check_activated({kGated, 1280, 2056, 512, false}, dtype, true);
   }
 }
 
@@ -603,7 +656,7 @@ void test_repeats() {
         const std::vector<uint32_t> bits = out.read<uint32_t>();
         if (first.empty()) first = bits;
         if (bits != first) {
-          fail(name_of(pass), " run ", run, " differs from the first | ", kernel.name);
+          fail(gemm::name_of(pass), " run ", run, " differs from the first | ", kernel.name);
           break;
         }
       }
@@ -699,6 +752,7 @@ int main(int count, char** arguments) {
                                                       {"refusals", test_refusals},
                                                       {"products", test_products},
                                                       {"decay", test_decay},
+                                                      {"activated", test_activated},
                                                       {"sanitize", test_sanitize},
                                                       {"every_config", test_every_config},
                                                       {"repeats", test_repeats}};

@@ -84,6 +84,8 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
   const TestMatrix before = out;
   TestMatrix bias(1, p.m, dtype);
   bias.fill_integers(random, 5);
+  const bool gated = pass == GemmPass::kGatedForward;
+  TestMatrix h(p.n, gated ? p.m / 2 : p.m, dtype, Order::kRowMajor, 4), expected_h = h;
 
   SparseGemmArgs args;
   args.pass = pass;
@@ -98,6 +100,9 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
   args.out_ld = out.ld();
   args.bias = with_bias ? bias.data() : nullptr;
   args.accumulate = accumulate;
+  args.h = h.data();
+  args.h_ld = h.ld();
+  args.activation = Activation::kSquaredRelu;
   CHECK_EQ(sparse_gemm_unsupported(args, kCpu), std::string());
   CHECK_EQ(sparse_gemm_workspace_bytes(args, kCpu), 0);
   sparse_gemm(args, kCpu);
@@ -114,6 +119,16 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
       rounded.set(0, 0, static_cast<float>(sum));
       CHECK_EQ(at(out), rounded.get(0, 0));
     }
+
+  if (has_activation(pass)) {
+    ActivationArgs separate;
+    separate.kind = args.activation;
+    separate.gated = gated;
+    separate.gate_up = out.const_view();
+    separate.h = expected_h.view();
+    activation_forward(separate, kCpu);
+  }
+  CHECK(h.memory() == expected_h.memory());
 }
 
 }  // namespace
@@ -128,6 +143,15 @@ TEST(products_of_small_integers_are_exact) {
           for (bool accumulate : {false, true})
             check_product(pass, p, dtype, out_dtype, pass == GemmPass::kForward && p.n > 1,
                           accumulate, random);
+}
+
+TEST(activations_are_those_of_the_rounded_product) {
+  std::mt19937 random(4);
+  for (GemmPass pass : {GemmPass::kActivatedForward, GemmPass::kGatedForward})
+    for (const Problem& p : {Problem{128, 1, 8}, Problem{256, 33, 132}})
+      for (DType dtype : kDTypes)
+        for (bool with_bias : {false, true})
+          check_product(pass, p, dtype, dtype, with_bias, false, random);
 }
 
 TEST(tokens_need_not_be_a_multiple_of_anything) {
@@ -270,6 +294,18 @@ TEST(bad_gemm_arguments_are_named) {
   CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_dtype = DType::kFloat16; }), kCpu),
                "out_dtype must be that of the operands (bfloat16)");
   CHECK_THROWS(sparse_gemm(good, kCpu), "out must not be null");
+
+  good.pass = GemmPass::kActivatedForward, good.h_ld = 4;
+  float out[16];
+  good.out = out;
+  CHECK_THROWS(sparse_gemm(good, kCpu), "h must not be null");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.h_ld = 3; }), kCpu), "h_ld must be at least 4");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.accumulate = true; }), kCpu),
+               "does not accumulate");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_dtype = DType::kFloat32; }), kCpu),
+               "out_dtype of a product with an activation must be that of its operands");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.pass = GemmPass::kGatedForward; }), kCpu),
+               "d_ff a multiple of 64, got m = 4");
 }
 
 TEST_MAIN()

@@ -63,6 +63,7 @@ class TestMatrix {
   }
   ConstMatrix const_view() const { return view(); }
   void* data() { return memory_.data(); }
+  const std::vector<uint8_t>& memory() const { return memory_; }  // gaps between lines too
   const std::vector<uint8_t>& bytes() const { return memory_; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }

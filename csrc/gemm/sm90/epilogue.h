@@ -21,9 +21,9 @@
 #pragma once
 
 #include "cute/tensor.hpp"
-#include "cutlass/arch/barrier.h"
 #include "cutlass/arch/memory.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
+#include "gemm/sm90/warpgroup.h"
 #include "sparse24/gemm.h"
 
 namespace sparse24::gemm::sm90 {
@@ -35,8 +35,7 @@ class WarpgroupEpilogue {
   using Output = Output_;
   static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kTileN = cute::size<1>(TileShape{});
-  static constexpr int kRows = 64;  // of a warpgroup
-  static constexpr int kWarpgroups = 2;
+  static constexpr int kRows = kWarpgroupRows, kWarpgroups = kMultiplyingWarpgroups;
   static constexpr int kChunkN = 128 / sizeof(Output);
   static constexpr int kChunks = kTileN / kChunkN;
   static constexpr int kBuffers = 3;
@@ -108,7 +107,7 @@ class WarpgroupEpilogue {
                   "a thread holds pairs of columns of two rows");
     const int warpgroup =
         __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);  // uniform
-    const Place at(thread % cutlass::NumThreadsPerWarpGroup);
+    const AccumulatorPlace at(thread % cutlass::NumThreadsPerWarpGroup);
     const int m_rows = get<0>(problem), n_columns = get<1>(problem);
     const int m_box = m_tile * kWarpgroups + warpgroup;
     const int row = m_box * kRows + at.row, column = n_tile * kTileN + at.column;
@@ -163,11 +162,11 @@ class WarpgroupEpilogue {
             tma_store_wait<kBuffers - 1>();
           }
         }
-        synchronize(warpgroup);
+        synchronize_warpgroup(warpgroup);
       }
       stage(buffer, at, values);
       tma_store_fence();
-      synchronize(warpgroup);
+      synchronize_warpgroup(warpgroup);
       if (at.is_first) {
         const Tensor smem =
             make_tensor(make_smem_ptr(reinterpret_cast<Output*>(buffer)), SmemLayout{});
@@ -185,19 +184,6 @@ class WarpgroupEpilogue {
 
  private:
   using Values = float[kChunkN / 8][2][2];
-
-  /// A thread's place in the 64 x 8 blocks of a wgmma accumulator: rows row and row + 8, columns
-  /// column and column + 1.
-  struct Place {
-    int lane, warp, row, column;
-    bool is_first;
-    CUTLASS_DEVICE explicit Place(int thread)
-        : lane(thread % 32),
-          warp(thread / 32),
-          row(thread / 32 * 16 + lane / 4),
-          column(lane % 4 * 2),
-          is_first(thread == 0) {}
-  };
 
   CUTLASS_DEVICE void add_existing(Values& values, int row, int column, int m_rows,
                                    int n_columns) const {
@@ -311,30 +297,21 @@ class WarpgroupEpilogue {
     }
   }
 
-  CUTLASS_DEVICE static void synchronize(int warpgroup) {
-    cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
-  }
-
-  CUTLASS_DEVICE static uint32_t pack(const float (&pair)[2]) {
-    const cutlass::Array<float, 2> two{pair[0], pair[1]};
-    const auto rounded = cutlass::NumericArrayConverter<Output, float, 2>{}(two);
-    return reinterpret_cast<const uint32_t&>(rounded);
-  }
-
   CUTLASS_DEVICE static char* unit(char* buffer, int line, int unit) {
     return buffer + line * 128 + (unit ^ line % 8) * 16;
   }
 
   /// Registers to one buffer, in the order of SmemLayout.
-  CUTLASS_DEVICE static void stage(char* buffer, const Place& at, const Values& values) {
+  CUTLASS_DEVICE static void stage(char* buffer, const AccumulatorPlace& at, const Values& values) {
     if constexpr (!kWide) {
       // One stmatrix takes two blocks of eight columns, both of rows row and row + 8. A lane gives
       // the address of one line of eight elements: matrix lane / 8, line lane % 8.
       const int matrix = at.lane / 8, line = at.lane % 8;
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < kChunkN / 8; j += 2) {
-        const uint32_t words[4] = {pack(values[j][0]), pack(values[j][1]), pack(values[j + 1][0]),
-                                   pack(values[j + 1][1])};
+        const uint32_t words[4] = {pack_pair<Output>(values[j][0]), pack_pair<Output>(values[j][1]),
+                                   pack_pair<Output>(values[j + 1][0]),
+                                   pack_pair<Output>(values[j + 1][1])};
         if constexpr (kMContiguous) {
           char* to = unit(buffer, (j + matrix / 2) * 8 + line, at.warp * 2 + matrix % 2);
           cute::SM90_U16x8_STSM_T::copy(words[0], words[1], words[2], words[3],

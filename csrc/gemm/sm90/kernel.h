@@ -4,6 +4,7 @@
 //   lhs 2:4 sparse along k; decay in grad_weight alone
 //
 //   forward      packed [m, k/2] K-major    rhs [n, k] K-major    out [n, m], m contiguous
+//                and in the same pass, if wanted, h = act(out), or act(gate) * up of two halves
 //   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
 //   grad_weight  packed [k/2, m] MN-major   rhs [k, n] MN-major   out [m, n], n contiguous
 //
@@ -25,7 +26,9 @@
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "gemm/config.h"
 #include "gemm/launch.h"
+#include "gemm/sm90/activated_epilogue.h"
 #include "gemm/sm90/epilogue.h"
+#include "gemm/sm90/gated_rows.h"
 #include "gemm/sm90/mainloop.h"
 #include "gemm/sm90/persistent.h"
 
@@ -63,23 +66,29 @@ struct SparseGemm {
   using TileShape = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   using ClusterShape = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
 
+  static constexpr bool kGated = kPass == GemmPass::kGatedForward;
+  static constexpr bool kActivated = has_activation(kPass);
+
   // CUTLASS names layouts after BLAS: RowMajor lhs is K-major, ColumnMajor rhs is K-major.
-  using LayoutLhs = cute::conditional_t<kPass == GemmPass::kForward, cutlass::layout::RowMajor,
+  using LayoutLhs = cute::conditional_t<is_forward(kPass), cutlass::layout::RowMajor,
                                         cutlass::layout::ColumnMajor>;
   using LayoutRhs = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
                                         cutlass::layout::ColumnMajor>;
   static constexpr int kAlignment = 8;  // elements of 16 bits: what TMA wants of every row
 
-  using Epilogue = WarpgroupEpilogue<Element, Output, TileShape, kPass != GemmPass::kGradWeight>;
+  using Epilogue = cute::conditional_t<
+      kActivated, ActivatedEpilogue<Element, TileShape, kGated>,
+      WarpgroupEpilogue<Element, Output, TileShape, kPass != GemmPass::kGradWeight>>;
   // Barriers, and the gap up to the 1024 bytes that swizzled tiles are aligned to.
   static constexpr int kSharedBesideStages = sizeof(typename Epilogue::TensorStorage) + 1024;
-  using StockMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
+  using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment,
       Element, LayoutRhs, kAlignment, float, TileShape, ClusterShape,
       cutlass::gemm::collective::StageCount<Stages<kTileM, kTileN, kTileK>::fitting(
           kSharedBesideStages)>,
       cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
-  using Mainloop = SparseMainloop<StockMainloop>;
+  using SparseConfig = typename Collective::SparseConfig;
+  using Mainloop = SparseMainloop<typename InTurns<Collective, kGated>::type, kGated>;
   using Kernel = PersistentKernel<Mainloop, Epilogue, ClusterShape>;
   static_assert(Kernel::kSharedBytes <= kSharedBytesOfBlock);
 
@@ -94,9 +103,14 @@ struct SparseGemm {
 
     typename Mainloop::Arguments operands{};
     operands.ptr_A = static_cast<const Element*>(args.packed);
-    operands.layout_a = StockMainloop::SparseConfig::fill_layoutA(packed_shape);
-    operands.ptr_E = reinterpret_cast<const typename StockMainloop::ElementE*>(args.E);
-    operands.layout_e = StockMainloop::SparseConfig::fill_layoutE(packed_shape);
+    operands.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(args.E);
+    if constexpr (kGated) {
+      operands.layout_a = gated_packed_layout(m / 2, k);
+      operands.layout_e = gated_meta_layout(SparseConfig::fill_layoutE(packed_shape));
+    } else {
+      operands.layout_a = SparseConfig::fill_layoutA(packed_shape);
+      operands.layout_e = SparseConfig::fill_layoutE(packed_shape);
+    }
     operands.ptr_B = static_cast<const Element*>(args.rhs);
     set_leading_dimension(operands.dB, args.rhs_ld);
 
@@ -104,12 +118,9 @@ struct SparseGemm {
         m, n, k, kTileM, kTileN, kTileK, config.strip, config.raster == Raster::kAlongM,
         config.stream_k, multiprocessors);
     const int blocks = scheduler.grid_clusters * kClusterM * kClusterN;
-    return {
-        problem, Mainloop::to_underlying_arguments(problem, operands, nullptr),
-        Epilogue::to_params(m, n,
-                            {static_cast<Output*>(args.out), args.out_ld,
-                             static_cast<const Element*>(args.bias), args.accumulate, args.decay}),
-        scheduler, Kernel::Sums::to_params(args.workspace, blocks)};
+    return {problem, Mainloop::to_underlying_arguments(problem, operands, nullptr),
+            Epilogue::to_params(m, n, epilogue_of(args)), scheduler,
+            Kernel::Sums::to_params(args.workspace, blocks)};
   }
 
   static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device,
@@ -137,6 +148,16 @@ struct SparseGemm {
   }
 
  private:
+  static typename Epilogue::Arguments epilogue_of(const SparseGemmArgs& args) {
+    const auto out = static_cast<Output*>(args.out);
+    const auto bias = static_cast<const Element*>(args.bias);
+    if constexpr (kActivated) {
+      return {out, args.out_ld, static_cast<Output*>(args.h), args.h_ld, bias, args.activation};
+    } else {
+      return {out, args.out_ld, bias, args.accumulate, args.decay};
+    }
+  }
+
   /// A stride of (ld, 1, 0) or (1, ld, 0): the constant one is fixed by the type.
   template <typename Stride>
   static void set_leading_dimension(Stride& stride, int64_t ld) {

@@ -9,7 +9,8 @@
 // Metadata  A 64 (m) x 64 (k) block of E is 512 bytes: 128 threads x two 32-bit words, one word for
 // each wgmma of k 32.
 //           Thread t of a warpgroup reads the 8 bytes at warp*128 + (t%2)*64 + (t%32/4)*8
-//           (common/metadata.h).
+//           (common/metadata.h). The halves of a word are of rows r and r + 8: in a gated product
+//           of a feature of gate and the same of up, which come from two words.
 #pragma once
 
 #include "cute/tensor.hpp"
@@ -17,7 +18,8 @@
 
 namespace sparse24::gemm::sm90 {
 
-template <typename Stock>
+/// kGated: rows come in turns from the two halves of the weight (gated_rows.h).
+template <typename Stock, bool kGated = false>
 struct SparseMainloop : Stock {
   using Stock::Stock;
   using typename Stock::MainloopPipeline;
@@ -36,6 +38,7 @@ struct SparseMainloop : Stock {
   static constexpr int kWarpgroups = cute::size(TiledMma{}) / cutlass::NumThreadsPerWarpGroup;
   static constexpr int kMmaM = kTileM / 64 / kWarpgroups;  // wgmma rows blocks of one warpgroup
   static constexpr int kMmaK = kTileK / 32;                // wgmma steps along a K tile
+  static_assert(!kGated || kMmaM == 1);
 
   /// The metadata words of one K tile, for one thread: [row block][k step].
   using MetaFragment = decltype(cute::make_tensor<uint32_t>(
@@ -61,14 +64,22 @@ struct SparseMainloop : Stock {
     Tensor b = slice.make_fragment_B(slice.partition_B(sB));  // (MMA, MMA_N, MMA_K, stage)
 
     const int lane = thread % 32, warp = thread % cutlass::NumThreadsPerWarpGroup / 32;
-    const char* meta = reinterpret_cast<const char*>(&shared.smem_E) + warpgroup * 512 +
-                       warp * 128 + lane % 2 * 64 + lane / 4 * 8;
+    // Gated: this warp's eight rows of gate are half of a group of sixteen, and so are those of up.
+    const int sixteen = kGated ? warpgroup * 2 + warp / 2 : warpgroup * 4 + warp;
+    const char* meta = reinterpret_cast<const char*>(&shared.smem_E) + sixteen * 128 +
+                       lane % 2 * 64 + lane / 4 * 8;
+    const uint32_t halves = warp % 2 ? 0x7632u : 0x5410u;
 
     const auto load_meta = [&](int stage, auto& words) {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kMmaM; ++i) {
-        const uint2 pair =
-            *reinterpret_cast<const uint2*>(meta + stage * kMetaStageBytes + i * kWarpgroups * 512);
+        const char* from = meta + stage * kMetaStageBytes + i * kWarpgroups * 512;
+        uint2 pair = *reinterpret_cast<const uint2*>(from);
+        if constexpr (kGated) {
+          const uint2 up = *reinterpret_cast<const uint2*>(from + 512);
+          pair.x = __byte_perm(pair.x, up.x, halves);
+          pair.y = __byte_perm(pair.y, up.y, halves);
+        }
         words(0, i, 0) = pair.x;
         words(0, i, 1) = pair.y;
       }

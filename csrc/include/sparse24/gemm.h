@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "sparse24/activation.h"
 #include "sparse24/types.h"
 
 namespace sparse24 {
@@ -17,7 +18,22 @@ namespace sparse24 {
 ///                packed_t [k/2, m] row-major; rhs dy [n, k], ld = rhs_ld; out dx [n, m], ld = out_ld
 ///   kGradWeight  m = out_features, n = in_features, k = tokens
 ///                packed_dy [padded_tokens(k)/2, m] row-major; rhs x [k, n], ld = rhs_ld; out dW [m, n], ld = out_ld
-enum class GemmPass : int { kForward = 0, kGradInput = 1, kGradWeight = 2 };
+///   kActivatedForward  kForward, and from its epilogue h [n, m] = act(out), ld = h_ld, with the bits that
+///                activation_forward gives; out_dtype must be dtype, and nothing is accumulated
+///   kGatedForward  the same of gate and up, stacked: m = 2 d_ff, out = gate_up, h [n, d_ff] = act(gate) * up. d_ff must
+///                be a multiple of 64
+enum class GemmPass : int {
+  kForward = 0,
+  kGradInput = 1,
+  kGradWeight = 2,
+  kActivatedForward = 3,
+  kGatedForward = 4,
+};
+
+constexpr bool has_activation(GemmPass pass) {
+  return pass == GemmPass::kActivatedForward || pass == GemmPass::kGatedForward;
+}
+constexpr bool is_forward(GemmPass pass) { return pass == GemmPass::kForward || has_activation(pass); }
 
 /// Masked decay inside the weight gradient's product: out += *factor * (1 - mask) * weight, in fp32 and before the one
 /// rounding. The weight is one matrix, or two whose rows lie one after the other in `out` (gate and up).
@@ -43,9 +59,12 @@ struct SparseGemmArgs {
   int64_t rhs_ld = 0;
   void* out = nullptr;  // rows are stored in whole 16-byte units: what follows an odd width, up to out_ld, is scratch
   int64_t out_ld = 0;
-  const void* bias = nullptr;  // [m] or null; forward only
+  const void* bias = nullptr;  // [m] or null; forward products only
   bool accumulate = false;     // out += product, instead of out = product
   MaskedDecayTerm decay;       // kGradWeight only
+  void* h = nullptr;           // where the pass has_activation, as are the next two
+  int64_t h_ld = 0;
+  Activation activation = Activation::kSilu;
   int64_t config = 0;          // one of sparse_gemm_configs, or 0: the heuristic's
   void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 256-byte aligned
 };

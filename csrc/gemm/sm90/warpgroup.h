@@ -1,0 +1,40 @@
+// warpgroup.h: what the epilogues share: a thread's place in a wgmma accumulator, and a warpgroup's
+// barrier.
+#pragma once
+
+#include "cutlass/arch/barrier.h"
+#include "cutlass/cutlass.h"
+#include "cutlass/numeric_conversion.h"
+
+namespace sparse24::gemm::sm90 {
+
+constexpr int kWarpgroupRows = 64;  // of a wgmma accumulator
+constexpr int kMultiplyingWarpgroups = 2;
+
+/// A thread's place in the 64 x 8 blocks of an accumulator: rows row and row + 8, columns column
+/// and column + 1.
+struct AccumulatorPlace {
+  int lane, warp, row, column;
+  bool is_first;
+  CUTLASS_DEVICE explicit AccumulatorPlace(int thread)  // of the warpgroup
+      : lane(thread % 32),
+        warp(thread / 32),
+        row(thread / 32 * 16 + lane / 4),
+        column(lane % 4 * 2),
+        is_first(thread == 0) {}
+};
+
+/// Named barriers 0 and 1: each warpgroup's own.
+CUTLASS_DEVICE void synchronize_warpgroup(int warpgroup) {
+  cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
+}
+
+/// Two values, rounded, in one word.
+template <typename Output>
+CUTLASS_DEVICE uint32_t pack_pair(const float (&pair)[2]) {
+  const cutlass::Array<float, 2> two{pair[0], pair[1]};
+  const auto rounded = cutlass::NumericArrayConverter<Output, float, 2>{}(two);
+  return reinterpret_cast<const uint32_t&>(rounded);
+}
+
+}  // namespace sparse24::gemm::sm90
