@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 import warnings
 
 import pytest
@@ -931,6 +932,42 @@ def test_ema_copy_is_independent_and_current():
         ema(torch.randn(2, 16))
     assert sparse24.refresh(ema) == 2
     assert sparse24.verify(ema) and sparse24.verify(model)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a dict": lambda recipe: copy.deepcopy({"layers": recipe.layers, "recipe": recipe}),
+    "copy": copy.copy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda recipe: torch.save(recipe, io.BytesIO()),
+}
+
+
+@pytest.mark.fault(56)
+@pytest.mark.parametrize("how", COPIES)
+def test_recipe_in_use_is_not_copied_and_the_remedy_works(how):
+    """Its copy would have no hooks. State and model make the recipe of a copy, which trains as the original."""
+    model, optimizer, recipe = make(torch.optim.AdamW, lr=1e-2)
+    run(model, optimizer, 5)
+    with pytest.raises(Sparse24Error, match=r"cannot be copied or pickled.*recipe\.state_dict\(\).*new Recipe"):
+        COPIES[how](recipe)
+    states = copy.deepcopy((optimizer.state_dict(), recipe.state_dict()))
+    twin, twin_optimizer, twin_recipe = make(torch.optim.AdamW, lr=1e-2, model=copy.deepcopy(model))
+    twin_optimizer.load_state_dict(states[0])
+    for m, o, r in ((model, optimizer, recipe), (twin, twin_optimizer, twin_recipe)):
+        r.load_state_dict(states[1])  # with the generator that MVUE draws from
+        run(m, o, 4, first=5)
+    assert torch.equal(model.fc1.weight, twin.fc1.weight) and torch.equal(model.fc1.mask, twin.fc1.mask)
+
+
+@pytest.mark.fault(56)
+def test_detached_recipe_may_be_copied():
+    """Trainers keep theirs after training, in callbacks that may be copied or sent to other processes."""
+    model, optimizer, recipe = make()
+    run(model, optimizer, 5)
+    recipe.detach()
+    for twin in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
+        assert twin.metrics() == recipe.metrics() and twin.monitor.history() == recipe.monitor.history()
 
 
 # -- monitor --------------------------------------------------------------------------------------------------------
