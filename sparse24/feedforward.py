@@ -178,6 +178,8 @@ class FusedFeedForward:
             buffers, weight = layer._buffers, layer._parameters.get("weight")
             if buffers["soft"] is not None or buffers["packed"].dtype not in (dtype, torch.float32) or weight is None:
                 return False
+            if weight is not layer._packed_from and layer.weight_is_lent():
+                return False
             if not autocast and dtype != weight.dtype:
                 return False  # the layers themselves say what does not fit
         return True

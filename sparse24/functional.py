@@ -48,7 +48,7 @@ def _cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
 
 
-def _check_no_transform(x: Tensor) -> None:
+def check_no_transform(x: Tensor) -> None:
     """vmap, functional gradients and forward mode have no rule here; say so, instead of PyTorch's words to authors."""
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     if dual or torch._C._are_functorch_transforms_active():
@@ -276,7 +276,7 @@ def sparse_linear(
     """
     if weight.dim() != 2:
         raise Sparse24Error(f"weight must be 2-D, (out_features, in_features), got shape {tuple(weight.shape)}")
-    _check_no_transform(x)
+    check_no_transform(x)
     x, bias = _cast_as_autocast_does(x, bias)
     _check_bias(x, bias)
     form = PackedWeight(_constant(packed), E, _constant(packed_t), E_t, () if mask is None else (mask,))
@@ -300,13 +300,13 @@ class _Activation(torch.autograd.Function):
 
 def gated_activation(gu: Tensor, kind: str = "silu") -> Tensor:
     """h = act(gate) * up for gu = [gate | up] (..., 2*d_ff); saves gu alone. Kinds as `ops.gated_activation`."""
-    _check_no_transform(gu)
+    check_no_transform(gu)
     return _Activation.apply(gu, kind, True)
 
 
 def activation(x: Tensor, kind: str = "gelu_tanh") -> Tensor:
     """act(x), saving x alone; kinds as `ops.gated_activation`, "squared_relu" among them."""
-    _check_no_transform(x)
+    check_no_transform(x)
     return _Activation.apply(x, kind, False)
 
 
@@ -424,7 +424,7 @@ def _check_seed_pairs(seed: Tensor | None) -> None:
 def _feed_forward(
     x, up_weights, up, down_weight, down, kind, gated, bias_up, bias_down, mvue, seed, rank, decay
 ) -> Tensor:
-    _check_no_transform(x)
+    check_no_transform(x)
     x, bias_up, bias_down = _cast_as_autocast_does(x, bias_up, bias_down)
     _check_bias(x, bias_up)
     _check_bias(x, bias_down)

@@ -4,7 +4,8 @@ A sparse layer is its dense class plus five buffers and a few constants. The den
 state_dict is that of the dense layer, and the buffers (mask and packed forms) are non-persistent. Whoever changes the
 weight re-packs it: the recipe after each optimizer step; the hooks below after load_state_dict, a move, a copy or a
 new Parameter; `sparse24.refresh(model)` after anything else. Forward only reads, so it compiles without graph breaks,
-replays in CUDA graphs and may be run twice by activation checkpointing.
+replays in CUDA graphs and may be run twice by activation checkpointing. A weight that somebody else lends it for a
+call, as `torch.func.functional_call` does, is packed for that call.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class SparseLayer:
         self.compute_dtype = compute_dtype
         # Once training has advanced the mask it belongs to the training state: loading weights then keeps it.
         self.mask_is_state = False
-        self._stamp = None
+        self._stamp = self._packed_from = None
         for name in packing.SPARSE_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         # S-STE's thresholded, scaled weight, [rows, cols]: what its packed form holds.
@@ -129,7 +130,8 @@ class SparseLayer:
         for name in (*packing.SPARSE_BUFFERS, "soft", "decay_factor"):
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
-        for name in ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "_stamp", "lean"):
+        constants = ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "lean")
+        for name in (*constants, "_stamp", "_packed_from"):
             self.__dict__.pop(name, None)
 
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
@@ -176,9 +178,11 @@ class SparseLayer:
         packing.pack([self], search=search)
 
     def note_packed(self) -> None:
-        """Remember which weight was packed last, for the alarm in forward."""
+        """Remember which weight was packed last, for `weight_is_lent` and for the alarm in forward."""
         weight = self._parameters["weight"]
-        # Past nn.Module's own setattr, which costs microseconds: this runs for each layer after each step.
+        # Past nn.Module's own setattr, which would make a second parameter of the weight, and costs microseconds: this
+        # runs for each layer after each step.
+        self.__dict__["_packed_from"] = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
         self.__dict__["_stamp"] = _stamp(weight) if type(weight) is nn.Parameter else None
 
     # -- hooks: whatever changes the weight behind the recipe's back ----------------------------------------------
@@ -212,6 +216,7 @@ class SparseLayer:
             return
         # FSDP2 swaps sharded and gathered parameters at each use; the recipe packs for it.
         if packing.is_dtensor(old) or packing.is_dtensor(value):
+            self.__dict__["_packed_from"] = None
             return
         self._repack()
 
@@ -222,7 +227,7 @@ class SparseLayer:
         state["_buffers"] = state["_buffers"].copy()
         for name in (*packing.PACKED_NAMES, "decay_factor"):
             state["_buffers"][name] = None
-        state["_stamp"] = None
+        state["_stamp"] = state["_packed_from"] = None
         return state
 
     def __setstate__(self, state):
@@ -239,7 +244,7 @@ class SparseLayer:
         Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
         """
         weight = self._parameters.get("weight")
-        if type(weight) is nn.Parameter:
+        if weight is self._packed_from:
             if self._stamp is not None and self._stamp != _stamp(weight):
                 self._stamp = None  # once per layer
                 warnings.warn(
@@ -255,6 +260,16 @@ class SparseLayer:
                 "tensor-parallel plans on sparse layers are not supported: exclude the layer from the plan, or use "
                 "FSDP2 (fully_shard), which gathers the weight"
             )
+
+    def weight_is_lent(self) -> bool:
+        """Whether `weight` is another tensor than the one that was packed, and so the packed forms are not of it.
+
+        Told by identity alone, since compilers trace that and it costs no time. `torch.export` is no lender: it puts
+        tracers in place of the weight and of its packed forms.
+        """
+        if self._packed_from is None or self._parameters.get("weight") is self._packed_from:
+            return False
+        return torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting()
 
     def _sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient."""
@@ -273,22 +288,26 @@ class SparseLayer:
                 f"mat1 and mat2 must have the same dtype, but x is {x.dtype} and the weight {weight.dtype}; "
                 "cast one of them or run under torch.autocast"
             )
-        packed, decay = self.packed, self.decay_factor
+        forms, decay = self._buffers, self.decay_factor
+        if self.weight_is_lent():
+            functional.check_no_transform(x)
+            forms = packing.pack_apart(self, weight, packed_dtype(weight, self.compute_dtype))
+        packed, E, soft = forms["packed"], forms["E"].reshape(-1), forms["soft"]
         # Packed float32 values, a CPU's, serve every dtype; 16-bit ones serve their own.
         fits = packed.dtype == x.dtype or packed.dtype in (torch.float32, torch.float64)
-        if self.soft is not None:
+        if soft is not None:
             if fits:
-                return soft_linear(x, weight, packed, self.flat_E(), bias, mvue=self.mvue, rank=self.rank)
-            return F.linear(x, _SoftWeight.apply(weight, self.soft).to(x.dtype), bias)
+                return soft_linear(x, weight, packed, E, bias, mvue=self.mvue, rank=self.rank)
+            return F.linear(x, _SoftWeight.apply(weight, soft).to(x.dtype), bias)
         if not fits:
             return self._masked_forward(x, weight, bias)
         return functional.sparse_linear(
             x,
             weight,
             packed,
-            self.flat_E(),
-            self.packed_t,
-            self.E_t,
+            E,
+            forms["packed_t"],
+            forms["E_t"],
             bias,
             mvue=self.mvue,
             rank=self.rank,

@@ -67,6 +67,7 @@ def pack(layers: Iterable, *, search: bool) -> None:
     groups = defaultdict(list)
     for layer in layers:
         if layer.weight.is_meta:
+            layer.note_packed()
             continue
         if layer.soft_scale is not None:
             _pack_soft(layer, search)
@@ -118,6 +119,25 @@ def _pack_soft(layer, search: bool) -> None:
     if search:
         layer.mask.copy_(mask_bytes(mask))
     layer.note_packed()
+
+
+@torch.no_grad()
+def pack_apart(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """The packed forms and, for S-STE, "soft" that `layer` would have with another weight, as new tensors by name.
+
+    weight  [out_features, in_features] as kernels see it; pruned by the layer's mask, or by S-STE's rule
+    dtype   of the packed values
+
+    Raises Sparse24Error for a weight of another shape or on another device than the mask.
+    """
+    weight, mask, soft = weight.detach(), mask_bits(layer.mask), None
+    if layer.soft_scale is not None:
+        mask, soft = row_mask(weight), soft_threshold(weight) * layer.soft_scale.to(weight)
+    packed = ops.compress(weight if soft is None else soft, mask, dtype)
+    forms = dict(zip(PACKED_NAMES, packed, strict=True))
+    if layer.lean:
+        forms |= {name: forms[name].new_empty(0) for name in TRANSPOSED_NAMES}
+    return forms | {"soft": soft}
 
 
 @torch.no_grad()

@@ -625,6 +625,16 @@ class Recipe:
             "decay_in": self.decay_in,
         }
 
+    def __reduce_ex__(self, protocol):
+        # What copy and pickle ask for. Copies of an optimizer have no hooks, so a copied recipe would never be called.
+        if not self._hooks:  # detached, as trainers keep theirs after training: no hooks to lose
+            return super().__reduce_ex__(protocol)
+        raise Sparse24Error(
+            "a Recipe cannot be copied or pickled, since it lives in the hooks of its optimizer: save "
+            "recipe.state_dict(), or make a new Recipe for the copied model and its optimizer and load_state_dict() "
+            "that state"
+        )
+
     def __repr__(self) -> str:
         return (
             f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay "

@@ -246,6 +246,16 @@ def test_wrong_packed_sizes_are_named(device):
             ops.decompress(bad, E, 64, 64)
 
 
+@pytest.mark.parametrize("counts", [[0] * 6, [2, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("pack", [ops.prune_compress_, ops.compress_])
+def test_lists_that_are_empty_or_of_several_lengths_are_refused(pack, counts):
+    weight = torch.randn(8, 8)
+    tensors = (weight, ops.transposable_mask(weight), *ops.empty_packed(8, 8, torch.float32, "cpu"))
+    with pytest.raises(Sparse24Error, match="non-empty lists of one length") as error:
+        pack(*([tensor] * count for tensor, count in zip(tensors, counts, strict=True)))
+    assert str(counts) in str(error.value)
+
+
 @pytest.mark.fault(44)
 def test_illegal_metadata_is_found(device):
     E = ops.prune_compress(torch.randn(64, 128, device=device), torch.bfloat16)[2]

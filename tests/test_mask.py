@@ -179,6 +179,9 @@ def test_mask_flips_counts_changed_elements(device):
     assert ops.mask_flips(a, b).item() == expected and ops.mask_flips(a, a).item() == 0
     assert ops.foreach_mask_flips([a, a, b], [b, a, a]).tolist() == [expected, 0, expected]
     assert expected / a.numel() / 16 == pytest.approx(0.5, abs=0.02)  # independent masks
+    for masks in ([], [a, a]):
+        with pytest.raises(Sparse24Error, match=f"non-empty and equally long, got {len(masks)} and 0"):
+            ops.foreach_mask_flips(masks, [])
 
 
 def test_mask_gap_equals_the_reference(device):

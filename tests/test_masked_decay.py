@@ -119,5 +119,7 @@ def test_wrong_shapes_and_scales_are_named(device):
     mask = ops.transposable_mask(w)
     with pytest.raises(Sparse24Error, match="grad must have w's shape"):
         ops.masked_decay_(torch.zeros(8, 12, device=device), w, mask, 0.1)
+    with pytest.raises(Sparse24Error, match="non-empty lists of one length, got 0, 0 and 0"):
+        ops.foreach_masked_decay_([], [], [], 0.1)
     with pytest.raises(Sparse24DtypeError, match="grad_scale must be one float32"):
         ops.masked_decay_(torch.zeros_like(w), w, mask, 0.1, grad_scale=torch.zeros(2, device=device))

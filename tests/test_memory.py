@@ -120,6 +120,28 @@ def test_packing_in_one_direction_is_that_half_of_packing_in_both():
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        ([], "non-empty and equally long, got 0 and 1"),
+        ([(8, 8), (8, 8)], "non-empty and equally long, got 2 and 1"),
+        ([(1, 8, 8)], "w must be 2-D"),
+    ],
+    ids=str,
+)
+def test_weights_that_do_not_fit_their_masks_are_not_packed_in_one_direction(shapes, words):
+    with pytest.raises(Sparse24Error, match=words):
+        ops.compress_transposed([torch.randn(shape) for shape in shapes], [ops.transposable_mask(torch.randn(8, 8))])
+
+
+@pytest.mark.parametrize("shapes", [[(48, 64), (48, 64)], [(64, 32), (64, 64)]], ids=str)
+def test_weights_whose_metadata_cannot_be_stacked_are_refused(shapes):
+    """E is written in blocks of 64 x 64: of two weights of 48 rows it has the size of one of 96, and another order."""
+    parts = [torch.randn(shape) for shape in shapes]
+    with pytest.raises(Sparse24Error, match="equal columns and rows in multiples of 64.*got shapes"):
+        ops.compress_transposed(parts, [ops.transposable_mask(w) for w in parts])
+
+
 def test_lean_functions_ask_for_the_masks():
     w = torch.randn(64, 64, requires_grad=True)
     _, packed, E, packed_t, E_t = ops.prune_compress(w.detach())

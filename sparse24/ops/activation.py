@@ -74,7 +74,8 @@ def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = Fal
     column_major  lay h out with tokens contiguous instead of features
     returns       (..., d_ff) in gu's dtype; fp32 arithmetic inside
 
-    Differentiable form: `functional.gated_activation`.
+    Differentiable form: `functional.gated_activation`. Raises Sparse24Error for an unknown kind, a scalar and an odd
+    last dimension; Sparse24DtypeError for another dtype.
     """
     return call_without_grad(
         "gated_activation", "functional.gated_activation", _op_forward, (gu, kind, True, column_major)
@@ -82,7 +83,10 @@ def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = Fal
 
 
 def activation(x: Tensor, kind: str = "gelu_tanh", *, column_major: bool = False) -> Tensor:
-    """act(x) without a gate, for feed-forward layers such as GPT-2's; arguments as `gated_activation`."""
+    """act(x) without a gate, for feed-forward layers such as GPT-2's; arguments as `gated_activation`, x of any width.
+
+    Raises Sparse24Error for an unknown kind and a scalar, Sparse24DtypeError for another dtype.
+    """
     return call_without_grad("activation", "functional.activation", _op_forward, (x, kind, False, column_major))
 
 
@@ -153,6 +157,8 @@ def gated_activation_backward(
     dh            (..., d_ff), gu (..., 2*d_ff), one dtype; each row- or column-major where 2-D
     column_major  lay d_gu and h out with tokens contiguous instead of features
     returns       d_gu (..., 2*d_ff), and h (..., d_ff)
+
+    Raises as `gated_activation`, and Sparse24Error for a dh whose shape, dtype or device is not that of h.
     """
     args = (dh, gu, kind, True, recompute_h, column_major)
     d_gu, h = call_without_grad("gated_activation_backward", "functional.gated_activation", _op_backward, args)
@@ -162,7 +168,7 @@ def gated_activation_backward(
 def activation_backward(
     dh: Tensor, x: Tensor, kind: str = "gelu_tanh", *, recompute_h: bool = False, column_major: bool = False
 ):
-    """dx of `activation`; arguments and results as `gated_activation_backward`."""
+    """dx of `activation`; arguments, results and errors as `gated_activation_backward`, without a gate."""
     args = (dh, x, kind, False, recompute_h, column_major)
     d_x, h = call_without_grad("activation_backward", "functional.activation", _op_backward, args)
     return (d_x, h) if recompute_h else d_x
@@ -227,6 +233,9 @@ def gated_activation_backward_mvue(
     dh (tokens, d_ff), gu (tokens, 2*d_ff), seed int64 (2,). packed and E are equal, bit for bit, to
     `mvue_compress(d_gu, seed)`. With `recompute_h` follows h (tokens, d_ff), with `bias_grad` then the sums of d_gu
     over its tokens, (2*d_ff,) fp32.
+
+    Raises as `gated_activation_backward`, and Sparse24Error for a gu that is not 2-D or a seed on another device;
+    Sparse24DtypeError for a seed that is not two int64.
     """
     args = (dh, gu, kind, True, seed, recompute_h, bias_grad)
     out = call_without_grad("gated_activation_backward_mvue", "functional.gated_mlp", _op_backward_mvue, args)
@@ -236,7 +245,7 @@ def gated_activation_backward_mvue(
 def activation_backward_mvue(
     dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
-    """The same for a plain activation: (d_x, packed, E[, h][, bias_grad])."""
+    """The same for a plain activation: (d_x, packed, E[, h][, bias_grad]). Errors as there."""
     args = (dh, x, kind, False, seed, recompute_h, bias_grad)
     out = call_without_grad("activation_backward_mvue", "functional.mlp", _op_backward_mvue, args)
     return _results(out, recompute_h, bias_grad)

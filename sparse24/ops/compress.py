@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES, as_major, mask_as_uint16, metadata_bytes
+from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES, META_BLOCK, as_major, mask_as_uint16, metadata_bytes
 from ._common import (
     call_without_grad,
     check_mask,
@@ -200,13 +200,23 @@ _op_compress_ = define_op(
 )
 
 
+def _refuse_no_weights(weights, *others) -> None:
+    """The check of the op, for lists without which torch finds no implementation to run it in."""
+    if not weights:
+        _check_lists(weights, *others)
+
+
 @torch.no_grad()
 def prune_compress_(weights, masks, packed, E, packed_t, E_t) -> None:
     """Search and pack many weights in place, into buffers that keep their addresses; few launches for all of them.
 
     Six lists of one length: weights (rows, cols), masks (written), and the four outputs of `empty_packed` (written).
     Where packed and E of a weight are empty tensors, or packed_t and E_t, that direction is left out.
+
+    Raises Sparse24Error for lists that are empty or of several lengths and, naming the argument, for a shape, size,
+    stride or device that does not fit; Sparse24DtypeError for a dtype. Nothing is written then.
     """
+    _refuse_no_weights(weights, masks, packed, E, packed_t, E_t)
     _op_prune_compress_(
         [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t
     )
@@ -215,9 +225,25 @@ def prune_compress_(weights, masks, packed, E, packed_t, E_t) -> None:
 
 @torch.no_grad()
 def compress_(weights, masks, packed, E, packed_t, E_t) -> None:
-    """Pack many weights by their masks in place; arguments as `prune_compress_`, the masks only read."""
+    """Pack many weights by their masks in place; arguments and errors as `prune_compress_`, the masks only read."""
+    _refuse_no_weights(weights, masks, packed, E, packed_t, E_t)
     _op_compress_([w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t)
     torch.autograd.graph.increment_version([*packed, *E, *packed_t, *E_t])
+
+
+def _check_stack(weights, masks) -> None:
+    if not weights or len(weights) != len(masks):
+        raise Sparse24Error(
+            f"weights and masks must be non-empty and equally long, got {len(weights)} and {len(masks)}"
+        )
+    for w in weights:
+        check_weight(w)
+    shapes = [tuple(w.shape) for w in weights]
+    if len(weights) > 1 and any(rows % META_BLOCK or cols != shapes[0][1] for rows, cols in shapes):
+        raise Sparse24Error(
+            f"stacked weights must have equal columns and rows in multiples of {META_BLOCK}, in which metadata is "
+            f"written, got shapes {shapes}; pack them as one weight (torch.cat) with one mask"
+        )
 
 
 def compress_transposed(weights, masks, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -228,7 +254,11 @@ def compress_transposed(weights, masks, dtype: torch.dtype | None = None) -> tup
     dtype    of the packed values, as `compress` has it
 
     Reads a weight and writes half of it: the pass of `compress` with one output.
+
+    Raises Sparse24Error for lists that are empty or of two lengths, weights that cannot be stacked, and a mask or
+    device that does not fit; Sparse24DtypeError for a dtype.
     """
+    _check_stack(weights, masks)
     values, metadata = [], []
     for w, mask in zip(weights, masks, strict=True):
         kind, (rows, cols) = packed_dtype(w, dtype), w.shape

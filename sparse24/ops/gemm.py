@@ -241,7 +241,9 @@ def sparse_mm(
     out_dtype  x's dtype (default) or float32; sums are fp32 in either case
     returns    (..., out_features), row-major
 
-    Raises Sparse24Error when packed or E do not have the size that the shapes declare, before anything is launched.
+    Raises, before anything is launched, Sparse24Error when packed, E or bias do not have the size that the shapes
+    declare, or bias not x's dtype, or are on another device than x; Sparse24DtypeError for packed values in another
+    dtype, and for another out_dtype.
     """
     args = (x, packed, E, out_features, bias, out_dtype)
     return call_without_grad("sparse_mm", "functional.sparse_linear", _op_sparse_mm, args)
@@ -368,6 +370,10 @@ def sparse_mm_grad_input(
     packed_t, E_t  from `compress`: values (out_features/2, in_features) and metadata
     out_dtype      dy's dtype (default) or float32
     returns        (..., in_features), row-major
+
+    Raises, before anything is launched, Sparse24Error when packed_t or E_t do not have the size that the shapes
+    declare, or are on another device than dy; Sparse24DtypeError for packed values in another dtype, and for another
+    out_dtype.
     """
     args = (dy, packed_t, E_t, in_features, out_dtype)
     return call_without_grad("sparse_mm_grad_input", "functional.sparse_linear", _op_sparse_mm_grad_input, args)
@@ -538,6 +544,10 @@ def sparse_mm_grad_weight(
 
     The decay is part of the product where weights are in the dtype of dW and row- or column-major alike, the first of
     two with rows in multiples of 64, and nothing is padded; else `foreach_masked_decay_` adds it right after.
+
+    Raises, before anything is launched, Sparse24Error for `accumulate` without `out`, and when packed_dy, E_dy, x, out
+    or a part of decay does not fit in shape, size, strides or device; Sparse24DtypeError for a dtype that does not, and
+    for an out_dtype that is not out's.
     """
     if accumulate and out is None:
         raise Sparse24Error("accumulate=True needs out=, the gradient to add to")
@@ -577,7 +587,8 @@ def tune_gemm(
     it. A config whose result differs from the dense product of small integers, which is exact, never wins. What wins
     is written to a cache on disk (`SPARSE24_GEMM_CACHE` names the file, empty: none), for this GPU and these versions.
 
-    Raises Sparse24Error where sparse kernels do not run.
+    Raises Sparse24Error where sparse kernels do not run, and where no config of a product gives the right result;
+    Sparse24DtypeError for a dtype or a grad_dtype that the products do not take.
     """
     availability = _library.is_available("cuda" if device is None else device)
     if not availability:

@@ -56,7 +56,10 @@ class Trial:
 
 
 def tune(product: Product, index: int) -> list[Trial]:
-    """Try all configs of a product on device `index`; the fastest right one is remembered."""
+    """Try all configs of a product on device `index`; the fastest right one is remembered.
+
+    Raises Sparse24Error where none is right, OSError where the cache file cannot be written.
+    """
     library = _library.binding()
     codes = library.sparse_gemm_configs(*product.key, _library.CUDA, index)
     expected = product.expected().to(product.out.dtype)
@@ -79,7 +82,10 @@ def _is_right(product: Product, code: int, expected: Tensor) -> bool:
 
 
 def fastest(times: dict[int, float], name: str) -> int:
-    """The config of the least time; the first of equals, which is the library's own choice."""
+    """The config of the least time; the first of equals, which is the library's own choice.
+
+    Raises Sparse24Error, with `name`, where no config has a time.
+    """
     if not times:
         raise Sparse24Error(f"no config of {name} gives the right result on this GPU; please report it")
     return min(times, key=times.__getitem__)
@@ -157,7 +163,10 @@ def tuned_config(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: 
 
 
 def remember(key: tuple[int, ...], config: int, index: int) -> None:
-    """Keep a config for this process and, if there is a cache file, in it: replaced as a whole, never half written."""
+    """Keep a config for this process and, if there is a cache file, in it: replaced as a whole, never half written.
+
+    Raises OSError where the file cannot be written; this process keeps the config all the same.
+    """
     path = cache_file()
     content = _read(path)
     content.setdefault(device_key(index), {})[product_key(key)] = config

@@ -85,12 +85,18 @@ _op_unpack_mask = define_op("unpack_mask", "(Tensor mask) -> Tensor", _unpack_ma
 
 
 def unpack_mask(mask: Tensor) -> Tensor:
-    """mask (rows/4, cols/4) uint16 -> bool (rows, cols), true where an element is kept."""
+    """mask (rows/4, cols/4) uint16 -> bool (rows, cols), true where an element is kept.
+
+    Raises Sparse24Error for a mask that is not 2-D and contiguous, Sparse24DtypeError for one of another dtype.
+    """
     return _op_unpack_mask(mask_as_uint16(mask))
 
 
 def is_transposable(mask: Tensor) -> bool:
-    """Does every block of `mask` keep two in each row and column? Reads the answer back from the device."""
+    """Does every block of `mask` keep two in each row and column? Reads the answer back from the device.
+
+    Raises as `unpack_mask`: for what is no mask at all, and not for one that is not transposable.
+    """
     mask = mask_as_uint16(mask)
     _check_mask_alone(mask)
     if mask.numel() == 0:
@@ -141,14 +147,21 @@ _op_foreach_mask_flips = define_op(
 
 
 def foreach_mask_flips(masks_a: list[Tensor], masks_b: list[Tensor]) -> Tensor:
-    """int64 [n]: for each pair of masks, how many elements one keeps and the other does not. One launch for all."""
+    """int64 [n]: for each pair of masks, how many elements one keeps and the other does not. One launch for all.
+
+    Raises Sparse24Error for lists that are empty or of two lengths, and for masks that are not 2-D and contiguous, of
+    one shape in each pair, and all on one device; Sparse24DtypeError for masks of another dtype than uint16.
+    """
+    if not masks_a:  # without a tensor torch finds no implementation that could refuse it
+        _check_mask_pairs(masks_a, masks_b)
     return _op_foreach_mask_flips([mask_as_uint16(a) for a in masks_a], [mask_as_uint16(b) for b in masks_b])
 
 
 def mask_flips(mask_a: Tensor, mask_b: Tensor) -> Tensor:
     """Number of elements that one mask keeps and the other does not: int64 scalar tensor, no synchronisation.
 
-    Divided by the number of elements (16 a block) it is the flip rate r_t of arXiv 2404.01847.
+    Divided by the number of elements (16 a block) it is the flip rate r_t of arXiv 2404.01847. Raises as
+    `foreach_mask_flips`.
     """
     return foreach_mask_flips([mask_a], [mask_b]).squeeze(0)
 
@@ -175,6 +188,7 @@ _op_mask_gap = define_op("mask_gap", "(Tensor w) -> Tensor", _mask_gap, _mask_ga
 def mask_gap(w: Tensor) -> Tensor:
     """Kept magnitude of the best pattern minus that of the second best: fp32 (rows/4, cols/4), for statistics.
 
-    Blocks with a small gap are those whose mask oscillates (arXiv 2404.01847, section on flip rates).
+    Blocks with a small gap are those whose mask oscillates (arXiv 2404.01847, section on flip rates). Raises
+    Sparse24Error for a shape that does not fit, Sparse24DtypeError for a dtype, as `transposable_mask`.
     """
     return _op_mask_gap(w.detach())

@@ -112,6 +112,8 @@ def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple
 
     Groups are 4 consecutive tokens of one feature: two are kept, scaled by 1/probability, so that the expected value
     is dy. Arithmetic is fp32, each value rounded once; what leaves fp16's range becomes Inf. Inf and NaN survive.
+    Raises Sparse24Error for a dy that is not 2-D or a seed on another device; Sparse24DtypeError for dy's dtype, and
+    for a seed that is not two int64.
     Source: arXiv 2404.01847 (MVUE); csrc/compress/mvue_group.h has the exact draw.
     """
     op = _op_mvue_compress_and_sum if bias_grad else _op_mvue_compress

@@ -84,7 +84,13 @@ def foreach_masked_decay_(
     grad_scale      one float32 on the device that multiplies decay: for optimizers that un-scale gradients themselves
 
     Call it after clipping and before the optimizer's moments see the gradient (arXiv 2404.01847, masked decay).
+
+    Raises Sparse24Error for lists that are empty or of several lengths, a decay out of range and, naming the argument,
+    for a shape or device that does not fit; Sparse24DtypeError for a dtype, and for a grad_scale that is not one
+    float32. Nothing is written then.
     """
+    if not grads:  # without a tensor torch finds no implementation that could refuse it
+        _check(grads, weights, masks, decay, grad_scale)
     _op_foreach_masked_decay_(
         list(grads), [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], float(decay), grad_scale
     )
@@ -92,6 +98,6 @@ def foreach_masked_decay_(
 
 
 def masked_decay_(grad: Tensor, w: Tensor, mask: Tensor, decay: float, *, grad_scale: Tensor | None = None) -> Tensor:
-    """grad += decay * (1 - mask) * w in place; returns grad. Arguments as `foreach_masked_decay_`."""
+    """grad += decay * (1 - mask) * w in place; returns grad. Arguments and errors as `foreach_masked_decay_`."""
     foreach_masked_decay_([grad], [w], [mask], decay, grad_scale)
     return grad

@@ -1,0 +1,131 @@
+"""FlipMonitor and BlockFlips: rates, events, and what is written of them."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import MLP
+from tiny_recipes import make, run
+
+from sparse24 import ops
+from sparse24.errors import Sparse24Error, Sparse24Warning
+from sparse24.monitor import FlipMonitor, gap_quantiles, gap_sample
+
+
+def feed(monitor, rates, sizes=(1000, 1000)):
+    for i, rate in enumerate(rates):
+        flips = torch.tensor([round(r * size) for r, size in zip(rate, sizes, strict=True)])
+        monitor.push(flips, 40 * (i + 1), 40, (i + 1) / len(rates))
+    monitor.rate()
+
+
+@pytest.mark.fault(72)
+def test_exploding_and_frozen_masks_raise_an_event_with_the_layers_names():
+    """Told once each, never acted upon."""
+    monitor, heard = FlipMonitor(["a", "b"], [1000, 1000]), []
+    monitor.listeners.append(heard.append)
+    with pytest.warns(Sparse24Warning, match="do not settle.*\\(b\\)"):
+        feed(monitor, [(0.3 / (i + 1), 0.2 + 0.01 * i) for i in range(20)])
+    assert [event["kind"] for event in heard] == ["explosion"] and heard[0]["layers"] == ["b"]
+    monitor = FlipMonitor(["a", "b"], [1000, 1000])
+    with pytest.warns(Sparse24Warning, match="hardly change.*\\(a\\)"):
+        feed(monitor, [(0.0, 0.05)] * 20)
+
+
+@pytest.mark.fault(72)
+def test_healthy_rates_raise_nothing():
+    monitor = FlipMonitor(["a", "b"], [1000, 1000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(monitor, [(0.3 * min((i + 1) / 4, (24 - i) / 20),) * 2 for i in range(20)])
+    assert not monitor.events
+
+
+def test_listener_may_change_the_decay():
+    """A rule of the user's own, through the event."""
+    model, optimizer, recipe = make(lr=0.0, decay=1e-3, mask_interval=1, total_steps=40, dense_fraction=0)
+    recipe.on_event(lambda event: setattr(recipe, "decay", recipe.decay / 2))
+    with pytest.warns(Sparse24Warning, match="frozen|hardly change"):
+        run(model, optimizer, 10)
+    assert recipe.decay == 5e-4 and recipe.events[0]["kind"] == "frozen"
+
+
+def test_history_is_written_as_csv_and_picture(tmp_path):
+    monitor = FlipMonitor(["a", "b"], [1000, 500])
+    feed(monitor, [(0.3, 0.2), (0.1, 0.0)], (1000, 500))
+    monitor.write_csv(tmp_path / "flips.csv")
+    lines = (tmp_path / "flips.csv").read_text().splitlines()
+    assert (
+        lines[0] == "step,interval,flip_rate,flip_rate_per_step,a,b"
+        and lines[2].startswith("80,40,0.0666")
+        and lines[2].endswith("0.1,0.0")
+    )
+    monitor.plot(tmp_path / "flips.png")
+    assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_per_step_are_those_per_refresh_over_the_interval():
+    monitor = FlipMonitor(["a", "b"], [1000, 500])
+    feed(monitor, [(0.3, 0.2), (0.1, 0.05)], (1000, 500))
+    assert monitor.layer_rates() == {"a": 0.1, "b": 0.05}
+    assert monitor.layer_rates(per_step=True) == {"a": 0.1 / 40, "b": 0.05 / 40}
+    assert monitor.history(per_step=True) == [(step, rate / 40) for step, rate in monitor.history()]
+    assert monitor.rate_per_step() == monitor.history(per_step=True)[-1][1]
+
+
+def test_metrics_rates_of_layers_and_histograms_go_to_tensorboard(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    model, optimizer, recipe = make(lr=0.2, mask_interval=2, dense_fraction=0)
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        recipe.write_tensorboard(writer)  # nothing is known of flips yet
+        for step in (1, 2):
+            run(model, optimizer, 2, step)
+            recipe.write_tensorboard(writer)
+    events = accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert {"sparse24/flip_rate", "sparse24/gap_q50", "sparse24/flip_rate/fc1", "sparse24/flip_rate/fc2"} <= {
+        *tags["scalars"]
+    }
+    assert {*tags["histograms"]} == {"sparse24/gap", "sparse24/flip_rate_of_layers"}
+    points = events.Scalars("sparse24/flip_rate/fc1")
+    assert [point.step for point in points] == [2, 4]
+    assert points[-1].value == pytest.approx(recipe.monitor.layer_rates()["fc1"])
+    blocks = sum(layer.weight.numel() // 16 for layer in recipe.layers.values())
+    assert events.Histograms("sparse24/gap")[-1].histogram_value.num == blocks
+
+
+def test_gap_quantiles_are_those_of_all_blocks_or_of_a_fair_sample():
+    weights = [torch.randn(1200, 160), 2 * torch.randn(80, 640).t()]  # one of each layout
+    gaps = torch.cat([ops.mask_gap(w).flatten() for w in weights])
+    exact = torch.quantile(gaps, torch.tensor([0.1, 0.5, 0.9]))
+    found = gap_quantiles(weights)
+    assert found == dict(zip(("gap_q10", "gap_q50", "gap_q90"), exact.tolist(), strict=True))
+    sample = gap_sample(weights, most=gaps.numel() // 8)
+    assert gaps.numel() / 8.5 < sample.numel() < gaps.numel() / 7.5
+    places = [(gaps <= value).float().mean().item() for value in gap_quantiles(weights, gaps.numel() // 8).values()]
+    assert places == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
+
+
+def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
+    model, optimizer, recipe = make(lr=0.2, mask_interval=2, dense_fraction=0, track_blocks=True)
+    with pytest.raises(Sparse24Error, match="no refresh has been counted"):
+        recipe.plot_flips_against_gap(tmp_path / "gap.png")
+    run(model, optimizer, 8)
+    recipe.metrics()
+    total = sum(sum(flips) for flips in recipe.monitor.flips)
+    assert total > 0 and int(recipe.block_flips.counts.sum()) == total
+    recipe.plot_flips_against_gap(tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").stat().st_size > 1000
+    settings = dict(mask_interval=2, dense_fraction=0, track_blocks=True)
+    *_, again = make(model=copy.deepcopy(model), **settings)
+    again.load_state_dict(recipe.state_dict())
+    assert again.block_flips.refreshes == 4
+    assert torch.equal(again.block_flips.counts, recipe.block_flips.counts)
+    *_, wider = make(model=MLP(32, 64), **settings)
+    with pytest.raises(Sparse24Error, match="of other layers"):
+        wider.block_flips.load_state_dict(
+            recipe.block_flips.state_dict(), [layer.mask for layer in wider.layers.values()]
+        )

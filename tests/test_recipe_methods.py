@@ -1,0 +1,137 @@
+"""The training methods of sparse24/methods.py, by what a recipe does for each."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_models import MLP
+from tiny_recipes import kept, make, run
+
+import sparse24
+from sparse24 import ops
+from sparse24.errors import Sparse24Error
+from sparse24.soft import row_mask, soft_scale, soft_threshold
+
+
+def test_ste_has_no_decay():
+    model, optimizer, recipe = make(lr=0.0, decay=1.0, method="ste")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not model.fc1.weight.grad.any() and recipe.metrics()["decay"] == 0.0
+
+
+def test_sr_ste_decays_the_weights_by_the_learning_rate():
+    model, optimizer, recipe = make(torch.optim.SGD, 0.5, decay=0.2, method="sr-ste")
+    layer = model.fc1
+    weight, pruned = layer.weight.detach().clone(), ~kept(layer)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert not layer.weight.grad.any()
+    torch.testing.assert_close(layer.weight.detach(), weight - 0.5 * 0.2 * weight * pruned)
+
+
+def test_step_is_dense_first_and_then_freezes_the_second_moment():
+    model, optimizer, recipe = make(torch.optim.AdamW, 1e-2, method="step", dense_fraction=0.5, mvue=False)
+    assert recipe.phase == "dense"
+    run(model, optimizer, 6)
+    assert recipe.phase == "sparse" and sparse24.verify(model).phase == "sparse"
+    moments = {layer: optimizer.state[layer.weight]["exp_avg_sq"].clone() for layer in (model.fc1, model.fc2)}
+    bias_moment = optimizer.state[model.fc1.bias]["exp_avg_sq"].clone()
+    layer, weight = model.fc1, model.fc1.weight.detach().clone()
+    first, x = optimizer.state[layer.weight]["exp_avg"].clone(), torch.randn(32, 16)
+    (model(x) - x).square().mean().backward()
+    grad = layer.weight.grad.clone()
+    optimizer.step()
+    # AdamW by hand, with the second moment of before the step
+    first = 0.9 * first + 0.1 * grad
+    update = (first / (1 - 0.9**7)) / ((moments[layer] / (1 - 0.999**7)).sqrt() + 1e-8)
+    expected = weight * (1 - 1e-2 * 0.01) - 1e-2 * update
+    torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-4, atol=1e-6)
+    for layer, moment in moments.items():
+        assert torch.equal(optimizer.state[layer.weight]["exp_avg_sq"], moment)
+    assert not torch.equal(optimizer.state[model.fc1.bias]["exp_avg_sq"], bias_moment)
+
+
+def test_step_needs_an_optimizer_with_a_second_moment():
+    with pytest.raises(Sparse24Error, match="freezes Adam's second moment; SGD"):
+        make(method="step")
+
+
+def test_soft_threshold_is_the_published_function():
+    w = torch.tensor([[3.0, -1.0, 2.0, -5.0, 0.0, 0.0, 0.5, 0.0]])
+    assert torch.equal(soft_threshold(w), torch.tensor([[1.0, 0.0, 0.0, -3.0, 0.0, 0.0, 0.5, 0.0]]))
+    w = torch.randn(8, 16)
+    soft = soft_threshold(w)
+    assert int((soft.unflatten(-1, (-1, 4)) != 0).sum(-1).max()) == 2
+    scale = soft_scale(w)
+    errors = [(w - s * soft).square().sum() for s in (scale, scale * 1.01, scale * 0.99)]
+    assert errors[0] < errors[1] and errors[0] < errors[2]
+    assert soft_scale(torch.zeros(4, 4)) == 1.0
+
+
+def test_s_ste_multiplies_with_the_scaled_soft_threshold_and_trains_straight_through():
+    model, optimizer, recipe = make(method="s-ste", lr=0.05, mvue=False)
+    scale = soft_scale(model.fc1.weight.detach())
+    assert recipe.phase == "sparse" and recipe.metrics()["decay"] == 0.0
+    for step in range(12):
+        expected = scale * soft_threshold(model.fc1.weight.detach())
+        x = torch.randn(4, 16)
+        torch.testing.assert_close(model.fc1(x), x @ expected.t() + model.fc1.bias, rtol=1e-5, atol=1e-5)
+        model.fc1.weight.grad = None
+        model.fc1(x).sum().backward()
+        torch.testing.assert_close(model.fc1.weight.grad, x.sum(0).expand(32, 16), rtol=1e-5, atol=1e-5)
+        optimizer.zero_grad()
+        run(model, optimizer, 1, step)
+    assert recipe.phase == "sparse" and sparse24.verify(model)
+    assert recipe.metrics()["flip_rate"] > 0
+
+
+def test_s_ste_keeps_exactly_two_of_four_of_each_row():
+    w = torch.tensor([[3.0, -1.0, 2.0, -5.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.0, math.nan, 0.5, 0.0]])
+    rows = [[1, 0, 0, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
+    assert torch.equal(ops.unpack_mask(row_mask(w)), torch.tensor(rows).bool())
+    kept = ops.unpack_mask(row_mask(w := torch.randn(64, 32)))
+    assert (kept.unflatten(-1, (-1, 4)).sum(-1) == 2).all()
+    assert not (~kept & (soft_threshold(w) != 0)).any()
+
+
+def test_s_ste_multiplies_with_its_packed_form():
+    """Forward and, with MVUE, the weight gradient are sparse products; the packed values are those thresholded."""
+    model, optimizer, recipe = make(method="s-ste", lr=0.05)
+    for step in range(3):
+        run(model, optimizer, 1, step)
+        layer = model.fc1
+        assert torch.equal(ops.decompress(layer.packed, layer.E, 32, 16), layer.soft)
+    x, dy = torch.randn(64, 16, requires_grad=True), torch.randn(64, 32)
+    gradients = [torch.autograd.grad(layer(x), (x, layer.weight), dy) for _ in range(2)]
+    torch.testing.assert_close(gradients[0][0], dy @ layer.soft)
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert not torch.equal(gradients[0][1], gradients[1][1]), "MVUE draws anew"
+    mean = sum(torch.autograd.grad(layer(x), layer.weight, dy)[0] for _ in range(400)) / 400
+    exact = dy.t() @ x.detach()
+    spread = (gradients[0][1] - exact).square().mean().sqrt()
+    assert (mean - exact).square().mean().sqrt() < 3 * spread / 400**0.5
+
+
+def test_s_ste_flip_rate_is_that_of_a_whole_interval():
+    model, optimizer, recipe = make(method="s-ste", lr=0.2, mask_interval=5)
+    before = row_mask(model.fc1.weight.detach())
+    run(model, optimizer, 5)
+    flips = ops.mask_flips(before, row_mask(model.fc1.weight.detach()))
+    assert recipe.monitor.layer_rates()["fc1"] == int(flips) / model.fc1.weight.numel() > 0
+
+
+def test_dense_method_trains_dense_and_only_watches_the_masks():
+    torch.manual_seed(0)
+    plain = MLP()
+    reference = torch.optim.SGD(plain.parameters(), lr=0.05)
+    model, optimizer, recipe = make(method="dense", lr=0.05, model=copy.deepcopy(plain))
+    for step in range(8):
+        run(plain, reference, 1, step)
+        run(model, optimizer, 1, step)
+    assert torch.equal(plain.fc1.weight, model.fc1.weight)
+    assert recipe.metrics()["flip_rate"] > 0 and recipe.phase == "dense"
+    assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), model.fc1.mask)
