@@ -95,7 +95,8 @@ class ActivatedEpilogue {
     const int m_rows = get<0>(problem), n_columns = get<1>(problem);
     const int width = kGated ? m_rows / 2 : m_rows;  // of h
     const int box = m_tile * kMultiplyingWarpgroups + warpgroup;
-    if (box * kFeatures >= width) return;  // of a cluster that reaches past the last feature
+    // A cluster may reach past the last feature, where up begins: TMA clips what lies past up only.
+    const int first_box = kGated && box * kFeatures >= width ? m_rows : box;
     const Tensor out = boxes(params_.out, m_rows, n_columns);
     const Tensor h = boxes(params_.h, width, n_columns);
 
@@ -141,7 +142,7 @@ class ActivatedEpilogue {
       synchronize_warpgroup(warpgroup);
       if (at.is_first) {
         const int n_box = n_tile * kChunks + chunk;
-        store_box(params_.out, buffer[0], out(_, _, box, n_box));
+        store_box(params_.out, buffer[0], out(_, _, first_box, n_box));
         if constexpr (kGated) {
           store_box(params_.out, buffer[kUp], out(_, _, width / kFeatures + box, n_box));
         }
