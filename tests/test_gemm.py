@@ -264,9 +264,9 @@ class CpuGemm:
     """Plays the GPU's library: the same calls, by the C++ CPU backend's own product."""
 
     def sparse_gemm(self, *args):
-        *product, config, backend, index, stream, decay = args
+        *product, config, backend, index, stream, decay, activation = args
         assert backend == _library.CUDA
-        _library.binding().sparse_gemm(*product, 0, _library.CPU, 0, 0, decay)
+        _library.binding().sparse_gemm(*product, 0, _library.CPU, 0, 0, decay, activation)
 
 
 @pytest.mark.parametrize("layout", [torch.clone, column_major])
