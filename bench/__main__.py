@@ -3,5 +3,5 @@
 import importlib
 
 if __name__ == "__main__":
-    for name in ("compress", "mask", "mvue", "activation", "gemm", "ffn", "tokens", "block", "step"):
+    for name in ("compress", "mask", "mvue", "activation", "gemm", "epilogue", "ffn", "tokens", "block", "step"):
         importlib.import_module(f"bench.bench_{name}").main()
