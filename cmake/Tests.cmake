@@ -27,8 +27,6 @@ if(SPARSE24_WITH_CUDA)
     add_executable(${name} ${source})
     target_link_libraries(${name} PRIVATE sparse24_test_objects sparse24_cuda_options)
     target_include_directories(${name} SYSTEM PRIVATE ${cutlass_include})
-    # Their plain kernels round as those of the library do.
-    target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
     # Plain kernels of a test round as those of the library do (CudaTargets.cmake).
     target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
     set_target_properties(${name} PROPERTIES JOB_POOL_COMPILE gemm)

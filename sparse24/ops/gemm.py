@@ -586,6 +586,7 @@ def tune_gemm(
     The library's own choice is within a few per cent of the best at the shapes of its sweep, so this is seldom worth
     it. A config whose result differs from the dense product of small integers, which is exact, never wins. What wins
     is written to a cache on disk (`SPARSE24_GEMM_CACHE` names the file, empty: none), for this GPU and these versions.
+    Products with an activation in them (`sparse_mm_activation`) keep to the library's choice.
 
     Raises Sparse24Error where sparse kernels do not run, and where no config of a product gives the right result;
     Sparse24DtypeError for a dtype or a grad_dtype that the products do not take.
