@@ -7,9 +7,7 @@
 //
 //   kRows     a warp is 2 x 16 patches: 256 B of a row / 32 B of a column    all row-major
 //   kSquare   a warp is 4 x 8 patches:  128 B of a row / 64 B of a column    one side column-major
-//   kTall     a warp is 8 x 4 patches:  64 B of a row / 128 B of a column    the same, where most
-//   of
-//                                                                            the bytes are columns'
+//   kTall     a warp is 8 x 4 patches:  64 B of a row / 128 B of a column    the same, if tall
 //
 // All are whole DRAM sectors, so no layout needs a pass through shared memory.
 //

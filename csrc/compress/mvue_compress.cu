@@ -13,9 +13,8 @@
 // Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
 //          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
 //          column-major gradients with tokens % 8 != 0.
-// Sums     Of row-major gradients tile_sums come out of the same registers (tile_sums.cuh); of
-// others
-//          by a read of their own.
+// Sums     Of row-major gradients tile_sums come out of the same registers (tile_sums.cuh), of
+//          others by a read of their own.
 // Random   The draw of a group depends on the seed and its own place only. The seed is read from
 //          device memory, so a replayed graph draws anew when it changes.
 #include <cuda_runtime.h>
@@ -71,8 +70,7 @@ __device__ __forceinline__ Patch16 load_gradient(const ConstMatrix& dy, int toke
     const int lines = kByTokens ? tokens : features, length = kByTokens ? features : tokens;
     const uint32_t stride = stride_bytes(dy, kByTokens, 2);
     const uint16_t* first = advance(static_cast<const uint16_t*>(dy.data), stride, line) + along;
-    patch = load_patch16<kByTokens ? 1 : 8, true>(first, stride,
-                                                        along < length ? lines - line : 0);
+    patch = load_patch16<kByTokens ? 1 : 8, true>(first, stride, along < length ? lines - line : 0);
   }
   return patch;
 }

@@ -6,8 +6,7 @@
 //
 //   - only the draw itself (draw_group) is done in fp32, one group at a time: sums and products;
 //   - its four decisions are signs of differences; one byte permutation makes a mask out of those
-//   of
-//     two groups, all ones in the half of a group that is past its point;
+//     of two groups, all ones in the half of a group that is past its point;
 //   - values are chosen, and positions put together, by masks: both groups in one instruction;
 //   - max(|a|, base) with the sign of a is one instruction for two 16-bit values. It may be done
 //     after base was rounded: rounding keeps order, and |a| is its own rounding.

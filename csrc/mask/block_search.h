@@ -6,20 +6,18 @@
 // every column means that the four rows' choices cancel in pairs: rows i and j keep complementary
 // halves along one coordinate, and so do the other two. So
 //
-//   best = sum / 2 + 1/2 max over the pairings {i,j},{k,l} of (max_c |v_i - v_j|[c] + max_c |v_k -
-//   v_l|[c])
+//   best = sum / 2 + 1/2 max over the pairings {i,j},{k,l} of
+//                            (max_c |v_i - v_j|[c] + max_c |v_k - v_l|[c])
 //
 // and about 100 instructions find it. Differences are fp32, in one fixed order on CPU and GPU.
 //
 // Ties     The first of equals wins, in this order: pairings (0,1)(2,3), then (0,2)(1,3), then
-// (0,3)(1,2); within a
-//          pair the coordinate {0,1}|{2,3}, then {0,2}|{1,3}, then {0,3}|{1,2}; at difference 0 the
-//          pair's first row keeps the half that holds column 0. An all-equal block therefore gets
-//          0xC3C3.
+//          (0,3)(1,2); within a pair the coordinate {0,1}|{2,3}, then {0,2}|{1,3}, then
+//          {0,3}|{1,2}; at difference 0 the pair's first row keeps the half that holds column 0. An
+//          all-equal block therefore gets 0xC3C3.
 // Specials Magnitudes above 2^120, Inf among them, count as 2^120 and NaN as 2^121: nothing
-// overflows, and what is not
-//          finite is kept and stays visible. -0 counts as 0. Always 8 kept, two in every row and
-//          column.
+//          overflows, and what is not finite is kept and stays visible. -0 counts as 0. Always 8
+//          kept, two in every row and column.
 #pragma once
 
 #include <cmath>

@@ -1,14 +1,12 @@
-// epilogue.h: accumulators to memory, each warpgroup for itself, so that one stores while the other
-// multiplies.
+// epilogue.h: accumulators to memory, each warpgroup for itself: one stores, the other multiplies.
 //
 //   out(m, n) = acc [+ bias(m)] [+ out(m, n)] [+ factor * (1 - mask(m, n)) * weight(m, n)],
 //   rounded once
 //
 // Work      a warpgroup has 64 rows of the tile. It stages 64 x kChunkN of them, 8 KB, in one of
-// its
-//           three buffers; one thread stores them by TMA while the next chunk is converted. Reading
-//           a buffer takes TMA long compared with filling it, hence three. Nothing here waits for
-//           the other warpgroup.
+//           its three buffers; one thread stores them by TMA while the next chunk is converted.
+//           Reading a buffer takes TMA long compared with filling it, hence three. Nothing here
+//           waits for the other warpgroup.
 // Layouts   stmatrix for 16-bit outputs, transposing where m is contiguous; plain stores for fp32.
 //           16-byte units of a line of 128 bytes are exchanged by the line's number (the 128-byte
 //           swizzle that TMA undoes), so that banks do not conflict.
