@@ -27,7 +27,7 @@ struct GemmConfig {
   int cluster_m, cluster_n;
   Raster raster;
   int strip;      // width of a strip, in clusters
-  bool stream_k;  // cut the K loops of the last tiles into equal shares
+  bool stream_k;  // share out the last wave along k (stream_k.h)
 };
 
 /// One row of the table of compiled kernels (kernels.def).
