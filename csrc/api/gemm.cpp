@@ -24,7 +24,11 @@ int64_t h_cols(const SparseGemmArgs& args) {
 void check_activated(const SparseGemmArgs& args) {
   if (!has_activation(args.pass)) return;
   SP24_CHECK(args.pass != GemmPass::kGatedForward || args.m % 128 == 0,
-             "a gated product must have m = 2 d_ff with d_ff a multiple of 64, got m = ", args.m);
+             "a gated product must have m = 2 d_ff with d_ff a multiple of 64, got m = ", args.m,
+             "; run kForward, then activation_forward");
+  const int kind = static_cast<int>(args.activation);
+  SP24_CHECK(kind >= 0 && kind <= static_cast<int>(Activation::kIdentity),
+             "activation must be one of enum Activation, got ", kind);
   SP24_CHECK(args.out_dtype == args.dtype,
              "out_dtype of a product with an activation must be that of its operands, ",
              name_of(args.dtype), ", got ", name_of(args.out_dtype));

@@ -303,7 +303,7 @@ void bind_gemm(py::module_& module) {
                SparseGemmArgs args = gemm_problem(pass, m, n, k, dtype, out_dtype);
                args.rhs_ld = rhs_ld;
                args.out_ld = out_ld;
-               args.h_ld = out_ld;
+               args.h_ld = out_ld;  // half of it in a gated product: whole units, too
                return sparse_gemm_unsupported(args, context_of(backend, device, 0));
              });
 

@@ -101,6 +101,7 @@ std::string unsupported(const SparseGemmArgs& args, int device) {
     return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ",
                   out_unit);
   }
+  if (is_forward(args.pass) && args.k == 0) return "a forward product of no features";
   if (is_forward(args.pass) && args.k % 16 != 0) {
     return concat("in_features ", args.k, ", not a multiple of 16");
   }
@@ -108,10 +109,8 @@ std::string unsupported(const SparseGemmArgs& args, int device) {
     return concat(args.pass == GemmPass::kGradInput ? "in_features " : "out_features ", args.m,
                   ", not a multiple of 8");
   }
-  if (has_activation(args.pass)) {
-    if (args.h_ld % 8 != 0)
-      return concat("rows of h ", args.h_ld, " elements apart, not a multiple of 8");
-    if (args.k == 0) return "a product of no features, with an activation";
+  if (has_activation(args.pass) && args.h_ld % 8 != 0) {
+    return concat("rows of h ", args.h_ld, " elements apart, not a multiple of 8");
   }
   // Coordinates are 32-bit; addresses are not.
   constexpr int64_t kLargest = std::numeric_limits<int>::max() - 1024;
@@ -152,7 +151,7 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   const GemmConfig config = config_of(args, multiprocessors);
   SP24_CHECK(!config.stream_k || (args.workspace != nullptr && is_aligned(args.workspace)),
              "workspace must be ", workspace_bytes(config, multiprocessors),
-             " bytes, 256-byte aligned, got ", args.workspace,
+             " bytes, 16-byte aligned, got ", args.workspace,
              "; sparse_gemm_workspace_bytes says how many");
   Launcher* launch = find_launcher(desc, config);
   SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ",

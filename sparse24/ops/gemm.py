@@ -43,9 +43,7 @@ from ._common import (
 )
 from .activation import KINDS
 
-_PASS_NAME = (
-    "sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight", "sparse_mm_activation", "sparse_mm_gated_activation",
-)  # fmt: skip
+_PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
 _NO_POINTER = 0
 
 
@@ -271,6 +269,7 @@ def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
             packed, E, rows, y_rows, bias, activation=(h_rows.data_ptr(), width, KINDS[kind]),
         ):  # fmt: skip
             return y, h
+        del y, y_rows, h, h_rows  # or they would be held twice
     y = torch.ops.sparse24.sparse_mm.default(x, packed, E, out_features, bias, None)
     return y, torch.ops.sparse24.activation.default(y, kind, gated, False)
 
@@ -301,7 +300,7 @@ def sparse_mm_activation(
     The activation is computed in the epilogue of the product, from what it has in registers: a pass that reads y is
     saved. Where the GPU's sparse GEMM does not take the operands as they are, it is the two ops.
 
-    Raises Sparse24Error as they do: packed or E of another size than the shapes declare, or an unknown kind.
+    Raises as `sparse_mm` does, and Sparse24Error for an unknown kind.
     """
     args = (x, packed, E, out_features, kind, False, bias)
     return call_without_grad("sparse_mm_activation", "functional.mlp", _op_sparse_mm_activation, args)

@@ -23,6 +23,8 @@ from .. import _library
 from .._version import __version__
 from ..errors import Sparse24Error
 
+#: of what the codes of configs stand for: raised when a kernel of the table is replaced or does something else
+KERNELS = 2
 #: names the cache file; empty: nothing is read or written
 CACHE_VARIABLE = "SPARSE24_GEMM_CACHE"
 
@@ -122,10 +124,11 @@ def cache_file() -> Path | None:
 
 @cache
 def device_key(index: int) -> str:
-    """What a measurement is good for: the GPU, its multiprocessors, this version and CUDA's."""
+    """What a measurement is good for: the GPU, its multiprocessors, these kernels, this version and CUDA's."""
     properties = torch.cuda.get_device_properties(index)
     return (
-        f"{properties.name}, {properties.multi_processor_count} SMs, sparse24 {__version__}, CUDA {torch.version.cuda}"
+        f"{properties.name}, {properties.multi_processor_count} SMs, sparse24 {__version__}, kernels {KERNELS}, "
+        f"CUDA {torch.version.cuda}"
     )
 
 

@@ -92,8 +92,7 @@ void test_products() {
     problems.push_back({GemmPass::kGradWeight, 264, 133, tokens, true});
   }
   for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
-    problems.push_back({pass, 1664, 1544, 192,
-                        true});  // more tiles than a wave: rings wrap, tiles follow one another
+    problems.push_back({pass, 2312, 1800, 192, true});  // more tiles than a wave: rings wrap
     problems.push_back({pass, 520, 264, 1024, false});
     problems.push_back({pass, 8, 8, 16, true});
   }
@@ -128,6 +127,8 @@ void test_every_config() {
     problems.push_back({pass, 520, 1032, 2048, false});  // few
     problems.push_back({pass, 8, kTilesOfHelpers * 256, 6016, true});
     problems.push_back({pass, 8, kTilesOfTwoWaves * 256, 2064, true});
+    if (pass == GemmPass::kGradWeight)  // the narrower tile is of this pass
+      problems.push_back({pass, 8, kTilesOfHelpers * 192, 6016, true});
   }
   for (const Problem& p : problems) {
     const Operands o = make_operands(p, DType::kBFloat16);
@@ -329,8 +330,8 @@ void test_activated() {
       check_activated({kGated, 384, tokens, 208, true}, dtype, true);
       check_activated({kGated, 256, tokens, 4112, true}, dtype, true);  // stream-K
     }
-    check_activated({kPlain, 1280, 2056, 512, false}, dtype, true);  // many tiles
-    check_activated({kGated, 1280, 2056, 512, false}, dtype, true);
+    check_activated({kPlain, 1280, 4104, 512, false}, dtype, true);  // several tiles a block
+    check_activated({kGated, 1280, 4104, 512, false}, dtype, true);
   }
 }
 

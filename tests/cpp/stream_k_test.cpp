@@ -100,6 +100,15 @@ TEST(lanes_are_at_the_same_k_in_all_tiles) {
   }
 }
 
+/// What gemm_gpu_test.cu runs on 132 multiprocessors, by its sizes.
+TEST(the_test_on_a_gpu_has_shares_of_each_kind) {
+  const StreamK helpers = StreamK::of(44, 66, 94);  // kTilesOfHelpers, k = 6016
+  CHECK(helpers.lanes == 1 && helpers.rest > 0);
+  const StreamK behind_a_wave = StreamK::of(70 - 66, 66, 33);  // kTilesOfTwoWaves, k = 2064
+  CHECK(behind_a_wave.lanes >= 2);
+  CHECK(StreamK::of(2, 66, 65).lanes >= 3);  // 264 x 136 x 4112
+}
+
 TEST(few_helpers_are_left_out) {
   // Two clusters of 66 over 32 tiles would each go through 16 of them.
   const StreamK cut = StreamK::of(32, 66, 64);

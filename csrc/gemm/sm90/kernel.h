@@ -8,10 +8,10 @@
 //   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
 //   grad_weight  packed [k/2, m] MN-major   rhs [k, n] MN-major   out [m, n], n contiguous
 //
-// Parts     loads by TMA are CUTLASS' sparse collective; main loop (mainloop.h), epilogue
-//           (epilogue.h), order of the tiles (scheduler.h) and the kernel that joins them
-//           (persistent.h) are ours.
-// Stages    as many K tiles as fit beside the epilogue's 48 KB: four at 128x256x64, five at
+// Parts     loads by TMA are CUTLASS' sparse collective, told of other rows by gated_rows.h; main
+//           loop (mainloop.h), epilogues (epilogue.h, activated_epilogue.h), order of the tiles
+//           (scheduler.h) and the kernel that joins them (persistent.h) are ours.
+// Stages    as many K tiles as fit beside the epilogue's 32 or 48 KB: four at 128x256x64, five at
 //           128x192x64.
 // Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense
 //           flops; rhs comes once for the two blocks of a cluster.

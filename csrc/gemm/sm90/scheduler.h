@@ -4,7 +4,7 @@
 //            of the output, line after line along the other. The clusters that run at a time then
 //            cover a block of the output about as high as wide, so that operands come from L2 and
 //            not, many times over, from memory. The last strip may be narrower: nothing is padded.
-// Stream-K   Where whole tiles do not fill the last wave, all clusters share those (stream_k.h).
+// Stream-K   Where whole tiles do not fill the last wave, clusters share those (stream_k.h).
 #pragma once
 
 #include "cutlass/fast_math.h"

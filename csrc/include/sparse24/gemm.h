@@ -10,7 +10,7 @@
 
 namespace sparse24 {
 
-/// The three products of a linear layer; they fix the layouts (ld = leading dimension, in elements):
+/// The products of a linear layer, and forward with an activation; they fix the layouts (ld = leading dimension, in elements):
 ///
 ///   kForward     m = out_features, n = tokens, k = in_features
 ///                packed [m, k/2] row-major; rhs x [n, k], ld = rhs_ld; out y [n, m], ld = out_ld
@@ -62,11 +62,11 @@ struct SparseGemmArgs {
   const void* bias = nullptr;  // [m] or null; forward products only
   bool accumulate = false;     // out += product, instead of out = product
   MaskedDecayTerm decay;       // kGradWeight only
-  void* h = nullptr;           // where the pass has_activation, as are the next two
+  void* h = nullptr;           // where the pass has_activation, as are the next two; rows are stored as those of out
   int64_t h_ld = 0;
   Activation activation = Activation::kSilu;
   int64_t config = 0;          // one of sparse_gemm_configs, or 0: the heuristic's
-  void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 256-byte aligned
+  void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 16-byte aligned
 };
 
 /// Why the GPU kernels cannot take these arguments ("" if they can): alignment, dtype, architecture. The caller then
