@@ -35,19 +35,19 @@ __global__ void fill_normal_kernel(T* data, int64_t count, uint32_t seed) {
   }
 }
 
-class Device {
+class DeviceMemory {
  public:
-  explicit Device(int64_t bytes) {
+  explicit DeviceMemory(int64_t bytes) {
     SP24_CHECK_CUDA(cudaMalloc(&data_, static_cast<size_t>(bytes)));
   }
-  ~Device() { cudaFree(data_); }
-  Device(const Device&) = delete;
-  Device& operator=(const Device&) = delete;
+  ~DeviceMemory() { cudaFree(data_); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
   template <typename T = void>
   T* as() {
     return static_cast<T*>(data_);
   }
-  Device& fill(DType dtype, int64_t count) {
+  DeviceMemory& fill(DType dtype, int64_t count) {
     with_type(dtype, [&](auto zero) {
       fill_normal_kernel<<<2048, 256>>>(as<decltype(zero)>(), count, ++seed());
     });
@@ -98,7 +98,7 @@ inline int sets_for(double bytes) {
 
 inline void bench_copy() {
   const int64_t bytes = int64_t{1} << 30;
-  Device from(bytes), to(bytes);
+  DeviceMemory from(bytes), to(bytes);
   const double us = time_us(2, [&](int i) {
     cudaMemcpyAsync(i ? from.as() : to.as(), i ? to.as() : from.as(), bytes,
                     cudaMemcpyDeviceToDevice);
@@ -108,7 +108,7 @@ inline void bench_copy() {
 }
 
 struct BenchWeight {
-  Device w, mask, packed, E, packed_t, E_t;
+  DeviceMemory w, mask, packed, E, packed_t, E_t;
   PackArgs args;
 
   BenchWeight(Shape s, DType dtype, Order order)
@@ -177,14 +177,14 @@ inline void bench_mvue() {
     for (Order order : kOrders) {
       const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
       const int sets = sets_for(elements * 3.125);
-      std::vector<std::unique_ptr<Device>> dy, packed, E;
+      std::vector<std::unique_ptr<DeviceMemory>> dy, packed, E;
       for (int i = 0; i < sets; ++i) {
-        dy.push_back(std::make_unique<Device>(s.rows * s.cols * 2)),
-            packed.push_back(std::make_unique<Device>(s.rows * s.cols));
-        E.push_back(std::make_unique<Device>(meta_bytes(s.cols, s.rows)));
+        dy.push_back(std::make_unique<DeviceMemory>(s.rows * s.cols * 2)),
+            packed.push_back(std::make_unique<DeviceMemory>(s.rows * s.cols));
+        E.push_back(std::make_unique<DeviceMemory>(meta_bytes(s.cols, s.rows)));
         dy.back()->fill(DType::kBFloat16, s.rows * s.cols);
       }
-      Device seed(16);
+      DeviceMemory seed(16);
       cudaMemset(seed.as(), 7, 16);
       report(concat("mvue_compress ", s.rows, "x", s.cols, " by ", name_of(order)),
              elements * 3.125, time_us(sets, [&](int i) {
@@ -206,7 +206,7 @@ inline void bench_decay() {
   const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
   for (DType dtype : {DType::kBFloat16, DType::kFloat32}) {
     for (Order order : kOrders) {
-      Device grad(s.rows * s.cols * 4), w(s.rows * s.cols * 4), mask(s.rows * s.cols / 8),
+      DeviceMemory grad(s.rows * s.cols * 4), w(s.rows * s.cols * 4), mask(s.rows * s.cols / 8),
           mask_b(s.rows * s.cols / 8), flips(8);
       grad.fill(dtype, s.rows * s.cols), w.fill(dtype, s.rows * s.cols);
       mask.fill(DType::kBFloat16, s.rows * s.cols / 16),
@@ -238,18 +238,18 @@ inline void bench_activations() {
     const int64_t tokens = s.rows, d_ff = s.cols;
     const double elements = static_cast<double>(tokens) * static_cast<double>(d_ff);
     const int sets = sets_for(elements * 6);
-    std::vector<std::unique_ptr<Device>> in, h, d_h, d_in, packed, E;
+    std::vector<std::unique_ptr<DeviceMemory>> in, h, d_h, d_in, packed, E;
     for (int i = 0; i < sets; ++i) {
-      in.push_back(std::make_unique<Device>(tokens * d_ff * 4)),
-          d_in.push_back(std::make_unique<Device>(tokens * d_ff * 4));
-      h.push_back(std::make_unique<Device>(tokens * d_ff * 2)),
-          d_h.push_back(std::make_unique<Device>(tokens * d_ff * 2));
-      packed.push_back(std::make_unique<Device>(tokens * d_ff * 2)),
-          E.push_back(std::make_unique<Device>(meta_bytes(2 * d_ff, tokens)));
+      in.push_back(std::make_unique<DeviceMemory>(tokens * d_ff * 4)),
+          d_in.push_back(std::make_unique<DeviceMemory>(tokens * d_ff * 4));
+      h.push_back(std::make_unique<DeviceMemory>(tokens * d_ff * 2)),
+          d_h.push_back(std::make_unique<DeviceMemory>(tokens * d_ff * 2));
+      packed.push_back(std::make_unique<DeviceMemory>(tokens * d_ff * 2)),
+          E.push_back(std::make_unique<DeviceMemory>(meta_bytes(2 * d_ff, tokens)));
       in.back()->fill(DType::kBFloat16, tokens * d_ff * 2),
           d_h.back()->fill(DType::kBFloat16, tokens * d_ff);
     }
-    Device seed(16);
+    DeviceMemory seed(16);
     cudaMemset(seed.as(), 7, 16);
     const auto view = [&](auto* data, int64_t cols, Order order) {
       MatrixView<decltype(data)> m = {data,
