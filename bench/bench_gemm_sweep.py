@@ -19,7 +19,7 @@ import torch
 from bench.common import arguments, header, open_table
 from sparse24 import _library, ops
 from sparse24.layout import DTYPE_CODE
-from sparse24.ops import gemm
+from sparse24.ops import gemm_launch
 
 SWEEPS = 3
 PASSES = ("forward", "grad_input", "grad_weight")
@@ -87,7 +87,7 @@ def sweep(library) -> dict[tuple, dict]:
         for code, m, n, k, operands, out, dense in products(*layer):
             candidates = {"dense": dense}
             for config in library.sparse_gemm_configs(code, m, n, k, bf16, bf16, _library.CUDA, 0):
-                candidates[config] = partial(gemm._run_sparse_gemm, code, m, n, k, *operands, out, config=config)
+                candidates[config] = partial(gemm_launch.run, code, m, n, k, *operands, out, config=config)
             heat(0.05)
             tflop = 2 * m * n * k / 1e6
             times = median_times(candidates, rounds=5 if tflop < 5e5 else 3)

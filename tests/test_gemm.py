@@ -7,7 +7,7 @@ import torch
 
 import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops, reference
-from sparse24.ops import gemm
+from sparse24.ops import gemm_launch
 from sparse24.testing import assert_as_accurate, column_major
 
 # (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one
@@ -279,10 +279,10 @@ def test_the_library_gets_weights_and_masks_of_the_decay(monkeypatch, parts, lay
         decay = decayed(128, 72, wanted, "cpu", parts, layout)
         expected = ops.sparse_mm_grad_weight(*packed, x, 128, out_dtype=torch.float32) + pull_of(decay)[0]
         with monkeypatch.context() as context:
-            context.setattr(gemm, "where", lambda t: (CpuGemm(), _library.CUDA, 0, 0))
-            context.setattr(gemm, "_unsupported", lambda *product: "")
-            context.setattr(gemm, "_plan", lambda *product: (1, 0))
-            context.delattr(gemm, "_decay_after")
+            context.setattr(gemm_launch, "where", lambda t: (CpuGemm(), _library.CUDA, 0, 0))
+            context.setattr(gemm_launch, "unsupported", lambda *product: "")
+            context.setattr(gemm_launch, "plan", lambda *product: (1, 0))
+            context.delattr(gemm_launch, "decay_after")
             dw = ops.sparse_mm_grad_weight(*packed, x, 128, out_dtype=wanted, decay=decay)
             assert torch.equal(dw, expected.to(wanted))
             total = torch.ones(128, 72)
@@ -295,7 +295,7 @@ def test_weights_that_the_kernels_do_not_take_decay_in_a_pass_of_their_own():
     """Another dtype than the gradient's, unlike layouts, halves that share a block of 64 rows, odd addresses."""
     w = torch.zeros(128, 72).bfloat16()
     out, factor, mask = torch.zeros(128, 72).bfloat16(), torch.ones(1), ops.transposable_mask(w)
-    fields = lambda *weights: gemm._decay_fields(out, factor, list(weights), [mask] * len(weights))  # noqa: E731
+    fields = lambda *weights: gemm_launch.decay_fields(out, factor, list(weights), [mask] * len(weights))  # noqa: E731
     assert fields(w) is not None and fields(column_major(w)) is not None and fields(w[:64], w[64:]) is not None
     assert fields(w.float()) is None
     assert fields(w[:64], column_major(w[64:])) is None

@@ -24,7 +24,7 @@ from sparse24.layout import (
     padded_tokens,
     round_up,
 )
-from sparse24.ops import gemm
+from sparse24.ops import gemm, gemm_launch
 from sparse24.ops.gemm_padding import pad, padded_extents
 from sparse24.testing import assert_as_accurate
 
@@ -50,7 +50,7 @@ def refusal(pass_code, m, n, k, dtype, out_dtype, rhs_ld, out_ld, index=0) -> st
         return "rows of the dense operand"
     if out_ld % (16 // out_dtype.itemsize):
         return "rows of the output"
-    if pass_code == FORWARD and k % 16:
+    if pass_code == FORWARD and (k == 0 or k % 16):
         return "in_features"
     return "rows of the sparse operand" if pass_code != FORWARD and m % 8 else ""
 
@@ -103,9 +103,9 @@ def device(request, monkeypatch) -> str:
     """Where sparse kernels run; that they do is part of each test."""
     monkeypatch.setattr(gemm, "_dense", forbidden)
     if request.param == "cpu":
-        monkeypatch.setattr(gemm, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
-        monkeypatch.setattr(gemm, "_unsupported", refusal)
-        monkeypatch.setattr(gemm, "_plan", lambda *product: (1, 0))
+        monkeypatch.setattr(gemm_launch, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
+        monkeypatch.setattr(gemm_launch, "unsupported", refusal)
+        monkeypatch.setattr(gemm_launch, "plan", lambda *product: (1, 0))
         monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *size, **kw: t.new_full(*size, float("nan"), **kw))
     with warnings.catch_warnings():
         warnings.simplefilter("error", Sparse24Warning)
@@ -139,9 +139,9 @@ def test_the_rules_that_tests_play_are_those_of_the_library():
         n, k = (other, 64) if pass_code == GRAD_WEIGHT else (64, other)
         rhs_ld, out_ld = (n, n) if pass_code == GRAD_WEIGHT else (k, m)
         product = (pass_code, m, n, k, torch.bfloat16, out, rhs_ld, out_ld, 0)
-        assert bool(gemm._unsupported(*product)) == bool(refusal(*product)), product
+        assert bool(gemm_launch.unsupported(*product)) == bool(refusal(*product)), product
         to = padded_extents(pass_code, m, n, k, out.itemsize)
-        assert not gemm._unsupported(pass_code, *to[:3], torch.bfloat16, out, to.rhs_ld, to.out_ld, 0), product
+        assert not gemm_launch.unsupported(pass_code, *to[:3], torch.bfloat16, out, to.rhs_ld, to.out_ld, 0), product
 
 
 def test_what_fits_is_not_copied():
@@ -287,8 +287,8 @@ def test_a_kernel_of_odd_size_is_launched_once(device):
 @pytest.mark.fault(14, 36)
 def test_what_padding_does_not_help_is_multiplied_densely_and_said_once(monkeypatch):
     reason = "the GPU is of another kind"
-    monkeypatch.setattr(gemm, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
-    monkeypatch.setattr(gemm, "_unsupported", lambda *product: reason)
+    monkeypatch.setattr(gemm_launch, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
+    monkeypatch.setattr(gemm_launch, "unsupported", lambda *product: reason)
     _library.warn_once.cache_clear()
     x, w, _, (packed, E, *_) = layer(7, 20, 12, torch.bfloat16, "cpu", integers=True)
     with pytest.warns(Sparse24Warning, match=f"multiplies densely .*{reason}") as caught:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24Error, Sparse24Warning, _library, ops
-from sparse24.ops import gemm, gemm_tuning
+from sparse24.ops import gemm, gemm_launch, gemm_tuning
 
 KEY = (2, 3072, 768, 16384, 1, 1)
 RIGHT, SLOW, WRONG = 11, 12, 13
@@ -167,7 +167,7 @@ def cache(tmp_path, monkeypatch):
 def forget():
     """What a new process does not know."""
     gemm_tuning._read.cache_clear()
-    gemm._plan.cache_clear()
+    gemm_launch.plan.cache_clear()
 
 
 @pytest.fixture
@@ -183,8 +183,8 @@ def launched(monkeypatch):
             seen.append((args[:6], args[15]))
             _library.binding().sparse_gemm(*args)
 
-    original = gemm.where
-    monkeypatch.setattr(gemm, "where", lambda t: (Watched(), *original(t)[1:]))
+    original = gemm_launch.where
+    monkeypatch.setattr(gemm_launch, "where", lambda t: (Watched(), *original(t)[1:]))
     return seen
 
 

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -25,13 +24,11 @@ from ..layout import (
     HALF_DTYPES,
     META_BLOCK,
     as_rows,
-    is_column_major,
-    is_row_major,
     mask_as_uint16,
     metadata_bytes,
     padded_tokens,
 )
-from . import gemm_padding, gemm_tuning
+from . import gemm_launch, gemm_padding, gemm_tuning
 from ._common import (
     call_without_grad,
     check_mask,
@@ -39,92 +36,8 @@ from ._common import (
     check_same_device,
     check_weight,
     define_op,
-    where,
 )
 from .activation import KINDS
-
-_PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
-_NO_POINTER = 0
-
-
-# ---- which path -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def _unsupported(pass_code: int, m: int, n: int, k: int, dtype, out_dtype, rhs_ld: int, out_ld: int, index: int) -> str:
-    """Why the GPU's sparse GEMM cannot take a product ("" if it can); token counts never matter to the answer."""
-    if dtype not in HALF_DTYPES:
-        return f"dtype {dtype} (sparse tensor cores take bfloat16 and float16)"
-    return _library.binding().sparse_gemm_unsupported(
-        pass_code, m, n, k, DTYPE_CODE[dtype], DTYPE_CODE[out_dtype], rhs_ld, out_ld, _library.CUDA, index
-    )
-
-
-@lru_cache(maxsize=4096)
-def _plan(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, index: int) -> tuple[int, int]:
-    """(config, bytes of workspace) of a product: what `tune_gemm` found, else the library's own choice."""
-    library, product = _library.binding(), (pass_code, m, n, k, dtype, out_dtype)
-    config = gemm_tuning.tuned_config(*product, index)
-    config = config or library.sparse_gemm_configs(*product, _library.CUDA, index)[0]
-    return config, library.sparse_gemm_workspace_bytes(*product, config, _library.CUDA, index)
-
-
-def _run_sparse_gemm(
-    pass_code, m, n, k, packed, E, rhs, out, bias=None, accumulate=False, config=None, decay=None, activation=None
-) -> bool:
-    """Launch the product on the GPU's sparse GEMM; False, and nothing done, where it does not take these operands."""
-    library, backend, index, stream = where(rhs)
-    if backend != _library.CUDA:
-        return False
-    rhs_ld, out_ld, rhs_pointer, out_pointer = rhs.stride(0), out.stride(0), rhs.data_ptr(), out.data_ptr()
-    packed_pointer, E_pointer = packed.data_ptr(), E.data_ptr()
-    # Token counts never matter to the answer: a constant keeps the cache small.
-    if pass_code == GRAD_WEIGHT:
-        why_not = _unsupported(pass_code, m, n, 64, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
-    else:
-        why_not = _unsupported(pass_code, m, 64, k, rhs.dtype, out.dtype, rhs_ld, out_ld, index)
-    if why_not or (rhs_pointer | out_pointer | packed_pointer | E_pointer) % 16:
-        if activation is not None:  # by two ops, of which the product is padded
-            return False
-        return _run_padded(pass_code, m, n, k, packed, E, rhs, out, bias, accumulate, config, index, decay)
-    dtype, out_dtype = DTYPE_CODE[rhs.dtype], DTYPE_CODE[out.dtype]
-    if config is None:
-        config, scratch_bytes = _plan(pass_code, m, n, k, dtype, out_dtype, index)
-    else:
-        scratch_bytes = library.sparse_gemm_workspace_bytes(
-            pass_code, m, n, k, dtype, out_dtype, config, backend, index
-        )
-    # From the caching allocator: freed on this stream right after the launch, and reused only behind it.
-    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=rhs.device) if scratch_bytes else None
-    fields = None if decay is None else _decay_fields(out, *decay)
-    library.sparse_gemm(
-        pass_code, m, n, k, dtype, out_dtype, packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld,
-        _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, fields, activation,
-    )  # fmt: skip
-    if decay is not None and fields is None:
-        _decay_after(out, *decay)
-    return True
-
-
-def _run_padded(pass_code, m, n, k, packed, E, rhs, out, bias, accumulate, config, index, decay) -> bool:
-    """The product by padded operands; False, and said once, where the GPU does not take those either."""
-    if k == 0:  # a sum of nothing, and perhaps a bias
-        return False
-    to = gemm_padding.padded_extents(pass_code, m, n, k, out.element_size())
-    to_n, to_k = (to.n, 64) if pass_code == GRAD_WEIGHT else (64, to.k)
-    why_not = _unsupported(pass_code, to.m, to_n, to_k, rhs.dtype, out.dtype, to.rhs_ld, to.out_ld, index)
-    if why_not:
-        _library.warn_once(f"{_PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
-        return False
-    p = gemm_padding.pad(pass_code, m, n, k, packed, E, rhs, out, accumulate)
-    m, n, k, *_ = p.extents
-    if not _run_sparse_gemm(pass_code, m, n, k, p.packed, p.E, p.rhs, p.out, bias, p.accumulate, config):
-        return False
-    p.finish()
-    if decay is not None:
-        _decay_after(out, *decay)
-    return True
 
 
 def _empty_rows(t: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -200,7 +113,7 @@ def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
         return y
     rows = as_rows(x)
     bias = bias if bias is None else bias.contiguous()
-    if _run_sparse_gemm(FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias):
+    if gemm_launch.run(FORWARD, out_features, rows.shape[0], in_features, packed, E, rows, y_rows, bias):
         return y
     w = _dense(packed, E, out_features, in_features, False, x.dtype)
     if out_dtype == x.dtype:
@@ -264,7 +177,7 @@ def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
         h, h_rows = _empty_rows(x, width, x.dtype)
         rows = as_rows(x)
         bias = bias if bias is None else bias.contiguous()
-        if _run_sparse_gemm(
+        if gemm_launch.run(
             GATED_FORWARD if gated else ACTIVATED_FORWARD, out_features, rows.shape[0], in_features,
             packed, E, rows, y_rows, bias, activation=(h_rows.data_ptr(), width, KINDS[kind]),
         ):  # fmt: skip
@@ -341,7 +254,7 @@ def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     if dx.numel() == 0:
         return dx
     rows = as_rows(dy)
-    if _run_sparse_gemm(GRAD_INPUT, in_features, rows.shape[0], out_features, packed_t, E_t, rows, dx_rows):
+    if gemm_launch.run(GRAD_INPUT, in_features, rows.shape[0], out_features, packed_t, E_t, rows, dx_rows):
         return dx
     w = _dense(packed_t, E_t, out_features, in_features, True, dy.dtype)
     return dx.copy_(_matmul(rows, w, out_dtype).view(dx.shape))
@@ -419,28 +332,6 @@ def _check_decay_term(x, out_features, factor, weights, masks) -> None:
         )
 
 
-def _decay_fields(out, factor, weights, masks) -> tuple | None:
-    """What the kernel takes of masked decay in its epilogue; None where it is to follow in a pass of its own."""
-    w, rows = weights[0], weights[0].shape[0]
-    second = len(weights) - 1  # the only weight again where there is one
-    fits = (
-        all(t.dtype == out.dtype and t.stride() == w.stride() for t in weights)
-        and (second == 0 or rows % META_BLOCK == 0)
-        and ((is_row_major(w) and w.stride(0) % 2 == 0) or is_column_major(w))
-        and all(t.data_ptr() % (2 * t.element_size()) == 0 for t in weights)
-    )
-    if not fits:
-        return None
-    pointers = [t.data_ptr() for t in (w, weights[second], masks[0], masks[second])]
-    return factor.data_ptr(), *pointers[:2], *w.stride(), *pointers[2:], rows
-
-
-def _decay_after(out, factor, weights, masks) -> None:
-    """Masked decay in a pass of its own, right after the product."""
-    parts = list(out.split([w.shape[0] for w in weights]))
-    torch.ops.sparse24.foreach_masked_decay_.default(parts, weights, masks, 1.0, factor)
-
-
 def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks) -> None:
     tokens, in_features = x.shape
     if out.numel() == 0:
@@ -451,7 +342,7 @@ def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor,
             out.zero_()
     else:
         rows = as_rows(x)
-        if _run_sparse_gemm(
+        if gemm_launch.run(
             GRAD_WEIGHT, out_features, in_features, tokens, packed_dy, E_dy, rows, out,
             accumulate=accumulate, decay=decay,
         ):  # fmt: skip
@@ -462,7 +353,7 @@ def _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor,
         else:
             out.copy_(_matmul(dy.T, rows, out.dtype))
     if decay is not None:
-        _decay_after(out, *decay)
+        gemm_launch.decay_after(out, *decay)
 
 
 def _sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, factor, weights, masks):
@@ -601,7 +492,7 @@ def tune_gemm(
             for product in _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, index):
                 trials += gemm_tuning.tune(product, index)
     finally:
-        _plan.cache_clear()  # of what was found before an error, too
+        gemm_launch.plan.cache_clear()  # of what was found before an error, too
     return trials
 
 
@@ -632,10 +523,12 @@ def _tunable_products(tokens, in_features, out_features, dtype, grad_dtype, inde
         out = torch.empty((m, n) if pass_code == GRAD_WEIGHT else (n, m), dtype=result_dtype, device=x.device)
 
         def run(config, pass_code=pass_code, mnk=(m, n, k), operands=operands, out=out):
-            return _run_sparse_gemm(pass_code, *mnk, *operands, out, config=config)
+            return gemm_launch.run(pass_code, *mnk, *operands, out, config=config)
 
         # The op asks for the config of the product that is launched, so of the padded one.
         m, n, k, *_ = gemm_padding.padded_extents(pass_code, m, n, k, out.element_size())
         codes = (DTYPE_CODE[dtype], DTYPE_CODE[result_dtype])
         if run(0):
-            yield gemm_tuning.Product(_PASS_NAME[pass_code], (pass_code, m, n, k, *codes), run, out, expected)
+            yield gemm_tuning.Product(
+                gemm_launch.PASS_NAME[pass_code], (pass_code, m, n, k, *codes), run, out, expected
+            )
