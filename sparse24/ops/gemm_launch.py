@@ -15,7 +15,7 @@ from ..layout import DTYPE_CODE, GRAD_WEIGHT, HALF_DTYPES, META_BLOCK, is_column
 from . import gemm_padding, gemm_tuning
 from ._common import where
 
-#: names of the passes, for messages
+#: names of the passes that are padded and tuned, for messages
 PASS_NAME = ("sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight")
 _NO_POINTER = 0
 

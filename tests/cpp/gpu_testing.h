@@ -1,11 +1,10 @@
-// gpu_testing.h: what programs that test kernels on a GPU share: failures, and random numbers.
+// gpu_testing.h: what programs that test kernels on a GPU share: how failures are counted.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
 #include <cstdio>
 
 #include "common/check.h"
+#include "random.h"
 
 namespace gpu_testing {
 
@@ -17,24 +16,6 @@ void fail(const Parts&... parts) {
   if (++failures <= 40) std::printf("FAIL %s\n", sparse24::concat(parts...).c_str());
 }
 
-/// xorshift: fast, the same everywhere.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
-  uint32_t bits() {
-    state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
-    return static_cast<uint32_t>(state_ >> 32);
-  }
-  int below(int n) { return static_cast<int>(static_cast<uint64_t>(bits()) * n >> 32); }
-  /// Of variance 1; a sum of so many uniform numbers is near enough.
-  float normal(int uniforms = 12) {
-    float sum = -0.5f * static_cast<float>(uniforms);
-    for (int i = 0; i < uniforms; ++i) sum += static_cast<float>(bits()) * 0x1p-32f;
-    return sum * std::sqrt(12.0f / static_cast<float>(uniforms));
-  }
-
- private:
-  uint64_t state_;
-};
+using testing::Random;
 
 }  // namespace gpu_testing

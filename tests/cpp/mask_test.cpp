@@ -10,9 +10,11 @@
 #include "common/convert.h"
 #include "mask/block_search.h"
 #include "mask/patterns.h"
+#include "random.h"
 #include "testing.h"
 
 using namespace sparse24;
+using testing::Random;
 
 namespace {
 
@@ -89,29 +91,16 @@ void check_many(int count, Sums sums, const Draw& draw) {
   }
 }
 
-/// xorshift: many numbers in little time.
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 1) {}
-  uint32_t bits() {
-    state_ ^= state_ << 13, state_ ^= state_ >> 7, state_ ^= state_ << 17;
-    return static_cast<uint32_t>(state_ >> 32);
+/// A sum of four uniforms, in [-2, 2): bell-shaped, with all bits of fp32 in use.
+float bell(Random& random) {
+  float sum = -2.0f;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t word = random.bits();
+    sum += static_cast<float>(word >> 16) * 0x1p-16f;
+    sum += static_cast<float>(word * 2654435761u) * 0x1p-32f;
   }
-  int below(int n) { return static_cast<int>(static_cast<uint64_t>(bits()) * n >> 32); }
-  /// A sum of four uniforms, in [-2, 2): bell-shaped, with all bits of fp32 in use.
-  float bell() {
-    float sum = -2.0f;
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t word = bits();
-      sum += static_cast<float>(word >> 16) * 0x1p-16f;
-      sum += static_cast<float>(word * 2654435761u) * 0x1p-32f;
-    }
-    return sum;
-  }
-
- private:
-  uint64_t state_;
-};
+  return sum;
+}
 
 }  // namespace
 
@@ -146,13 +135,12 @@ TEST(search_is_exact_on_small_integers) {
 
 TEST(search_keeps_the_most_magnitude_of_bell_shaped_blocks) {
   Random random(2);
-  check_many(5000000, Sums::kRounded, [&] { return random.bell(); });
+  check_many(5000000, Sums::kRounded, [&] { return bell(random); });
 }
 
 TEST(search_keeps_the_most_magnitude_of_16_bit_blocks) {  // fault 3: fp16 sums past its range
   Random random(3);
-  check_many(2000000, Sums::kRounded,
-             [&] { return to_float(from_float<BFloat16>(random.bell())); });
+  check_many(2000000, Sums::kRounded, [&] { return to_float(from_float<BFloat16>(bell(random))); });
   check_many(1000000, Sums::kRounded, [&] {
     return to_float(Float16{static_cast<uint16_t>((random.bits() & 0x83FF) | 0x7800)});
   });
@@ -161,7 +149,7 @@ TEST(search_keeps_the_most_magnitude_of_16_bit_blocks) {  // fault 3: fp16 sums 
 TEST(search_keeps_the_most_magnitude_of_blocks_with_a_wide_range) {
   Random random(4);
   check_many(2000000, Sums::kRounded,
-             [&] { return std::ldexp(random.bell(), random.below(40) - 20); });
+             [&] { return std::ldexp(bell(random), random.below(40) - 20); });
 }
 
 TEST(search_takes_any_value) {  // faults 1, 2, 4, 5, 6
