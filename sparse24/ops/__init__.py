@@ -24,14 +24,8 @@ from .compress import (
     prune_compress,
     prune_compress_,
 )
-from .gemm import (
-    sparse_mm,
-    sparse_mm_activation,
-    sparse_mm_gated_activation,
-    sparse_mm_grad_input,
-    sparse_mm_grad_weight,
-    tune_gemm,
-)
+from .gemm import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight, tune_gemm
+from .gemm_activation import sparse_mm_activation, sparse_mm_gated_activation
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
 from .recipe import foreach_masked_decay_, masked_decay_

@@ -1,4 +1,4 @@
-"""The three products of a 2:4 linear layer, and forward with an activation in its epilogue.
+"""The three products of a 2:4 linear layer; those that make an activation too: gemm_activation.py.
 
 Each runs the sparse GEMM where the library has one for the device and dtype, with zeros around operands of odd sizes
 (gemm_padding.py), and otherwise a dense product over the decompressed operand: the same function up to rounding, noted
@@ -15,14 +15,11 @@ from torch import Tensor
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..layout import (
-    ACTIVATED_FORWARD,
     DTYPE_CODE,
     FORWARD,
-    GATED_FORWARD,
     GRAD_INPUT,
     GRAD_WEIGHT,
     HALF_DTYPES,
-    META_BLOCK,
     as_rows,
     mask_as_uint16,
     metadata_bytes,
@@ -37,10 +34,9 @@ from ._common import (
     check_weight,
     define_op,
 )
-from .activation import KINDS
 
 
-def _empty_rows(t: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def empty_rows(t: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A new tensor of t's leading dimensions and `width`, and its view as rows."""
     if t.dim() == 2:  # quicker by a microsecond than the general form
         out = t.new_empty((t.shape[0], width), dtype=dtype)
@@ -85,7 +81,7 @@ def _check_values_fit(packed: Tensor, packed_name: str, t: Tensor, name: str) ->
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, torch.dtype]:
+def check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, torch.dtype]:
     if x.dim() == 0:
         raise Sparse24Error("x must have at least one dimension, got a scalar")
     in_features = x.shape[-1]
@@ -107,8 +103,8 @@ def _check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, 
 
 
 def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
-    in_features, out_dtype = _check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
-    y, y_rows = _empty_rows(x, out_features, out_dtype)
+    in_features, out_dtype = check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
+    y, y_rows = empty_rows(x, out_features, out_dtype)
     if y.numel() == 0:
         return y
     rows = as_rows(x)
@@ -123,7 +119,7 @@ def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
 
 
 def _sparse_mm_fake(x, packed, E, out_features, bias, out_dtype):
-    _, out_dtype = _check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
+    _, out_dtype = check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
 
@@ -160,82 +156,6 @@ def sparse_mm(
     return call_without_grad("sparse_mm", "functional.sparse_linear", _op_sparse_mm, args)
 
 
-# ---- forward with an activation -------------------------------------------------------------------------------------
-
-
-def _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias) -> int:
-    if kind not in KINDS:
-        raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    return _check_sparse_mm(x, packed, E, out_features, bias, None)[0]
-
-
-def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
-    in_features = _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
-    width = out_features // 2 if gated else out_features
-    if x.is_cuda and x.numel() > 0 and (not gated or width % META_BLOCK == 0):
-        y, y_rows = _empty_rows(x, out_features, x.dtype)
-        h, h_rows = _empty_rows(x, width, x.dtype)
-        rows = as_rows(x)
-        bias = bias if bias is None else bias.contiguous()
-        if gemm_launch.run(
-            GATED_FORWARD if gated else ACTIVATED_FORWARD, out_features, rows.shape[0], in_features,
-            packed, E, rows, y_rows, bias, activation=(h_rows.data_ptr(), width, KINDS[kind]),
-        ):  # fmt: skip
-            return y, h
-        del y, y_rows, h, h_rows  # or they would be held twice
-    y = torch.ops.sparse24.sparse_mm.default(x, packed, E, out_features, bias, None)
-    return y, torch.ops.sparse24.activation.default(y, kind, gated, False)
-
-
-def _sparse_mm_activation_fake(x, packed, E, out_features, kind, gated, bias):
-    _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
-    width = out_features // 2 if gated else out_features
-    return x.new_empty((*x.shape[:-1], out_features)), x.new_empty((*x.shape[:-1], width))
-
-
-_op_sparse_mm_activation = define_op(
-    "sparse_mm_activation",
-    "(Tensor x, Tensor packed, Tensor E, int out_features, str kind, bool gated, Tensor? bias) -> (Tensor, Tensor)",
-    _sparse_mm_activation,
-    _sparse_mm_activation_fake,
-)
-
-
-def sparse_mm_activation(
-    x: Tensor, packed: Tensor, E: Tensor, out_features: int, kind: str, *, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(y, h): y = x W^T + bias as `sparse_mm` has it, and h = act(y), from one kernel.
-
-    x, packed, E, out_features, bias  as in `sparse_mm`
-    kind                              of the activation, as in `activation`
-    returns                           two (..., out_features), row-major; h has the bits of `activation`(y)
-
-    The activation is computed in the epilogue of the product, from what it has in registers: a pass that reads y is
-    saved. Where the GPU's sparse GEMM does not take the operands as they are, it is the two ops.
-
-    Raises as `sparse_mm` does, and Sparse24Error for an unknown kind.
-    """
-    args = (x, packed, E, out_features, kind, False, bias)
-    return call_without_grad("sparse_mm_activation", "functional.mlp", _op_sparse_mm_activation, args)
-
-
-def sparse_mm_gated_activation(
-    x: Tensor, packed: Tensor, E: Tensor, d_ff: int, kind: str = "silu", *, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(gate_up, h): gate_up = x W^T + bias with W = [gate | up] stacked, and h = act(gate) * up, from one kernel.
-
-    x          (..., in_features)
-    packed, E  from `compress` of W, (2*d_ff, in_features)
-    kind       of the activation, as in `gated_activation`
-    bias       (2*d_ff,) in x's dtype, or None
-    returns    (..., 2*d_ff) and (..., d_ff), row-major; h has the bits of `gated_activation`(gate_up)
-
-    Otherwise as `sparse_mm_activation`; where d_ff is not a multiple of 64, it is the two ops as well.
-    """
-    args = (x, packed, E, 2 * d_ff, kind, True, bias)
-    return call_without_grad("sparse_mm_gated_activation", "functional.gated_mlp", _op_sparse_mm_activation, args)
-
-
 # ---- input gradient -------------------------------------------------------------------------------------------------
 
 
@@ -250,7 +170,7 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
 
 def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     out_features, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
-    dx, dx_rows = _empty_rows(dy, in_features, out_dtype)
+    dx, dx_rows = empty_rows(dy, in_features, out_dtype)
     if dx.numel() == 0:
         return dx
     rows = as_rows(dy)
