@@ -20,6 +20,7 @@ SCRIPTS = {
     "bench_mvue": {"WEIGHTS": [("small up", 64, 64)], "GRADIENTS": [("small", 1024, 64)]},
     "bench_gemm": {"LAYERS": SMALL, "CEILING": 64},
     "bench_epilogue": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
+    "bench_grad_weight": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
     "l2_walks": {"SHAPES": [("small", 64, 64)]},
 }
 
