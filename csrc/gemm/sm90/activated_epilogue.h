@@ -96,7 +96,7 @@ class ActivatedEpilogue {
     const int width = kGated ? m_rows / 2 : m_rows;  // of h
     const int box = m_tile * kMultiplyingWarpgroups + warpgroup;
     // A cluster may reach past the last feature, where up begins: TMA clips what lies past up only.
-    const int first_box = kGated && box * kFeatures >= width ? m_rows : box;
+    const int first_box = kGated && box * kFeatures >= width ? m_rows / kFeatures : box;
     const Tensor out = boxes(params_.out, m_rows, n_columns);
     const Tensor h = boxes(params_.h, width, n_columns);
 

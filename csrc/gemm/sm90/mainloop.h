@@ -36,13 +36,12 @@ struct SparseMainloop : Stock {
   static_assert(kTileK == 64, "E has one order, that of a K tile of 64 (common/metadata.h)");
 
   static constexpr int kWarpgroups = cute::size(TiledMma{}) / cutlass::NumThreadsPerWarpGroup;
-  static constexpr int kMmaM = kTileM / 64 / kWarpgroups;  // wgmma rows blocks of one warpgroup
-  static constexpr int kMmaK = kTileK / 32;                // wgmma steps along a K tile
-  static_assert(!kGated || kMmaM == 1);
+  static constexpr int kMmaK = kTileK / 32;  // wgmma steps along a K tile
+  static_assert(kTileM == 64 * kWarpgroups);
 
-  /// The metadata words of one K tile, for one thread: [row block][k step].
-  using MetaFragment = decltype(cute::make_tensor<uint32_t>(
-      cute::Shape<cute::_1, cute::Int<kMmaM>, cute::Int<kMmaK>>{}));
+  /// The metadata words of one K tile, for one thread: one for each step.
+  using MetaFragment =
+      decltype(cute::make_tensor<uint32_t>(cute::Shape<cute::_1, cute::_1, cute::Int<kMmaK>>{}));
 
   /// K tiles that the first warpgroup is ahead, so that each stores while the other multiplies.
   static constexpr int kLead = 1;
@@ -71,18 +70,15 @@ struct SparseMainloop : Stock {
     const uint32_t halves = warp % 2 ? 0x7632u : 0x5410u;
 
     const auto load_meta = [&](int stage, auto& words) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kMmaM; ++i) {
-        const char* from = meta + stage * kMetaStageBytes + i * kWarpgroups * 512;
-        uint2 pair = *reinterpret_cast<const uint2*>(from);
-        if constexpr (kGated) {
-          const uint2 up = *reinterpret_cast<const uint2*>(from + 512);
-          pair.x = __byte_perm(pair.x, up.x, halves);
-          pair.y = __byte_perm(pair.y, up.y, halves);
-        }
-        words(0, i, 0) = pair.x;
-        words(0, i, 1) = pair.y;
+      const char* from = meta + stage * kMetaStageBytes;
+      uint2 pair = *reinterpret_cast<const uint2*>(from);
+      if constexpr (kGated) {
+        const uint2 up = *reinterpret_cast<const uint2*>(from + 512);
+        pair.x = __byte_perm(pair.x, up.x, halves);
+        pair.y = __byte_perm(pair.y, up.y, halves);
       }
+      words(0, 0, 0) = pair.x;
+      words(0, 0, 1) = pair.y;
     };
     const auto issue = [&](int stage, auto& words) {
       warpgroup_fence_operand(accumulators);

@@ -7,9 +7,9 @@
 
 #include <cstdint>
 
-#include "cutlass/arch/barrier.h"
 #include "cutlass/cutlass.h"
 #include "gemm/config.h"
+#include "gemm/sm90/warpgroup.h"
 
 namespace sparse24::gemm::sm90 {
 
@@ -41,7 +41,7 @@ class PartialSums {
     }
     __threadfence();
     const int warpgroup = thread / cutlass::NumThreadsPerWarpGroup;
-    cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
+    synchronize_warpgroup(warpgroup);
     if (thread % cutlass::NumThreadsPerWarpGroup == 0) {
       asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(params.flags + place * kWarpgroups +
                                                                warpgroup),

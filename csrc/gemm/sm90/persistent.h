@@ -1,8 +1,8 @@
 // persistent.h: the kernel that puts main loop, epilogue and scheduler together.
 //
-// Roles      one warp of warpgroup 0 loads by TMA. The other two warpgroups multiply, 64 rows (or
-//            two blocks of 64) of the tile each, and store what they have multiplied. Nothing joins
-//            them but the stages that both read.
+// Roles      one warp of warpgroup 0 loads by TMA. The other two warpgroups multiply, 64 rows of
+//            the tile each, and store what they have multiplied. Nothing joins them but the stages
+//            that both read.
 // Registers  setmaxnreg moves them from the loading warpgroup to the multiplying ones.
 #pragma once
 
@@ -28,8 +28,8 @@ class PersistentKernel {
   using Sums = PartialSums<kWarpgroups, kAccumulators>;
 
   // 64 K registers in all, given in units of 8 a thread.
-  static constexpr uint32_t kLoadRegisters = kAccumulators > 128 ? 24 : 40;
-  static constexpr uint32_t kMmaRegisters = kAccumulators > 128 ? 240 : 232;
+  static constexpr uint32_t kLoadRegisters = 40, kMmaRegisters = 232;
+  static_assert(kAccumulators <= 128);
   static_assert(cutlass::NumThreadsPerWarpGroup * (kLoadRegisters + kWarpgroups * kMmaRegisters) <=
                 65536);
 

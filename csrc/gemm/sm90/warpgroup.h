@@ -24,9 +24,11 @@ struct AccumulatorPlace {
         is_first(thread == 0) {}
 };
 
-/// Named barriers 0 and 1: each warpgroup's own.
+/// Named barriers 0 and 1: each warpgroup's own. The compiler moves no memory access past it, as it
+/// might past CUTLASS' NamedBarrier.
 CUTLASS_DEVICE void synchronize_warpgroup(int warpgroup) {
-  cutlass::arch::NamedBarrier::sync(cutlass::NumThreadsPerWarpGroup, uint32_t(warpgroup));
+  asm volatile("bar.sync %0, %1;" ::"r"(warpgroup), "n"(cutlass::NumThreadsPerWarpGroup)
+               : "memory");
 }
 
 /// Two values, rounded, in one word.
