@@ -10,11 +10,13 @@
 // Layouts   stmatrix for 16-bit outputs, transposing where m is contiguous; plain stores for fp32.
 //           16-byte units of a line of 128 bytes are exchanged by the line's number (the 128-byte
 //           swizzle that TMA undoes), so that banks do not conflict.
-// Existing  values of out are read straight into registers: this path is for gradient accumulation
-//           alone, and a source tile in shared memory would cost every product a stage.
-// Decay     of weight gradients: weight and mask are read straight into registers too, by one
-//           warpgroup while the other multiplies. Product and sum are rounded as masked_decay
-//           rounds them: a fp32 gradient has the same bits as after that pass.
+// Existing  values of out: to fp32 ones TMA adds in L2, and nothing is read. 16-bit ones are read
+//           straight into registers, half of the tile at a time, and added to the accumulators: one
+//           rounding. A source tile in shared memory would cost every product a stage.
+// Decay     of weight gradients: weight and mask are read into registers too, a quarter of the tile
+//           at a time (fp32: an eighth). Product and sum are rounded as masked_decay rounds them: a
+//           fp32 gradient has the same bits as after that pass, for which it is read, if it
+//           accumulates, and not added to in L2.
 // Edges     TMA clips what lies outside of out; reads of bias, out, weight and mask are guarded.
 #pragma once
 
@@ -54,11 +56,14 @@ class WarpgroupEpilogue {
 
   using Stride = cute::conditional_t<kMContiguous, cute::Stride<cute::_1, int64_t>,
                                      cute::Stride<int64_t, cute::_1>>;
-  using TmaStore = decltype(cute::make_tma_copy(
-      cute::SM90_TMA_STORE{},
+  template <typename Operation>
+  using Tma = decltype(cute::make_tma_copy(
+      Operation{},
       cute::make_tensor(cute::make_gmem_ptr(static_cast<Output*>(nullptr)),
                         cute::make_layout(cute::make_shape(int32_t(0), int32_t(0)), Stride{})),
       SmemLayout{}, Box{}, cute::_1{}));
+  using TmaStore = Tma<cute::SM90_TMA_STORE>;
+  using TmaAdd = Tma<cute::SM90_TMA_REDUCE_ADD>;
 
   struct Arguments {
     Output* out = nullptr;
@@ -67,8 +72,10 @@ class WarpgroupEpilogue {
     bool accumulate = false;
     MaskedDecayTerm decay = {};
   };
+  struct Nothing {};
   struct Params {
     TmaStore tma;
+    cute::conditional_t<kWide, TmaAdd, Nothing> tma_add;
     Arguments args;
   };
   struct TensorStorage {
@@ -85,13 +92,20 @@ class WarpgroupEpilogue {
         return make_layout(shape, make_stride(args.ld, _1{}));
       }
     }();
-    return {make_tma_copy(SM90_TMA_STORE{}, make_tensor(make_gmem_ptr(args.out), layout),
-                          SmemLayout{}, Box{}, _1{}),
-            args};
+    const auto tma = [&](auto operation) {
+      return make_tma_copy(operation, make_tensor(make_gmem_ptr(args.out), layout), SmemLayout{},
+                           Box{}, _1{});
+    };
+    if constexpr (kWide) {
+      return {tma(SM90_TMA_STORE{}), tma(SM90_TMA_REDUCE_ADD{}), args};
+    } else {
+      return {tma(SM90_TMA_STORE{}), {}, args};
+    }
   }
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
     cute::prefetch_tma_descriptor(params.tma.get_tma_descriptor());
+    if constexpr (kWide) cute::prefetch_tma_descriptor(params.tma_add.get_tma_descriptor());
   }
 
   CUTLASS_DEVICE WarpgroupEpilogue(const Params& params, TensorStorage& shared)
@@ -99,7 +113,7 @@ class WarpgroupEpilogue {
 
   template <typename Problem, typename Accumulators>
   CUTLASS_DEVICE void store(const Problem& problem, int m_tile, int n_tile,
-                            const Accumulators& accumulators, int thread) {
+                            Accumulators& accumulators, int thread) {
     using namespace cute;
     static_assert(decltype(size(accumulators))::value == kTileN / 2,
                   "a thread holds pairs of columns of two rows");
@@ -123,8 +137,20 @@ class WarpgroupEpilogue {
     if constexpr (!kMContiguous) {
       decay = decay_place(m_box * kRows, at.row, column, m_rows, n_columns);
     }
+    const bool adds_in_l2 = kWide && params_.args.accumulate && decay.factor == 0.0f;
+    if (params_.args.accumulate && !adds_in_l2) {
+      add_existing(accumulators, row, column, m_rows, n_columns);
+    }
+    if constexpr (!kMContiguous) {
+      if (decay.factor != 0.0f) {
+        if (params_.args.decay.col_stride == 1) {
+          add_decay<true>(accumulators, decay, n_columns);
+        } else {
+          add_decay<false>(accumulators, decay, n_columns);
+        }
+      }
+    }
 
-    const auto block = params_.tma.get_slice(_0{});
     const Tensor whole = params_.tma.get_tma_tensor(make_shape(m_rows, n_columns));
     const Tensor boxes = local_tile(whole, Box{}, make_coord(m_box, _));
 
@@ -136,18 +162,6 @@ class WarpgroupEpilogue {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
           values[j][i / 2][i % 2] = accumulators(chunk * kChunkN / 2 + j * 4 + i) + bias[i / 2];
-        }
-      }
-      if (params_.args.accumulate) {
-        add_existing(values, row, column + chunk * kChunkN, m_rows, n_columns);
-      }
-      if constexpr (!kMContiguous) {
-        if (decay.factor != 0.0f) {
-          if (params_.args.decay.col_stride == 1) {
-            add_decay<true>(values, decay, chunk * kChunkN, n_columns);
-          } else {
-            add_decay<false>(values, decay, chunk * kChunkN, n_columns);
-          }
         }
       }
       char* buffer = shared_.staged[warpgroup][chunk % kBuffers];
@@ -166,10 +180,13 @@ class WarpgroupEpilogue {
       tma_store_fence();
       synchronize_warpgroup(warpgroup);
       if (at.is_first) {
-        const Tensor smem =
-            make_tensor(make_smem_ptr(reinterpret_cast<Output*>(buffer)), SmemLayout{});
         const Tensor box = boxes(_, _, n_tile * kChunks + chunk);
-        copy(params_.tma, block.partition_S(smem), block.partition_D(box));
+        if constexpr (kWide) {
+          adds_in_l2 ? store_box(params_.tma_add, buffer, box)
+                     : store_box(params_.tma, buffer, box);
+        } else {
+          store_box(params_.tma, buffer, box);
+        }
         tma_store_arrive();
       }
     }
@@ -183,36 +200,56 @@ class WarpgroupEpilogue {
  private:
   using Values = float[kChunkN / 8][2][2];
 
-  CUTLASS_DEVICE void add_existing(Values& values, int row, int column, int m_rows,
+  template <typename TmaCopy, typename GlobalBox>
+  CUTLASS_DEVICE static void store_box(const TmaCopy& tma, char* from, const GlobalBox& to) {
+    using namespace cute;
+    const auto block = tma.get_slice(_0{});
+    const Tensor smem = make_tensor(make_smem_ptr(reinterpret_cast<Output*>(from)), SmemLayout{});
+    copy(tma, block.partition_S(smem), block.partition_D(to));
+  }
+
+  struct alignas(2 * sizeof(Output)) Pair {
+    Output column[2];
+  };
+  static constexpr int kOctets = kTileN / 8;  // of columns: a thread has a pair of each, twice
+
+  /// Batches are as large as registers allow beside the accumulators: larger ones spill, also in
+  /// the main loop. A pair may reach one past an odd width, into what is scratch.
+  template <typename Accumulators>
+  CUTLASS_DEVICE void add_existing(Accumulators& sums, int row, int column, int m_rows,
                                    int n_columns) const {
+    using cutlass::arch::global_load;  // predicated, and kept in order
     const Output* out = params_.args.out;
     const int64_t ld = params_.args.ld;
-    struct alignas(2 * sizeof(Output)) Pair {
-      Output column[2];
-    };
-    Pair existing[kChunkN / 8][2];
+    constexpr int kBatch = kOctets / (kMContiguous || kWide ? 4 : 2);
     CUTLASS_PRAGMA_UNROLL
-    for (int j = 0; j < kChunkN / 8; ++j) {
+    for (int first = 0; first < kOctets; first += kBatch) {
+      Pair existing[kBatch][2];
       CUTLASS_PRAGMA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int m = row + half * 8, n = column + j * 8;
-        if (m >= m_rows) continue;
-        if (!kMContiguous && n + 1 < n_columns) {
-          existing[j][half] = *reinterpret_cast<const Pair*>(out + m * ld + n);
-        } else {
-          CUTLASS_PRAGMA_UNROLL
-          for (int i = 0; i < 2; ++i) {
-            const int64_t at = kMContiguous ? (n + i) * ld + m : m * ld + n + i;
-            if (n + i < n_columns) existing[j][half].column[i] = out[at];
+      for (int j = 0; j < kBatch; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int m = row + half * 8, n = column + (first + j) * 8;
+          existing[j][half] = {};
+          if constexpr (kMContiguous) {
+            CUTLASS_PRAGMA_UNROLL
+            for (int i = 0; i < 2; ++i) {
+              global_load<Output, sizeof(Output)>(existing[j][half].column[i],
+                                                  out + (n + i) * ld + m,
+                                                  m < m_rows && n + i < n_columns);
+            }
+          } else {
+            global_load<Pair, sizeof(Pair)>(existing[j][half], out + m * ld + n,
+                                            m < m_rows && n < n_columns);
           }
         }
       }
-    }
-    CUTLASS_PRAGMA_UNROLL
-    for (int j = 0; j < kChunkN / 8; ++j) {
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        values[j][i / 2][i % 2] += static_cast<float>(existing[j][i / 2].column[i % 2]);
+      for (int j = 0; j < kBatch; ++j) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          sums((first + j) * 4 + i) += static_cast<float>(existing[j][i / 2].column[i % 2]);
+        }
       }
     }
   }
@@ -247,26 +284,22 @@ class WarpgroupEpilogue {
   /// Extents are multiples of 4 and a thread's columns begin at an even one: the mask's bits of
   /// both are in one block, inside or outside together. Eight rows or columns further on the shift
   /// is the same.
-  template <bool kRowMajor>
-  CUTLASS_DEVICE void add_decay(Values& values, const DecayPlace& at, int column,
-                                int n_columns) const {
-    using cutlass::arch::global_load;  // predicated, and kept in order: registers are scarce here
+  template <bool kRowMajor, typename Accumulators>
+  CUTLASS_DEVICE void add_decay(Accumulators& sums, const DecayPlace& at, int n_columns) const {
+    using cutlass::arch::global_load;
     const int64_t ld = kRowMajor ? params_.args.decay.row_stride : params_.args.decay.col_stride;
-    struct alignas(2 * sizeof(Output)) Pair {
-      Output column[2];
-    };
-    // As many loads at a time as registers are left for beside the accumulators (8 spill).
-    constexpr int kBatch = 4;
+    constexpr int kBatch = kOctets / (kWide ? 8 : 4);
     CUTLASS_PRAGMA_UNROLL
-    for (int first = 0; first < kChunkN / 8; first += kBatch) {
-      Pair pairs[kBatch][2] = {};
+    for (int first = 0; first < kOctets; first += kBatch) {
+      Pair pairs[kBatch][2];
       uint16_t kept[kBatch][2];
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < kBatch; ++j) {
-        const int n = column + (first + j) * 8;
+        const int n = (first + j) * 8;
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
           const bool inside = half * 8 < at.rows_left && n < at.columns_left;
+          pairs[j][half] = {};
           kept[j][half] = 0xFFFF;
           global_load<uint16_t, 2>(kept[j][half], at.mask + half * 2 * (n_columns / 4) + n / 4,
                                    inside);
@@ -285,11 +318,11 @@ class WarpgroupEpilogue {
       for (int j = 0; j < kBatch; ++j) {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float& value = values[first + j][i / 2][i % 2];
+          float& sum = sums((first + j) * 4 + i);
           const float pull =
               __fmul_rn(at.factor, static_cast<float>(pairs[j][i / 2].column[i % 2]));
-          const float pulled = __fadd_rn(value, pull);
-          if ((kept[j][i / 2] >> (at.shift + i % 2) & 1) == 0) value = pulled;
+          const float pulled = __fadd_rn(sum, pull);
+          if ((kept[j][i / 2] >> (at.shift + i % 2) & 1) == 0) sum = pulled;
         }
       }
     }
