@@ -268,7 +268,7 @@ def rates_on(device: torch.device) -> cost_model.Rates:
     """The cost model's rates on a GPU."""
     index = torch.cuda.current_device() if device.index is None else device.index
     info = _library.device_info(index)
-    return cost_model.Rates().on(info["multiprocessors"], info["memory_bandwidth"])
+    return cost_model.rates_for(info["multiprocessors"], info["memory_bandwidth"])
 
 
 def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:

@@ -2,9 +2,10 @@
 
 A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
 as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
-come from an NVIDIA H200 (bench/results: gemm.csv, ffn.csv, activation.csv, mvue.csv, compress.csv); `Rates.on` carries
-them over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them anew and
-prints how far the estimates are from what was measured.
+come from an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm.csv, ffn.csv, tokens.csv,
+activation.csv, mvue.csv, compress.csv; epilogue.csv and grad_weight.csv of the H100 alone). `rates_for` carries those
+of the nearer one over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them
+anew and prints how far the estimates are from what was measured.
 
 The dense side is what `torch.compile` makes of the layer; run eagerly, it is slower than estimated here. Only the
 layer itself is counted, both passes, and for the 2:4 side everything that it adds to a step: re-packing, masked decay,
@@ -23,25 +24,28 @@ ASSUMED_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Rates:
-    """What an H200 does, on a hot chip. Times in microseconds, bandwidths in TB/s."""
+    """What a chip does when it is hot. Times in microseconds, bandwidths of passes over memory in TB/s."""
 
-    multiprocessors: int = 132
+    multiprocessors: int
+    memory_bandwidth: float  # bytes a second, by the clock and the width of the memory's bus
     # Dense products: a line through the times of cuBLAS.
-    dense_us_per_gflop: float = 1.588
-    dense_us: float = 3.7
+    dense_us_per_gflop: float
+    dense_us: float
     # Sparse products: waves of 128 x 256 tiles (or narrower) over the chip; each takes its K loop and an epilogue.
-    sparse_us_per_wave_and_1024_k: float = 7.96
-    sparse_us_per_wave: float = 2.27
-    sparse_us: float = 0.0
+    sparse_us_per_wave_and_1024_k: float
+    sparse_us_per_wave: float
+    sparse_us: float
     # Passes over memory.
+    activation_backward: float
+    activation_backward_mvue: float
+    mvue: float
+    pack: float
+    decay: float
+    dense_pass: float  # what torch.compile's kernels reach
     launch_us: float = 3.0
-    activation: float = 3.9
-    activation_backward: float = 3.9
-    activation_backward_mvue: float = 3.2
-    mvue: float = 3.05
-    pack: float = 3.5
-    decay: float = 3.9
-    dense_pass: float = 4.1  # what torch.compile's kernels reach
+    # What a product takes longer for a million elements of h, or of a weight gradient that it adds to.
+    activation_us: float = 1.2
+    accumulation_us: float = 0.75
 
     def on(self, multiprocessors: int, memory_bandwidth: float) -> Rates:
         """The same on a chip of so many multiprocessors, whose memory could move so many bytes a second (0: unknown).
@@ -49,19 +53,35 @@ class Rates:
         Products go with the multiprocessors and passes over memory with the bandwidth; clocks and limits of power are
         taken to be alike.
         """
-        memory = memory_bandwidth / H200_MEMORY_BANDWIDTH if memory_bandwidth > 0 else 1.0
+        memory = memory_bandwidth / self.memory_bandwidth if memory_bandwidth > 0 else 1.0
         return replace(
             self,
             multiprocessors=multiprocessors,
+            memory_bandwidth=memory_bandwidth if memory_bandwidth > 0 else self.memory_bandwidth,
             dense_us_per_gflop=self.dense_us_per_gflop * self.multiprocessors / multiprocessors,
             **{name: getattr(self, name) * memory for name in PASSES},
         )
 
 
 #: rates of passes over memory
-PASSES = ("activation", "activation_backward", "activation_backward_mvue", "mvue", "pack", "decay", "dense_pass")
-#: bytes a second by the clock and the width of an H200's memory bus
-H200_MEMORY_BANDWIDTH = 4.9e12
+PASSES = ("activation_backward", "activation_backward_mvue", "mvue", "pack", "decay", "dense_pass")
+
+H200 = Rates(
+    multiprocessors=132, memory_bandwidth=4.9e12, dense_us_per_gflop=1.588, dense_us=3.75,
+    sparse_us_per_wave_and_1024_k=8.36, sparse_us_per_wave=1.43, sparse_us=7.5,
+    activation_backward=4.2, activation_backward_mvue=4.1, mvue=3.95, pack=3.85, decay=4.1, dense_pass=4.1,
+)  # fmt: skip
+H100 = Rates(
+    multiprocessors=132, memory_bandwidth=3.35e12, dense_us_per_gflop=1.538, dense_us=4.89,
+    sparse_us_per_wave_and_1024_k=8.82, sparse_us_per_wave=1.32, sparse_us=5.2,
+    activation_backward=2.95, activation_backward_mvue=2.93, mvue=2.94, pack=2.8, decay=2.93, dense_pass=2.95,
+)  # fmt: skip
+
+
+def rates_for(multiprocessors: int, memory_bandwidth: float) -> Rates:
+    """Those of the measured chip whose memory is more like it (unknown, 0: the slower), on these multiprocessors."""
+    middle = (H100.memory_bandwidth * H200.memory_bandwidth) ** 0.5
+    return (H200 if memory_bandwidth > middle else H100).on(multiprocessors, memory_bandwidth)
 
 
 @dataclass(frozen=True)
@@ -107,24 +127,33 @@ def dense_product_us(m: int, n: int, k: int, rates: Rates) -> float:
 WIDTHS, WEIGHT_GRADIENT_WIDTHS = (256,), (256, 192)
 
 
-def waves(m: int, n: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> float:
-    """Rounds of tiles, in pairs along m, over the chip, in units of 128 x 256 ones; of the best width."""
-    return min(
-        _ceil(2 * _ceil(m, 256) * _ceil(n, width), rates.multiprocessors) * width / WIDTHS[0] for width in widths
-    )
+def waves(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> tuple[float, float]:
+    """Rounds of tiles, in pairs along m, over the chip: of K loops and of epilogues, in units of 128 x 256 tiles.
+
+    Of the best width. Multiprocessors that have no tile of the last round share its K loops (stream-K): that takes a
+    tenth more time, and the first parts some 512 of k.
+    """
+    best = None
+    for width in widths:
+        whole, rest = divmod(2 * _ceil(m, 256) * _ceil(n, width), rates.multiprocessors)
+        shared = min(1.0, 1.1 * rest / rates.multiprocessors + 512 / max(k, 1)) if rest else 0.0
+        found = (whole + shared) * width / WIDTHS[0], (whole + (rest > 0)) * width / WIDTHS[0]
+        best = min(best or found, found)
+    return best
 
 
 def sparse_product_us(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> float:
     """out(m, n) = lhs(m, k) rhs(k, n) with lhs 2:4."""
-    per_wave = rates.sparse_us_per_wave_and_1024_k * k / 1024 + rates.sparse_us_per_wave
-    return waves(m, n, rates, widths) * per_wave + rates.sparse_us
+    loops, epilogues = waves(m, n, k, rates, widths)
+    in_loops = rates.sparse_us_per_wave_and_1024_k * k / 1024
+    return loops * in_loops + epilogues * rates.sparse_us_per_wave + rates.sparse_us
 
 
 def _pass_us(bytes_moved: float, rate: float, rates: Rates) -> float:
     return bytes_moved / rate / 1e6 + rates.launch_us
 
 
-def linear(out_features: int, in_features: int, training: Training, rates: Rates = Rates()) -> Times:  # noqa: B008
+def linear(out_features: int, in_features: int, training: Training, rates: Rates = H200) -> Times:
     """A linear layer on its own: three products, and what 2:4 adds to them."""
     t, m, k = training.tokens, out_features, in_features
     products = ((m, t, k), (k, t, m), (m, k, t))
@@ -137,7 +166,7 @@ def linear(out_features: int, in_features: int, training: Training, rates: Rates
     return Times(dense, sparse) * training.micro_batches + Times(*once)
 
 
-def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = Rates()) -> Times:  # noqa: B008
+def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> Times:
     """A whole feed-forward layer, fused as sparse24/feedforward.py does it, against torch.compile."""
     t, up = training.tokens, d_ff * (2 if gated else 1)
     shapes = ((up, d_model), (d_model, d_ff))  # as (out_features, in_features)
@@ -151,8 +180,7 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
     dense += _pass_us(forward * elements, rates.dense_pass, rates) + _pass_us(
         backward * elements, rates.dense_pass, rates
     )
-    # As where h is a pass of its own; the product's epilogue makes it for 1 to 10 % of forward less, on the safe side.
-    sparse += _pass_us(forward * elements, rates.activation, rates)
+    sparse += 1e-6 * elements * rates.activation_us
     if training.mvue:
         packed = 1.125 * up / d_ff
         sparse += _pass_us((backward + packed) * elements, rates.activation_backward_mvue, rates)
@@ -164,7 +192,7 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
     return Times(dense, sparse) * training.micro_batches + Times(*once)
 
 
-def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = Rates()) -> int | None:  # noqa: B008
+def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> int | None:
     """The fewest tokens a call, in multiples of 256, from which on the 2:4 layer is estimated ahead; None: never."""
     counts = [256 * step for step in range(1, 257)]
     ahead = [feed_forward(d_model, d_ff, gated, training.of(tokens=t), rates).speedup > 1 for t in counts]
@@ -193,6 +221,6 @@ def _sparse_weight_us(weights: int, training: Training, rates: Rates) -> float:
     # A search costs about what packing costs: it is the same pass.
     pack = (size + 2.375) * weights / rates.pack / 1e6 + rates.launch_us
     decay = (3 * size + 0.125) * weights / rates.decay / 1e6 + rates.launch_us
-    sums = 3.0 * size * (training.micro_batches - 1)
+    sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
     casts = 6.0 * training.micro_batches if size == 4 and not training.mvue else 0.0
-    return pack + decay + (sums + casts) * weights / rates.dense_pass / 1e6
+    return pack + decay + sums + casts * weights / rates.dense_pass / 1e6

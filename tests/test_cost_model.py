@@ -11,7 +11,7 @@ from sparse24.cost_model import MARGIN, Training, break_even_tokens, feed_forwar
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 #: folder of results -> rates of their device
-DEVICES = {".": cost_model.Rates(), "h100": cost_model.Rates().on(132, 3.35e12)}
+DEVICES = {".": cost_model.H200, "h100": cost_model.H100}
 #: layer of ffn.csv -> tokens, d_model, d_ff, gated
 SHAPES = {layer.name: (layer.tokens, layer.d_model, layer.d_ff, layer.gated) for layer in suite.LAYERS}
 
@@ -54,8 +54,38 @@ def test_estimates_of_large_layers_are_near_what_was_measured(folder):
     assert len(near) >= 5 and max(near) < 0.15, near
 
 
+@pytest.mark.parametrize("folder", DEVICES)
+def test_so_are_those_of_several_micro_batches(folder):
+    for row in rows("ffn", folder):
+        tokens, d_model, d_ff, gated = SHAPES[row["layer"]]
+        training = Training(tokens, suite.MANY, master_bytes=2 if row["weights"] == "bf16" else 4)
+        estimate = feed_forward(d_model, d_ff, gated, training, DEVICES[folder]).speedup
+        assert abs(estimate / float(row["speedup 8 micro-batches"]) - 1) < 0.15, row["layer"]
+
+
+def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own():
+    h200, h100 = cost_model.H200, cost_model.H100
+    assert cost_model.rates_for(132, 4.9e12) == h200 and cost_model.rates_for(132, 3.35e12) == h100
+    assert cost_model.rates_for(132, 0.0) == h100  # unknown: the slower
+    pcie = cost_model.rates_for(114, 2.0e12)
+    assert pcie.mvue == pytest.approx(h100.mvue * 2.0 / 3.35)
+    assert pcie.dense_us_per_gflop == pytest.approx(h100.dense_us_per_gflop * 132 / 114)
+    assert feed_forward(4096, 11008, True, Training(8192), pcie).sparse_us > feed_forward(
+        4096, 11008, True, Training(8192), h100
+    ).sparse_us  # fmt: skip
+
+
+def test_shared_last_rounds_cost_less_than_whole_ones():
+    rates = cost_model.H100
+    loops, epilogues = cost_model.waves(128 * 132, 256, 8192, rates)  # one tile each
+    assert (loops, epilogues) == (1.0, 1.0)
+    loops, epilogues = cost_model.waves(128 * 132 + 256, 256, 8192, rates)
+    assert 1.0 < loops < 1.2 and epilogues == 2.0
+    assert cost_model.waves(128 * 132 + 256, 256, 256, rates) == (2.0, 2.0)  # nothing to share in a short loop
+
+
 def test_products_are_near_what_was_measured():
-    rates = cost_model.Rates()
+    rates = cost_model.H200
     errors = []
     for row in rows("gemm"):
         m, n, k = int(row["m"]), int(row["n"]), int(row["k"])
