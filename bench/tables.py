@@ -142,7 +142,35 @@ def step(device: str = "") -> str:
     return markdown(header, rows, 2)
 
 
-TABLES = {"ffn": ffn, "ffn_costs": ffn_costs, "tokens": tokens, "block": block, "step": step}
+#: costs of ffn_costs.csv -> what a reader calls them
+PASS_NAMES = {
+    "activation": "activation's backward with MVUE", "mvue": "MVUE", "pack": "re-packing", "decay": "decay",
+    "search / 40": "mask search", "copies": "casts", "other": "sums of biases",
+}  # fmt: skip
+
+
+def limits(device: str = "") -> str:
+    """What keeps layers from more: the speed-up were all passes free, what they take, and the two largest."""
+    header = ["layer", "speed-up", "with free passes", "passes, of the dense time", "the largest"]
+    rows = []
+    for layer in read("ffn", device):
+        if layer["weights"] != "bf16":
+            continue
+        costs = {
+            row["cost"]: float(row["share"])
+            for row in read("ffn_costs", device)
+            if row["layer"] == layer["layer"] and row["weights"] == "bf16" and row["mvue"] == "True"
+        }
+        speedup = float(layer["speedup"])
+        passes = {name: share / speedup for name, share in costs.items() if "products" not in name}
+        free = speedup / sum(share for name, share in costs.items() if "products" in name)
+        largest = sorted(passes, key=passes.get, reverse=True)[:2]
+        told = "; ".join(f"{PASS_NAMES[name]}, {100 * passes[name]:.0f} %" for name in largest)
+        rows.append([layer["layer"], ratio(str(speedup)), ratio(str(free)), percent(str(sum(passes.values()))), told])
+    return markdown(header, rows)
+
+
+TABLES = {"ffn": ffn, "ffn_costs": ffn_costs, "limits": limits, "tokens": tokens, "block": block, "step": step}
 
 
 def fill(text: str) -> str:
