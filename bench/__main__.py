@@ -3,5 +3,6 @@
 import importlib
 
 if __name__ == "__main__":
-    for name in ("compress", "mask", "mvue", "activation", "gemm", "epilogue", "ffn", "tokens", "block", "step"):
+    kernels = ("compress", "mask", "mvue", "activation", "gemm", "grad_weight", "epilogue")
+    for name in (*kernels, "ffn", "tokens", "block", "step"):
         importlib.import_module(f"bench.bench_{name}").main()
