@@ -133,13 +133,13 @@ def waves(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS
     Of the best width. Multiprocessors that have no tile of the last round share its K loops (stream-K): that takes a
     tenth more time, and the first parts some 512 of k.
     """
-    best = None
-    for width in widths:
+
+    def of(width: int) -> tuple[float, float]:
         whole, rest = divmod(2 * _ceil(m, 256) * _ceil(n, width), rates.multiprocessors)
         shared = min(1.0, 1.1 * rest / rates.multiprocessors + 512 / max(k, 1)) if rest else 0.0
-        found = (whole + shared) * width / WIDTHS[0], (whole + (rest > 0)) * width / WIDTHS[0]
-        best = min(best or found, found)
-    return best
+        return (whole + shared) * width / WIDTHS[0], (whole + (rest > 0)) * width / WIDTHS[0]
+
+    return min(of(width) for width in widths)
 
 
 def sparse_product_us(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> float:
