@@ -145,7 +145,7 @@ def step(device: str = "") -> str:
 #: costs of ffn_costs.csv -> what a reader calls them
 PASS_NAMES = {
     "activation": "activation's backward with MVUE", "mvue": "MVUE", "pack": "re-packing", "decay": "decay",
-    "search / 40": "mask search", "copies": "casts", "other": "sums of biases",
+    "search / 40": "mask search", "copies": "copies and clears", "other": "sums of biases and others",
 }  # fmt: skip
 
 

@@ -3,7 +3,8 @@
 A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
 as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
 come from an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm.csv, ffn.csv, tokens.csv,
-activation.csv, mvue.csv, compress.csv; epilogue.csv and grad_weight.csv of the H100 alone). `rates_for` carries those
+activation.csv, mvue.csv, compress.csv; epilogue.csv and grad_weight.csv of the H100 alone). The H200's results are of
+older kernels: what those took more is in its constants. `rates_for` carries those
 of the nearer one over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them
 anew and prints how far the estimates are from what was measured.
 
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-#: an estimate must promise this much before `sparsify(backend="auto")` believes it: the estimates err by about as much
+#: an estimate must promise this much before `sparsify(backend="auto")` believes it: what they err by at most on an H100
 MARGIN = 1.08
 #: tokens a forward call that are assumed where the caller says nothing
 ASSUMED_TOKENS = 8192
@@ -59,6 +60,8 @@ class Rates:
             multiprocessors=multiprocessors,
             memory_bandwidth=memory_bandwidth if memory_bandwidth > 0 else self.memory_bandwidth,
             dense_us_per_gflop=self.dense_us_per_gflop * self.multiprocessors / multiprocessors,
+            activation_us=self.activation_us * self.multiprocessors / multiprocessors,
+            accumulation_us=self.accumulation_us / memory,
             **{name: getattr(self, name) * memory for name in PASSES},
         )
 
@@ -79,7 +82,7 @@ H100 = Rates(
 
 
 def rates_for(multiprocessors: int, memory_bandwidth: float) -> Rates:
-    """Those of the measured chip whose memory is more like it (unknown, 0: the slower), on these multiprocessors."""
+    """Rates of the measured chip with memory closest to this one (0: unknown, taken as the slower), scaled to it."""
     middle = (H100.memory_bandwidth * H200.memory_bandwidth) ** 0.5
     return (H200 if memory_bandwidth > middle else H100).on(multiprocessors, memory_bandwidth)
 
@@ -130,8 +133,8 @@ WIDTHS, WEIGHT_GRADIENT_WIDTHS = (256,), (256, 192)
 def waves(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> tuple[float, float]:
     """Rounds of tiles, in pairs along m, over the chip: of K loops and of epilogues, in units of 128 x 256 tiles.
 
-    Of the best width. Multiprocessors that have no tile of the last round share its K loops (stream-K): that takes a
-    tenth more time, and the first parts some 512 of k.
+    Of the width with the shorter loops. Multiprocessors that have no tile of the last round share its K loops
+    (stream-K): that takes a tenth more time, and a fixed cost like 512 more of k.
     """
 
     def of(width: int) -> tuple[float, float]:

@@ -12,6 +12,8 @@ from sparse24.cost_model import MARGIN, Training, break_even_tokens, feed_forwar
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 #: folder of results -> rates of their device
 DEVICES = {".": cost_model.H200, "h100": cost_model.H100}
+#: how far estimates may be off; the H200's results are of older kernels
+NEAR = {".": 0.12, "h100": 0.08}
 #: layer of ffn.csv -> tokens, d_model, d_ff, gated
 SHAPES = {layer.name: (layer.tokens, layer.d_model, layer.d_ff, layer.gated) for layer in suite.LAYERS}
 
@@ -51,7 +53,7 @@ def test_what_auto_converts_was_never_measured_slower_than_dense(folder):
 @pytest.mark.parametrize("folder", DEVICES)
 def test_estimates_of_large_layers_are_near_what_was_measured(folder):
     near = [abs(estimate / speedup - 1) for speedup, estimate in measured(folder) if speedup > 1.2]
-    assert len(near) >= 5 and max(near) < 0.15, near
+    assert len(near) >= 5 and max(near) < NEAR[folder], near
 
 
 @pytest.mark.parametrize("folder", DEVICES)
@@ -60,7 +62,7 @@ def test_so_are_those_of_several_micro_batches(folder):
         tokens, d_model, d_ff, gated = SHAPES[row["layer"]]
         training = Training(tokens, suite.MANY, master_bytes=2 if row["weights"] == "bf16" else 4)
         estimate = feed_forward(d_model, d_ff, gated, training, DEVICES[folder]).speedup
-        assert abs(estimate / float(row["speedup 8 micro-batches"]) - 1) < 0.15, row["layer"]
+        assert abs(estimate / float(row["speedup 8 micro-batches"]) - 1) < NEAR[folder], row["layer"]
 
 
 def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own():
@@ -70,6 +72,8 @@ def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own(
     pcie = cost_model.rates_for(114, 2.0e12)
     assert pcie.mvue == pytest.approx(h100.mvue * 2.0 / 3.35)
     assert pcie.dense_us_per_gflop == pytest.approx(h100.dense_us_per_gflop * 132 / 114)
+    assert pcie.activation_us == pytest.approx(h100.activation_us * 132 / 114)
+    assert pcie.accumulation_us == pytest.approx(h100.accumulation_us * 3.35 / 2.0)
     assert feed_forward(4096, 11008, True, Training(8192), pcie).sparse_us > feed_forward(
         4096, 11008, True, Training(8192), h100
     ).sparse_us  # fmt: skip
@@ -84,15 +88,32 @@ def test_shared_last_rounds_cost_less_than_whole_ones():
     assert cost_model.waves(128 * 132 + 256, 256, 256, rates) == (2.0, 2.0)  # nothing to share in a short loop
 
 
-def test_products_are_near_what_was_measured():
-    rates = cost_model.H200
+def test_what_epilogues_add_is_what_was_measured_on_an_h100():
+    shapes = SHAPES.items()
+    elements = {name: tokens * d_ff for name, (tokens, _, d_ff, _) in shapes}
+    added = [
+        1e6 * (float(row["fused product_us"]) - float(row["product_us"])) / elements[row["shape"]]
+        for row in rows("epilogue", "h100")
+    ]
+    assert cost_model.H100.activation_us == pytest.approx(sum(added) / len(added), rel=0.15), added
+    weights = {name: d_model * d_ff * (2 if gated else 1) for name, (_, d_model, d_ff, gated) in shapes}
+    added = [
+        1e6 * (float(row["accumulate_us"]) - float(row["product_us"])) / weights[row["shape"]]
+        for row in rows("grad_weight", "h100")
+    ]
+    assert cost_model.H100.accumulation_us == pytest.approx(sum(added) / len(added), rel=0.25), added
+
+
+@pytest.mark.parametrize("folder", DEVICES)
+def test_products_are_near_what_was_measured(folder):
+    rates = DEVICES[folder]
     errors = []
-    for row in rows("gemm"):
+    for row in rows("gemm", folder):
         m, n, k = int(row["m"]), int(row["n"]), int(row["k"])
         took = 2 * m * n * k / 1e6 / float(row["sparse TFLOP/s"])
         widths = cost_model.WEIGHT_GRADIENT_WIDTHS if row["pass"].startswith("dW") else cost_model.WIDTHS
         errors.append(abs(cost_model.sparse_product_us(m, n, k, rates, widths) / took - 1))
-    assert len(errors) >= 36 and sorted(errors)[len(errors) // 2] < 0.15, errors
+    assert len(errors) >= 36 and sorted(errors)[len(errors) // 2] < 0.06, errors
 
 
 @pytest.mark.parametrize("gated", [True, False])

@@ -10,9 +10,11 @@
 // Layouts   stmatrix for 16-bit outputs, transposing where m is contiguous; plain stores for fp32.
 //           16-byte units of a line of 128 bytes are exchanged by the line's number (the 128-byte
 //           swizzle that TMA undoes), so that banks do not conflict.
-// Existing  values of out: to fp32 ones TMA adds in L2, and nothing is read. 16-bit ones are read
-//           straight into registers, half of the tile at a time, and added to the accumulators: one
-//           rounding. A source tile in shared memory would cost every product a stage.
+// Existing  values of out: to fp32 ones TMA adds in L2, and nothing is read; subnormal numbers
+//           become zero there. 16-bit ones are read straight into registers, half of the tile at
+//           a time (a quarter where m is contiguous, or fp32 ones meet a decay), and added to the
+//           accumulators: one rounding. A source tile in shared memory would cost every product a
+//           stage.
 // Decay     of weight gradients: weight and mask are read into registers too, a quarter of the tile
 //           at a time (fp32: an eighth). Product and sum are rounded as masked_decay rounds them: a
 //           fp32 gradient has the same bits as after that pass, for which it is read, if it
@@ -222,6 +224,7 @@ class WarpgroupEpilogue {
     const Output* out = params_.args.out;
     const int64_t ld = params_.args.ld;
     constexpr int kBatch = kOctets / (kMContiguous || kWide ? 4 : 2);
+    static_assert(kOctets % kBatch == 0);
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kOctets; first += kBatch) {
       Pair existing[kBatch][2];
@@ -289,6 +292,7 @@ class WarpgroupEpilogue {
     using cutlass::arch::global_load;
     const int64_t ld = kRowMajor ? params_.args.decay.row_stride : params_.args.decay.col_stride;
     constexpr int kBatch = kOctets / (kWide ? 8 : 4);
+    static_assert(kOctets % kBatch == 0);
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kOctets; first += kBatch) {
       Pair pairs[kBatch][2];

@@ -45,7 +45,7 @@ struct SparseMainloop : Stock {
 
   /// K tiles that the first warpgroup is ahead, so that each stores while the other multiplies.
   static constexpr int kLead = 1;
-  static constexpr uint32_t kLeadBarrier = 2;  // 0 and 1 are the warpgroups' (warpgroup.h)
+  static constexpr uint32_t kLeadBarrier = 2;  // of CUTLASS' NamedBarrier
   static_assert(kWarpgroups == 2 && kLead < kStages);
 
   template <typename Accumulators>

@@ -24,8 +24,9 @@ struct AccumulatorPlace {
         is_first(thread == 0) {}
 };
 
-/// Named barriers 0 and 1: each warpgroup's own. The compiler moves no memory access past it, as it
-/// might past CUTLASS' NamedBarrier.
+/// The hardware's barriers 0 and 1: each warpgroup's own. 0 is that of __syncthreads too, which
+/// nothing calls once the warps have their roles; CUTLASS' NamedBarrier counts from 8. The compiler
+/// moves no memory access past this one, as it might past those.
 CUTLASS_DEVICE void synchronize_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, %1;" ::"r"(warpgroup), "n"(cutlass::NumThreadsPerWarpGroup)
                : "memory");

@@ -60,7 +60,7 @@ struct SparseGemmArgs {
   void* out = nullptr;  // rows are stored in whole 16-byte units: what follows an odd width, up to out_ld, is scratch
   int64_t out_ld = 0;
   const void* bias = nullptr;  // [m] or null; forward products only
-  bool accumulate = false;     // out += product, instead of out = product
+  bool accumulate = false;     // out += product; on a GPU subnormal fp32 sums may become zero
   MaskedDecayTerm decay;       // kGradWeight only
   void* h = nullptr;           // where the pass has_activation, as are the next two; rows are stored as those of out
   int64_t h_ld = 0;
