@@ -129,18 +129,20 @@ def test_no_tokens_give_empty_results_and_a_zero_gradient(device):
     assert dw.shape == (32, 64) and not dw.any()
 
 
+@pytest.mark.parametrize("shape", [(96, 64, 128), (40, 520, 264)], ids=["a part of a tile", "several tiles"])
 @pytest.mark.parametrize("out_dtype", ["same", torch.float32])
-def test_weight_gradients_accumulate_into_an_existing_one(device, out_dtype):
+def test_weight_gradients_accumulate_into_an_existing_one(device, out_dtype, shape):
+    tokens, in_features, out_features = shape
     for dtype in compute_dtypes(device):
-        x, _, dy, _ = layer(96, 64, 128, dtype, device, integers=True)
+        x, _, dy, _ = layer(tokens, in_features, out_features, dtype, device, integers=True)
         packed_dy, E_dy = ops.mvue_compress(dy, torch.tensor([3, 4], device=device))
         wanted = dtype if out_dtype == "same" else out_dtype
-        once = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, 128, out_dtype=torch.float32)
-        total = small_integers(128, 64, dtype=wanted, device=device)
+        once = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=torch.float32)
+        total = small_integers(out_features, in_features, dtype=wanted, device=device)
         expected = (total.float() + once).to(wanted)
-        assert ops.sparse_mm_grad_weight(packed_dy, E_dy, x, 128, out=total, accumulate=True) is total
+        assert ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=total, accumulate=True) is total
         assert torch.equal(total, expected)
-        ops.sparse_mm_grad_weight(packed_dy, E_dy, x, 128, out=total)
+        ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=total)
         assert torch.equal(total, once.to(wanted))
 
 
