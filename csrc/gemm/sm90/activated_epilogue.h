@@ -175,10 +175,7 @@ class ActivatedEpilogue {
 
   template <typename GlobalBox>
   CUTLASS_DEVICE static void store_box(const TmaStore& tma, char* from, const GlobalBox& to) {
-    using namespace cute;
-    const auto block = tma.get_slice(_0{});
-    const Tensor smem = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(from)), SmemLayout{});
-    copy(tma, block.partition_S(smem), block.partition_D(to));
+    sm90::store_box<Element, SmemLayout>(tma, from, to);
   }
 
   /// act(gate) * up, or act(x), of rounded pairs.

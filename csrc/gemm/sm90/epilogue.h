@@ -204,10 +204,7 @@ class WarpgroupEpilogue {
 
   template <typename TmaCopy, typename GlobalBox>
   CUTLASS_DEVICE static void store_box(const TmaCopy& tma, char* from, const GlobalBox& to) {
-    using namespace cute;
-    const auto block = tma.get_slice(_0{});
-    const Tensor smem = make_tensor(make_smem_ptr(reinterpret_cast<Output*>(from)), SmemLayout{});
-    copy(tma, block.partition_S(smem), block.partition_D(to));
+    sm90::store_box<Output, SmemLayout>(tma, from, to);
   }
 
   struct alignas(2 * sizeof(Output)) Pair {

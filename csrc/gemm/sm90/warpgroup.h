@@ -1,7 +1,8 @@
-// warpgroup.h: what the epilogues share: a thread's place in a wgmma accumulator, and a warpgroup's
-// barrier.
+// warpgroup.h: what the epilogues share: a thread's place in a wgmma accumulator, a warpgroup's
+// barrier, and the store of a staged box.
 #pragma once
 
+#include "cute/tensor.hpp"
 #include "cutlass/arch/barrier.h"
 #include "cutlass/cutlass.h"
 #include "cutlass/numeric_conversion.h"
@@ -30,6 +31,15 @@ struct AccumulatorPlace {
 CUTLASS_DEVICE void synchronize_warpgroup(int warpgroup) {
   asm volatile("bar.sync %0, %1;" ::"r"(warpgroup), "n"(cutlass::NumThreadsPerWarpGroup)
                : "memory");
+}
+
+/// By one thread: a staged box to its place in an output.
+template <typename Element, typename SmemLayout, typename TmaCopy, typename GlobalBox>
+CUTLASS_DEVICE void store_box(const TmaCopy& tma, char* from, const GlobalBox& to) {
+  using namespace cute;
+  const auto block = tma.get_slice(_0{});
+  const Tensor smem = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(from)), SmemLayout{});
+  copy(tma, block.partition_S(smem), block.partition_D(to));
 }
 
 /// Two values, rounded, in one word.
