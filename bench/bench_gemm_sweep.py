@@ -18,8 +18,8 @@ import torch
 
 from bench.common import arguments, header, open_table
 from sparse24 import _library, ops
-from sparse24.layout import DTYPE_CODE
-from sparse24.ops import gemm_launch
+from sparse24.formats import DTYPE_CODE
+from sparse24.ops.gemm import launch as gemm_launch
 
 SWEEPS = 3
 PASSES = ("forward", "grad_input", "grad_weight")

@@ -23,7 +23,7 @@ import torch
 
 import sparse24
 from bench.common import arguments, header, open_table
-from sparse24.block_flips import BlockFlips
+from sparse24.recipe.block_flips import BlockFlips
 
 INTERVAL, SEQUENCES, LENGTH = 40, 8, 1024
 

@@ -1,4 +1,4 @@
-"""Fits the rates of sparse24/cost_model.py to the results of the benchmarks, and says how far its estimates are off.
+"""Fits the rates of sparse24/convert/cost_model.py to the results of the benchmarks, and says how far off they are.
 
 The rates of products follow from single ones (gemm.csv) by least squares of relative errors, and what each costs beside
 from whole layers (ffn.csv, tokens.csv). All others are taken as the model has them, from the tables of single kernels.
@@ -13,9 +13,9 @@ from dataclasses import replace
 import numpy as np
 
 from bench.tables import read
-from sparse24 import cost_model
 from sparse24.benchmark.suite import LAYERS
-from sparse24.cost_model import H100, H200, Rates, Training, feed_forward
+from sparse24.convert import cost_model
+from sparse24.convert.cost_model import H100, H200, Rates, Training, feed_forward
 
 #: name of a device -> folder in bench/results, and the rates that the model has
 DEVICES = {"H200": ("", H200), "H100": ("h100", H100)}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import sparse24
-from sparse24.tune import TuneResult
+from sparse24.recipe.tune import TuneResult
 
 
 def make_model() -> nn.Module:

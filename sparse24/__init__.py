@@ -12,17 +12,17 @@ the same in plain PyTorch: `reference`.
 from . import errors, functional, integrations, ops, reference
 from ._library import Availability, is_available
 from ._version import __version__
-from .checkpoints import load_checkpoint, save_checkpoint
 from .convert import densify, refresh, sparsify
 from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from .exporting import export, load_compressed
-from .gated_mlp import SparseGatedMLP
-from .modules import SparseLinear
-from .probe import MaskProbe
+from .layers.gated_mlp import SparseGatedMLP
+from .layers.modules import SparseLinear
 from .recipe import Recipe
-from .semi_structured import to_semi_structured
-from .tune import tune_decay
-from .verification import verify
+from .recipe.probe import MaskProbe
+from .recipe.tune import tune_decay
+from .save.checkpoints import load_checkpoint, save_checkpoint
+from .save.exporting import export, load_compressed
+from .save.semi_structured import to_semi_structured
+from .save.verification import verify
 
 __all__ = [
     "Availability",
@@ -58,7 +58,7 @@ __all__ = [
 def __getattr__(name: str):
     # transformers' Conv1D is its base class, and sparse24 does not need transformers.
     if name == "SparseConv1D":
-        from .conv1d import SparseConv1D
+        from .layers.conv1d import SparseConv1D
 
         return SparseConv1D
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
-from sparse24 import SparseLinear, accumulation, functional, ops
+from sparse24 import SparseLinear, functional, ops
+from sparse24.functional import accumulation
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP
-from sparse24.checkpoints import STATE, WEIGHTS, checkpoints, load_checkpoint, save_checkpoint
 from sparse24.errors import Sparse24Error
-from sparse24.methods import METHODS
-from sparse24.modules import SparseLayer
+from sparse24.layers.modules import SparseLayer
+from sparse24.recipe.methods import METHODS
+from sparse24.save.checkpoints import STATE, WEIGHTS, checkpoints, load_checkpoint, save_checkpoint
 
 STEPS = 12
 
@@ -229,7 +229,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(fails, tmp_path, monkeypatch):
     if fails == "os.fsync":  # some file systems have none for folders, so a folder's failure is no error
         monkeypatch.setattr("sparse24.files.sync", full)
     if fails == "torch.save":
-        monkeypatch.setattr("sparse24.checkpoints._check_plain", lambda extra: None)
+        monkeypatch.setattr("sparse24.save.checkpoints._check_plain", lambda extra: None)
     with pytest.raises(OSError, match="No space left"):
         save_checkpoint(tmp_path, model, optimizer, recipe)
     monkeypatch.undo()

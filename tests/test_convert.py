@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import sparse24
 from sparse24 import SparseLinear
 from sparse24.errors import Sparse24Error, Sparse24Warning
-from sparse24.modules import SparseLayer
+from sparse24.layers.modules import SparseLayer
 
 SMALL = dict(vocab_size=VOCAB, pad_token_id=0, bos_token_id=0, eos_token_id=0)
 DECODER = dict(
@@ -402,7 +402,7 @@ def test_pytorchs_encoder_layer_does_not_bypass_the_sparse_layers():
 def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_forced(monkeypatch):
     """The reason is told, and only backend='sparse' makes it an error."""
     monkeypatch.setattr(
-        sparse24.convert, "_why_unavailable", lambda model: "no 2:4 products on cuda:0: sm_75 is too old"
+        sparse24.convert.convert, "_why_unavailable", lambda model: "no 2:4 products on cuda:0: sm_75 is too old"
     )
     model = MLP()
     with pytest.warns(Sparse24Warning, match="left the model dense.*sm_75"):
@@ -429,7 +429,7 @@ def h200(monkeypatch):
 
 def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(h200):
     """Which function a layer trains is decided at conversion, from shape, tokens and device."""
-    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training
+    choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training
     large, small = on_gpu(11008, 4096), on_gpu(1024, 256)
     converts, reason = choose(large, "auto", training(8192))
     assert converts and re.fullmatch(
@@ -446,7 +446,7 @@ def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(h200):
 
 def test_the_decision_knows_the_gpu(h200):
     """Slower memory makes passes over it dearer, and the gain smaller."""
-    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training(2048)
+    choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training(2048)
     speedups = []
     for bandwidth in (4.9e12, 3.35e12, 2.0e12):
         h200["memory_bandwidth"] = bandwidth
@@ -457,7 +457,7 @@ def test_the_decision_knows_the_gpu(h200):
 
 def test_whole_blocks_are_converted_or_none_of_their_layers(h200):
     """Gate and up are as large as down is not: a layer by itself would be judged otherwise."""
-    choose, training = sparse24.convert.choose_function, sparse24.cost_model.Training(8192)
+    choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training(8192)
     answers = {choose(on_gpu(*shape), "auto", training, (4096, 11008, True))[0] for shape in ((11008, 4096), (4, 4))}
     assert answers == {True}
 

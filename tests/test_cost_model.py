@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse24 import cost_model
 from sparse24.benchmark import suite
-from sparse24.cost_model import MARGIN, Training, break_even_tokens, feed_forward, linear
+from sparse24.convert import cost_model
+from sparse24.convert.cost_model import MARGIN, Training, break_even_tokens, feed_forward, linear
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
 #: folder of results -> rates of their device

@@ -248,10 +248,10 @@ def test_sharded_weights_are_gathered_one_at_a_time(monkeypatch):
     calls, pack = [], ops.compress_
     model = sparse_model()
     monkeypatch.setattr(ops, "compress_", lambda weights, *rest: calls.append(len(weights)) or pack(weights, *rest))
-    sparse24.packing.pack([model.fc1, model.fc2], search=False)
-    monkeypatch.setattr(sparse24.packing, "full_weight", lambda layer: layer.kernel_weight())
-    monkeypatch.setattr(sparse24.packing, "is_dtensor", lambda tensor: True)
-    sparse24.packing.pack([model.fc1, model.fc2], search=False)
+    sparse24.layers.packing.pack([model.fc1, model.fc2], search=False)
+    monkeypatch.setattr(sparse24.layers.packing, "full_weight", lambda layer: layer.kernel_weight())
+    monkeypatch.setattr(sparse24.layers.packing, "is_dtensor", lambda tensor: True)
+    sparse24.layers.packing.pack([model.fc1, model.fc2], search=False)
     assert calls == [2, 1, 1]
 
 
@@ -502,7 +502,7 @@ def test_two_gpus_over_nccl_keep_the_same_masks(wrap, tmp_path):
 
 @pytest.mark.fault(64)
 def test_checksum_tells_masks_apart_that_differ_in_one_block_or_in_order():
-    from sparse24.ranks import checksum
+    from sparse24.recipe.ranks import checksum
 
     mask = ops.transposable_mask(torch.randn(16, 16)).view(torch.uint8)
     other = mask.clone()

@@ -10,8 +10,8 @@ from tiny_models import MLP, gpt2, llama, tokens
 
 import sparse24
 from sparse24.errors import Sparse24Error, Sparse24Warning
-from sparse24.exporting import load_compressed
-from sparse24.modules import SparseLayer
+from sparse24.layers.modules import SparseLayer
+from sparse24.save.exporting import load_compressed
 
 
 def sparse(make=MLP):
@@ -71,14 +71,14 @@ def test_compressed_file_is_smaller():
     rows, cols = 64, 128
     weight = torch.randn(rows, cols).bfloat16()
     weight = torch.where(sparse24.ops.unpack_mask(sparse24.ops.transposable_mask(weight)), weight, 0)
-    values, positions = sparse24.exporting._pack_positions(weight)
+    values, positions = sparse24.save.exporting._pack_positions(weight)
     assert values.nbytes + positions.nbytes == weight.nbytes * 9 // 16
 
 
 def test_kept_zeros_and_empty_groups_survive_compression():
     weight = torch.tensor([[0.0, 0, 0, 0, 0, 7, 0, 0, 0, 0, 0, 5], [1, 0, 0, 2, 0, 0, 3, 4, 0, 0, 0, 0]])
-    values, positions = sparse24.exporting._pack_positions(weight)
-    assert torch.equal(sparse24.exporting._unpack_positions(values, positions, 2, 12, "w"), weight)
+    values, positions = sparse24.save.exporting._pack_positions(weight)
+    assert torch.equal(sparse24.save.exporting._unpack_positions(values, positions, 2, 12, "w"), weight)
 
 
 def test_dense_phase_exports_plainly_and_warns_when_masked(tmp_path):

@@ -10,8 +10,8 @@ from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, ops
-from sparse24.feedforward import FusedFeedForward, activation_kind, fuse
-from sparse24.modules import ACTIVATIONS
+from sparse24.layers.feedforward import FusedFeedForward, activation_kind, fuse
+from sparse24.layers.modules import ACTIVATIONS
 
 
 class Gated(nn.Module):

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, SparseLinear, ops
 from sparse24.errors import Sparse24Error
-from sparse24.feedforward import FusedFeedForward
-from sparse24.modules import SparseLayer
+from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.modules import SparseLayer
 
 pytestmark = pytest.mark.fault(57)
 

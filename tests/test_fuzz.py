@@ -19,7 +19,7 @@ from tiny_models import MLP  # noqa: E402
 
 import sparse24  # noqa: E402
 from sparse24 import Recipe, Sparse24Error, functional, ops, reference  # noqa: E402
-from sparse24.layout import as_rows  # noqa: E402
+from sparse24.formats import as_rows  # noqa: E402
 from sparse24.testing import assert_as_accurate, assert_same_bits  # noqa: E402
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,7 @@ import torch
 
 import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops, reference
-from sparse24.ops import gemm_launch
+from sparse24.ops.gemm import launch as gemm_launch
 from sparse24.testing import assert_as_accurate, column_major
 
 # (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one

@@ -14,7 +14,7 @@ import torch
 from test_gemm import dense_gradient, layer
 
 from sparse24 import Sparse24Warning, _library, ops, reference
-from sparse24.layout import (
+from sparse24.formats import (
     DTYPE_CODE,
     FORWARD,
     GRAD_INPUT,
@@ -24,8 +24,9 @@ from sparse24.layout import (
     padded_tokens,
     round_up,
 )
-from sparse24.ops import gemm, gemm_launch
-from sparse24.ops.gemm_padding import pad, padded_extents
+from sparse24.ops.gemm import launch as gemm_launch
+from sparse24.ops.gemm import products as gemm
+from sparse24.ops.gemm.padding import pad, padded_extents
 from sparse24.testing import assert_as_accurate
 
 DENSE = gemm._dense

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from sparse24 import Sparse24Error, Sparse24Warning, _library, ops
-from sparse24.ops import gemm, gemm_launch, gemm_tuning
+from sparse24.ops.gemm import launch as gemm_launch
+from sparse24.ops.gemm import products as gemm
+from sparse24.ops.gemm import tuning as gemm_tuning
 
 KEY = (2, 3072, 768, 16384, 1, 1)
 RIGHT, SLOW, WRONG = 11, 12, 13

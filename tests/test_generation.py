@@ -8,7 +8,7 @@ from tiny_models import gpt2, llama
 
 import sparse24
 from sparse24 import ops
-from sparse24.packing import mask_bits
+from sparse24.layers.packing import mask_bits
 
 
 def masked_dense(model):

@@ -9,7 +9,7 @@ from torch import nn
 
 import sparse24
 from sparse24.errors import Sparse24Error
-from sparse24.modules import SparseLayer
+from sparse24.layers.modules import SparseLayer
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # the Trainer wants it too
@@ -204,7 +204,8 @@ def test_unknown_settings_are_refused_at_once(kind):
 @pytest.mark.fault(36)
 def test_trainers_train_dense_where_auto_leaves_the_model_dense(tmp_path, monkeypatch):
     """A GPU without our kernels: sparsify warns, and training goes on."""
-    monkeypatch.setattr(sparse24.convert, "_why_unavailable", lambda model: "no 2:4 products on cuda:0: too old")
+    why = "no 2:4 products on cuda:0: too old"
+    monkeypatch.setattr(sparse24.convert.convert, "_why_unavailable", lambda model: why)
     with pytest.warns(sparse24.Sparse24Warning, match="left the model dense: no 2:4 products"):
         trainer, callback = hf_trainer(tmp_path, steps=2)
     trainer.train()

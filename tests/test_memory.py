@@ -12,7 +12,7 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, functional, ops
 from sparse24.errors import Sparse24Error
-from sparse24.feedforward import FusedFeedForward
+from sparse24.layers.feedforward import FusedFeedForward
 
 MAKERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(256, 512)), 256, ("*",)),

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import sparse24
 from sparse24 import SparseGatedMLP, SparseLinear, ops
 from sparse24.errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from sparse24.modules import ACTIVATIONS
+from sparse24.layers.modules import ACTIVATIONS
 
 
 def masked(layer):

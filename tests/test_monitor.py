@@ -10,7 +10,7 @@ from tiny_recipes import make, run
 
 from sparse24 import ops
 from sparse24.errors import Sparse24Error, Sparse24Warning
-from sparse24.monitor import FlipMonitor, gap_quantiles, gap_sample
+from sparse24.recipe.monitor import FlipMonitor, gap_quantiles, gap_sample
 
 
 def feed(monitor, rates, sizes=(1000, 1000)):

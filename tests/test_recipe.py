@@ -12,7 +12,7 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, ops
 from sparse24.errors import Sparse24Error
-from sparse24.phases import Phases, scheduled_decay
+from sparse24.recipe.phases import Phases, scheduled_decay
 
 # -- masked decay ---------------------------------------------------------------------------------------------------
 

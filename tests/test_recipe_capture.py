@@ -20,7 +20,7 @@ def capture(monkeypatch):
     """capture(step): run `step` as in a capture; returns the graph."""
 
     def run_captured(step):
-        monkeypatch.setattr(sparse24.recipe, "is_capturing", lambda: True)
+        monkeypatch.setattr(sparse24.recipe.recipe, "is_capturing", lambda: True)
         try:
             step()
         finally:

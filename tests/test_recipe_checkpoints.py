@@ -14,7 +14,7 @@ from torch import nn
 import sparse24
 from sparse24 import ops
 from sparse24.errors import Sparse24Error, Sparse24Warning
-from sparse24.methods import METHODS
+from sparse24.recipe.methods import METHODS
 
 
 def save(model, optimizer, recipe):

@@ -1,4 +1,4 @@
-"""The training methods of sparse24/methods.py, by what a recipe does for each."""
+"""The training methods of sparse24/recipe/methods.py, by what a recipe does for each."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from tiny_recipes import kept, make, run
 import sparse24
 from sparse24 import ops
 from sparse24.errors import Sparse24Error
-from sparse24.soft import row_mask, soft_scale, soft_threshold
+from sparse24.functional.soft import row_mask, soft_scale, soft_threshold
 
 
 def test_ste_has_no_decay():

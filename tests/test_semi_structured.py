@@ -11,8 +11,9 @@ from tiny_models import MLP, gpt2, tokens
 from torch import nn
 
 import sparse24
-from sparse24 import Sparse24DtypeError, Sparse24Error, Sparse24Warning, semi_structured, to_semi_structured
-from sparse24.modules import SparseLayer
+from sparse24 import Sparse24DtypeError, Sparse24Error, Sparse24Warning, to_semi_structured
+from sparse24.layers.modules import SparseLayer
+from sparse24.save import semi_structured
 from sparse24.testing import assert_as_accurate
 
 

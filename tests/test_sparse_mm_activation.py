@@ -122,13 +122,13 @@ def test_a_block_trains_as_with_the_two_ops(monkeypatch, gated):
     forms = [functional.PackedWeight(*ops.prune_compress(w.detach())[1:]) for w in (up, down)]
     seed = torch.tensor([[1, 2], [3, 4]], device="cuda")
     run = functional.gated_mlp if gated else functional.mlp
-    fused, results = ops.gemm_launch.run, []
+    fused, results = ops.gemm.launch.run, []
 
     def without_activation(*args, activation=None, **settings):
         return activation is None and fused(*args, **settings)
 
     for product in (fused, without_activation):
-        monkeypatch.setattr(ops.gemm_launch, "run", product)
+        monkeypatch.setattr(ops.gemm.launch, "run", product)
         y = run(x, up, forms[0], down, forms[1], "silu", seed=seed)
         results.append((y, *torch.autograd.grad(y.float().square().mean(), (x, up, down))))
     assert all(map(torch.equal, *results))

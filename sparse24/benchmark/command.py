@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .. import cost_model
 from .._library import is_available
+from ..convert import cost_model
 from ..errors import Sparse24Error
 
 PARTS = ("ffn", "tokens", "block", "step")

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .. import ops, packing
+from .. import ops
 from ..convert import sparse_layers, sparsify
+from ..layers import packing
 from ..recipe import Recipe
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
 

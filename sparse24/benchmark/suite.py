@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from .. import cost_model
-from ..convert import rates_on
+from ..convert import cost_model, rates_on
 from . import kernels, today
 from . import step as arms
 from .models import SHAPES, ModelShape

@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
-from ..ranks import fingerprint
 from ..recipe import Recipe
+from ..recipe.ranks import fingerprint
 from .settings import check_decay_in, split_settings
 
 STATE_FILE = "sparse24.pt"

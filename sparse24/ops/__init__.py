@@ -5,7 +5,7 @@ differentiable: outputs that depend on a tensor with `requires_grad` raise when 
 differentiable function in `sparse24.functional`. Layouts and data formats: docs/design.md, section "Data".
 """
 
-from ..layout import metadata_bytes, padded_tokens
+from ..formats import metadata_bytes, padded_tokens
 from .activation import (
     activation,
     activation_backward,
@@ -24,8 +24,8 @@ from .compress import (
     prune_compress,
     prune_compress_,
 )
-from .gemm import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight, tune_gemm
-from .gemm_activation import sparse_mm_activation, sparse_mm_gated_activation
+from .gemm.activation import sparse_mm_activation, sparse_mm_gated_activation
+from .gemm.products import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight, tune_gemm
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
 from .recipe import foreach_masked_decay_, masked_decay_

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES, metadata_bytes
+from ..formats import BLOCK, DTYPE_CODE, HALF_DTYPES, metadata_bytes
 
 WEIGHT_DTYPES = (torch.float32, *HALF_DTYPES)
 

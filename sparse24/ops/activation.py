@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..layout import DTYPE_CODE, as_major
+from ..formats import DTYPE_CODE, as_major
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
 from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel
 

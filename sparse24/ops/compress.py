@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import BLOCK, DTYPE_CODE, HALF_DTYPES, META_BLOCK, as_major, mask_as_uint16, metadata_bytes
+from ..formats import BLOCK, DTYPE_CODE, HALF_DTYPES, META_BLOCK, as_major, mask_as_uint16, metadata_bytes
 from ._common import (
     call_without_grad,
     check_mask,

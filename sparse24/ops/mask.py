@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..layout import BLOCK, DTYPE_CODE, as_major, mask_as_uint16
+from ..formats import BLOCK, DTYPE_CODE, as_major, mask_as_uint16
 from ._common import check_mask, check_same_device, check_weight, define_op, where
 
 

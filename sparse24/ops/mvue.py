@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
+from ..formats import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
 
 #: tokens that one row of `tile_sums` adds up

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..layout import DTYPE_CODE, is_column_major, is_row_major, mask_as_uint16
+from ..formats import DTYPE_CODE, is_column_major, is_row_major, mask_as_uint16
 from ._common import check_mask, check_same_device, check_weight, define_op, where
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import Recipe, sparsify, verify
+from ..convert import sparsify
 from ..errors import Sparse24Error
-from ..probe import MaskProbe
+from ..recipe import Recipe
+from ..recipe.probe import MaskProbe
+from ..save import verify
 from . import checkpoint, tokens
 from .interrupt import StopRequest
 from .metrics import MetricsLog, Row

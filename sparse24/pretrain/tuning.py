@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-import sparse24
-
 from ..errors import Sparse24Error
+from ..recipe import tune_decay
 from . import tokens
 from .job import writable
 from .model import build_model, build_optimizer, model_config, next_token_loss
@@ -50,7 +49,7 @@ def tune(
         data = tokens.prepare(s, say)
         same_run(out / "config.json", {"settings": s.to_json(), "data": data.digest, "tuned": True})
         config = model_config(s, "sparse", data.tokenizer.vocab_size, data.tokenizer.end_of_text)
-        result = sparse24.tune_decay(
+        result = tune_decay(
             lambda: build_model(config, s.seed).to(s.device).train(),
             lambda model: with_schedule(build_optimizer(model, s), s),
             lambda: batches(s, data, probe_step),

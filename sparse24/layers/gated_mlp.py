@@ -1,0 +1,57 @@
+"""SparseGatedMLP: a gated feed-forward block to build models from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Sparse24Error
+from .feedforward import FusedFeedForward
+from .modules import ACTIVATIONS, SparseLinear
+
+
+class GatedMLP(nn.Module):
+    """The formula of SparseGatedMLP over whatever its layers are; what `densify` leaves."""
+
+    def act_fn(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class SparseGatedMLP(FusedFeedForward, GatedMLP):
+    """A gated feed-forward block with 2:4 weights: down_proj(act(gate_proj(x)) * up_proj(x)).
+
+    d_model, d_ff  multiples of 4, d_ff better of 64;  x [..., d_model] -> [..., d_model]
+    bias           biases on all three layers
+    activation     "silu" (SwiGLU), "gelu" or "gelu_tanh" (GEGLU), "relu" (ReGLU), "squared_relu"; of the gate
+
+    Parameters are named as in Llama: gate_proj, up_proj, down_proj. Raises Sparse24Error as SparseLinear does, and
+    for an unknown activation.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        bias: bool = False,
+        activation: str = "silu",
+        device=None,
+        dtype=None,
+        *,
+        mvue: bool = True,
+        compute_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise Sparse24Error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype)
+        self.activation = activation
+        self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)
+        self.up_proj = SparseLinear(d_model, d_ff, bias, **options)
+        self.down_proj = SparseLinear(d_ff, d_model, bias, **options)
+        self._init_fused(("gate_proj", "up_proj", "down_proj"), activation, None)

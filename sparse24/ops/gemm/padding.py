@@ -1,0 +1,106 @@
+"""Products of odd sizes, made to fit the sparse GEMM: zeros beside the operands, a scratch output, a slice of it.
+
+The kernels read and write rows of whole 16-byte units; values that are packed along rows must fill such units too, so
+in_features come in 16s for the forward product, and the rows of an operand packed along columns in 8s. Token counts are
+free. E never changes: it is written in blocks of 64 x 64 as it is, and whatever it says of a padded place, the value
+there is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...formats import FORWARD, GRAD_WEIGHT, round_up
+
+_UNIT_BYTES = 16
+_UNIT = 8  # elements of a 16-bit operand
+
+
+class Extents(NamedTuple):
+    """A product as the kernels take it; rhs_ld and out_ld are elements from one row to the next."""
+
+    m: int
+    n: int
+    k: int
+    rhs_ld: int
+    out_ld: int
+
+
+def padded_extents(pass_code: int, m: int, n: int, k: int, out_bytes: int) -> Extents:
+    """The least product that the kernels take and that contains this one; `out_bytes` of an element of the output."""
+    out_unit = _UNIT_BYTES // out_bytes
+    if pass_code == FORWARD:  # rows of y, of m elements, are cut off by the kernel
+        k = round_up(k, 2 * _UNIT)
+        return Extents(m, n, k, k, round_up(m, out_unit))
+    m = round_up(m, _UNIT)
+    if pass_code == GRAD_WEIGHT:
+        return Extents(m, n, k, round_up(n, _UNIT), round_up(n, out_unit))
+    return Extents(m, n, k, round_up(k, _UNIT), m)
+
+
+@dataclass(frozen=True)
+class PaddedProduct:
+    """What to launch, and where its result belongs: `wanted` is `out` itself where nothing had to be padded there."""
+
+    extents: Extents
+    packed: Tensor
+    E: Tensor
+    rhs: Tensor
+    out: Tensor
+    accumulate: bool
+    wanted: Tensor
+    adds: bool  # to what `wanted` holds
+
+    def finish(self) -> None:
+        """Bring the result to where it is wanted. Sums in a scratch output are fp32, so they are rounded once, here."""
+        if self.out is self.wanted:
+            return
+        result = self.out[: self.wanted.shape[0], : self.wanted.shape[1]]
+        if self.adds:
+            self.wanted.add_(result)
+        else:
+            self.wanted.copy_(result)
+
+
+def pad(
+    pass_code: int, m: int, n: int, k: int, packed: Tensor, E: Tensor, rhs: Tensor, out: Tensor, accumulate: bool
+) -> PaddedProduct:
+    """A product whose sizes, strides or addresses do not fit, as one that does; what fits already is not copied."""
+    to = padded_extents(pass_code, m, n, k, out.element_size())
+    forward = pass_code == FORWARD
+    packed_width = to.k // 2 if forward else to.m
+    # The forward product reads its columns up to the padded k; the others stop at the last real one.
+    rhs_columns = to.k if forward else rhs.shape[1]
+    wanted = out
+    if to.m != m or out.stride(0) * out.element_size() % _UNIT_BYTES or not _is_aligned(out):
+        dtype = torch.float32 if accumulate else out.dtype
+        to = padded_extents(pass_code, m, n, k, dtype.itemsize)
+        out = out.new_empty((to.m if pass_code == GRAD_WEIGHT else n, to.out_ld), dtype=dtype)
+    return PaddedProduct(
+        extents=to,
+        packed=_widened(packed, packed_width, packed_width),
+        E=E if _is_aligned(E) else E.clone(),
+        rhs=_widened(rhs, rhs_columns, to.rhs_ld),
+        out=out,
+        accumulate=accumulate and out is wanted,
+        wanted=wanted,
+        adds=accumulate,
+    )
+
+
+def _widened(t: Tensor, columns: int, width: int) -> Tensor:
+    """`t` itself where it has `columns` of them in aligned rows, else a copy of `width`, with zeros past its own."""
+    if t.shape[1] >= columns and t.stride(0) % _UNIT == 0 and _is_aligned(t):
+        return t
+    wide = t.new_empty((t.shape[0], width))
+    wide[:, : t.shape[1]].copy_(t)
+    wide[:, t.shape[1] :].zero_()
+    return wide
+
+
+def _is_aligned(t: Tensor) -> bool:
+    return t.data_ptr() % _UNIT_BYTES == 0

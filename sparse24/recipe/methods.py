@@ -1,0 +1,120 @@
+"""The training methods behind one interface, and what each asks of the recipe.
+
+fst     the paper's (arXiv 2404.01847): masked decay on gradients, dense at the end
+ste     straight-through alone: no decay
+sr-ste  the decay on the weights instead (arXiv 2102.04010), dense at the end
+step    dense first, until Adam's second moment has settled; then that is frozen and training is sparse
+        (arXiv 2302.01172)
+s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase; its
+        input gradient is a dense product (sparse24/functional/soft.py)
+dense   trains dense and only looks: masks are searched, so that flip rates can be compared, and not applied
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import Sparse24Error
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    decay_on: str | None  # "gradient", "weight" or None
+    dense_at: str  # "start", "end" or "none": where the dense fraction of the steps lies unless told otherwise
+    soft: bool = False
+    freezes_second_moment: bool = False
+    probes: bool = False
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("fst", decay_on="gradient", dense_at="end"),
+        Method("ste", decay_on=None, dense_at="end"),
+        Method("sr-ste", decay_on="weight", dense_at="end"),
+        Method("step", decay_on=None, dense_at="start", freezes_second_moment=True),
+        Method("s-ste", decay_on=None, dense_at="none", soft=True),
+        Method("dense", decay_on=None, dense_at="none", probes=True),
+    )
+}
+
+
+def get_method(name: str) -> Method:
+    if name not in METHODS:
+        raise Sparse24Error(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+# -- STEP -----------------------------------------------------------------------------------------------------------
+
+
+class FrozenSecondMoment:
+    """Keeps Adam's second moment of some parameters at the value it had when this object was made.
+
+    An optimizer gives no way to switch its average off (beta2 = 1 also switches bias correction to 0 / 0), so before
+    each step the state is set such that the step's own update, v <- beta2 v + (1 - beta2) g^2, arrives at the frozen
+    value.
+    """
+
+    KEY = "exp_avg_sq"
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], frozen: list[Tensor] | None = None
+    ):
+        self.optimizer = optimizer
+        self.parameters = list(parameters)
+        self._beta2 = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                self._beta2[id(p)] = group
+        self.check(optimizer, self.parameters)
+        if frozen is not None:
+            self.frozen = [f.to(p.device, copy=True) for f, p in zip(frozen, self.parameters, strict=True)]
+        else:
+            self.frozen = [self._moment(p).clone() for p in self.parameters]
+
+    @classmethod
+    def check(cls, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+        if not all("betas" in group and not group.get("amsgrad", False) for group in optimizer.param_groups):
+            raise Sparse24Error(
+                f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses amsgrad"
+            )
+
+    def _moment(self, p: Tensor) -> Tensor:
+        moment = self.optimizer.state.get(p, {}).get(self.KEY)
+        return torch.zeros_like(p) if moment is None else moment
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        for p, frozen in zip(self.parameters, self.frozen, strict=True):
+            moment = self.optimizer.state.get(p, {}).get(self.KEY)
+            if moment is None or p.grad is None:
+                continue
+            group = self._beta2[id(p)]
+            beta2 = group["betas"][1]
+            grad = p.grad
+            scale = getattr(self.optimizer, "grad_scale", None)
+            if scale is not None:
+                grad = grad / scale
+            if (
+                group.get("weight_decay", 0)
+                and type(self.optimizer).__name__ == "Adam"
+                and not group.get("decoupled_weight_decay", False)
+            ):
+                grad = grad + group["weight_decay"] * p  # Adam's L2 term enters g before the average does
+            update = (1 - beta2) * grad.to(moment.dtype).square()
+            # Rounding must not leave the result below 0, where the optimizer takes a root.
+            moment.copy_(torch.maximum(frozen - update, update * (1e-6 - 1)) / beta2)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Rounding does not add up: put the exact value back (what a skipped step needs too)."""
+        for p, frozen in zip(self.parameters, self.frozen, strict=True):
+            moment = self.optimizer.state.get(p, {}).get(self.KEY)
+            if moment is not None:
+                moment.copy_(frozen)

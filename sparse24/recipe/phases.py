@@ -1,0 +1,75 @@
+"""Which steps are sparse and which dense."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from ..errors import Sparse24Error
+from ..layers.modules import DENSE, SPARSE
+
+PLACES = ("auto", "start", "end", "none")
+
+
+@dataclass(frozen=True)
+class Phases:
+    """Steps [sparse_from, sparse_until) of [0, total_steps) are sparse; a step counts once it has been taken."""
+
+    total_steps: int
+    sparse_from: int
+    sparse_until: int
+
+    @classmethod
+    def plan(cls, total_steps: int, dense_fraction: float, dense_at: str) -> Phases:
+        """Lay a dense phase of round(total_steps * dense_fraction) steps at the start, the end, or nowhere.
+
+        Raises Sparse24Error for a number of steps below 1 or a fraction outside [0, 1].
+        """
+        if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
+            raise Sparse24Error(f"total_steps must be the number of optimizer steps, 1 or more, got {total_steps!r}")
+        if not isinstance(dense_fraction, (int, float)) or not 0 <= dense_fraction <= 1:  # NaN fails too
+            raise Sparse24Error(f"dense_fraction must lie in [0, 1], got {dense_fraction!r}")
+        if dense_at not in PLACES[1:]:
+            raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {dense_at!r}")
+        total_steps = int(total_steps)
+        dense = round(total_steps * dense_fraction)
+        if dense_at == "start":
+            return cls(total_steps, dense, total_steps)
+        if dense_at == "end":
+            # Steps past total_steps, if somebody takes them, belong to the last phase.
+            return cls(total_steps, 0, total_steps - dense)
+        return cls(total_steps, 0, total_steps)
+
+    def at(self, step: int) -> str:
+        """The phase of step number `step`, from 0: the one that the next step belongs to after `step` steps."""
+        if step < self.sparse_from:
+            return DENSE
+        ends = self.sparse_until < self.total_steps or self.sparse_until == self.sparse_from
+        return DENSE if ends and step >= self.sparse_until else SPARSE
+
+    @property
+    def sparse_steps(self) -> int:
+        return self.sparse_until - self.sparse_from
+
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def scheduled_decay(decay: float, schedule: str, progress: float) -> float:
+    """The decay factor at `progress` in [0, 1] of the sparse phase.
+
+    constant  the same throughout;  linear  0 rising to `decay`;  cosine  `decay` falling to 0 along half a cosine
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if schedule == "linear":
+        return decay * progress
+    if schedule == "cosine":
+        return decay * 0.5 * (1 + math.cos(math.pi * progress))
+    return decay
+
+
+def check_decay(decay: float) -> float:
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < math.inf:
+        raise Sparse24Error(f"decay must be a finite number, 0 or more, got {decay!r}; 0 is plain straight-through")
+    return float(decay)

@@ -1,0 +1,161 @@
+"""Checking and restoring what `Recipe.state_dict` saves: plain ints, floats, strings and tensors, nothing pickled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import Sparse24Error
+from ..layers.modules import DENSE, SPARSE
+
+VERSION = 1
+#: what settings were before there was a choice: states of that time lack them
+OLDER_SETTINGS = {"decay_in": "step"}
+KEYS = {
+    "version": int,
+    "step": int,
+    "phase": str,
+    "settings": dict,
+    "decay": float,
+    "last_refresh": int,
+    "masks_frozen": bool,
+    "masks": dict,
+    "monitor": dict,
+    "scales": list,
+    "frozen_moment": list,
+    "rng": dict,
+}
+
+
+def check_state(
+    state: dict, settings: dict, masks: dict[str, Tensor], override: bool, shapes: list[torch.Size]
+) -> dict[str, Tensor]:
+    """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error.
+
+    shapes  of the weights, each once
+    """
+    if not isinstance(state, dict):
+        raise Sparse24Error(f"a recipe state is a dict, got {type(state).__name__}")
+    missing = sorted(KEYS.keys() - state.keys())
+    if missing:
+        raise Sparse24Error(f"the recipe state lacks {', '.join(missing)}: it is truncated, or not of sparse24")
+    version = state["version"]
+    if type(version) is not int or version != VERSION:
+        raise Sparse24Error(f"the recipe state has version {version!r}, this sparse24 reads {VERSION}")
+    for key, kind in KEYS.items():
+        if type(state[key]) is not kind:
+            raise Sparse24Error(f"{key!r} of the recipe state must be {kind.__name__}, got {type(state[key]).__name__}")
+    if state["phase"] not in (SPARSE, DENSE) or state["step"] < 0 or not 0 <= state["last_refresh"] <= state["step"]:
+        raise Sparse24Error(
+            f"the recipe state is corrupt: phase {state['phase']!r}, step {state['step']}, "
+            f"last_refresh {state['last_refresh']}"
+        )
+    if not 0 <= state["decay"] < math.inf:
+        raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
+    _check_kinds(state["settings"], "settings", (int, float, str, bool))
+    saved = OLDER_SETTINGS | state["settings"]
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {value!r}" for key, value in settings.items() if saved.get(key) != value
+    ]
+    if differing and not override:
+        raise Sparse24Error(
+            f"the recipe state was saved with other settings: {'; '.join(differing)}; make the recipe with the same "
+            "settings, or pass override=True to go on with this one's"
+        )
+    _check_monitor(state["monitor"])
+    _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
+    _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
+    _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
+    _check_rng(state["rng"])
+    return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
+
+
+def _check_kinds(items: dict, name: str, kinds: tuple[type, ...]) -> None:
+    for key, value in items.items():
+        if type(key) is not str or type(value) not in kinds:
+            raise Sparse24Error(f"the recipe state is corrupt: {name} has {key!r} of type {type(value).__name__}")
+
+
+def _check_monitor(monitor: dict) -> None:
+    """The kinds of things; `FlipMonitor.check_state` looks at the sizes."""
+    for key in ("steps", "intervals", "flips", "reported"):
+        if key not in monitor:
+            raise Sparse24Error(f"the recipe state is corrupt: its flip history lacks {key!r}")
+    for key, dim in (("steps", 1), ("intervals", 1), ("flips", 2)):
+        history = monitor[key]
+        if not isinstance(history, Tensor) or history.dtype != torch.int64 or history.dim() != dim:
+            raise Sparse24Error(f"the recipe state is corrupt: {key!r} of its flip history is not int64 of {dim} axes")
+    if not isinstance(monitor["reported"], list) or any(type(entry) is not str for entry in monitor["reported"]):
+        raise Sparse24Error("the recipe state is corrupt: 'reported' of its flip history is not a list of names")
+
+
+def _check_blocks(blocks: dict) -> None:
+    counts = blocks.get("counts") if isinstance(blocks, dict) else None
+    if (
+        not isinstance(counts, list)
+        or type(blocks.get("refreshes")) is not int
+        or len(counts) > 1
+        or not all(isinstance(count, Tensor) and count.dim() == 1 and not count.is_floating_point() for count in counts)
+    ):
+        raise Sparse24Error("the recipe state is corrupt: its flips per block are not whole numbers")
+
+
+def _check_tensors(tensors: list, name: str, shapes: list[torch.Size]) -> None:
+    """One floating tensor of each shape, in order; or none at all, of a method that has none."""
+    if tensors and not (
+        len(tensors) == len(shapes)
+        and all(isinstance(t, Tensor) and t.is_floating_point() for t in tensors)
+        and all(t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
+    ):
+        raise Sparse24Error(f"the recipe state is corrupt: {name!r} does not hold what these layers need")
+
+
+def _check_rng(rng: dict) -> None:
+    """Generators refuse what is not theirs; a scratch one tells for the CPU, the type must do for a GPU's."""
+    for device, state in rng.items():
+        if device not in ("cpu", "cuda") or not isinstance(state, Tensor) or state.dtype != torch.uint8:
+            raise Sparse24Error(f"the recipe state is corrupt: no generator state for {device!r}")
+    try:
+        if "cpu" in rng:
+            torch.Generator().set_state(rng["cpu"].cpu())
+    except (RuntimeError, TypeError) as error:
+        raise Sparse24Error(f"the recipe state is corrupt: {error}") from error
+
+
+def _check_masks(saved: dict, masks: dict[str, Tensor], soft: bool) -> dict[str, Tensor]:
+    lacking, extra = sorted(masks.keys() - saved.keys()), sorted(saved.keys() - masks.keys())
+    if lacking or extra:
+        raise Sparse24Error(
+            f"the recipe state is of another model: it lacks masks of {lacking[:4]} and has masks of {extra[:4]}"
+        )
+    moved = {}
+    for name, mask in masks.items():
+        other = saved[name]
+        if not isinstance(other, Tensor) or other.dtype != torch.uint8 or other.shape != mask.shape:
+            what = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
+            raise Sparse24Error(f"the saved mask of {name} must be uint8 {tuple(mask.shape)}, got {what}")
+        moved[name] = other.to(mask.device).contiguous()
+        if not soft and not ops.is_transposable(moved[name]):
+            raise Sparse24Error(
+                f"the saved mask of {name} is corrupt: a block does not keep two of each row and column"
+            )
+    return moved
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that MVUE draws its seeds from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Take `state` up; a state of another kind of device leaves this device's generator alone."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

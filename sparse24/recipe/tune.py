@@ -1,0 +1,367 @@
+"""tune_decay: finding the decay factor by short probes inside the warm-up (arXiv 2404.01847).
+
+For each decay train only to a probe step and compare flip rates: mu = flip rate of the sparse run / flip rate of a
+dense run whose masks are only watched. A mu between 0.60 and 0.95 has been found to train well: above it masks
+oscillate more than a dense run's would, below it they are held too tightly. No decay suits every model, hence the
+probe.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import sparse_layers, sparsify
+from ..errors import Sparse24Error
+from ..files import write_atomically
+from .phases import check_decay
+from .recipe import Recipe
+
+GRID = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+PREFERRED_MU = 0.8
+# The flip rate at the probe step is the mean over this many refreshes before it: one refresh is noisy.
+WINDOW = 3
+# An arm whose mu, at a refresh past half of its steps, is this far outside the target does not come back into it.
+HOPELESS_BELOW, HOPELESS_ABOVE = 0.5, 2.0
+# GradScaler finds its scale in a few dozen steps; more skipped ones than this mean gradients that are never finite.
+MOST_SKIPPED = 100
+DENSE_ARM = "dense"
+
+
+@dataclass
+class Arm:
+    """One probe.
+
+    decay      None: the dense run
+    flip_rate  per refresh, the mean over the last few before the probe step
+    mu         flip_rate over that of the dense run at the same steps
+    loss       at the last step
+    steps      taken; fewer than asked for when the arm was given up, and `note` says why
+    history    (step, flip rate) of each refresh
+    """
+
+    decay: float | None
+    flip_rate: float
+    mu: float
+    loss: float
+    steps: int
+    feasible: bool = False
+    note: str = ""
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    def rate_at(self, step: int) -> float:
+        """Mean flip rate of the last refreshes up to `step`; 0 before the first."""
+        rates = [rate for at, rate in self.history if at <= step][-WINDOW:]
+        return sum(rates) / max(1, len(rates))
+
+
+@dataclass
+class TuneResult:
+    """decay (None when no arm was feasible), and the arms in `table`, the dense one first."""
+
+    decay: float | None
+    table: list[Arm]
+    target: tuple[float, float]
+    settings: dict = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.decay is not None
+
+    def __str__(self) -> str:
+        lines = [f"{'decay':>9}  {'flip rate':>9}  {'mu':>6}  {'loss':>8}"]
+        for arm in self.table:
+            name = DENSE_ARM if arm.decay is None else f"{arm.decay:.1e}"
+            mark = (
+                " <- chosen"
+                if arm.decay == self.decay and arm.decay is not None
+                else " feasible"
+                if arm.feasible
+                else ""
+            )
+            note = f"  ({arm.note})" if arm.note else ""
+            lines.append(f"{name:>9}  {arm.flip_rate:9.5f}  {arm.mu:6.3f}  {arm.loss:8.4f}{mark}{note}")
+        if self.decay is None:
+            low, high = self.target
+            lines.append(f"no decay gives mu in [{low}, {high}]: widen the grid, or probe later in the warm-up")
+        return "\n".join(lines)
+
+    def plot(self, path) -> None:
+        """mu against decay with the feasible band, as a picture."""
+        from matplotlib.figure import Figure
+
+        arms = [arm for arm in self.table if arm.decay is not None]
+        axes = (figure := Figure(figsize=(6, 4))).add_subplot()
+        axes.axhspan(*self.target, color="tab:green", alpha=0.15, label="feasible")
+        axes.plot([arm.decay for arm in arms], [arm.mu for arm in arms], "o-")
+        if self.decay is not None:
+            axes.axvline(self.decay, color="tab:green", linestyle="--", label=f"chosen: {self.decay:.1e}")
+        smallest = min((arm.decay for arm in arms if arm.decay > 0), default=1e-6)
+        axes.set_xscale("symlog", linthresh=smallest)
+        axes.set(xlabel="decay", ylabel="mu = flip rate / dense flip rate")
+        axes.legend()
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+
+    def save(self, path) -> None:
+        """All of it as JSON, whole or not at all."""
+        write_atomically(path, lambda p: p.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8"))
+
+
+def tune_decay(
+    make_model: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module], object],
+    batches: Iterable | Callable[[], Iterable],
+    grid: Sequence[float] = GRID,
+    probe_step: int = 1000,
+    target: tuple[float, float] = (0.60, 0.95),
+    *,
+    loss: Callable[[nn.Module, object], Tensor] | None = None,
+    split: Callable[[object], Sequence] | None = None,
+    make_scaler: Callable[[], torch.amp.GradScaler] | None = None,
+    mask_interval: int = 40,
+    clip: float | None = None,
+    seed: int = 0,
+    sparsify_settings: dict | None = None,
+    recipe_settings: dict | None = None,
+    path=None,
+    say: Callable[[str], None] | None = None,
+) -> TuneResult:
+    """Choose the decay factor: the one whose mu lies nearest 0.8 inside `target`.
+
+    make_model      returns a new dense model on its device; called once an arm, under the same torch seed
+    make_optimizer  model -> optimizer, or (optimizer, scheduler); give the schedule of the real run, warm-up included
+    batches         an iterable that can be read again, or a function that returns one: each arm reads it from the
+                    start, and starts over where it is shorter than `probe_step`. What it draws from torch's CPU
+                    generator, to shuffle for instance, is the same in all arms
+    grid            decays to try, on top of the dense run
+    probe_step      optimizer steps of each arm, inside the warm-up of the real run
+    target          bounds of a feasible mu
+    loss            (model, batch) -> scalar; default: model(**batch).loss or model(*batch) as the loss itself
+    split           batch -> its micro-batches, whose gradients are accumulated; default: the batch itself
+    make_scaler     returns a new GradScaler for an arm in float16; steps that it skips are taken on further batches
+    clip            largest gradient norm, as in the real run
+    seed            torch seed of every arm: weights, data order and noise are the same in all
+    sparsify_settings, recipe_settings  passed on, such as backend or mvue
+    path            a JSON file: arms found in it are not run again, and each finished arm is written to it
+    say             called with one line of text an arm
+
+    Arms that will not come back into `target` are given up past half of their steps. Raises Sparse24Error for an empty
+    grid, batches that can be read only once, a probe step before the first few refreshes, and a dense run whose masks
+    never change.
+    """
+    grid = sorted({check_decay(decay) for decay in grid})
+    low, high = target
+    if not grid:
+        raise Sparse24Error("grid must hold at least one decay")
+    if not 0 <= low < high:
+        raise Sparse24Error(f"target must be two rising bounds of mu, got {target!r}")
+    if probe_step < 2 * mask_interval:
+        raise Sparse24Error(
+            f"probe_step must be at least two refreshes (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
+        )
+    if not callable(batches) and iter(batches) is batches:
+        raise Sparse24Error(
+            "batches is an iterator, which only the first arm could read; give a list, a DataLoader, or a function "
+            "that returns a new iterator"
+        )
+    say = say or (lambda line: None)
+    probe = _Probe(
+        make_model, make_optimizer, batches, loss or _default_loss, split or (lambda batch: (batch,)),
+        make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step, mask_interval, clip, seed,
+        sparsify_settings or {}, recipe_settings or {},
+    )  # fmt: skip
+    settings = {
+        "probe_step": probe_step, "mask_interval": mask_interval, "clip": clip, "seed": seed,
+        "sparsify": repr(sparsify_settings or {}), "recipe": repr(recipe_settings or {}),
+    }  # fmt: skip
+    arms = _read(path, settings)
+
+    def run(decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
+        key = DENSE_ARM if decay is None else repr(decay)
+        if key not in arms:
+            arms[key] = probe.run(decay, hopeless)
+            _write(path, settings, arms)
+        return arms[key]
+
+    dense = run(None, lambda step, rate: "")
+    if dense.flip_rate == 0:
+        raise Sparse24Error(
+            "the masks of the dense run never change up to probe_step: probe later, or check the optimizer"
+        )
+    dense.mu = 1.0
+    say(f"dense: flip rate {dense.flip_rate:.5f}")
+    table = [dense]
+
+    def hopeless(step: int, rate: float) -> str:
+        """Why an arm with this flip rate at this step is to be given up, or "". In warm-up rates rise: compare with the
+        dense run at the same step.
+        """
+        dense_rate = dense.rate_at(step)
+        if rate < HOPELESS_BELOW * low * dense_rate:
+            return "masks are held too tightly"
+        return "masks move too much" if rate > HOPELESS_ABOVE * high * dense_rate else ""
+
+    for decay in grid:
+        arm = run(decay, hopeless)
+        arm.mu = arm.flip_rate / (dense.rate_at(arm.steps) or dense.flip_rate)
+        arm.feasible = not arm.note and low <= arm.mu <= high
+        table.append(arm)
+        verdict = " feasible" if arm.feasible else f" {arm.note}" if arm.note else ""
+        say(f"decay {decay:.1e}: mu {arm.mu:.3f}{verdict}")
+    feasible = [arm for arm in table[1:] if arm.feasible]
+    best = min(feasible, key=lambda arm: abs(arm.mu - PREFERRED_MU), default=None)
+    return TuneResult(best.decay if best else None, table, (low, high), settings)
+
+
+@dataclass
+class _Probe:
+    make_model: Callable
+    make_optimizer: Callable
+    batches: Iterable | Callable
+    loss: Callable
+    split: Callable
+    make_scaler: Callable
+    probe_step: int
+    mask_interval: int
+    clip: float | None
+    seed: int
+    sparsify_settings: dict
+    recipe_settings: dict
+
+    def run(self, decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
+        """Train one arm to the probe step, or until its loss is not finite or it is `hopeless`."""
+        torch.manual_seed(self.seed)
+        model = self.make_model()
+        if not sparse_layers(model):
+            sparsify(model, **self.sparsify_settings)
+        made = self.make_optimizer(model)
+        optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
+        method = {"method": "dense", "decay_in": "step"} if decay is None else {"decay": decay}
+        recipe = Recipe(
+            model,
+            optimizer,
+            self.probe_step,
+            mask_interval=self.mask_interval,
+            dense_fraction=0.0,
+            **{**self.recipe_settings, **method},
+        )
+        scaler = self.make_scaler()
+        torch.manual_seed(self.seed + 1)
+        value, note, skipped = math.nan, "", 0
+        for batch in _with_own_generator(_over_and_over(self.batches), self.seed + 2):
+            before = recipe.step
+            loss = self._step(model, optimizer, scaler, batch)
+            if scheduler is not None:
+                scheduler.step()
+            if recipe.step == before:  # the scaler has skipped the step
+                skipped += 1
+                if skipped > MOST_SKIPPED:
+                    break
+                continue
+            if recipe.step % self.mask_interval == 0 or recipe.step == self.probe_step:
+                value = loss.item()
+                rates = recipe.monitor.history()
+                if not math.isfinite(value):
+                    note = f"the loss is {value}"
+                elif 2 * recipe.step >= self.probe_step > recipe.step and len(rates) >= WINDOW:
+                    note = hopeless(recipe.step, _mean([rate for _, rate in rates[-WINDOW:]]))
+                if note:
+                    note = f"stopped at step {recipe.step}: {note}"
+                    break
+            if recipe.step == self.probe_step:
+                break
+        if recipe.step < self.probe_step and not note:
+            raise Sparse24Error(
+                f"the optimizer counted {recipe.step} of {self.probe_step} steps: batches are empty, or loss scaling "
+                "skips every step"
+            )
+        recipe.detach()
+        history = recipe.monitor.history()
+        return Arm(
+            decay, _mean([rate for _, rate in history[-WINDOW:]]), math.nan, value, recipe.step, note=note,
+            history=history,
+        )  # fmt: skip
+
+    def _step(self, model: nn.Module, optimizer, scaler: torch.amp.GradScaler, batch) -> Tensor:
+        """One optimizer step on a batch; its mean loss, on the device."""
+        parts, total = list(self.split(batch)), 0.0
+        for part in parts:
+            loss = self.loss(model, part) / len(parts)
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+        if self.clip is not None:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _over_and_over(batches: Iterable | Callable[[], Iterable]) -> Iterator:
+    while True:
+        empty = True
+        for batch in batches() if callable(batches) else batches:
+            empty = False
+            yield batch
+        if empty:
+            return
+
+
+def _with_own_generator(source: Iterator, seed: int) -> Iterator:
+    """`source` with a torch CPU generator to itself: what a model draws meanwhile does not change the data."""
+    own = torch.Generator().manual_seed(seed).get_state()
+    while True:
+        outside = torch.get_rng_state()
+        torch.set_rng_state(own)
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        finally:
+            own = torch.get_rng_state()
+            torch.set_rng_state(outside)
+        yield batch
+
+
+def _default_loss(model: nn.Module, batch) -> Tensor:
+    if isinstance(batch, dict):
+        out = model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        out = model(*batch)
+    else:
+        out = model(batch)
+    loss = out if isinstance(out, Tensor) else getattr(out, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise Sparse24Error("the model does not return a scalar loss; give tune_decay loss=lambda model, batch: ...")
+    return loss
+
+
+def _read(path, settings: dict) -> dict[str, Arm]:
+    if path is None or not Path(path).exists():
+        return {}
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if saved["settings"] != settings:
+            raise Sparse24Error(f"{path} holds arms of other settings ({saved['settings']}); choose another path")
+        arms = {key: Arm(**arm) for key, arm in saved["arms"].items()}
+        for arm in arms.values():
+            arm.history = [tuple(point) for point in arm.history]  # JSON has lists only
+        return arms
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise Sparse24Error(f"{path} is not a file of tune_decay ({error}); move it away") from error
+
+
+def _write(path, settings: dict, arms: dict[str, Arm]) -> None:
+    if path is not None:
+        text = json.dumps({"settings": settings, "arms": {key: asdict(arm) for key, arm in arms.items()}}, indent=1)
+        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))

@@ -1,0 +1,220 @@
+"""export: weights to files that others can read, and the way back from the compressed form.
+
+format="safetensors"  the model's state_dict. Plain: the *dense master weights*, which are not sparse. masked=True:
+                      the weights that the sparse phase multiplies with, zeros written out, checked to be 2:4
+format="compressed"   sparse weights as values and logical positions, about 9/16 of the size of 16-bit weights;
+                      nothing of it depends on a GPU's own order of metadata. `load_compressed` reads it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..convert import plain_name, sparse_layers, unwrap
+from ..errors import Sparse24Error, Sparse24Warning
+from ..files import write_atomically
+from ..layers import packing, sharding
+from ..layers.modules import DENSE, SparseLayer
+
+FORMATS = ("safetensors", "compressed")
+VERSION = 1
+HEADER = "sparse24"
+
+
+@torch.no_grad()
+def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors", masked: bool = False) -> None:
+    """Write the weights of `model` to `path`, whole or not at all.
+
+    format  "safetensors" or "compressed", see the module's docstring; compressed is masked by nature
+    masked  write weight * mask for the sparse layers and check that it is 2:4. In the dense phase masks are not what
+            the model computes with: they are then searched from the current weights, and a warning says so
+
+    Raises Sparse24Error for an unknown format, a model without sparse layers where masks are asked for, and weights
+    that are not 2:4 under their masks; OSError where the file cannot be written.
+    """
+    if format not in FORMATS:
+        raise Sparse24Error(
+            f"format must be one of {', '.join(FORMATS)}, got {format!r}; for PyTorch's SparseSemiStructuredTensor "
+            "there is sparse24.to_semi_structured(model)"
+        )
+    masked = masked or format == "compressed"
+    layers = sparse_layers(model)
+    if masked and not layers:
+        raise Sparse24Error(
+            f"{type(model).__name__} has no sparse layers, so there are no masks to apply; export it plain"
+        )
+    if masked:
+        warn_of_dense_phase(layers, "exporting")
+    state = plain_state(model)  # first: it gives sharded modules their master weights back
+    header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
+    for name, layer in layers.items() if masked else ():
+        key, weight = weight_key(name), masked_weight(name, layer).cpu()  # a GPU has room for one at a time
+        transposed = layer.as_kernel_sees(layer.weight) is not layer.weight
+        if format == "safetensors":
+            state[key] = weight.t() if transposed else weight
+            continue
+        del state[key]
+        state[f"{key}.values"], state[f"{key}.positions"] = _pack_positions(weight)
+        rows, cols = weight.shape
+        header["layers"][key] = {"rows": rows, "cols": cols, "transposed": transposed}
+    _save(state, header, path)
+
+
+@torch.no_grad()
+def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state_dict, masked weights written out, of a file that `export(format="compressed")` made; on the CPU.
+
+    Raises Sparse24Error for another kind of file, another version, sizes that do not fit and positions that are not two
+    rising ones a group; OSError for a missing file.
+    """
+    state, header = _read(path)
+    if header.get("format") != "compressed" or not isinstance(header.get("layers"), dict):
+        raise Sparse24Error(f"{path} is not a compressed sparse24 file; read plain ones with safetensors itself")
+    return _unpack(state, header, path)
+
+
+@torch.no_grad()
+def load_exported(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
+    """(state_dict, masked) of any file that `export` made, zeros written out; for `verify`. Raises as load_compressed.
+
+    A safetensors file that somebody else made counts as a plain one.
+    """
+    state, header = _read(path)
+    return _unpack(state, header, path), bool(header.get("masked", False))
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of a safetensors file, and its sparse24 header ({} without one)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            state = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise Sparse24Error(f"{path} is not a whole safetensors file: {error}") from error
+    if not isinstance(header, dict):
+        raise Sparse24Error(f"the header of {path} is corrupt: {type(header).__name__} instead of an object")
+    return state, header
+
+
+def _unpack(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> dict[str, Tensor]:
+    """The state_dict that was exported. Whoever made the file, what is in the header is checked before it is used."""
+    if header and (type(header.get("version")) is not int or header["version"] != VERSION):
+        raise Sparse24Error(f"{path} has version {header.get('version')!r}, this sparse24 reads {VERSION}")
+    layers, same = header.get("layers", {}), header.get("same", {})
+    if not isinstance(layers, dict) or not isinstance(same, dict):
+        raise Sparse24Error(f"the header of {path} is corrupt: layers and same must be objects")
+    for key, shape in layers.items():
+        values, positions = state.pop(f"{key}.values", None), state.pop(f"{key}.positions", None)
+        if values is None or positions is None:
+            raise Sparse24Error(f"{path} lacks the values or positions of {key}")
+        rows, cols, transposed = _checked_shape(shape, key, path)
+        weight = _unpack_positions(values, positions, rows, cols, key)
+        state[key] = weight.t().contiguous() if transposed else weight
+    for name, kept in same.items():
+        if not isinstance(kept, str) or kept not in state:
+            raise Sparse24Error(f"the header of {path} is corrupt: {name} is to be {kept!r}, which is not in the file")
+        state[name] = state[kept]
+    return state
+
+
+def _checked_shape(shape: dict, key: str, path: str | os.PathLike) -> tuple[int, int, bool]:
+    """(rows, cols, transposed) as the header has them for a layer."""
+    fields = [shape.get(field) for field in ("rows", "cols", "transposed")] if isinstance(shape, dict) else []
+    if [type(field) for field in fields] != [int, int, bool] or min(fields[:2]) < 0:
+        raise Sparse24Error(f"the header of {path} is corrupt: {key} has the shape {shape!r}")
+    return tuple(fields)
+
+
+def weight_key(layer: str) -> str:
+    """The key in a state_dict of the weight of the layer of this name; "" is the model itself."""
+    return f"{layer}.weight" if layer else "weight"
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict under the names of the dense, unwrapped model; what FSDP2 has sharded is gathered to the CPU."""
+    sharding.reshard(sharding.sharded_modules(model))
+    state = unwrap(model).state_dict()
+    return {plain_name(name): t.full_tensor().cpu() if packing.is_dtensor(t) else t for name, t in state.items()}
+
+
+def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
+    """Say so where masked weights are asked of a model that does not multiply with them."""
+    if any(layer.phase == DENSE for layer in layers.values()):
+        warnings.warn(
+            f"{doing} masked weights of a model in its dense phase: it does not compute with these weights; train "
+            "with dense_fraction=0 for a 2:4 model",
+            Sparse24Warning,
+            stacklevel=3,
+        )
+
+
+def masked_weight(name: str, layer: SparseLayer) -> Tensor:
+    """weight * mask, [out_features, in_features], known to be 2:4; Sparse24Error, naming the layer, if it is not."""
+    weight = packing.full_weight(layer)
+    if layer.soft is not None:
+        out = layer.soft.clone()
+    else:
+        bits = ops.transposable_mask(weight) if layer.phase == DENSE else packing.mask_bits(layer.mask)
+        out = torch.where(ops.unpack_mask(bits), weight, 0)
+    kept = int((out.unflatten(-1, (-1, 4)) != 0).sum(-1).max())
+    if kept > 2:
+        raise Sparse24Error(f"{name} keeps {kept} of 4 weights under its mask; run sparse24.verify(model)")
+    return out
+
+
+def _pack_positions(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """2:4 [rows, cols] -> values [rows, cols/2] and positions uint8 [rows, ceil(cols/8)].
+
+    A group of four has a nibble, first position | second position << 2, rising; an even group's nibble is the low one.
+    """
+    groups = weight.unflatten(-1, (-1, 4))
+    # The two that are not zero, filled up with the first zeros; a stable sort keeps them in order of position.
+    order = (groups == 0).to(torch.uint8).argsort(dim=-1, stable=True)[..., :2].sort(dim=-1).values
+    values = groups.gather(-1, order).flatten(-2).contiguous()
+    nibbles = (order[..., 0] | (order[..., 1] << 2)).to(torch.uint8)
+    if nibbles.shape[-1] % 2:
+        nibbles = nn.functional.pad(nibbles, (0, 1), value=0b0100)
+    return values, (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).contiguous()
+
+
+def _unpack_positions(values: Tensor, positions: Tensor, rows: int, cols: int, key: str) -> Tensor:
+    shapes = (tuple(values.shape), tuple(positions.shape), positions.dtype)
+    if cols % 4 or shapes != ((rows, cols // 2), (rows, -(-cols // 8)), torch.uint8):
+        raise Sparse24Error(f"values and positions of {key} do not fit a {rows} x {cols} weight: {shapes}")
+    nibbles = torch.stack([positions & 0xF, positions >> 4], dim=-1).flatten(-2)[:, : cols // 4]
+    order = torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
+    if not bool((order[..., 0] < order[..., 1]).all()):
+        raise Sparse24Error(f"positions of {key} are corrupt: a group does not hold two rising positions")
+    groups = values.new_zeros(rows, cols // 4, 4)
+    return groups.scatter_(-1, order, values.unflatten(-1, (-1, 2))).flatten(-2)
+
+
+def _save(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> None:
+    """safetensors stores each tensor once; names of tied weights are noted in the header and given back on loading."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors, first = {}, {}
+    for name, tensor in state.items():
+        tensor = tensor.detach()
+        key = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and key in first:
+            header["same"][name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.contiguous().cpu()
+    # Views into one storage, such as halves of a buffer, are not the same tensor: each gets memory of its own.
+    tensors = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
+    metadata = {"format": "pt", HEADER: json.dumps(header)}
+    try:
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error

@@ -1,0 +1,168 @@
+"""verify: is what the sparse layers multiply with what it should be, and does a file hold what the model has?"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..convert import sparse_layers, unwrap
+from ..layers import packing, sharding
+from ..layers.feedforward import FusedFeedForward
+from ..layers.modules import DENSE, SparseLayer
+from .exporting import load_exported, masked_weight, plain_state, weight_key
+from .semi_structured import semi_structured_layers
+
+SEMI_STRUCTURED = "semi-structured"
+
+
+@dataclass
+class VerifyReport:
+    """Truthy when there was something to check and all of it is in order.
+
+    problems  (layer or key in the file, what is wrong)
+    layers    names of the sparse layers that were checked
+    phase     "sparse", "dense" (masks are kept but not applied), "semi-structured" (PyTorch's tensors) or "mixed"
+    file      what the file holds, "dense" or "masked"; "" if none was given
+    """
+
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    phase: str = ""
+    file: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.file) and not self.problems
+
+    def __str__(self) -> str:
+        if self.problems:
+            return "verify: " + "; ".join(f"{name}: {what}" for name, what in self.problems)
+        file = f"; the file holds its {self.file} weights" if self.file else ""
+        if not self.layers:
+            return f"verify: no sparse layers{file}"
+        what = {
+            DENSE: "in the dense phase: weights are dense, masks are not applied",
+            SEMI_STRUCTURED: "of PyTorch's semi-structured tensors, 2:4",
+        }.get(self.phase, "2:4: masks valid, packed values and metadata equal weight * mask")
+        return f"verify: {len(self.layers)} layers {what}{file}"
+
+
+def verify(model: nn.Module, path: str | os.PathLike | None = None) -> VerifyReport:
+    """Check every sparse layer of `model`, the blocks that run as one function, and a file that was exported from it.
+
+    The mask is a transposable 2:4 mask, and the packed forms, both ways, hold exactly the weight under that mask, with
+    the metadata in their places. In the dense phase only the masks are checked, and the report says so. Weights that
+    `to_semi_structured` made are unpacked, and must be 2:4.
+
+    path  a file that `export` made, plain, masked or compressed: each tensor must equal the model's, masked where the
+          file is, and masked ones must be 2:4. Of a model made by `to_semi_structured`, masked files are compared in
+          the dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
+    """
+    sharding.reshard(sharding.sharded_modules(model))
+    layers, semi = sparse_layers(model), semi_structured_layers(model)
+    report = VerifyReport(layers=[*layers, *semi])
+    phases = {layer.phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())
+    report.phase = phases.pop() if len(phases) == 1 else "mixed" if phases else ""
+    for name, layer in layers.items():
+        report.problems += [(name, problem) for problem in _problems(layer)]
+    for name, block in unwrap(model).named_modules():
+        if isinstance(block, FusedFeedForward) and not _fused_is_current(block):
+            report.problems.append((name, "the buffer of gate and up is not that of its layers; call sparse24.refresh"))
+    report.problems += [
+        (name, "its weight is not 2:4") for name, layer in semi.items() if _most_kept(layer.weight.to_dense()) > 2
+    ]
+    if path is not None:
+        _check_file(model, path, report)
+    return report
+
+
+@torch.no_grad()
+def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport) -> None:
+    """Compare what the file holds with what the model has, tensor by tensor."""
+    saved, masked = load_exported(path)
+    report.file = "masked" if masked else "dense"
+    layers, semi = sparse_layers(model), semi_structured_layers(model)
+    expected = plain_state(model)
+    for name, layer in semi.items():
+        expected[weight_key(name)] = layer.weight.to_dense().cpu()
+    for name, layer in layers.items() if masked else ():
+        weight = masked_weight(name, layer).cpu()
+        expected[weight_key(name)] = weight.t() if layer.as_kernel_sees(layer.weight) is not layer.weight else weight
+        if layer.soft is None and _most_kept(weight.t()) > 2:
+            report.problems.append((name, "its masked weight is not 2:4 along columns"))
+    for key in expected.keys() | saved.keys():
+        if key not in saved or key not in expected:
+            where, other = ("model", "file") if key in expected else ("file", "model")
+            report.problems.append((key, f"is in the {where}, not in the {other}"))
+        elif not _same(saved[key], expected[key], converted=bool(semi)):
+            report.problems.append((key, "is another tensor in the file"))
+    report.problems.sort()
+
+
+def _same(saved: Tensor, tensor: Tensor, converted: bool) -> bool:
+    """Equal, kept NaN too. `converted`: by to_semi_structured, which casts weights, and transposes those of Conv1D."""
+    saved, tensor = saved.cpu(), tensor.cpu()
+    if converted:
+        saved = saved.to(tensor.dtype)
+    if saved.dtype != tensor.dtype:
+        return False
+    if saved.is_floating_point():
+        saved, tensor = saved.nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0)
+    return torch.equal(saved, tensor) or (converted and saved.dim() == 2 and torch.equal(saved.t(), tensor))
+
+
+def _most_kept(weight: Tensor) -> int:
+    """The most non-zeros in a group of four along rows."""
+    return int((weight.unflatten(-1, (-1, 4)) != 0).sum(-1).max())
+
+
+@torch.no_grad()
+def _fused_is_current(block: FusedFeedForward) -> bool:
+    """Whether the one buffer of gate and up holds what the two layers packed together would."""
+    *ups, _ = block.ffn_layers()
+    if not all(isinstance(layer, SparseLayer) for layer in ups):
+        return True  # an adapter is around a layer: the block's own forward runs
+    if len(ups) == 1 or block.packed is None or any(layer.phase == DENSE or layer.soft is not None for layer in ups):
+        return True
+    weight = torch.cat([packing.full_weight(layer) for layer in ups])
+    mask = torch.cat([layer.mask for layer in ups])
+    fresh = ops.compress(weight, mask, dtype=block.packed.dtype)
+    return all(
+        torch.equal(getattr(block, name).nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0))
+        for name, tensor in zip(packing.PACKED_NAMES, fresh, strict=True)
+        if getattr(block, name).numel()  # a lean block has one direction
+    )
+
+
+@torch.no_grad()
+def _problems(layer: SparseLayer) -> list[str]:
+    if layer.weight.is_meta:
+        return ["its weight is on the meta device"]
+    if layer.soft is not None:
+        return ["its soft-thresholded weight is not 2:4"] if _most_kept(layer.soft) > 2 else []
+    if not ops.is_transposable(layer.mask):
+        return ["its mask has a block that does not keep two of each row and column"]
+    if layer.phase == DENSE:
+        return []
+    problems = []
+    weight, bits = packing.full_weight(layer), packing.mask_bits(layer.mask)
+    rows, cols = weight.shape
+    kept = torch.where(ops.unpack_mask(bits), weight.to(layer.packed.dtype), 0)
+    both = ((layer.packed, layer.flat_E(), False), (layer.packed_t, layer.E_t, True))
+    for values, E, transposed in both[:1] if layer.lean else both:
+        unpacked = ops.decompress(values, E, rows, cols, transposed=transposed)
+        # Kept NaN are equal to themselves here: they are to stay visible.
+        if not torch.equal(unpacked.nan_to_num(nan=1.0), kept.nan_to_num(nan=1.0)):
+            which = "packed_t" if transposed else "packed"
+            problems.append(f"{which} is not weight * mask; call sparse24.refresh(model) after writing weights")
+    # Zeros hide misplaced metadata from the comparison above: the bytes themselves must be those of a fresh packing.
+    fresh = ops.compress(weight, bits, dtype=layer.packed.dtype)
+    for name, tensor in zip(("E", "E_t"), fresh[1::2], strict=True):
+        if layer.lean and name == "E_t":
+            continue
+        if not torch.equal(getattr(layer, name).reshape(-1), tensor):
+            problems.append(f"{name} does not match the mask")
+    return problems
