@@ -1,5 +1,18 @@
 """What the scripts here share: shapes of real layers, and timing and tables from sparse24.benchmark."""
 
+from sparse24.benchmark.timing import (  # noqa: F401
+    ColdL2,
+    Table,
+    arguments,
+    chosen,
+    copy_bandwidth,
+    header,
+    masters,
+    open_table,
+    time_cold,
+    time_hot,
+)
+
 #: (name, rows, cols) of weights
 WEIGHTS = [
     ("gpt2-124M up", 3072, 768),
