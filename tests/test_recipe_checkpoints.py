@@ -175,12 +175,10 @@ def test_training_that_goes_on_after_an_interrupt_loses_no_step(monkeypatch, sav
     model, optimizer, recipe = make(lr=0.2, total_steps=8)
     run(model, optimizer, 5)
 
-    def interrupted(self, name, value):
-        if name == "phase" and self is model.fc2:
-            raise KeyboardInterrupt
-        object.__setattr__(self, name, value)
+    def interrupted(phase):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(type(model.fc1), "__setattr__", interrupted)
+    monkeypatch.setattr(model.fc2, "enter", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(model, optimizer, 1, 5)
     monkeypatch.undo()

@@ -68,7 +68,7 @@ class Arm:
 
     def set_mvue(self, mvue: bool) -> None:
         for layer in self.layers:
-            layer.mvue = mvue
+            layer.set_mvue(mvue)
 
     def accumulate(self) -> None:
         """Forward and backward; gradients of weights are added to what is there."""
@@ -105,10 +105,10 @@ class Arm:
 
         def run() -> None:
             for layer in self.layers:
-                layer.decay_factor = factor
+                layer.set_decay(factor)
             call()
             for layer in self.layers:
-                layer.decay_factor = None
+                layer.set_decay(None)
 
         return run
 

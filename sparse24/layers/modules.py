@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from ..functional.soft import soft_linear
+from ..functional.soft import soft_linear, soft_scale
 from . import packing
 
 SPARSE, DENSE = "sparse", "dense"
@@ -134,6 +134,52 @@ class SparseLayer:
         constants = ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "lean")
         for name in (*constants, "_stamp", "_packed_from"):
             self.__dict__.pop(name, None)
+
+    # -- what a recipe asks for -------------------------------------------------------------------------------------
+
+    def train_as(self, *, mvue: bool | None = None, rank: int | None = None, soft: bool = False) -> None:
+        """Begin a training: no decay in backward, a mask that belongs to the weight until `keep_mask` says otherwise.
+
+        mvue  as the constant; None leaves it as it is
+        rank  as the constant; None leaves it as it is
+        soft  S-STE: the layer multiplies with its soft-thresholded weight, at the scale that fits the weight now
+        """
+        if mvue is not None:
+            self.set_mvue(mvue)
+        if rank is not None:
+            self.rank = rank
+        self.mask_is_state = False
+        self.decay_factor = None
+        self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
+
+    def set_mvue(self, mvue: bool) -> None:
+        """Prune output gradients for the weight gradient, or not; may change between two steps of a training."""
+        check_switch("mvue", mvue)
+        self.mvue = mvue
+
+    def set_soft_scale(self, scale: Tensor | None) -> None:
+        """The fixed scale of S-STE, one float, or None for hard masks; the next packing uses it."""
+        self.soft = None
+        self.soft_scale = None if scale is None else scale.to(self.mask.device)
+
+    def set_decay(self, factor: Tensor | None) -> None:
+        """What backward multiplies masked decay by: float32 [1], shared and written by its owner; None: no decay."""
+        self.decay_factor = factor
+
+    def enter(self, phase: str) -> None:
+        """Compute the 2:4 function from here on ("sparse"), or the plain dense one ("dense"). Packs nothing."""
+        if phase not in (SPARSE, DENSE):
+            raise Sparse24Error(f"phase must be {SPARSE!r} or {DENSE!r}, got {phase!r}")
+        self.phase = phase
+
+    def take_mask(self, mask: Tensor) -> None:
+        """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing."""
+        self.mask.copy_(packing.mask_bytes(mask))
+
+    def keep_mask(self) -> None:
+        """From here on the mask is training state: loading weights keeps it, where it was searched anew before."""
+        if not self.mask_is_state:  # after each step: nn.Module's setattr costs microseconds
+            self.mask_is_state = True
 
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
         """A tensor of the weight's shape, such as its gradient, as [out_features, in_features]."""

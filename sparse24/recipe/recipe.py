@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
-from ..functional.soft import soft_scale
 from ..layers import packing, sharding
 from ..layers.modules import DENSE, SPARSE, SparseLayer, check_switch, distributed_rank
 from ..layers.owners import forget_owner, owner_of, set_owner
@@ -127,10 +126,7 @@ class Recipe:
         self._take_over()
         rank = distributed_rank()
         for layer in self.layers.values():
-            layer.mvue, layer.rank, layer.mask_is_state = mvue, rank, False
-            layer.soft = layer.soft_scale = layer.decay_factor = None
-            if self.method.soft:
-                layer.soft_scale = soft_scale(packing.full_weight(layer))
+            layer.train_as(mvue=mvue, rank=rank, soft=self.method.soft)
         self._before = [layer.mask.clone() for layer in self.layers.values()]
         self._before_of = 0  # the refresh that `_before` belongs to, by its step
         self._start_phase(self.phase, search=True)
@@ -222,7 +218,7 @@ class Recipe:
         for layer in self.layers.values():
             forget_owner(layer)
             if isinstance(layer, SparseLayer):
-                layer.decay_factor = None
+                layer.set_decay(None)
 
     # -- around the optimizer's step ------------------------------------------------------------------------------
 
@@ -319,7 +315,7 @@ class Recipe:
                 device = layer.mask.device
                 if device not in made:
                     made[device] = torch.full((1,), factor, dtype=torch.float32, device=device)
-                layer.decay_factor = made[device]
+                layer.set_decay(made[device])
         if factor == self._factor:
             return
         for tensor in {id(layer.decay_factor): layer.decay_factor for layer in self.layers.values()}.values():
@@ -452,8 +448,7 @@ class Recipe:
             elif phase == SPARSE and not packed:
                 packing.pack(self.layers.values(), search=False)
             for layer in self.layers.values():
-                if not layer.mask_is_state:
-                    layer.mask_is_state = True
+                layer.keep_mask()
         if self.check_ranks_every and step % self.check_ranks_every == 0:
             check_ranks(self.layers)
         self.step = step
@@ -472,7 +467,7 @@ class Recipe:
             self._before_of = step
         if self.method.probes:
             for layer, mask in zip(layers, packing.search_masks(layers), strict=True):
-                layer.mask.copy_(packing.mask_bytes(mask))
+                layer.take_mask(mask)
         else:
             packing.pack(layers, search=True)
         if step != self.last_refresh:
@@ -497,9 +492,9 @@ class Recipe:
                 self._frozen_moment = methods.FrozenSecondMoment(self.optimizer, weights)
         elif self.method.probes and search:
             for layer, mask in zip(self.layers.values(), packing.search_masks(self.layers.values()), strict=True):
-                layer.mask.copy_(packing.mask_bytes(mask))
+                layer.take_mask(mask)
         for layer in self.layers.values():
-            layer.phase = phase
+            layer.enter(phase)
         self._entered = phase
 
     def _unique_layers(self) -> list[SparseLayer]:
@@ -598,13 +593,13 @@ class Recipe:
         self._before_of, self._captured = self.last_refresh, None
         self._gaps = self._frozen_moment = None
         for name, layer in self.layers.items():
-            layer.mask.copy_(masks[name])
-            layer.mask_is_state = True
+            layer.take_mask(masks[name])
+            layer.keep_mask()
         self.monitor.load_state_dict(state["monitor"])
         device = next(iter(self.layers.values())).weight.device
         if self.method.soft and state["scales"]:
             for layer, scale in zip(self.layers.values(), state["scales"], strict=True):
-                layer.soft_scale = scale.to(device)
+                layer.set_soft_scale(scale)
         # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
         self._start_phase(planned, search=planned != state["phase"])
         if self._frozen_moment is not None and state["frozen_moment"]:
