@@ -41,6 +41,9 @@ template <typename Pointer>
 void check_extents(const MatrixView<Pointer>& view, const char* name) {
   SP24_CHECK(view.rows >= 0 && view.cols >= 0, name, " must have extents of at least 0, got [",
              view.rows, ", ", view.cols, "]");
+  SP24_CHECK(!is_float8(view.dtype), name, " must be float32, bfloat16 or float16, got ",
+             name_of(view.dtype),
+             "; float8 values belong to packed operands and quantize's outputs");
 }
 
 /// A row- or column-major matrix in memory; call for non-empty ones.

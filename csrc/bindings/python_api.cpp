@@ -4,7 +4,8 @@
 // build serves every torch version. All arguments are positional; flags are ints, because pybind11
 // takes a Python bool as int at once but an int as bool only in a second try.
 //
-//   dtype     0 float32, 1 bfloat16, 2 float16          (sparse24::DType)
+//   dtype     0 float32, 1 bfloat16, 2 float16,         (sparse24::DType)
+//             3 float8_e4m3fn, 4 float8_e5m2
 //   backend   0 cpu, 1 cuda                             (sparse24::Backend)
 //   stream    cudaStream_t as an integer                0 on the CPU
 //   address   0 is a null pointer
@@ -44,7 +45,7 @@ Enum checked_enum(int code, Enum last, const char* name) {
   return static_cast<Enum>(code);
 }
 
-DType dtype_of(int code) { return checked_enum(code, DType::kFloat16, "dtype"); }
+DType dtype_of(int code) { return checked_enum(code, DType::kFloat8E5M2, "dtype"); }
 GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGatedForward, "pass"); }
 Activation activation_of(int code) {
   return checked_enum(code, Activation::kIdentity, "activation");
@@ -179,6 +180,19 @@ void bind_device(py::module_& module) {
     result["memory_bandwidth"] = info.memory_bandwidth;
     result["reason"] = info.reason;
     return result;
+  });
+}
+
+// packed_formats() -> [(dtype, name, bytes, per_vector, meta_tile_k, token_step, mn_major,
+// scaled)], the rows of common/format.h.
+void bind_formats(py::module_& module) {
+  module.def("packed_formats", [] {
+    py::list rows;
+    for (const FormatInfo& f : packed_formats()) {
+      rows.append(py::make_tuple(static_cast<int>(f.dtype), f.name, f.bytes, f.per_vector,
+                                 f.meta_tile_k, f.token_step, f.mn_major, f.scaled));
+    }
+    return rows;
   });
 }
 
@@ -410,6 +424,7 @@ PYBIND11_MODULE(_C, module) {
   py::register_local_exception_translator(sparse24::translate_errors);
   module.attr("interface") = sparse24::kInterface;
   sparse24::bind_device(module);
+  sparse24::bind_formats(module);
   sparse24::bind_compress(module);
   sparse24::bind_gemm(module);
   sparse24::bind_activation(module);

@@ -1,5 +1,5 @@
 // convert.h: fp32 from and to the 16-bit types, rounding to nearest even, the same bits on CPU and
-// GPU.
+// GPU. The 8-bit types are in float8.h.
 //
 // A NaN becomes 0x7FFF in both 16-bit types, as the GPU's own conversion has it.
 #pragma once
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/bits.h"
+#include "common/check.h"
 #include "common/host_device.h"
 #include "sparse24/types.h"
 
@@ -26,6 +27,13 @@ struct Float16 {
 };
 
 constexpr uint16_t kNan16 = 0x7FFF;
+
+template <typename T>
+constexpr DType kDTypeOf = DType::kFloat32;
+template <>
+constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
+template <>
+constexpr DType kDTypeOf<Float16> = DType::kFloat16;
 
 SP24_HD float to_float(float x) { return x; }
 
@@ -84,20 +92,43 @@ SP24_HD Float16 from_float<Float16>(float x) {
 #endif
 }
 
-/// Calls function(T{}) with the storage type of `dtype`.
+inline int bytes_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kBFloat16:
+    case DType::kFloat16: return 2;
+    case DType::kFloat8E4M3:
+    case DType::kFloat8E5M2: return 1;
+  }
+  throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
+}
+
+inline const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return "float32";
+    case DType::kBFloat16: return "bfloat16";
+    case DType::kFloat16: return "float16";
+    case DType::kFloat8E4M3: return "float8_e4m3fn";
+    case DType::kFloat8E5M2: return "float8_e5m2";
+  }
+  throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
+}
+
+inline bool is_float8(DType dtype) {
+  return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2;
+}
+
+/// Calls function(T{}) with the storage type of a dtype that is computed with: fp32, bf16, fp16.
 template <typename Function>
 void with_type(DType dtype, Function&& function) {
   switch (dtype) {
     case DType::kFloat32: return function(float{});
     case DType::kBFloat16: return function(BFloat16{});
     case DType::kFloat16: return function(Float16{});
+    default: break;
   }
-}
-
-inline int bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-inline const char* name_of(DType dtype) {
-  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kBFloat16 ? "bfloat16" : "float16";
+  throw Error(concat("a matrix to compute with must be float32, bfloat16 or float16, got ",
+                     name_of(dtype)));
 }
 
 }  // namespace sparse24

@@ -1,11 +1,28 @@
-// metadata.h: E, the positions of kept elements, in the byte order that the sm_90 sparse wgmma path
-// reads.
+// metadata.h: E, the positions of kept elements, in the byte orders that the sm_90 sparse wgmma
+// path reads.
 //
 // A group of four elements along k keeps two, at idx0 < idx1: the nibble idx0 | idx1 << 2. A byte
-// holds the nibbles of two neighbouring groups, the lower one (smaller k) in the lower half. The
-// bytes of a 64 (m) x 64 (k) block are 512 contiguous ones; blocks run along m first, then along k.
-// This is CUTLASS' order for 16-bit types and a K tile of 64 (checked against its compressor in
-// tests/cpp/gemm_gpu_test.cu); the library uses it for every operand.
+// holds the nibbles of two neighbouring groups, the lower one (smaller k) in the lower half. There
+// are two orders, CUTLASS' own (tests/cpp/gemm_gpu_test.cu compares with its compressor): one for
+// 16-bit values with K tiles of 64, one for 8-bit values with K tiles of 128. In both, the bytes of
+// a block of E are contiguous, and blocks run along m first, then along k.
+//
+// 16-bit values: blocks of 64 (m) x 64 (k), 512 bytes. Half a block, k = 0..31 of rows 0..15 (the
+// other three sixteens of rows follow, 128 bytes each; k = 16..31 and 48..63 lie 64 bytes on):
+//
+//               k  0..7  8..15 | 32..39 40..47
+//      row 0    byte 0     1   |   4      5        rows 0..7 lie 8 bytes apart,
+//      row 8         2     3   |   6      7        rows 8..15 between them, 2 bytes on
+//      row 1         8     9   |  12     13
+//      row 9        10    11   |  14     15
+//
+// 8-bit values: blocks of 64 (m) x 128 (k), 1024 bytes, 16 bytes a row:
+//
+//               k  0..7  8..15  16..23  ...  120..127
+//      row 0    byte 0     1      2     ...     15
+//      row 1        16    17     18     ...     31
+//      ...
+//      row 63     1008  1009   1010     ...   1023
 #pragma once
 
 #include <cstdint>
@@ -43,6 +60,30 @@ SP24_HD int64_t meta_byte_offset(int64_t m, int64_t k, int64_t rows_m) {
 SP24_HD int64_t meta_bytes(int64_t m, int64_t k) {
   return round_up(m, kMetaBlock) * round_up(k, kMetaBlock) / 8;
 }
+
+// ---- 8-bit values -----------------------------------------------------------------------------
+
+constexpr int kMeta8BlockK = 128;       // along k; along m it is kMetaBlock, too
+constexpr int kMeta8BlockBytes = 1024;  // 64 * 128 elements / 8 a byte
+constexpr int kMeta8RowBytes = 16;
+
+/// Offset of the first byte of block (block_m, block_k) of an operand with `blocks_m` along m.
+SP24_HD int64_t meta8_block_start(int64_t block_m, int64_t block_k, int64_t blocks_m) {
+  return (block_k * blocks_m + block_m) * kMeta8BlockBytes;
+}
+
+/// Offset of the byte that holds element (m, k) of an 8-bit operand of `rows_m` rows.
+SP24_HD int64_t meta8_byte_offset(int64_t m, int64_t k, int64_t rows_m) {
+  const int64_t blocks_m = round_up(rows_m, kMetaBlock) / kMetaBlock;
+  return meta8_block_start(m / kMetaBlock, k / kMeta8BlockK, blocks_m) +
+         m % kMetaBlock * kMeta8RowBytes + k % kMeta8BlockK / 8;
+}
+
+SP24_HD int64_t meta8_bytes(int64_t m, int64_t k) {
+  return round_up(m, kMetaBlock) * round_up(k, kMeta8BlockK) / 8;
+}
+
+// ---- nibbles ----------------------------------------------------------------------------------
 
 SP24_HD int meta_first(uint32_t nibble) { return static_cast<int>(nibble & 3u); }
 SP24_HD int meta_second(uint32_t nibble) { return static_cast<int>((nibble >> 2) & 3u); }

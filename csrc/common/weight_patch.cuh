@@ -112,16 +112,19 @@ struct WeightPatch<float, kLayout> {
 static __device__ __noinline__ float read_value(const ConstMatrix& w, int row, int col) {
   if (row >= w.rows || col >= w.cols) return 0.0f;
   const int64_t offset = int64_t{row} * w.row_stride + col * w.col_stride;
-  if (w.dtype == DType::kFloat32) return static_cast<const float*>(w.data)[offset];
-  const uint16_t bits = static_cast<const uint16_t*>(w.data)[offset];
-  return w.dtype == DType::kBFloat16 ? to_float(BFloat16{bits}) : to_float(Float16{bits});
+  switch (w.dtype) {
+    case DType::kFloat32: return static_cast<const float*>(w.data)[offset];
+    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(w.data)[offset]);
+    case DType::kFloat16: return to_float(static_cast<const Float16*>(w.data)[offset]);
+    default: __trap();  // csrc/api has refused it
+  }
+  return 0.0f;
 }
 
 /// One element as Out: the same dtype keeps its bits, another is rounded once.
 template <typename Out>
 static __device__ __noinline__ uint32_t read_bits(const ConstMatrix& w, int row, int col) {
-  constexpr DType kOut = std::is_same_v<Out, BFloat16> ? DType::kBFloat16 : DType::kFloat16;
-  if (w.dtype != kOut) return from_float<Out>(read_value(w, row, col)).bits;
+  if (w.dtype != kDTypeOf<Out>) return from_float<Out>(read_value(w, row, col)).bits;
   if (row >= w.rows || col >= w.cols) return 0;
   return static_cast<const uint16_t*>(w.data)[int64_t{row} * w.row_stride + col * w.col_stride];
 }

@@ -21,6 +21,7 @@
 
 #include "common/convert.h"
 #include "common/cuda_check.h"
+#include "common/format.h"
 #include "common/patch.cuh"
 #include "common/raster.h"
 #include "common/weight_patch.cuh"
@@ -166,13 +167,9 @@ namespace cuda {
 void mvue_compress(const MvueArgs& args, cudaStream_t stream) {
   if (args.dy.rows == 0 || args.dy.cols == 0) return;
   check_extents32(args.dy.rows, args.dy.cols, "dy");
-  SP24_CHECK(args.dy.dtype != DType::kFloat32,
-             "dy must be bfloat16 or float16 on a GPU, got float32");
-  if (args.dy.dtype == DType::kBFloat16) {
-    launch_mvue<BFloat16>(args, stream);
-  } else {
-    launch_mvue<Float16>(args, stream);
-  }
+  with_packed16(args.dy.dtype, [&](auto format) {
+    launch_mvue<typename decltype(format)::Storage>(args, stream);
+  });
 }
 
 }  // namespace cuda

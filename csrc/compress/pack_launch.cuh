@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
+#include "common/format.h"
 #include "compress/pack_rows.cuh"
 #include "compress/pack_tile.cuh"
 
@@ -35,29 +36,22 @@ using PackKernel = void (*)(PackList<kCapacity>);
 /// Row-major weights, in tiles of 64 x `Tile::kCols`.
 template <typename Masks, typename Tile, int kCapacity>
 PackKernel<kCapacity> choose_rows_kernel(const PackClass& c) {
-  const bool to_bf16 = c.out == DType::kBFloat16;
-  if (c.in == DType::kFloat32) {
-    return to_bf16 ? pack_rows_kernel<float, BFloat16, Masks, Tile, kCapacity>
-                   : pack_rows_kernel<float, Float16, Masks, Tile, kCapacity>;
-  }
-  return to_bf16 ? pack_rows_kernel<BFloat16, BFloat16, Masks, Tile, kCapacity>
-                 : pack_rows_kernel<Float16, Float16, Masks, Tile, kCapacity>;
+  return with_packed16(c.out, [&](auto format) -> PackKernel<kCapacity> {
+    using Out = typename decltype(format)::Storage;
+    if (c.in == DType::kFloat32) return pack_rows_kernel<float, Out, Masks, Tile, kCapacity>;
+    return pack_rows_kernel<Out, Out, Masks, Tile, kCapacity>;
+  });
 }
 
 /// All others, in square patches.
 template <typename Masks>
 PackKernel<kTensorsPerLaunch> choose_pack_kernel(const PackClass& c) {
-  const bool to_bf16 = c.out == DType::kBFloat16;
-  if (c.layout == Layout::kStrided) {
-    return to_bf16 ? pack_kernel<AnyValue, BFloat16, Layout::kStrided, Masks>
-                   : pack_kernel<AnyValue, Float16, Layout::kStrided, Masks>;
-  }
-  if (c.in == DType::kFloat32) {
-    return to_bf16 ? pack_kernel<float, BFloat16, Layout::kColumnMajor, Masks>
-                   : pack_kernel<float, Float16, Layout::kColumnMajor, Masks>;
-  }
-  return to_bf16 ? pack_kernel<BFloat16, BFloat16, Layout::kColumnMajor, Masks>
-                 : pack_kernel<Float16, Float16, Layout::kColumnMajor, Masks>;
+  return with_packed16(c.out, [&](auto format) -> PackKernel<kTensorsPerLaunch> {
+    using Out = typename decltype(format)::Storage;
+    if (c.layout == Layout::kStrided) return pack_kernel<AnyValue, Out, Layout::kStrided, Masks>;
+    if (c.in == DType::kFloat32) return pack_kernel<float, Out, Layout::kColumnMajor, Masks>;
+    return pack_kernel<Out, Out, Layout::kColumnMajor, Masks>;
+  });
 }
 
 /// Wide tiles write the longest stretches, 512 B of packed_t and 256 B of packed. A single weight

@@ -17,6 +17,7 @@
 #include "activation/activation_cuda.h"
 #include "activation/kinds.cuh"
 #include "common/cuda_check.h"
+#include "common/format.h"
 #include "compress/compress_cuda.h"
 #include "compress/tile_sums.cuh"
 #include "fused/backward_rows.cuh"
@@ -90,9 +91,10 @@ void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& 
                     args.gate_up.rows, ", ", args.gate_up.cols, "]");
   const bool summed = !args.gated && !layouts.any(Layout::kColumnMajor);
   if (args.tile_sums == nullptr || summed) return;
-  args.d_h.dtype == DType::kBFloat16
-      ? launch_tile_sums<BFloat16>(view_of(args.d_gate_up), args.tile_sums, stream)
-      : launch_tile_sums<Float16>(view_of(args.d_gate_up), args.tile_sums, stream);
+  with_packed16(args.d_h.dtype, [&](auto format) {
+    launch_tile_sums<typename decltype(format)::Storage>(view_of(args.d_gate_up), args.tile_sums,
+                                                         stream);
+  });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "sparse24/activation.h"
 #include "sparse24/compress.h"
 #include "sparse24/device.h"
+#include "sparse24/formats.h"
 #include "sparse24/gemm.h"
 #include "sparse24/recipe.h"
 #include "sparse24/types.h"

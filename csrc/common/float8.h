@@ -1,0 +1,159 @@
+// float8.h: fp32 from and to the 8-bit types, the same bits on CPU and GPU.
+//
+//              bits s.e.m   largest   smallest normal   last place of subnormals
+//   e4m3       1.4.3        448       2^-6              2^-9     no Inf
+//   e5m2       1.5.2        57344     2^-14             2^-16
+//
+// Nearest   to nearest even; what is finite and too large becomes the largest value.
+// Special   Inf and NaN both become kNan8, so that an overflow upstream stays visible: the GPU's
+// own
+//           saturating conversion would hide it.
+// Random    stochastic_code rounds up with the probability that keeps the mean, from 16 random
+// bits,
+//           down to 2^-16 of the last place.
+// Scale     A scale is the factor of dequantisation, x ~= scale * x8; quantising multiplies by its
+//           inverse, exactly, because scales are powers of two.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "common/bits.h"
+#include "common/host_device.h"
+#include "common/pair16.h"
+
+namespace sparse24 {
+
+struct Float8E4M3 {
+  uint8_t bits;
+};
+struct Float8E5M2 {
+  uint8_t bits;
+};
+
+constexpr uint8_t kNan8 = 0x7F;
+
+template <typename F>
+struct Float8Traits;
+template <>
+struct Float8Traits<Float8E4M3> {
+  static constexpr int kMantissaBits = 3, kBias = 7;
+  static constexpr float kLargest = 448.0f;
+};
+template <>
+struct Float8Traits<Float8E5M2> {
+  static constexpr int kMantissaBits = 2, kBias = 15;
+  static constexpr float kLargest = 57344.0f;
+};
+
+/// 2^exponent, for normal numbers.
+SP24_HD constexpr uint32_t power_bits(int exponent) {
+  return static_cast<uint32_t>(exponent + 127) << 23;
+}
+
+SP24_HD bool is_finite(float x) { return (float_bits(x) & 0x7F800000u) != 0x7F800000u; }
+
+/// The bits of the exponent and mantissa are those of fp32, moved: a multiplication puts the bias
+/// right, and subnormals with it.
+template <typename F>
+SP24_HD float widen8(uint32_t bits) {
+  using Traits = Float8Traits<F>;
+  const uint32_t magnitude = bits & 0x7Fu, sign = (bits & 0x80u) << 24;
+  const float value = bits_float(magnitude << (23 - Traits::kMantissaBits)) *
+                      bits_float(power_bits(127 - Traits::kBias));
+  return bits_float(float_bits(value) | sign);
+}
+
+SP24_HD float to_float(Float8E4M3 x) {
+  if ((x.bits & 0x7Fu) == kNan8) return bits_float(0x7FC00000u);
+  return widen8<Float8E4M3>(x.bits);
+}
+SP24_HD float to_float(Float8E5M2 x) {
+  const uint32_t magnitude = x.bits & 0x7Fu;
+  if (magnitude > 0x7Cu) return bits_float(0x7FC00000u);
+  if (magnitude == 0x7Cu) return bits_float(0x7F800000u | static_cast<uint32_t>(x.bits >> 7) << 31);
+  return widen8<Float8E5M2>(x.bits);
+}
+
+#if defined(__CUDA_ARCH__)
+/// Two values to nearest, `low` in the lower byte; Inf saturates here, as everything too large.
+template <typename F>
+__device__ __forceinline__ uint32_t convert_pair8(float low, float high) {
+  uint16_t pair;
+  if constexpr (Float8Traits<F>::kMantissaBits == 3) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+#endif
+
+/// To nearest even, saturating; y is not NaN, and may be infinite.
+template <typename F>
+SP24_HD uint32_t saturated_code(float y) {
+#if defined(__CUDA_ARCH__)
+  return convert_pair8<F>(y, 0.0f) & 0xFFu;
+#else
+  using Traits = Float8Traits<F>;
+  constexpr int kDropped = 23 - Traits::kMantissaBits, kLowest = 1 - Traits::kBias;
+  const uint32_t sign = float_bits(y) >> 24 & 0x80u;
+  float magnitude = abs_float(y);
+  if (magnitude > Traits::kLargest) magnitude = Traits::kLargest;
+  if (magnitude < bits_float(power_bits(kLowest))) {
+    // Subnormal: in a sum with this number, the last place of fp32 is the last one of the format.
+    const float shifted = magnitude + bits_float(power_bits(kLowest + kDropped));
+    return sign | (float_bits(shifted) - power_bits(kLowest + kDropped));
+  }
+  const uint32_t bits = float_bits(magnitude);
+  const uint32_t rounded = bits + ((1u << (kDropped - 1)) - 1u) + (bits >> kDropped & 1u);
+  return sign | (rounded - power_bits(kLowest - 1)) >> kDropped;
+#endif
+}
+
+/// x / scale to nearest.
+template <typename F>
+SP24_HD F quantize(float x, float inverse_scale) {
+  if (!is_finite(x)) return {kNan8};
+  return {static_cast<uint8_t>(saturated_code<F>(x * inverse_scale))};
+}
+
+template <>
+SP24_HD Float8E4M3 from_float<Float8E4M3>(float x) {
+  return quantize<Float8E4M3>(x, 1.0f);
+}
+template <>
+SP24_HD Float8E5M2 from_float<Float8E5M2>(float x) {
+  return quantize<Float8E5M2>(x, 1.0f);
+}
+
+/// The inverse of a scale that may be absent.
+SP24_HD float inverse_of(const float* scale) { return scale == nullptr ? 1.0f : 1.0f / *scale; }
+
+/// |x| / scale, moved to where the exponent and the mantissa of the format begin at bit kDropped,
+/// plus `random` (16 bits; 1/2 more, so that 0 and 65535 are alike) below the last place. What is
+/// above is the code; subnormals of the format are subnormals of fp32.
+template <typename F>
+SP24_HD uint32_t stochastic_bits(float magnitude, float inverse_scale, uint32_t random) {
+  using Traits = Float8Traits<F>;
+  constexpr int kDropped = 23 - Traits::kMantissaBits, kSpare = kDropped - 16;
+  const float largest = bits_float((0x7Fu - (Traits::kMantissaBits == 3 ? 1u : 4u)) << kDropped);
+  const float moved = magnitude * inverse_scale * bits_float(power_bits(Traits::kBias - 127));
+#if defined(__CUDA_ARCH__)
+  const float y = fminf(moved, largest);
+#else
+  const float y = moved < largest ? moved : largest;
+#endif
+  return float_bits(y) + (random << kSpare | 1u << (kSpare - 1));
+}
+
+/// x / scale, rounded up or down at random so that the mean is right; `random` has 16 bits.
+template <typename F>
+SP24_HD F quantize_stochastic(float x, float inverse_scale, uint32_t random) {
+  if (!is_finite(x)) return {kNan8};
+  const uint32_t bits = stochastic_bits<F>(abs_float(x), inverse_scale, random);
+  return {static_cast<uint8_t>(bits >> (23 - Float8Traits<F>::kMantissaBits) |
+                               (float_bits(x) >> 24 & 0x80u))};
+}
+
+}  // namespace sparse24
