@@ -9,11 +9,14 @@ Importing it needs no GPU and touches none. Layers: `modules`; differentiable fu
 the same in plain PyTorch: `reference`.
 """
 
+import sys as _sys
+
 from . import errors, functional, integrations, ops, reference
 from ._library import Availability, is_available
 from ._version import __version__
-from .convert import densify, refresh, sparsify
+from .convert import densify, refresh, sparsify, structure
 from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from .layers import modules
 from .layers.gated_mlp import SparseGatedMLP
 from .layers.modules import SparseLinear
 from .recipe import Recipe
@@ -44,15 +47,20 @@ __all__ = [
     "is_available",
     "load_checkpoint",
     "load_compressed",
+    "modules",
     "ops",
     "reference",
     "refresh",
     "save_checkpoint",
     "sparsify",
+    "structure",
     "to_semi_structured",
     "tune_decay",
     "verify",
 ]
+
+# Where these lay before the package had folders: `from sparse24.modules import SparseLayer` is in people's code.
+_sys.modules |= {f"{__name__}.modules": modules, f"{__name__}.structure": structure}
 
 
 def __getattr__(name: str):

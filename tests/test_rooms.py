@@ -130,3 +130,10 @@ def test_the_top_is_small_and_every_room_has_a_floor():
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
     assert len(top) <= 8, sorted(top)
     assert (top | folders) - set(FACE) == set(FLOOR)
+
+
+def test_import_paths_of_before_the_folders_lead_to_the_same_modules():
+    import importlib
+
+    for old, new in (("modules", "layers.modules"), ("structure", "convert.structure")):
+        assert importlib.import_module(f"sparse24.{old}") is importlib.import_module(f"sparse24.{new}")
