@@ -2,7 +2,9 @@
 # make test     environment, installation, C++ and Python tests
 # make build    environment and installation only
 # make bench    benchmarks of the kernels, of layers, blocks and training steps (they want a GPU)
-# make format   clang-format and ruff over the tree
+# make format   clang-format and ruff over the tree; `make lint` only looks, as .ci/run does
+# make docs     the documentation site in build/site, warnings as errors
+# make wheels   one libsparse24, and a wheel for each Python that is found (packaging/wheels.py)
 # make clean    removes what was built; `make distclean` the environment too
 #
 #   PYTHON=python3        the interpreter of the environment
@@ -30,7 +32,7 @@ BUILD := build/$(if $(filter 0,$(SPARSE24_CUDA)),cpu,$(if $(filter 1,$(SPARSE24_
 
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(shell find cmake csrc -type f)
 
-.PHONY: demo test build env bench format clean distclean
+.PHONY: demo test build env bench format lint docs wheels clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m sparse24 pretrain --preset tiny --compare --overwrite --out runs/demo $(DEMO_ARGS)
@@ -72,15 +74,37 @@ $(VENV)/.installed-for-tests: $(VENV)/.environment $(BUILD_FILES)
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
 
-format: $(VENV)/.environment
-	@$(BIN)/python -c 'import ruff' 2>/dev/null && test -x $(BIN)/clang-format || $(PIP) install 'clang-format>=18' 'ruff>=0.6'
-	$(BIN)/clang-format -i $$(find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# The formatters' versions decide the layout, so they are fixed (pyproject.toml, extra `lint`).
+$(VENV)/.formatters: $(VENV)/.environment pyproject.toml
+	$(PIP) install $$($(BIN)/python packaging/extra.py lint)
+	@touch $@
+
+format: $(VENV)/.formatters
+	$(BIN)/clang-format -i $(CXX_FILES)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+lint: $(VENV)/.formatters
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.docs: $(VENV)/.installed pyproject.toml
+	$(PIP) install $$($(BIN)/python packaging/extra.py docs)
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
+
+wheels: $(VENV)/.environment
+	$(PIP) install auditwheel
+	$(BIN)/python packaging/wheels.py --out dist
+
 clean:
 	rm -rf build dist *.egg-info sparse24/_C*.so sparse24/libsparse24.so
-	rm -f $(VENV)/.installed $(VENV)/.installed-for-tests
+	rm -f $(VENV)/.installed $(VENV)/.installed-for-tests $(VENV)/.formatters $(VENV)/.docs
 
 distclean: clean
 	rm -rf $(VENV)

@@ -245,7 +245,7 @@ def gated_activation_backward_mvue(
 def activation_backward_mvue(
     dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
-    """The same for a plain activation: (d_x, packed, E[, h][, bias_grad]). Errors as there."""
+    """The same for a plain activation: (d_x, packed, E), then h and bias_grad where asked for. Errors as there."""
     args = (dh, x, kind, False, seed, recompute_h, bias_grad)
     out = call_without_grad("activation_backward_mvue", "functional.mlp", _op_backward_mvue, args)
     return _results(out, recompute_h, bias_grad)

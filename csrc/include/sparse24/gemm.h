@@ -65,8 +65,8 @@ struct SparseGemmArgs {
   void* h = nullptr;           // where the pass has_activation, as are the next two; rows are stored as those of out
   int64_t h_ld = 0;
   Activation activation = Activation::kSilu;
-  int64_t config = 0;          // one of sparse_gemm_configs, or 0: the heuristic's
-  void* workspace = nullptr;   // sparse_gemm_workspace_bytes of it, 16-byte aligned
+  int64_t config = 0;         // one of sparse_gemm_configs, or 0: the heuristic's
+  void* workspace = nullptr;  // sparse_gemm_workspace_bytes of it, 16-byte aligned
 };
 
 /// Why the GPU kernels cannot take these arguments ("" if they can): alignment, dtype, architecture. The caller then
