@@ -89,11 +89,15 @@ class BuildPythonAndHeaders(build_py):
             )
 
 
+def relative_paths(folder: str, pattern: str) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / folder).rglob(pattern))]
+
+
 binding = Extension(
     "sparse24._C",
-    sources=["csrc/bindings/python_api.cpp"],
-    include_dirs=["csrc/include", pybind11.get_include()],
-    depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc" / "include").rglob("*.h"))],
+    sources=relative_paths("csrc/bindings", "*.cpp"),
+    include_dirs=["csrc", "csrc/include", pybind11.get_include()],
+    depends=relative_paths("csrc/include", "*.h") + relative_paths("csrc/bindings", "*.h"),
     language="c++",
     extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
     extra_link_args=["-Wl,-rpath,$ORIGIN"],

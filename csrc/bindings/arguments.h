@@ -1,0 +1,117 @@
+// arguments.h: from Python's arguments to those of the public C++ API, and the list of what is
+// bound.
+//
+// It knows no torch: tensors arrive as addresses, extents, strides (in elements) and codes, so one
+// build serves every torch version. All arguments are positional; flags are ints, because pybind11
+// takes a Python bool as int at once but an int as bool only in a second try.
+//
+//   dtype     0 float32, 1 bfloat16, 2 float16,         (sparse24::DType)
+//             3 float8_e4m3fn, 4 float8_e5m2
+//   backend   0 cpu, 1 cuda                             (sparse24::Backend)
+//   stream    cudaStream_t as an integer                0 on the CPU
+//   address   0 is a null pointer
+//
+// Callers keep the tensors alive until the call returns, on the GPU until its stream has run it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sparse24/sparse24.h"
+
+namespace sparse24::bindings {
+
+namespace py = pybind11;
+
+using Address = uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename Enum>
+Enum checked_enum(int code, Enum last, const char* name) {
+  if (code < 0 || code > static_cast<int>(last)) {
+    throw Error(std::string(name) + " code must be between 0 and " +
+                std::to_string(static_cast<int>(last)) + ", got " + std::to_string(code));
+  }
+  return static_cast<Enum>(code);
+}
+
+inline DType dtype_of(int code) { return checked_enum(code, DType::kFloat8E5M2, "dtype"); }
+inline GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGatedForward, "pass"); }
+inline Activation activation_of(int code) {
+  return checked_enum(code, Activation::kIdentity, "activation");
+}
+
+inline Context context_of(int backend, int device, Address stream) {
+  return {checked_enum(backend, Backend::kCuda, "backend"), device, pointer<void>(stream)};
+}
+
+inline Matrix matrix(Address data, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                     int64_t col_stride) {
+  return {pointer<void>(data), dtype, rows, cols, row_stride, col_stride};
+}
+inline ConstMatrix const_matrix(Address data, DType dtype, int64_t rows, int64_t cols,
+                                int64_t row_stride, int64_t col_stride) {
+  return {pointer<void>(data), dtype, rows, cols, row_stride, col_stride};
+}
+
+/// Reads the fields of one tuple of a multi-tensor call, in order.
+class Fields {
+ public:
+  Fields(py::handle item, py::ssize_t count) : item_(py::reinterpret_borrow<py::tuple>(item)) {
+    if (!py::isinstance<py::tuple>(item) || PyTuple_GET_SIZE(item.ptr()) != count) {
+      throw Error("every item must be a tuple of " + std::to_string(count) + " fields");
+    }
+  }
+  template <typename T>
+  T next() {
+    return py::cast<T>(py::handle(PyTuple_GET_ITEM(item_.ptr(), index_++)));
+  }
+  template <typename T>
+  T* next_pointer() {
+    return pointer<T>(next<Address>());
+  }
+  DType next_dtype() { return dtype_of(next<int>()); }
+
+ private:
+  py::tuple item_;
+  py::ssize_t index_ = 0;
+};
+
+template <typename Args, typename Read>
+std::vector<Args> read_items(const py::sequence& items, py::ssize_t fields, const Read& read) {
+  std::vector<Args> args;
+  args.reserve(items.size());
+  for (py::handle item : items) {
+    Fields reader(item, fields);
+    args.push_back(read(reader));
+  }
+  return args;
+}
+
+/// Binds a multi-tensor function of the public API: read the tuples, then work without the GIL.
+template <typename Args, typename Read>
+void def_multi(py::module_& module, const char* name, py::ssize_t fields, Read read,
+               void (*function)(const Args*, int, const Context&)) {
+  module.def(name, [=](const py::sequence& items, int backend, int device, Address stream) {
+    const std::vector<Args> args = read_items<Args>(items, fields, read);
+    const Context context = context_of(backend, device, stream);
+    const py::gil_scoped_release unlocked;
+    function(args.data(), static_cast<int>(args.size()), context);
+  });
+}
+
+// One file an area, which binds the functions of one public header or two.
+void bind_activation(py::module_& module);
+void bind_compress(py::module_& module);
+void bind_device(py::module_& module);
+void bind_gemm(py::module_& module);
+void bind_recipe(py::module_& module);
+
+}  // namespace sparse24::bindings
