@@ -11,7 +11,10 @@ from ..layers.modules import SparseLayer
 
 
 def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
-    """The optimizer, of one or several, that holds the sparse weights; unwraps accelerate's and Lightning's."""
+    """The optimizer, of one or several, that holds the sparse weights; unwraps accelerate's and Lightning's.
+
+    Where all sparse weights are frozen, under adapters that are trained, it is the first: its steps are what counts.
+    """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     unwrapped = []
     for one in several:
@@ -23,6 +26,8 @@ def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.
             raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
         unwrapped.append(one)
     wanted = {id(layer.weight) for layer in layers.values() if layer.weight.requires_grad}
+    if not wanted and unwrapped:
+        return unwrapped[0]
     held = [one for one in unwrapped if wanted & {id(p) for group in one.param_groups for p in group["params"]}]
     if len(held) > 1:
         raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")

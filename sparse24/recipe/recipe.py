@@ -62,6 +62,9 @@ class Recipe:
     gradient that hooks, reductions and `torch.autograd.grad` see holds the decay, and a layer that runs several times
     in a forward pass gets it as often.
 
+    Frozen weights (`requires_grad_(False)`), such as those under LoRA adapters, keep the masks that they have. Where
+    all are frozen there is no dense phase either: what the adapters are trained over is what they will run over.
+
     Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse layers, an
     optimizer without their weights, and settings out of range.
     """
@@ -104,6 +107,8 @@ class Recipe:
         self._check_decay_in(decay_in)
         self.decay_in = decay_in
         self.phases = Phases.plan(total_steps, dense_fraction, self.method.dense_at if dense_at == "auto" else dense_at)
+        if not self._moving_layers():
+            self.phases = Phases.plan(total_steps, 0.0, "none")
         self._decay = check_decay(decay)
         self.optimizer = holding_optimizer(optimizer, self.layers)
         if self.method.freezes_second_moment:
@@ -209,6 +214,16 @@ class Recipe:
 
     def unfreeze_masks(self) -> None:
         self.masks_frozen = False
+
+    def start_at(self, step: int) -> None:
+        """Count from `step` optimizer steps on, with masks searched now: for going on with a run that had no recipe.
+
+        Raises Sparse24Error for a step below 0.
+        """
+        self.step, self._unfinished = _positive("step", step, least=0), None
+        self.last_refresh = self._before_of = self.step
+        self._start_phase(self.phase, search=True)
+        self._write_factor()
 
     def detach(self) -> None:
         """Take the hooks off the optimizer. The layers stay as they are, in their current phase."""
@@ -469,7 +484,7 @@ class Recipe:
             for layer, mask in zip(layers, packing.search_masks(layers), strict=True):
                 layer.take_mask(mask)
         else:
-            packing.pack(layers, search=True)
+            self._search_and_pack()
         if step != self.last_refresh:
             self._count_flips(step)
         self.last_refresh, self._gaps = step, None
@@ -485,7 +500,7 @@ class Recipe:
     def _start_phase(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches the masks unless told otherwise."""
         if phase == SPARSE:
-            packing.pack(self.layers.values(), search=search)
+            self._search_and_pack() if search else packing.pack(self.layers.values(), search=False)
             self.last_refresh = self.step if search else self.last_refresh
             if self.method.freezes_second_moment:
                 weights = [layer.weight for layer in self._unique_layers()]
@@ -496,6 +511,16 @@ class Recipe:
         for layer in self.layers.values():
             layer.enter(phase)
         self._entered = phase
+
+    def _moving_layers(self) -> list[SparseLayer]:
+        return [layer for layer in self.layers.values() if layer.weight.requires_grad]
+
+    def _search_and_pack(self) -> None:
+        """Frozen weights are packed only: their masks belong to the training that they are from."""
+        moving = self._moving_layers()
+        packing.pack(moving, search=True)
+        if len(moving) < len(self.layers):
+            packing.pack([layer for layer in self.layers.values() if not layer.weight.requires_grad], search=False)
 
     def _unique_layers(self) -> list[SparseLayer]:
         return list({id(layer.weight): layer for layer in self.layers.values()}.values())

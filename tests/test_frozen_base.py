@@ -1,0 +1,76 @@
+"""Frozen 2:4 layers under trained adapters: their masks stay, there is nothing to decay, and no dense phase comes."""
+
+import pytest
+import torch
+from tiny_models import MLP
+from torch import nn
+
+import sparse24
+from sparse24.layers.modules import SparseLayer
+
+
+def trained_base(interval=7, steps=10):
+    """A 2:4 model that stops between two mask searches, so that its masks are not what a search finds now."""
+    model = MLP()
+    sparse24.sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    recipe = sparse24.Recipe(model, optimizer, total_steps=20, mask_interval=interval, dense_fraction=0)
+    for _ in range(steps):
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    recipe.detach()
+    return model
+
+
+def masks_of(model):
+    return [m.mask.clone() for m in model.modules() if isinstance(m, SparseLayer)]
+
+
+@pytest.mark.fault(86)
+def test_a_recipe_over_frozen_layers_counts_and_leaves_their_function_alone():
+    base = trained_base().requires_grad_(False)
+    x, masks = torch.randn(4, 16), masks_of(base)
+    searched = sparse24.ops.transposable_mask(base.fc1.weight.detach()).view(torch.uint8)
+    assert not torch.equal(searched, masks[0]), "the case needs masks that a search would not find"
+    before = base(x)
+    model = nn.Sequential(base, nn.Linear(16, 16))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    recipe = sparse24.Recipe(model, optimizer, total_steps=6, mask_interval=2)
+    for _ in range(6):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert recipe.step == 6 and recipe.phase == "sparse"
+    assert torch.equal(base(x), before) and all(map(torch.equal, masks, masks_of(base))) and sparse24.verify(model)
+
+
+@pytest.mark.fault(86)
+def test_among_trained_layers_a_frozen_one_keeps_its_mask():
+    model = trained_base()
+    model.fc1.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+    frozen, moving = masks_of(model)
+    sparse24.Recipe(model, optimizer, total_steps=6, mask_interval=1, dense_fraction=0)
+    for _ in range(3):
+        model(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.equal(model.fc1.mask, frozen)
+    assert torch.equal(model.fc2.mask, sparse24.ops.transposable_mask(model.fc2.weight.detach()).view(torch.uint8))
+
+
+@pytest.mark.fault(87)
+def test_a_recipe_can_start_at_a_later_step():
+    """A run that was dense until now: the trainer's step counts, so that the phases end where they should."""
+    model = MLP()
+    sparse24.sparsify(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    recipe = sparse24.Recipe(model, optimizer, total_steps=12, mask_interval=2)
+    recipe.start_at(9)
+    assert recipe.step == 9 and recipe.phase == "sparse" and recipe.metrics()["mask_age"] == 0
+    model(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    assert recipe.step == 10 and recipe.phase == "dense"
+    with pytest.raises(sparse24.Sparse24Error, match="step must be an integer, 0 or more"):
+        recipe.start_at(-1)
