@@ -6,7 +6,7 @@ class Sparse24Error(ValueError):
 
 
 class Sparse24DtypeError(Sparse24Error, TypeError):
-    """A dtype that the op does not take, or two dtypes that do not fit together."""
+    """A dtype or Python type that a function does not take, or two dtypes that do not fit together."""
 
 
 class Sparse24BuildError(Sparse24Error, RuntimeError):

@@ -56,7 +56,7 @@ def as_major(t: Tensor) -> Tensor:
 
 def as_rows(t: Tensor) -> Tensor:
     """[..., n] as a row-major [-1, n] that GEMMs can read: unit column stride, 16-byte aligned rows where possible."""
-    rows = t.reshape(-1, t.shape[-1]) if t.dim() != 2 else t
+    rows = t if t.dim() == 2 else t.unsqueeze(0) if t.dim() < 2 else t.flatten(0, -2)  # also where the last is 0
     if rows.shape[0] == 1 and rows.stride(0) != rows.shape[1]:  # a single row may have any stride to the next
         rows = rows.as_strided(rows.shape, (rows.shape[1], rows.stride(1)))
     if rows.is_contiguous() or (is_row_major(rows) and rows.stride(0) * rows.element_size() % 16 == 0):

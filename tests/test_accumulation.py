@@ -171,3 +171,39 @@ def test_a_weight_used_twice_gets_both_gradients():
     layer.weight.grad = torch.zeros_like(layer.weight)
     (layer(x).sum() + layer(x).sum()).backward()
     torch.testing.assert_close(layer.weight.grad, 2 * single)
+
+
+@pytest.mark.parametrize("places", [(64, 0), (0, 80), (0, 64)], ids=["swapped", "apart", "adjacent"])
+def test_gradients_in_one_flat_buffer_are_added_to_where_they_lie(added, places):
+    """A product for gate and up may take both at once only if up's rows follow gate's, with nothing in between."""
+    module = block(mvue=False)
+    expected = train(module, 32, 1)
+    layers = (module.gate_proj, module.up_proj)
+    rows, cols = module.gate_proj.weight.shape
+    flat = torch.full(((rows + max(places)) + 16, cols), 3.0)
+    module.down_proj.weight.grad = torch.full_like(module.down_proj.weight, 3.0)
+    for layer, start in zip(layers, places, strict=True):
+        layer.weight.grad = flat[start : start + rows]
+    for layer in (*layers, module.down_proj):
+        layer.mvue = True
+    rest = torch.ones(len(flat), dtype=torch.bool)
+    for start in places:
+        rest[start : start + rows] = False
+    module.gate_proj.mvue = module.up_proj.mvue = module.down_proj.mvue = False
+    train(module, 32, 1)
+    for p, gradient in zip(module.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient + 3, rtol=1e-5, atol=1e-5)
+    assert (flat[rest] == 3).all()
+
+
+@pytest.mark.parametrize("places, fits", [((0, 64), True), ((64, 0), False), ((0, 80), False)])
+def test_a_stacked_target_has_nothing_foreign_in_it(places, fits, monkeypatch):
+    monkeypatch.setattr(accumulation, "_nobody_watches", lambda leaf: True)
+    flat = torch.zeros(160, 32)
+    leaves = [torch.nn.Parameter(torch.zeros(64, 32)) for _ in places]
+    for leaf, start in zip(leaves, places, strict=True):
+        leaf.grad = flat[start : start + 64]
+    target = accumulation.stacked_target(leaves, torch.float32)
+    assert (target is not None) == fits
+    if fits:
+        assert target.shape == (128, 32) and target.data_ptr() == flat.data_ptr()

@@ -321,3 +321,38 @@ def test_autograd_functions_match_eager(device, kind):
     functional.activation(gu, kind).square().sum().backward()
     eager(other, kind, False).square().sum().backward()
     torch.testing.assert_close(gu.grad, other.grad)
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_at_infinity_values_and_slopes_are_limits(device, kind, dtype):
+    """By the kernels and by the reference alike, where PyTorch has NaN in some places. NaN stays NaN."""
+    if dtype == torch.float64 and device == "cuda":
+        pytest.skip("float64 runs on the CPU")
+    x = torch.tensor([-float("inf"), float("inf"), float("nan")], dtype=dtype, device=device)
+    falls = -float("inf") if kind == "identity" else 0.0
+    slopes = {"identity": [1.0, 1.0], "squared_relu": [0.0, float("inf")]}.get(kind, [0.0, 1.0])
+    value = torch.tensor([falls, float("inf"), float("nan")], dtype=dtype, device=device)
+    ones = torch.ones_like(x)
+    for h in (ops.activation(x, kind), reference.gated_activation(x, kind, gated=False)):
+        assert_same_bits(h, value, "h")
+    for d_x in (ops.activation_backward(ones, x, kind), reference.gated_activation_backward(ones, x, kind, False)[0]):
+        assert d_x[:2].tolist() == slopes
+
+
+@pytest.mark.fault(11)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+@pytest.mark.parametrize(
+    "kind, slope", [("silu", 0.5), ("gelu", 0.5), ("gelu_tanh", 0.5), ("relu", 0.0), ("squared_relu", 0.0)]
+)
+def test_slopes_at_zero(device, kind, slope, zero, dtype):
+    """relu is flat at 0, as PyTorch has it: a token that is exactly 0 gets no gradient."""
+    if dtype == torch.float64 and device == "cuda":
+        pytest.skip("float64 runs on the CPU")
+    x, ones = (torch.full((24, 8), value, dtype=dtype, device=device) for value in (zero, 1.0))
+    assert (ops.activation_backward(ones, x, kind) == slope).all()
+    assert (reference.gated_activation_backward(ones, x, kind, False)[0] == slope).all()
+    gu = torch.cat([x, ones], -1)
+    assert (ops.gated_activation_backward(ones, gu, kind)[:, :8] == slope).all()

@@ -288,3 +288,79 @@ def test_empty_weights_have_empty_packed_forms(device, shape):
     _, packed, E, packed_t, E_t = ops.prune_compress(torch.empty(shape, device=device), torch.bfloat16)
     assert packed.shape == (shape[0], shape[1] // 2) and packed_t.shape == (shape[0] // 2, shape[1])
     assert E.numel() == E_t.numel() == 0
+
+
+# ---- two directions, and E that is a view ---------------------------------------------------------------------------
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("pack", [ops.prune_compress_, ops.compress_])
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_directions_of_two_dtypes_are_refused(pack, dtypes):
+    """One launch writes one dtype: fp32 values would run past the end of a 16-bit buffer."""
+    w = torch.randn(64, 64)
+    mask = ops.transposable_mask(w)
+    for first, second in (dtypes, dtypes[::-1]):
+        packed, E, _, _ = (t.zero_() for t in ops.empty_packed(64, 64, first, "cpu"))
+        _, _, packed_t, E_t = (t.zero_() for t in ops.empty_packed(64, 64, second, "cpu"))
+        with pytest.raises(Sparse24DtypeError, match="packed and packed_t of a weight must have one dtype"):
+            pack([w], [mask], [packed], [E], [packed_t], [E_t])
+        assert not any(t.any() for t in (packed, E, packed_t, E_t))
+
+
+@pytest.mark.parametrize("pack", [ops.prune_compress_, ops.compress_])
+@pytest.mark.parametrize("left_out_dtype", [torch.float32, torch.float16, torch.uint8], ids=str)
+@pytest.mark.parametrize("direction", ["packed", "packed_t"])
+def test_a_direction_that_is_left_out_has_no_say_in_the_dtype(device, pack, left_out_dtype, direction):
+    """`torch.empty(0)` is float32, whatever the other direction holds; a guard behind each output stays as it is."""
+    w = torch.randn(64, 72, device=device).bfloat16()
+    mask, *expected = ops.prune_compress(w)
+    nothing, no_E = (torch.empty(0, dtype=t, device=device) for t in (left_out_dtype, torch.uint8))
+    values, E = expected[:2] if direction == "packed" else expected[2:]
+    room = torch.full((2 * values.numel(),), 7.0, dtype=values.dtype, device=device)
+    written, written_E = room[: values.numel()].view(values.shape), torch.empty_like(E)
+    given = [[written], [written_E]], [[nothing], [no_E]]
+    pack([w], [mask.clone()], *(part for pair in (given if direction == "packed" else given[::-1]) for part in pair))
+    assert_same_bits(written, values, direction)
+    assert_same_bits(written_E, E, "E")
+    assert (room[values.numel() :] == 7).all()
+
+
+def test_weights_of_several_packed_dtypes_in_one_call(device):
+    """Each weight has a dtype of its own, the same both ways."""
+    weights = [torch.randn(64, 64, device=device) for _ in range(2)]
+    dtypes = (torch.bfloat16, torch.float16)
+    masks = [ops.transposable_mask(w) for w in weights]
+    buffers = [ops.empty_packed(64, 64, dtype, device) for dtype in dtypes]
+    ops.compress_(weights, masks, *map(list, zip(*buffers, strict=True)))
+    for w, mask, dtype, parts in zip(weights, masks, dtypes, buffers, strict=True):
+        for name, ours, theirs in zip(NAMES, parts, ops.compress(w, mask, dtype), strict=True):
+            assert_same_bits(ours, theirs, f"{name} {dtype}")
+
+
+@pytest.mark.fault(19, 44)
+def test_metadata_with_any_strides_is_judged_by_its_values(device):
+    E = ops.prune_compress(torch.randn(256, 256, device=device), torch.bfloat16)[2]
+    strided = torch.stack([E, torch.zeros_like(E)], 1)[:, 0]
+    assert not strided.is_contiguous()
+    for _ in range(20):
+        assert ops.is_valid_metadata(strided, 256, 256)
+    strided[77] = 0x45
+    assert not ops.is_valid_metadata(strided, 256, 256)
+
+
+@pytest.mark.fault(1, 2, 3)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_16_bits_at_the_ends_of_the_range(device, dtype):
+    """A NaN of any payload stays NaN (rounding up its bits could give -0), and fp16 has its largest number and Inf."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32).view(torch.float32)
+    ends = torch.tensor(
+        [65504.0, 65519.0, 65520.0, -65504.0, -65520.0, 3.4028235e38, 2.0**-24, 2.0**-25 * 1.5, 2.0**-149]
+    )
+    w = torch.cat([bits, ends, torch.tensor([1.0, -0.0, 5.0])]).repeat(16, 4).to(device)
+    mask = ops.transposable_mask(w)
+    expected = torch.where(ops.unpack_mask(mask), w.to(dtype), 0.0)
+    _, packed, E, packed_t, E_t = ops.prune_compress(w, dtype)
+    assert_same_bits(ops.decompress(packed, E, *w.shape), expected, "packed")
+    assert_same_bits(ops.decompress(packed_t, E_t, *w.shape, transposed=True), expected, "packed_t")
+    assert expected.isnan().any()

@@ -118,6 +118,22 @@ def test_any_strides_and_offsets_give_the_right_answer(device):
 
 
 @pytest.mark.fault(16)
+@pytest.mark.parametrize("shape", [(8, 2, 0), (0,), (3, 0), (0, 2, 0)])
+def test_a_sum_of_no_features_is_zero_as_in_linear(device, shape):
+    """Also where leading dimensions cannot be told from the number of elements."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    x = torch.zeros(shape, device=device, dtype=dtype)
+    packed, E, _, _ = ops.empty_packed(128, 0, dtype, device)
+    bias = torch.arange(128, device=device).to(dtype)
+    expected = torch.nn.functional.linear(x, torch.zeros(128, 0, device=device, dtype=dtype), bias)
+    assert torch.equal(ops.sparse_mm(x, packed, E, 128, bias=bias), expected)
+    assert not ops.sparse_mm(x, packed, E, 128).any()
+    _, _, packed_t, E_t = ops.empty_packed(0, 128, dtype, device)
+    dx = ops.sparse_mm_grad_input(x, packed_t, E_t, 128)
+    assert dx.shape == (*shape[:-1], 128) and not dx.any()
+
+
+@pytest.mark.fault(16)
 def test_no_tokens_give_empty_results_and_a_zero_gradient(device):
     dtype = compute_dtypes(device)[0]
     _, _, _, (packed, E, packed_t, E_t) = layer(8, 64, 32, dtype, device)

@@ -222,3 +222,23 @@ def test_float64_runs_on_the_cpu():
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
 def test_empty_weights_have_empty_masks(device, shape):
     assert ops.transposable_mask(torch.empty(shape, device=device)).shape == (shape[0] // 4, shape[1] // 4)
+
+
+def test_blocks_whose_rows_keep_two_and_columns_do_not_are_no_masks(device):
+    mask = torch.full((4, 4), 0xC3C3, dtype=torch.int32)
+    mask[2, 1] = 0x3333  # each row keeps its first two: columns keep four and none
+    assert not ops.is_transposable(mask.to(torch.uint16).to(device))
+    mask[2, 1] = 0x0FF0 & 0xFFFF  # columns keep two, rows four and none
+    assert not ops.is_transposable(mask.to(torch.uint16).to(device))
+
+
+@pytest.mark.fault(2)
+def test_magnitudes_above_two_to_the_120_are_ties(device):
+    """Inf counts as 2^120: a block of one Inf among 2^127 is a block of equals, and sums never overflow."""
+    w = torch.full((4, 8), 2.0**127, device=device)
+    w[0, 2], w[3, 7] = float("inf"), float("-inf")
+    assert (ops.transposable_mask(w).to(torch.int32) == 0xC3C3).all()
+    w = torch.full((4, 4), 2.0**119, device=device)
+    w[0, 2] = w[0, 3] = 2.0**125
+    kept = ops.unpack_mask(ops.transposable_mask(w))
+    assert kept[0].tolist() == [False, False, True, True]

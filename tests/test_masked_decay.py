@@ -100,7 +100,7 @@ def test_a_gradient_scale_multiplies_the_decay(device):
 
 
 @pytest.mark.fault(71)
-@pytest.mark.parametrize("decay", [-1e-3, float("nan"), float("inf")])
+@pytest.mark.parametrize("decay", [-1e-3, float("nan"), float("inf"), 1e39])
 def test_decays_that_are_not_finite_and_non_negative_are_refused(device, decay):
     w = torch.randn(4, 4, device=device)
     with pytest.raises(Sparse24Error, match="decay must be a finite number >= 0"):
@@ -123,3 +123,10 @@ def test_wrong_shapes_and_scales_are_named(device):
         ops.foreach_masked_decay_([], [], [], 0.1)
     with pytest.raises(Sparse24DtypeError, match="grad_scale must be one float32"):
         ops.masked_decay_(torch.zeros_like(w), w, mask, 0.1, grad_scale=torch.zeros(2, device=device))
+
+
+def test_the_largest_decay_of_float32_is_taken(device):
+    """What float32 cannot hold would turn a pruned zero weight into NaN."""
+    w = torch.zeros(4, 4, device=device)
+    decay = torch.finfo(torch.float32).max
+    assert not ops.masked_decay_(torch.zeros_like(w), w, ops.transposable_mask(w), decay).any()

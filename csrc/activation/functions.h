@@ -83,7 +83,8 @@ SP24_HD ValueAndSlope activate(float x) {
     const Sigmoid s = sigmoid<kFor16Bits>(x);
     // Where the sigmoid underflows to 0, so does the product; -inf * 0 would give NaN.
     const float value = s.value == 0.0f ? 0.0f : x * s.value;
-    return {value, s.value + value * s.complement};
+    // Likewise inf * 0 in the slope at inf, which is 1.
+    return {value, s.value + (s.complement == 0.0f ? 0.0f : value * s.complement)};
   } else if constexpr (kKind == Activation::kGelu) {
     constexpr float kInvSqrt2 = 0.70710678118654752f, kInvSqrt2Pi = 0.39894228040143268f;
     const float phi =
@@ -103,7 +104,7 @@ SP24_HD ValueAndSlope activate(float x) {
     }
     const Sigmoid s = sigmoid<kFor16Bits>(twice_z);
     const float value = s.value == 0.0f ? 0.0f : x * s.value;
-    const float tail = value * s.complement;
+    const float tail = s.complement == 0.0f ? 0.0f : value * s.complement;
     return {value, s.value + (tail == 0.0f ? 0.0f : tail * dz)};
   } else if constexpr (kKind == Activation::kRelu) {
     return {x > 0.0f ? x : (x == x ? 0.0f : x), x > 0.0f ? 1.0f : 0.0f};

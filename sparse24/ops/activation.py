@@ -9,6 +9,7 @@ from .. import reference
 from ..errors import Sparse24Error
 from ..formats import DTYPE_CODE, as_major
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+from .arguments import names_wrong_types
 from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel
 
 #: names of activations -> codes of the C++ library
@@ -66,6 +67,7 @@ _op_forward = define_op(
 )
 
 
+@names_wrong_types
 def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = False) -> Tensor:
     """h = act(gate) * up, with gu = [gate | up] in this order.
 
@@ -82,6 +84,7 @@ def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = Fal
     )
 
 
+@names_wrong_types
 def activation(x: Tensor, kind: str = "gelu_tanh", *, column_major: bool = False) -> Tensor:
     """act(x) without a gate, for feed-forward layers such as GPT-2's; arguments as `gated_activation`, x of any width.
 
@@ -149,6 +152,7 @@ _op_backward = define_op(
 )
 
 
+@names_wrong_types
 def gated_activation_backward(
     dh: Tensor, gu: Tensor, kind: str = "silu", *, recompute_h: bool = False, column_major: bool = False
 ):
@@ -165,6 +169,7 @@ def gated_activation_backward(
     return (d_gu, h) if recompute_h else d_gu
 
 
+@names_wrong_types
 def activation_backward(
     dh: Tensor, x: Tensor, kind: str = "gelu_tanh", *, recompute_h: bool = False, column_major: bool = False
 ):
@@ -225,6 +230,7 @@ def _results(out: tuple[Tensor, ...], recompute_h: bool, bias_grad: bool) -> tup
     return (d_gu, packed, E, *(h,) * recompute_h, *(db,) * bias_grad)
 
 
+@names_wrong_types
 def gated_activation_backward_mvue(
     dh: Tensor, gu: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
@@ -242,6 +248,7 @@ def gated_activation_backward_mvue(
     return _results(out, recompute_h, bias_grad)
 
 
+@names_wrong_types
 def activation_backward_mvue(
     dh: Tensor, x: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ._common import (
     define_op,
     where,
 )
+from .arguments import check_has_values, check_no_shared_memory, check_writable, names_wrong_types
 from .mask import empty_mask, is_transposable, pack_item
 
 
@@ -36,8 +39,14 @@ def packed_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     )
 
 
+@names_wrong_types
 def empty_packed(rows: int, cols: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Uninitialised packed (rows, cols/2), E, packed_t (rows/2, cols), E_t for a (rows, cols) weight."""
+    """Uninitialised packed (rows, cols/2), E, packed_t (rows/2, cols), E_t for a (rows, cols) weight.
+
+    Raises Sparse24Error for extents that are not multiples of 4 from 0 on, Sparse24DtypeError for a wrong Python type.
+    """
+    if rows < 0 or cols < 0 or rows % BLOCK or cols % BLOCK:
+        raise Sparse24Error(f"rows and cols must be multiples of {BLOCK}, 0 or more, got {rows} and {cols}")
     return (
         torch.empty((rows, cols // 2), dtype=dtype, device=device),
         torch.empty(metadata_bytes(rows, cols), dtype=torch.uint8, device=device),
@@ -60,7 +69,7 @@ def _compress(w: Tensor, mask: Tensor, dtype: torch.dtype | None) -> tuple[Tenso
         return reference.compress(w, mask, dtype)
     w = as_major(w)
     out = empty_packed(*w.shape, dtype, w.device)
-    library.pack_by_mask([pack_item(w, mask, out)], *place)
+    library.pack_by_mask([pack_item(w, mask, dtype, out)], *place)
     return out
 
 
@@ -77,6 +86,7 @@ _op_compress = define_op(
 )
 
 
+@names_wrong_types
 def compress(
     w: Tensor, mask: Tensor, dtype: torch.dtype | None = None, *, validate: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -109,7 +119,7 @@ def _prune_compress(w: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tenso
         return mask, *reference.compress(w, mask, dtype)
     w = as_major(w)
     mask, out = empty_mask(*w.shape, w.device), empty_packed(*w.shape, dtype, w.device)
-    library.search_and_pack([pack_item(w, mask, out)], *place)
+    library.search_and_pack([pack_item(w, mask, dtype, out)], *place)
     return mask, *out
 
 
@@ -126,6 +136,7 @@ _op_prune_compress = define_op(
 )
 
 
+@names_wrong_types
 def prune_compress(w: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Search the transposable mask and pack both ways in one pass: (mask, packed, E, packed_t, E_t).
 
@@ -148,17 +159,40 @@ def _check_lists(weights, masks, packed, E, packed_t, E_t) -> None:
             check_packed_operand(p, e, "packed", (rows, cols // 2), rows, cols)
         if pt.numel() or et.numel():
             check_packed_operand(pt, et, "packed_t", (rows // 2, cols), cols, rows)
+        if p.numel() and pt.numel() and p.dtype != pt.dtype:
+            raise Sparse24DtypeError(
+                f"packed and packed_t of a weight must have one dtype, got {p.dtype} and {pt.dtype}; pack each "
+                "direction in a call of its own, or both in one dtype"
+            )
         check_same_device(weights[0], "weights[0]", weights=w, packed=p, packed_t=pt)
+
+
+def _check_memory(search: bool, weights, masks, packed, E, packed_t, E_t) -> None:
+    """Outputs have memory of their own: kernels read weights and masks while they write."""
+    lists = {"packed": packed, "E": E, "packed_t": packed_t, "E_t": E_t, "masks": masks, "weights": weights}
+    named = {name: [(f"{name}[{i}]", t) for i, t in enumerate(part)] for name, part in lists.items()}
+    written = [pair for name in ("packed", "E", "packed_t", "E_t") for pair in named[name]]
+    if search:
+        check_no_shared_memory(written + named["masks"], named["weights"])
+    else:
+        check_no_shared_memory(written, named["weights"] + named["masks"])
+
+
+def _written_dtype(out: tuple[Tensor, ...]) -> torch.dtype:
+    """Of the values of (packed, E, packed_t, E_t). A direction that is left out is empty: its dtype says nothing."""
+    packed, _, packed_t, _ = out
+    return packed.dtype if packed.numel() else packed_t.dtype
 
 
 def _pack_lists(search: bool, weights, masks, packed, E, packed_t, E_t) -> None:
     _check_lists(weights, masks, packed, E, packed_t, E_t)
+    _check_memory(search, weights, masks, packed, E, packed_t, E_t)
     library, *place = where(weights[0])
     if library is None or any(w.dtype == torch.float64 for w in weights):
         for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
             if search:
                 mask.copy_(reference.transposable_mask(w))
-            for target, value in zip(out, reference.compress(w, mask, out[0].dtype), strict=True):
+            for target, value in zip(out, reference.compress(w, mask, _written_dtype(out)), strict=True):
                 if target.numel():
                     target.copy_(value)
         return
@@ -168,8 +202,9 @@ def _pack_lists(search: bool, weights, masks, packed, E, packed_t, E_t) -> None:
     for w, mask, *out in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
         w = as_major(w)
         kept_alive.append(w)
-        key = (w.dtype, out[0].dtype, w.stride(1) == 1)
-        groups.setdefault(key, []).append(pack_item(w, mask, tuple(out)))
+        dtype = _written_dtype(out)
+        key = (w.dtype, dtype, w.stride(1) == 1)
+        groups.setdefault(key, []).append(pack_item(w, mask, dtype, tuple(out)))
     run = library.search_and_pack if search else library.pack_by_mask
     for items in groups.values():
         run(items, *place)
@@ -206,28 +241,58 @@ def _refuse_no_weights(weights, *others) -> None:
         _check_lists(weights, *others)
 
 
+def _check_lists_writable(packed, E, packed_t, E_t, masks=()) -> None:
+    lists = {"packed": packed, "E": E, "packed_t": packed_t, "E_t": E_t, "masks": masks}
+    check_writable(*((f"{name}[{i}]", t) for name, part in lists.items() for i, t in enumerate(part)))
+
+
+@names_wrong_types
 @torch.no_grad()
-def prune_compress_(weights, masks, packed, E, packed_t, E_t) -> None:
+def prune_compress_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    E: Sequence[Tensor],
+    packed_t: Sequence[Tensor],
+    E_t: Sequence[Tensor],
+) -> None:
     """Search and pack many weights in place, into buffers that keep their addresses; few launches for all of them.
 
     Six lists of one length: weights (rows, cols), masks (written), and the four outputs of `empty_packed` (written).
     Where packed and E of a weight are empty tensors, or packed_t and E_t, that direction is left out.
 
     Raises Sparse24Error for lists that are empty or of several lengths and, naming the argument, for a shape, size,
-    stride or device that does not fit; Sparse24DtypeError for a dtype. Nothing is written then.
+    stride or device that does not fit, and for outputs that share memory with one another or with an input;
+    Sparse24DtypeError for a dtype, and for packed and packed_t of two. Nothing is written then.
     """
     _refuse_no_weights(weights, masks, packed, E, packed_t, E_t)
+    _check_lists_writable(packed, E, packed_t, E_t, masks)
     _op_prune_compress_(
-        [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t
+        [w.detach() for w in weights],
+        [mask_as_uint16(mask) for mask in masks],
+        *map(list, (packed, E, packed_t, E_t)),
     )
     torch.autograd.graph.increment_version([*masks, *packed, *E, *packed_t, *E_t])
 
 
+@names_wrong_types
 @torch.no_grad()
-def compress_(weights, masks, packed, E, packed_t, E_t) -> None:
+def compress_(
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    packed: Sequence[Tensor],
+    E: Sequence[Tensor],
+    packed_t: Sequence[Tensor],
+    E_t: Sequence[Tensor],
+) -> None:
     """Pack many weights by their masks in place; arguments and errors as `prune_compress_`, the masks only read."""
     _refuse_no_weights(weights, masks, packed, E, packed_t, E_t)
-    _op_compress_([w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks], packed, E, packed_t, E_t)
+    _check_lists_writable(packed, E, packed_t, E_t)
+    _op_compress_(
+        [w.detach() for w in weights],
+        [mask_as_uint16(mask) for mask in masks],
+        *map(list, (packed, E, packed_t, E_t)),
+    )
     torch.autograd.graph.increment_version([*packed, *E, *packed_t, *E_t])
 
 
@@ -246,7 +311,10 @@ def _check_stack(weights, masks) -> None:
         )
 
 
-def compress_transposed(weights, masks, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+@names_wrong_types
+def compress_transposed(
+    weights: Sequence[Tensor], masks: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """(packed_t, E_t) of weights stacked by rows, for an input gradient that does without stored ones.
 
     weights  one (rows, cols), or several of equal columns whose rows are multiples of 64
@@ -307,6 +375,7 @@ _op_decompress = define_op(
 )
 
 
+@names_wrong_types
 def decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: bool = False) -> Tensor:
     """The dense (rows, cols), row-major, with zeros where nothing was kept: exact, byte for byte.
 
@@ -320,12 +389,15 @@ def decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: bool
     )
 
 
+@names_wrong_types
 def is_valid_metadata(E: Tensor, m: int, k: int) -> bool:
     """Is every pair of positions in E, for m rows and k columns, strictly increasing? Reads one number back.
 
     For packed forms that come from a file: positions cannot leave their group of four, but an equal pair would make
-    nonsense silently.
+    nonsense silently. False for another size or dtype; Sparse24Error for a meta tensor, which has no values.
     """
+    check_has_values(E, "E", "is_valid_metadata")
+    E = E.contiguous()  # kept until the library has read it
     if E.numel() != metadata_bytes(m, k) or E.dtype != torch.uint8:
         return False
     if E.numel() == 0:
@@ -335,5 +407,5 @@ def is_valid_metadata(E: Tensor, m: int, k: int) -> bool:
         nibbles = reference.decode_metadata(E, m, k)
         return bool(((nibbles & 3) < (nibbles >> 2)).all().item())
     bad = torch.zeros((), dtype=torch.int64, device=E.device)
-    library.count_bad_metadata(E.contiguous().data_ptr(), m, k, bad.data_ptr(), *place)
+    library.count_bad_metadata(E.data_ptr(), m, k, bad.data_ptr(), *place)
     return bad.item() == 0

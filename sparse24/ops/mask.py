@@ -9,14 +9,20 @@ from .. import reference
 from ..errors import Sparse24Error
 from ..formats import BLOCK, DTYPE_CODE, as_major, mask_as_uint16
 from ._common import check_mask, check_same_device, check_weight, define_op, where
+from .arguments import check_has_values, names_wrong_types
 
 
-def pack_item(w: Tensor, mask: Tensor, out: tuple[Tensor, ...] | None = None) -> tuple[int, ...]:
-    """One weight as the binding's multi-tensor calls take it; `out` = (packed, E, packed_t, E_t) or None."""
+def pack_item(
+    w: Tensor, mask: Tensor, dtype: torch.dtype | None = None, out: tuple[Tensor, ...] | None = None
+) -> tuple[int, ...]:
+    """One weight as the binding's multi-tensor calls take it; `out` = (packed, E, packed_t, E_t) in `dtype`, or None.
+
+    `dtype` cannot be read off `out`: one of its directions may be an empty tensor, of any dtype.
+    """
     pointers = [t.data_ptr() for t in out] if out else [0, 0, 0, 0]
-    out_dtype = DTYPE_CODE[out[0].dtype] if out else DTYPE_CODE[w.dtype]
     return (
-        w.data_ptr(), DTYPE_CODE[w.dtype], *w.shape, *w.stride(), mask.data_ptr(), out_dtype, *pointers,
+        w.data_ptr(), DTYPE_CODE[w.dtype], *w.shape, *w.stride(), mask.data_ptr(), DTYPE_CODE[dtype or w.dtype],
+        *pointers,
     )  # fmt: skip
 
 
@@ -45,6 +51,7 @@ _op_transposable_mask = define_op(
 )
 
 
+@names_wrong_types
 def transposable_mask(w: Tensor) -> Tensor:
     """The transposable 2:4 mask that keeps the most magnitude of `w`: two in every row and column of each 4x4 block.
 
@@ -84,6 +91,7 @@ def _check_mask_alone(mask: Tensor) -> None:
 _op_unpack_mask = define_op("unpack_mask", "(Tensor mask) -> Tensor", _unpack_mask, _unpack_mask_fake)
 
 
+@names_wrong_types
 def unpack_mask(mask: Tensor) -> Tensor:
     """mask (rows/4, cols/4) uint16 -> bool (rows, cols), true where an element is kept.
 
@@ -92,13 +100,16 @@ def unpack_mask(mask: Tensor) -> Tensor:
     return _op_unpack_mask(mask_as_uint16(mask))
 
 
+@names_wrong_types
 def is_transposable(mask: Tensor) -> bool:
     """Does every block of `mask` keep two in each row and column? Reads the answer back from the device.
 
-    Raises as `unpack_mask`: for what is no mask at all, and not for one that is not transposable.
+    Raises as `unpack_mask`: for what is no mask at all, and not for one that is not transposable. Sparse24Error for a
+    meta tensor, which has no values.
     """
     mask = mask_as_uint16(mask)
     _check_mask_alone(mask)
+    check_has_values(mask, "mask", "is_transposable")
     if mask.numel() == 0:
         return True
     library, *place = where(mask)
@@ -146,6 +157,7 @@ _op_foreach_mask_flips = define_op(
 )
 
 
+@names_wrong_types
 def foreach_mask_flips(masks_a: list[Tensor], masks_b: list[Tensor]) -> Tensor:
     """int64 [n]: for each pair of masks, how many elements one keeps and the other does not. One launch for all.
 
@@ -157,6 +169,7 @@ def foreach_mask_flips(masks_a: list[Tensor], masks_b: list[Tensor]) -> Tensor:
     return _op_foreach_mask_flips([mask_as_uint16(a) for a in masks_a], [mask_as_uint16(b) for b in masks_b])
 
 
+@names_wrong_types
 def mask_flips(mask_a: Tensor, mask_b: Tensor) -> Tensor:
     """Number of elements that one mask keeps and the other does not: int64 scalar tensor, no synchronisation.
 
@@ -185,6 +198,7 @@ def _mask_gap_fake(w: Tensor) -> Tensor:
 _op_mask_gap = define_op("mask_gap", "(Tensor w) -> Tensor", _mask_gap, _mask_gap_fake)
 
 
+@names_wrong_types
 def mask_gap(w: Tensor) -> Tensor:
     """Kept magnitude of the best pattern minus that of the second best: fp32 (rows/4, cols/4), for statistics.
 

@@ -9,6 +9,7 @@ from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
 from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+from .arguments import names_wrong_types
 
 #: tokens that one row of `tile_sums` adds up
 TILE_TOKENS = 64
@@ -101,6 +102,7 @@ _op_mvue_compress_and_sum = define_op(
 )
 
 
+@names_wrong_types
 def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple[Tensor, ...]:
     """Prune `dy` to 2:4 along tokens, unbiased and with the least variance, packed for the weight gradient.
 
@@ -141,15 +143,21 @@ _op_draw_seeds = define_op(
 )
 
 
+@names_wrong_types
 def draw_seeds(like: Tensor, count: int, rank: int = 0) -> Tensor:
     """`count` fresh seeds, int64 (count, 2) on `like`'s device, from that device's torch generator.
 
     `torch.manual_seed` therefore governs them, CUDA graph replay advances them, and nothing is read back to the host.
     rank  of this process: ranks that share a torch seed draw different noise
+
+    Raises Sparse24Error for a negative count, Sparse24DtypeError for a wrong Python type.
     """
+    if count < 0:
+        raise Sparse24Error(f"count must be 0 or more, got {count}")
     return _op_draw_seeds(like, count, rank)
 
 
+@names_wrong_types
 def draw_seed(like: Tensor, rank: int = 0) -> Tensor:
     """One fresh seed, int64 (2,); see `draw_seeds`."""
     return draw_seeds(like, 1, rank)[0]

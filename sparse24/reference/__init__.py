@@ -291,13 +291,20 @@ def bias_gradient(dy: Tensor) -> Tensor:
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """One of silu, gelu (erf), gelu_tanh, relu, squared_relu, identity; differentiable; in fp32 or wider."""
+    """One of silu, gelu (erf), gelu_tanh, relu, squared_relu, identity; differentiable; in fp32 or wider.
+
+    At -inf and inf it is the limit, and so is its slope: 0 and 0, inf and 1. PyTorch has NaN in some of these places.
+    """
     functional = torch.nn.functional
     wide = x if x.dtype == torch.float64 else x.float()
-    if kind == "silu":
-        out = functional.silu(wide)
-    elif kind in ("gelu", "gelu_tanh"):
-        out = functional.gelu(wide, approximate="tanh" if kind == "gelu_tanh" else "none")
+    infinite = wide.isinf()
+    if kind in ("silu", "gelu", "gelu_tanh"):
+        finite = wide.masked_fill(infinite, 0)
+        if kind == "silu":
+            smooth = functional.silu(finite)
+        else:
+            smooth = functional.gelu(finite, approximate="tanh" if kind == "gelu_tanh" else "none")
+        out = torch.where(infinite, functional.relu(wide), smooth)
     elif kind == "identity":
         out = wide.clone()
     else:

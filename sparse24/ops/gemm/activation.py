@@ -13,6 +13,7 @@ from ...errors import Sparse24Error
 from ...formats import ACTIVATED_FORWARD, GATED_FORWARD, META_BLOCK, as_rows
 from .._common import call_without_grad, define_op
 from ..activation import KINDS
+from ..arguments import names_wrong_types
 from . import launch
 from .products import check_sparse_mm, empty_rows
 
@@ -55,6 +56,7 @@ _op_sparse_mm_activation = define_op(
 )
 
 
+@names_wrong_types
 def sparse_mm_activation(
     x: Tensor, packed: Tensor, E: Tensor, out_features: int, kind: str, *, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,7 @@ def sparse_mm_activation(
     return call_without_grad("sparse_mm_activation", "functional.mlp", _op_sparse_mm_activation, args)
 
 
+@names_wrong_types
 def sparse_mm_gated_activation(
     x: Tensor, packed: Tensor, E: Tensor, d_ff: int, kind: str = "silu", *, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from ...formats import (
     padded_tokens,
 )
 from .._common import call_without_grad, check_mask, check_packed_operand, check_same_device, check_weight, define_op
+from ..arguments import check_no_shared_memory, check_writable, names_wrong_types
 from . import launch, padding, tuning
 
 
@@ -124,6 +125,7 @@ _op_sparse_mm = define_op(
 )
 
 
+@names_wrong_types
 def sparse_mm(
     x: Tensor,
     packed: Tensor,
@@ -186,6 +188,7 @@ _op_sparse_mm_grad_input = define_op(
 )
 
 
+@names_wrong_types
 def sparse_mm_grad_input(
     dy: Tensor, packed_t: Tensor, E_t: Tensor, in_features: int, *, out_dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -296,6 +299,9 @@ def _check_grad_weight_out(packed_dy, E_dy, x, out_features, out) -> None:
 def _sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks):
     _check_grad_weight_out(packed_dy, E_dy, x, out_features, out)
     _check_decay_term(x, out_features, factor, weights, masks)
+    read = [("packed_dy", packed_dy), ("E_dy", E_dy), ("x", x)]
+    read += [(f"decay's {name}", t) for name, part in (("weight", weights), ("mask", masks)) for t in part]
+    check_no_shared_memory([("out", out)], read)
     _grad_weight_into(packed_dy, E_dy, x, out_features, out, accumulate, factor, weights, masks)
 
 
@@ -324,6 +330,7 @@ def _decay_term(factor, weights, masks) -> tuple[Tensor, list[Tensor], list[Tens
     return factor, [w.detach() for w in weights], [mask_as_uint16(mask) for mask in masks]
 
 
+@names_wrong_types
 def sparse_mm_grad_weight(
     packed_dy: Tensor,
     E_dy: Tensor,
@@ -349,8 +356,8 @@ def sparse_mm_grad_weight(
     two with rows in multiples of 64, and nothing is padded; else `foreach_masked_decay_` adds it right after.
 
     Raises, before anything is launched, Sparse24Error for `accumulate` without `out`, and when packed_dy, E_dy, x, out
-    or a part of decay does not fit in shape, size, strides or device; Sparse24DtypeError for a dtype that does not, and
-    for an out_dtype that is not out's.
+    or a part of decay does not fit in shape, size, strides or device, or out shares memory with any of them;
+    Sparse24DtypeError for a dtype that does not, and for an out_dtype that is not out's.
     """
     if accumulate and out is None:
         raise Sparse24Error("accumulate=True needs out=, the gradient to add to")
@@ -360,6 +367,7 @@ def sparse_mm_grad_weight(
         return call_without_grad("sparse_mm_grad_weight", "functional.sparse_linear", _op_sparse_mm_grad_weight, args)
     if out_dtype is not None and out_dtype != out.dtype:
         raise Sparse24DtypeError(f"out_dtype {out_dtype} contradicts out, which is {out.dtype}; pass one of them")
+    check_writable(("out", out))
     with torch.no_grad():
         _op_sparse_mm_grad_weight_(packed_dy, E_dy, x, out_features, out, accumulate, *term)
     torch.autograd.graph.increment_version(out)
@@ -369,6 +377,7 @@ def sparse_mm_grad_weight(
 # ---- tuning ---------------------------------------------------------------------------------------------------------
 
 
+@names_wrong_types
 def tune_gemm(
     tokens: int,
     in_features: int,
