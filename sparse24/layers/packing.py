@@ -80,7 +80,7 @@ def pack(layers: Iterable, *, search: bool) -> None:
         weights, masks = [full_weight(layer) for layer in group], [mask_bits(layer.mask) for layer in group]
         _run(run, weights, masks, group)
         for layer in group:
-            layer.note_packed()
+            layer.note_packed(searched=search)
     _tell_blocks(chain.from_iterable(groups.values()))
 
 
@@ -118,7 +118,7 @@ def _pack_soft(layer, search: bool) -> None:
     _run(ops.compress_, [soft], [mask], [layer])
     if search:
         layer.mask.copy_(mask_bytes(mask))
-    layer.note_packed()
+    layer.note_packed(searched=search)
 
 
 @torch.no_grad()

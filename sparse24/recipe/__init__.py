@@ -1,7 +1,19 @@
 """Around the optimizer's step: hooks and their order, decay, masks, phases, methods, state, flip rates, the tuner."""
 
+from .fingerprint import fingerprint_of, fingerprint_of_state, same_function
+from .follow import follow, load_masks
 from .probe import MaskProbe
 from .recipe import Recipe
 from .tune import TuneResult, tune_decay
 
-__all__ = ["MaskProbe", "Recipe", "TuneResult", "tune_decay"]
+__all__ = [
+    "MaskProbe",
+    "Recipe",
+    "TuneResult",
+    "fingerprint_of",
+    "fingerprint_of_state",
+    "follow",
+    "load_masks",
+    "same_function",
+    "tune_decay",
+]

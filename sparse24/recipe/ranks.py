@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import Tensor
 
 from ..errors import Sparse24Error
-from ..layers import packing
+from ..layers.copies import checksum
 from ..layers.modules import SparseLayer
 
 
@@ -26,15 +23,3 @@ def check_ranks(layers: dict[str, SparseLayer]) -> None:
             f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given "
             "the same weights before the recipe was made?"
         )
-
-
-def fingerprint(masks: Iterable[Tensor]) -> str:
-    """Of all masks of a model, as text."""
-    return f"{sum(int(checksum(mask)) for mask in masks) % 2**64:016x}"
-
-
-def checksum(mask: Tensor) -> Tensor:
-    """64 bits that depend on every byte and its place."""
-    bits = packing.mask_bits(mask).to(torch.int64).flatten()
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    return ((bits + 1) * (places * -7046029254386353131 ^ (places >> 7))).sum()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
-from ..layers import packing, sharding
+from ..layers import copies, packing, sharding
 from ..layers.modules import DENSE, SPARSE, SparseLayer, check_switch, distributed_rank
 from ..layers.owners import forget_owner, owner_of, set_owner
 from . import methods, monitor
@@ -193,6 +193,12 @@ class Recipe:
             "step": float(self.step),
             **self._gap_quantiles(),
         }
+
+    def fingerprint(self) -> str:
+        """Phase and masks as a short text, to store with weights and to compare when they are loaded."""
+        self._check_layers()
+        scales = [layer.soft_scale for layer in self.layers.values() if layer.soft_scale is not None]
+        return copies.fingerprint(self._entered, [layer.mask for layer in self.layers.values()], scales)
 
     def write_tensorboard(self, writer, prefix: str = "sparse24") -> None:
         """All of `metrics()` to a `torch.utils.tensorboard.SummaryWriter`, at the current step; the flip rate of each

@@ -31,11 +31,11 @@ KEYS = {
 
 
 def check_state(
-    state: dict, settings: dict, masks: dict[str, Tensor], override: bool, shapes: list[torch.Size]
+    state: dict, settings: dict, masks: dict[str, Tensor], override: bool, shapes: list[torch.Size] | None
 ) -> dict[str, Tensor]:
     """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error.
 
-    shapes  of the weights, each once
+    shapes  of the weights, each once; None: whoever asks does not train
     """
     if not isinstance(state, dict):
         raise Sparse24Error(f"a recipe state is a dict, got {type(state).__name__}")
@@ -68,7 +68,8 @@ def check_state(
     _check_monitor(state["monitor"])
     _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
-    _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
+    if shapes is not None:
+        _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
     _check_rng(state["rng"])
     return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert import sparse_layers, unwrap
 from ..layers import packing, sharding
+from ..layers.copies import same_function
 from ..layers.feedforward import FusedFeedForward
 from ..layers.modules import DENSE, SparseLayer
 from .exporting import load_exported, masked_weight, plain_state, weight_key
@@ -50,13 +51,15 @@ class VerifyReport:
         return f"verify: {len(self.layers)} layers {what}{file}"
 
 
-def verify(model: nn.Module, path: str | os.PathLike | None = None) -> VerifyReport:
+def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.Module | None = None) -> VerifyReport:
     """Check every sparse layer of `model`, the blocks that run as one function, and a file that was exported from it.
 
     The mask is a transposable 2:4 mask, and the packed forms, both ways, hold exactly the weight under that mask, with
     the metadata in their places. In the dense phase only the masks are checked, and the report says so. Weights that
     `to_semi_structured` made are unpacked, and must be 2:4.
 
+    like  another holder of these weights, such as the model that `model` is an average of: the phase and the masks that
+          matter in it must be the same, or the two compute different functions of their weights
     path  a file that `export` made, plain, masked or compressed: each tensor must equal the model's, masked where the
           file is, and masked ones must be 2:4. Of a model made by `to_semi_structured`, masked files are compared in
           the dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
@@ -74,9 +77,23 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None) -> VerifyRep
     report.problems += [
         (name, "its weight is not 2:4") for name, layer in semi.items() if _most_kept(layer.weight.to_dense()) > 2
     ]
+    if like is not None:
+        report.problems += _differences(layers, sparse_layers(like))
     if path is not None:
         _check_file(model, path, report)
     return report
+
+
+def _differences(layers: dict[str, SparseLayer], others: dict[str, SparseLayer]) -> list[tuple[str, str]]:
+    problems = [(name, "is sparse in one of the two models only") for name in layers.keys() ^ others.keys()]
+    remedy = "call sparse24.follow(model, like=...)"
+    for name in layers.keys() & others.keys():
+        layer, other = layers[name], others[name]
+        if layer.phase != other.phase:
+            problems.append((name, f"is in the {layer.phase} phase, and {other.phase} in the other model; {remedy}"))
+        elif not same_function(layer.fingerprint(), other.fingerprint()):
+            problems.append((name, f"has another mask or scale than the other model; {remedy}"))
+    return sorted(problems)
 
 
 @torch.no_grad()

@@ -1,0 +1,200 @@
+"""Under whose masks and phase a sparse layer runs, when its weights come from elsewhere.
+
+Masks and phase belong to training and are no parameters, so weights can arrive without them. Two cases are watched:
+
+Copies. An average over a model's weights (EMA, SWA) must run under the masks and the phase that this model has *now*;
+a snapshot must keep those that it was taken with. What tells them apart is whether somebody has written the copy's
+weights since: a written copy takes the present masks and phase of the layer that it was copied from, an untouched one
+stays as it is.
+
+Arrivals. A state_dict carries a fingerprint of phase and mask for each layer, in the metadata that modules have for
+their versions. Weights that were saved under another phase or other masks than the layer has are told of at the next
+forward pass, and not at loading, for masks may be loaded after weights.
+
+Both cost a forward pass one test for None, and nothing in compiled code, which does not look.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import Sparse24Warning
+from . import packing
+
+#: the key of a layer's fingerprint in the metadata of a state_dict
+METADATA_KEY = "sparse24"
+
+
+class Origin:
+    """The layer that another was copied from. Copies share it as it is; pickles, for other processes, forget it."""
+
+    def __init__(self, layer=None):
+        self._layer = None if layer is None else weakref.ref(layer)
+
+    def __call__(self):
+        return None if self._layer is None else self._layer()
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __reduce__(self):
+        return Origin, ()
+
+
+@dataclass
+class Arrival:
+    """Weights that a state_dict has brought, saved by a layer with another fingerprint."""
+
+    name: str  # of the layer in the state_dict
+    saved: str
+    call: object  # the same for all layers of one load_state_dict
+
+
+@dataclass
+class Watch:
+    """What a layer has to look at before its next forward pass."""
+
+    origin: Origin | None = None
+    seen: tuple[int, int] = (0, 0)  # the origin's generation and packs when the copy looked last
+    is_average: bool | None = None  # whether the copy's weights are written; None: not known yet
+    arrival: Arrival | None = None
+
+
+def origin_for_copies(layer) -> Origin:
+    """What a copy of `layer` follows: the layer itself, but for a copy of a copy the one that is trained."""
+    return Origin(layer) if _followed(layer) is None else layer._watch.origin
+
+
+def watch_origin(layer, origin: Origin) -> None:
+    """Called for a new copy, once it is packed."""
+    followed = origin()
+    layer._watch = None if followed is None else Watch(origin, _moment(followed))
+
+
+def look(layer, *, forward: bool = True) -> None:
+    """Look at what the layer's watch names, before a forward pass or when somebody says that weights were written."""
+    watch = layer._watch
+    if watch.origin is not None:
+        _look_at_origin(layer, watch, forward)
+    if forward and watch.arrival is not None:
+        _tell_arrival(layer, watch)
+    if watch.origin is None and watch.arrival is None:
+        layer._watch = None
+
+
+def note_written(layer) -> None:
+    """Weights have been put into a layer: a copy then runs under the masks of the layer that it follows."""
+    if _followed(layer) is not None:
+        layer._watch.is_average, layer._watch.seen = True, (-1, -1)
+
+
+def _followed(layer):
+    """The layer that this one is a copy of, as far as it is still there."""
+    watch = layer._watch
+    return None if watch is None or watch.origin is None else watch.origin()
+
+
+def _moment(origin) -> tuple[int, int]:
+    return origin._generation, origin._packs
+
+
+def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
+    origin = watch.origin()
+    if origin is None:
+        watch.origin = None
+        return
+    if layer.weight_is_lent():
+        return
+    written = layer.weight_has_changed()
+    if written and forward and layer.training and torch.is_grad_enabled() and layer.weight.requires_grad:
+        watch.origin = None  # trained by itself: a model of its own from here on
+        return
+    now = _moment(origin)
+    if now == watch.seen and not written:
+        return
+    searched = now[0] != watch.seen[0]
+    if not written and not watch.is_average and (searched or watch.is_average is None):
+        # Writes through `.data` show in no version: compare what is packed with the weight, once a mask search.
+        watch.is_average = not layer.is_packed()
+    watch.is_average = watch.is_average or written
+    watch.seen = now
+    if watch.is_average:
+        layer.take_state(origin.phase, origin.mask, origin.soft_scale)
+
+
+# -- fingerprints -----------------------------------------------------------------------------------------------------
+
+
+def checksum(mask: Tensor) -> Tensor:
+    """64 bits that depend on every byte and its place."""
+    bits = packing.mask_bits(mask).to(torch.int64).flatten()
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return ((bits + 1) * (places * -7046029254386353131 ^ (places >> 7))).sum()
+
+
+def fingerprint(phase: str, masks: list[Tensor], scales: list[Tensor] = ()) -> str:
+    """The phase, "-" and 16 hexadecimal digits over masks and S-STE's scales, in their order."""
+    parts = torch.stack([checksum(mask) for mask in masks]).tolist() if masks else []
+    parts += [float(scale) for scale in scales]
+    return f"{phase}-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}"
+
+
+def same_function(one: str, other: str) -> bool:
+    """Whether two fingerprints stand for one function of the weights. In the dense phase masks do not matter."""
+    dense = one.startswith("dense-") and other.startswith("dense-")
+    return one == other or dense
+
+
+# -- arrivals ---------------------------------------------------------------------------------------------------------
+
+
+_arrived: weakref.WeakSet = weakref.WeakSet()
+
+
+def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
+    """After a load_state_dict into `layer`; saved: the fingerprint in the metadata, None where there is none."""
+    if layer._watch is not None:
+        layer._watch.arrival = None
+    if not isinstance(saved, str) or layer.fingerprint() in (None, saved):
+        return
+    origin = _followed(layer)
+    if origin is not None and origin.fingerprint() == saved:
+        layer._watch.seen, layer._watch.is_average = _moment(origin), None
+        layer.take_state(origin.phase, origin.mask, origin.soft_scale)
+        return
+    layer._watch = layer._watch or Watch()
+    layer._watch.arrival = Arrival(name, saved, call)
+    _arrived.add(layer)
+
+
+def _tell_arrival(layer, watch: Watch) -> None:
+    """One warning for all layers of a load, unless the masks that belong to the weights have come meanwhile."""
+    arrival, mine = watch.arrival, layer.fingerprint()
+    watch.arrival = None
+    if mine is None or same_function(mine, arrival.saved):
+        return
+    names = [arrival.name]
+    for other in list(_arrived):
+        theirs = other._watch.arrival if other._watch is not None else None
+        if theirs is not None and theirs.call is arrival.call:
+            if not same_function(other.fingerprint(), theirs.saved):
+                names.append(theirs.name)
+            other._watch.arrival = None
+            _arrived.discard(other)
+    phase, saved_phase = mine.split("-")[0], arrival.saved.split("-")[0]
+    how = "under other masks" if phase == saved_phase else f"in the {saved_phase} phase, and the model is {phase}"
+    warnings.warn(
+        f"the weights of {', '.join(names[:4])} ({len(names)} sparse layers) were saved {how}: with them the model "
+        "computes another function than the one that was saved. Load the recipe's state of that moment by "
+        "recipe.load_state_dict(state) or sparse24.load_masks(model, state), take the masks and phase of a model that "
+        "has them by sparse24.follow(model, like=other), or search masks for these weights by "
+        "sparse24.refresh(model, search=True)",
+        Sparse24Warning,
+        stacklevel=2,
+    )

@@ -1,0 +1,281 @@
+"""Copies of a model compute what it computes: averages, snapshots, evaluation in a new program, reloaded weights."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from tiny_models import MLP
+from tiny_recipes import kept, make, run
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import sparse24
+from sparse24 import Sparse24Error, Sparse24Warning, ops
+from sparse24.convert import sparse_layers
+from sparse24.recipe import fingerprint_of, fingerprint_of_state
+
+X = torch.randn(8, 16, generator=torch.Generator().manual_seed(99))
+
+
+def masked_twin(model, like):
+    """A plain dense model with the weights of `model` under the phase and masks of `like`: the right function."""
+    twin = MLP()
+    inner = model.module if isinstance(model, AveragedModel) else model
+    twin.load_state_dict(inner.state_dict())
+    for name, layer in sparse_layers(like).items():
+        if layer.phase == "sparse":
+            weight = twin.get_submodule(name).weight
+            weight.data.copy_(torch.where(kept(layer), weight, 0))
+    return twin
+
+
+@torch.no_grad()
+def assert_same(model, twin):
+    torch.testing.assert_close(model(X), twin(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def no_other_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Sparse24Warning)
+        yield
+
+
+def train_with_average(average, update, steps=12):
+    """Trains to the end, and after each step asks that the average is the model's function of its own weights."""
+    model, optimizer, _ = make(mask_interval=2)
+    ema = average(model)
+    for step in range(steps):
+        run(model, optimizer, 1, first=step)
+        update(ema, model)
+        assert_same(ema, masked_twin(ema, model))
+    assert {layer.phase for layer in sparse_layers(model).values()} == {"dense"}
+    return model, ema
+
+
+@pytest.mark.fault(79)
+def test_an_averaged_model_follows_masks_and_phase_by_itself():
+    train_with_average(
+        lambda model: AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)),
+        lambda ema, model: ema.update_parameters(model),
+    )
+
+
+def test_refresh_of_an_averaged_model_follows_too():
+    def update(ema, model):
+        ema.update_parameters(model)
+        sparse24.refresh(ema)
+
+    model, ema = train_with_average(AveragedModel, update)
+    assert sparse24.verify(ema, like=model)
+
+
+def test_an_average_written_through_data_follows():
+    def update(ema, model):
+        for mine, theirs in zip(ema.parameters(), model.parameters(), strict=True):
+            mine.data = 0.5 * mine.data + 0.5 * theirs.data  # another address
+            mine.data.lerp_(theirs.data, 0.5)  # no version
+
+    train_with_average(copy.deepcopy, update)
+
+
+def test_an_average_in_place_through_data_follows_from_the_next_search_on():
+    def update(ema, model):
+        for mine, theirs in zip(ema.parameters(), model.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.5)
+
+    train_with_average(copy.deepcopy, update)
+
+
+def test_a_copy_of_a_copy_follows_the_trained_one():
+    def average(model):
+        first = copy.deepcopy(model)
+        return copy.deepcopy(first)
+
+    train_with_average(average, lambda ema, model: AveragedModel.update_parameters(_averaging(ema), model))
+
+
+def _averaging(module):
+    shell = AveragedModel(nn.Linear(1, 1))
+    shell.module, shell.n_averaged = module, torch.tensor(1)
+    return shell
+
+
+@pytest.mark.fault(79)
+def test_a_snapshot_keeps_the_function_that_it_had():
+    model, optimizer, _ = make(mask_interval=2)
+    run(model, optimizer, 3)
+    snapshot = copy.deepcopy(model)
+    twin = masked_twin(snapshot, model)
+    run(model, optimizer, 9, first=3)
+    assert_same(snapshot, twin)
+    assert fingerprint_of(snapshot) != fingerprint_of(model)
+    report = sparse24.verify(snapshot, like=model)
+    assert not report and "follow" in str(report) and "phase" in str(report)
+
+
+def test_a_moved_copy_still_follows():
+    model, optimizer, _ = make(mask_interval=2)
+    ema = AveragedModel(model)
+    run(model, optimizer, 5)
+    ema.update_parameters(model)
+    ema.to(torch.float64).to(torch.float32)
+    assert_same(ema, masked_twin(ema, model))
+
+
+def test_a_copy_that_is_trained_by_a_recipe_of_its_own_follows_nobody():
+    model, optimizer, _ = make(mask_interval=2)
+    fork = copy.deepcopy(model)
+    other = torch.optim.SGD(fork.parameters(), lr=0.5)
+    sparse24.Recipe(fork, other, total_steps=100, mask_interval=3)
+    run(fork, other, 7, first=50)
+    run(model, optimizer, 4)
+    assert_same(fork, masked_twin(fork, fork))
+    assert fingerprint_of(fork) != fingerprint_of(model)
+
+
+@pytest.mark.fault(79)
+def test_follow_makes_a_dense_copy_compute_the_same():
+    model, optimizer, recipe = make(mask_interval=2)
+    run(model, optimizer, 5)
+    dense = MLP()
+    dense.load_state_dict(model.state_dict())
+    assert sparse24.follow(dense, like=torch.compile(model, backend="eager")) == 2
+    assert_same(dense, masked_twin(model, model))
+    assert fingerprint_of(dense) == recipe.fingerprint() == fingerprint_of_state(recipe.state_dict())
+    run(model, optimizer, 7, first=5)
+    dense.load_state_dict(model.state_dict())
+    sparse24.follow(AveragedModel(dense).module, like=model)
+    sparse24.follow(dense, like=model)
+    assert_same(dense, masked_twin(model, model))
+    assert recipe.fingerprint().startswith("dense-")
+
+
+def test_follow_takes_the_scales_of_s_ste():
+    model, optimizer, _ = make(method="s-ste")
+    run(model, optimizer, 5)
+    other = MLP()
+    other.load_state_dict(model.state_dict())
+    sparse24.follow(other, like=model)
+    assert torch.equal(other(X), model(X))
+    assert fingerprint_of(other) == fingerprint_of(model)
+
+
+def test_follow_refuses_another_model_and_changes_nothing():
+    model, _, _ = make()
+    wide = nn.Sequential(nn.Linear(16, 16))
+    with pytest.raises(Sparse24Error, match="has no|without sparse layers"):
+        sparse24.follow(model, like=wide)
+    with pytest.raises(Sparse24Error, match="same architecture"):
+        sparse24.follow(wide, like=model)
+    other = MLP()
+    other.get_submodule(next(iter(sparse_layers(model)))).weight = nn.Parameter(torch.zeros(4, 16))
+    with pytest.raises(Sparse24Error, match="other shapes"):
+        sparse24.follow(other, like=model)
+    assert not sparse_layers(wide) and not sparse_layers(other)
+    with pytest.raises(Sparse24Error, match="like must be"):
+        sparse24.follow(model, like=None)
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("weights_first", [True, False])
+@pytest.mark.parametrize("steps", [7, 12])
+@pytest.mark.parametrize("dense", [True, False])
+def test_load_masks_evaluates_a_checkpoint_in_a_new_program(weights_first, steps, dense):
+    model, optimizer, recipe = make()
+    run(model, optimizer, steps)
+    torch.save((model.state_dict(), recipe.state_dict()), file := io.BytesIO())
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    fresh = MLP()
+    if not dense:
+        sparse24.sparsify(fresh)
+    if weights_first:
+        fresh.load_state_dict(weights)
+        assert sparse24.load_masks(fresh, state) == 2
+    else:
+        assert sparse24.load_masks(fresh, state) == 2
+        fresh.load_state_dict(weights)
+    assert_same(fresh, masked_twin(model, model))
+    assert sparse24.verify(fresh, like=model)
+
+
+def test_load_masks_says_what_it_wants():
+    model, optimizer, recipe = make()
+    with pytest.raises(Sparse24Error, match='"recipe"'):
+        sparse24.load_masks(MLP(), {"recipe": recipe.state_dict()})
+    state = recipe.state_dict()
+    name = next(iter(state["masks"]))
+    state["masks"] = state["masks"] | {name: torch.full_like(state["masks"][name], 255)}
+    with pytest.raises(Sparse24Error, match=f"saved mask of {name}"):
+        sparse24.load_masks(model, state)
+    with pytest.raises(Sparse24Error, match="same architecture"):
+        sparse24.load_masks(nn.Sequential(nn.Linear(16, 16)), recipe.state_dict())
+
+
+def reloaded(into_steps, from_steps):
+    """A run of `into_steps` whose model then gets its own weights of `from_steps` back, and the state of that time."""
+    model, optimizer, recipe = make()
+    run(model, optimizer, from_steps)
+    best, state = copy.deepcopy(model.state_dict()), recipe.state_dict()
+    run(model, optimizer, into_steps - from_steps, first=from_steps)
+    model.load_state_dict(best)
+    return model, state
+
+
+@pytest.mark.fault(80)
+@pytest.mark.parametrize("into_steps, how", [(9, "in the sparse phase"), (8, "under other masks")])
+def test_weights_of_other_masks_or_phase_are_told_of_by_name(into_steps, how):
+    model, state = reloaded(into_steps, 2)
+    with pytest.warns(Sparse24Warning, match=rf"fc1.*\(2 sparse layers\).*{how}.*load_masks") as caught:
+        model(X)
+    assert len(caught) == 1
+    model(X)  # once
+    model, state = reloaded(into_steps, 2)
+    sparse24.load_masks(model, state)
+    model(X)  # the remedy, and no word
+
+
+@pytest.mark.fault(80)
+def test_weights_of_the_same_masks_are_not_told_of():
+    model, _ = reloaded(3, 2)
+    model(X)
+    fresh = MLP()
+    sparse24.sparsify(fresh)
+    fresh.load_state_dict(MLP().state_dict())
+    fresh(X)
+
+
+def test_searching_masks_on_purpose_needs_no_word():
+    model, _ = reloaded(8, 2)
+    sparse24.refresh(model, search=True)
+    model(X)
+    model, _ = reloaded(9, 2)
+    sparse24.Recipe(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=10)
+    model(X)
+
+
+@pytest.mark.fault(57)
+@pytest.mark.parametrize("door", ["load_state_dict", "assign", "parameter"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_arrive_by_one_rule(door, trained):
+    """The mask of a training stays; a mask that belongs to the weights is searched anew."""
+    model = MLP()
+    sparse24.sparsify(model)
+    if trained:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        sparse24.Recipe(model, optimizer, total_steps=12)
+        run(model, optimizer, 1)
+    before = {name: layer.mask.clone() for name, layer in sparse_layers(model).items()}
+    weights = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    if door == "parameter":
+        for name, layer in sparse_layers(model).items():
+            layer.weight = nn.Parameter(weights[f"{name}.weight"])
+    else:
+        model.load_state_dict(weights, assign=door == "assign")
+    for name, layer in sparse_layers(model).items():
+        searched = ops.transposable_mask(layer.kernel_weight()).view(torch.uint8)
+        assert torch.equal(layer.mask, before[name] if trained else searched)
+    assert sparse24.verify(model)
