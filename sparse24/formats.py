@@ -2,12 +2,13 @@
 
 Terms: `mask` has one uint16 per 4x4 block, bit 4*i + j set when element (i, j) is kept. `packed` is the kept half of
 the values; `E` their positions in the byte order of the sparse tensor cores (csrc/common/metadata.h has the same
-formulas).
+formulas). Every rule on element formats goes through one table, `FORMATS`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,30 +16,109 @@ from torch import Tensor
 from .errors import Sparse24Error
 
 BLOCK = 4  # a mask block is 4x4
-META_BLOCK = 64  # E is written in blocks of 64 (m) x 64 (k) elements, 512 bytes each
+META_BLOCK = 64  # rows of m in one block of E; along k it is the K tile of a format
 PADDING_NIBBLE = 0x4  # positions 0 and 1
 
-#: dtype codes of the C++ library (csrc/include/sparse24/types.h)
-DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 
-#: the three products, and forward with an activation, plain or gated: `GemmPass` of the C++ library
-#: (csrc/include/sparse24/gemm.h)
-FORWARD, GRAD_INPUT, GRAD_WEIGHT, ACTIVATED_FORWARD, GATED_FORWARD = 0, 1, 2, 3, 4
+class Format(NamedTuple):
+    """What packed values of a dtype are, and who multiplies them. csrc/common/format.h is the twin of this table.
+
+    dtype        of an element
+    code         of the C++ library (csrc/include/sparse24/types.h); -1: it does not know the dtype
+    runs_on      the fastest backend that multiplies it: "cuda" (sparse tensor cores), "cpu" or "reference"
+    bytes        of an element
+    meta_tile_k  extent along k of a block of E, in elements
+    token_step   tokens of a pruned gradient are padded to a multiple of this
+    mn_major     may a packed operand lie along m, [k/2, m]? Else [m, k/2] only
+    scaled       values are x / scale, one power of two for a tensor
+    """
+
+    dtype: torch.dtype
+    code: int
+    runs_on: str
+    bytes: int
+    meta_tile_k: int = 64
+    token_step: int = 8
+    mn_major: bool = True
+    scaled: bool = False
+
+    @property
+    def per_vector(self) -> int:
+        """Elements of 16 bytes: rows of whole vectors are moved as they are, others padded."""
+        return 16 // self.bytes
+
+
+FORMATS = {
+    format_.dtype: format_
+    for format_ in (
+        Format(torch.float64, -1, "reference", 8),
+        Format(torch.float32, 0, "cpu", 4),
+        Format(torch.bfloat16, 1, "cuda", 2),
+        Format(torch.float16, 2, "cuda", 2),
+        Format(torch.float8_e4m3fn, 3, "cuda", 1, meta_tile_k=128, token_step=32, mn_major=False, scaled=True),
+        Format(torch.float8_e5m2, 4, "cuda", 1, meta_tile_k=128, token_step=32, mn_major=False, scaled=True),
+    )
+}
+#: dtype codes of the C++ library
+DTYPE_CODE = {dtype: format_.code for dtype, format_ in FORMATS.items() if format_.code >= 0}
+#: what the sparse tensor cores multiply as it is, and with a scale beside it
+HALF_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on == "cuda" and not f.scaled)
+FLOAT8_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.scaled)
+#: dtypes of a master weight and of what products make of 16-bit operands; float64 is the reference's own
+WEIGHT_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on != "reference" and not f.scaled)
+
+#: the products of a layer: codes of the binding (csrc/bindings/gemm.cpp). The last is the weight gradient where the
+#: input was pruned in place of the output gradient
+FORWARD, GRAD_INPUT, GRAD_WEIGHT, ACTIVATED_FORWARD, GATED_FORWARD, GRAD_WEIGHT_OF_INPUT = range(6)
+
+
+class GemmProblem(NamedTuple):
+    """One sparse product, out(m, n) = lhs(m, k) rhs(k, n), without its tensors: what kernels are chosen by.
+
+    pass_code          which product: FORWARD and so on
+    m, n, k            extents; lhs is sparse along k
+    format, out_dtype  codes of the operands' and the result's dtype (`DTYPE_CODE`)
+    """
+
+    pass_code: int
+    m: int
+    n: int
+    k: int
+    format: int
+    out_dtype: int
+
+
+class SparseOperand(NamedTuple):
+    """A matrix (m, k) that is 2:4 sparse along k: the left-hand side of a sparse product.
+
+    values    what is kept: [m, k/2] where `k_major`, else [k/2, m]
+    E         the positions, uint8 of `metadata_bytes(m, k, values.dtype)`
+    k_major   how values lie: the forward weight and all of 8 bits along k, other operands along m
+    scale     one float32 by which values are multiplied again, of scaled formats; else None
+    """
+
+    values: Tensor
+    E: Tensor
+    k_major: bool = True
+    scale: Tensor | None = None
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.values.dtype]
 
 
 def round_up(value: int, step: int) -> int:
     return (value + step - 1) // step * step
 
 
-def metadata_bytes(m: int, k: int) -> int:
-    """Bytes of E for a sparse operand of m rows and k dense columns: both padded to 64, one bit an element."""
-    return round_up(m, META_BLOCK) * round_up(k, META_BLOCK) // 8
+def metadata_bytes(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of E for a sparse operand of m rows and k dense columns: padded to blocks, one bit an element."""
+    return round_up(m, META_BLOCK) * round_up(k, FORMATS[dtype].meta_tile_k) // 8
 
 
-def padded_tokens(tokens: int) -> int:
-    """Rows of a gradient after padding for MVUE: a multiple of 8, one byte of metadata."""
-    return round_up(tokens, 8)
+def padded_tokens(tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Rows of a gradient after padding for MVUE: whole bytes of metadata, and whole steps of the format."""
+    return round_up(tokens, FORMATS[dtype].token_step)
 
 
 def is_row_major(t: Tensor) -> bool:
@@ -82,17 +162,26 @@ def mask_as_uint16(mask: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def metadata_order(m: int, k: int) -> Tensor:
-    """int64 [m64, k64 // 8]: offset in E of the byte for elements (row, 8*col .. 8*col + 7); extents padded to 64."""
+def metadata_order(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """int64 [m64, k_tiles / 8]: offset in E of the byte for elements (row, 8*col .. 8*col + 7); extents padded.
+
+    Blocks of 64 rows and one K tile are contiguous and run along m first, then along k. Inside a block of 16-bit
+    values, 512 bytes, here k = 0..31 of rows 0..15 (k = 16..31 and 48..63 lie 64 bytes on, the next 16 rows 128):
+
+               k   0..7  8..15 | 32..39 40..47
+        row 0    byte 0     1  |   4      5        rows 0..7 lie 8 bytes apart,
+        row 8         2     3  |   6      7        rows 8..15 between them, 2 bytes on
+        row 1         8     9  |  12     13
+
+    Inside a block of 8-bit values, 1024 bytes, each row has 16 bytes in the order of k.
+    """
+    tile_k = FORMATS[dtype].meta_tile_k
     rows = torch.arange(round_up(m, META_BLOCK)).unsqueeze(1)
-    cols = torch.arange(0, round_up(k, META_BLOCK), 8).unsqueeze(0)
-    return (
-        (cols // 64) * 8 * rows.shape[0]
-        + (rows // 64) * 512
-        + (rows % 64 // 16) * 128
-        + (cols // 16 % 2) * 64
-        + (rows % 8) * 8
-        + (cols // 32 % 2) * 4
-        + (rows // 8 % 2) * 2
-        + (cols % 16) // 8
-    )
+    cols = torch.arange(0, round_up(k, tile_k), 8).unsqueeze(0)
+    block = (cols // tile_k) * (rows.shape[0] // META_BLOCK) + rows // META_BLOCK
+    row, col = rows % META_BLOCK, cols % tile_k
+    if FORMATS[dtype].bytes == 1:
+        inside = row * 16 + col // 8
+    else:
+        inside = row // 16 * 128 + col // 16 % 2 * 64 + row % 8 * 8 + col // 32 * 4 + row // 8 % 2 * 2 + col % 16 // 8
+    return block * (META_BLOCK * tile_k // 8) + inside

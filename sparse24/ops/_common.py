@@ -9,9 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import BLOCK, DTYPE_CODE, HALF_DTYPES, metadata_bytes
-
-WEIGHT_DTYPES = (torch.float32, *HALF_DTYPES)
+from ..formats import BLOCK, DTYPE_CODE, WEIGHT_DTYPES, metadata_bytes
 
 
 def define_op(name: str, signature: str, implementation: Callable, fake: Callable, tags=()) -> Callable:
@@ -116,7 +114,7 @@ def check_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int,
     # Every product pays for this check, so what is right takes the short way.
     fits = (
         packed.shape == shape
-        and packed.dtype in DTYPE_CODE
+        and packed.dtype in WEIGHT_DTYPES
         and packed.is_contiguous()
         and E.shape == (metadata_bytes(m, k),)
         and E.dtype == torch.uint8
