@@ -7,7 +7,9 @@ import torch
 
 import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops, reference
+from sparse24.ops.gemm import DecayTerm
 from sparse24.ops.gemm import launch as gemm_launch
+from sparse24.ops.gemm.decay import decay_fields
 from sparse24.testing import assert_as_accurate, column_major
 
 # (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one
@@ -313,7 +315,7 @@ def test_weights_that_the_kernels_do_not_take_decay_in_a_pass_of_their_own():
     """Another dtype than the gradient's, unlike layouts, halves that share a block of 64 rows, odd addresses."""
     w = torch.zeros(128, 72).bfloat16()
     out, factor, mask = torch.zeros(128, 72).bfloat16(), torch.ones(1), ops.transposable_mask(w)
-    fields = lambda *weights: gemm_launch.decay_fields(out, factor, list(weights), [mask] * len(weights))  # noqa: E731
+    fields = lambda *weights: decay_fields(out, DecayTerm(factor, weights, [mask] * len(weights)))  # noqa: E731
     assert fields(w) is not None and fields(column_major(w)) is not None and fields(w[:64], w[64:]) is not None
     assert fields(w.float()) is None
     assert fields(w[:64], column_major(w[64:])) is None

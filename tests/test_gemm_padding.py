@@ -19,18 +19,22 @@ from sparse24.formats import (
     FORWARD,
     GRAD_INPUT,
     GRAD_WEIGHT,
+    GRAD_WEIGHT_OF_INPUT,
     HALF_DTYPES,
+    GemmProblem,
+    SparseOperand,
     metadata_bytes,
     padded_tokens,
     round_up,
 )
 from sparse24.ops.gemm import launch as gemm_launch
-from sparse24.ops.gemm import products as gemm
+from sparse24.ops.gemm import products, weight_gradient
 from sparse24.ops.gemm.padding import pad, padded_extents
 from sparse24.testing import assert_as_accurate
 
-DENSE = gemm._dense
-PASSES = (FORWARD, GRAD_INPUT, GRAD_WEIGHT)
+DENSE = products.dense
+WEIGHT_GRADIENTS = (GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT)
+PASSES = (FORWARD, GRAD_INPUT, *WEIGHT_GRADIENTS)
 DTYPE = {code: dtype for dtype, code in DTYPE_CODE.items()}
 FEATURES = (4, 12, 20, 36, 1500, 2044)
 # (tokens, in_features, out_features): each odd size on both sides, alone and beside one that fits.
@@ -43,13 +47,14 @@ SHAPES = [
 # ---- the kernels, played on the CPU ---------------------------------------------------------------------------------
 
 
-def refusal(pass_code, m, n, k, dtype, out_dtype, rhs_ld, out_ld, index=0) -> str:
+def refusal(problem, rhs_ld, out_ld, index=0) -> str:
     """`unsupported` of csrc/gemm/sparse_gemm.cpp, as far as it is about sizes."""
-    if dtype not in HALF_DTYPES:
+    pass_code, m, _, k, dtype, out_dtype = problem
+    if DTYPE[dtype] not in HALF_DTYPES:
         return "dtype"
     if rhs_ld % 8:
         return "rows of the dense operand"
-    if out_ld % (16 // out_dtype.itemsize):
+    if out_ld % (16 // DTYPE[out_dtype].itemsize):
         return "rows of the output"
     if pass_code == FORWARD and (k == 0 or k % 16):
         return "in_features"
@@ -71,10 +76,10 @@ class Kernels:
     def sparse_gemm(
         self, pass_code, m, n, k, dtype, out_dtype, packed, E, rhs, rhs_ld, out, out_ld, bias, accumulate, *_
     ):  # fmt: skip
+        assert not refusal(GemmProblem(pass_code, m, n, k, dtype, out_dtype), rhs_ld, out_ld)
         dtype, out_dtype = DTYPE[dtype], DTYPE[out_dtype]
-        assert not refusal(pass_code, m, n, k, dtype, out_dtype, rhs_ld, out_ld)
         assert not any(pointer % 16 for pointer in (packed, E, rhs, out))
-        forward, weight = pass_code == FORWARD, pass_code == GRAD_WEIGHT
+        forward, weight = pass_code == FORWARD, pass_code in WEIGHT_GRADIENTS
         sparse_k = padded_tokens(k) if weight else k
         rows, columns = (m, sparse_k // 2) if forward else (sparse_k // 2, m)
         values = memory(packed, rows, columns, columns, dtype)
@@ -85,6 +90,8 @@ class Kernels:
             lhs = reference.decompress(values, positions, sparse_k, m, True).double()[:k].T
         rhs = memory(rhs, *((k, n) if weight else (n, k)), rhs_ld, dtype).double()
         result = lhs @ rhs if weight else rhs @ lhs.T
+        if pass_code == GRAD_WEIGHT_OF_INPUT:
+            result = result.T
         whole_units = min(out_ld, round_up(result.shape[1], 16 // out_dtype.itemsize))
         out = memory(out, result.shape[0], whole_units, out_ld, out_dtype)
         out[:, result.shape[1] :] = float("nan")
@@ -102,7 +109,8 @@ def forbidden(*args):
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> str:
     """Where sparse kernels run; that they do is part of each test."""
-    monkeypatch.setattr(gemm, "_dense", forbidden)
+    for module in (products, weight_gradient):
+        monkeypatch.setattr(module, "dense", forbidden)
     if request.param == "cpu":
         monkeypatch.setattr(gemm_launch, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
         monkeypatch.setattr(gemm_launch, "unsupported", refusal)
@@ -121,15 +129,16 @@ def device(request, monkeypatch) -> str:
 def test_padded_extents_obey_the_kernels_are_least_and_keep_E(pass_code):
     sizes = (*FEATURES, 8, 16, 24, 60, 64, 68, 124, 252, 260)
     for m, other, dtype, out_bytes in itertools.product(sizes, sizes, HALF_DTYPES, (2, 4)):
-        n, k = (other, 31) if pass_code == GRAD_WEIGHT else (31, other)
-        out_dtype = dtype if out_bytes == 2 else torch.float32
+        weight = pass_code in WEIGHT_GRADIENTS
+        n, k = (other, 31) if weight else (31, other)
+        codes = (DTYPE_CODE[dtype], DTYPE_CODE[dtype if out_bytes == 2 else torch.float32])
         to = padded_extents(pass_code, m, n, k, out_bytes)
-        assert not refusal(pass_code, to.m, to.n, to.k, dtype, out_dtype, to.rhs_ld, to.out_ld)
+        assert not refusal(GemmProblem(pass_code, *to[:3], *codes), to.rhs_ld, to.out_ld)
         assert (m, n, k) <= to[:3] and to.m < m + 8 and to.n == n and to.k < k + 16
-        sparse_k = padded_tokens(k) if pass_code == GRAD_WEIGHT else k
+        sparse_k = padded_tokens(k) if weight else k
         assert metadata_bytes(to.m, round_up(to.k, 4)) == metadata_bytes(m, sparse_k)
-        rhs_ld, out_ld = (n, n) if pass_code == GRAD_WEIGHT else (k, m)
-        if not refusal(pass_code, m, n, k, dtype, out_dtype, rhs_ld, out_ld):
+        rhs_ld, out_ld = n if weight else k, n if pass_code == GRAD_WEIGHT else m
+        if not refusal(GemmProblem(pass_code, m, n, k, *codes), rhs_ld, out_ld):
             assert to == (m, n, k, rhs_ld, out_ld), "padded what fits"
 
 
@@ -137,23 +146,26 @@ def test_padded_extents_obey_the_kernels_are_least_and_keep_E(pass_code):
 def test_the_rules_that_tests_play_are_those_of_the_library():
     sizes = (4, 8, 12, 16, 20, 24, 36, 40, 1500, 2044)
     for pass_code, m, other, out in itertools.product(PASSES, sizes, sizes, (torch.bfloat16, torch.float32)):
-        n, k = (other, 64) if pass_code == GRAD_WEIGHT else (64, other)
-        rhs_ld, out_ld = (n, n) if pass_code == GRAD_WEIGHT else (k, m)
-        product = (pass_code, m, n, k, torch.bfloat16, out, rhs_ld, out_ld, 0)
+        n, k = (other, 64) if pass_code in WEIGHT_GRADIENTS else (64, other)
+        rhs_ld, out_ld = n if pass_code in WEIGHT_GRADIENTS else k, n if pass_code == GRAD_WEIGHT else m
+        codes = (DTYPE_CODE[torch.bfloat16], DTYPE_CODE[out])
+        product = (GemmProblem(pass_code, m, n, k, *codes), rhs_ld, out_ld, 0)
         assert bool(gemm_launch.unsupported(*product)) == bool(refusal(*product)), product
         to = padded_extents(pass_code, m, n, k, out.itemsize)
-        assert not gemm_launch.unsupported(pass_code, *to[:3], torch.bfloat16, out, to.rhs_ld, to.out_ld, 0), product
+        padded = GemmProblem(pass_code, *to[:3], *codes)
+        assert not gemm_launch.unsupported(padded, to.rhs_ld, to.out_ld, 0), product
 
 
 def test_what_fits_is_not_copied():
     """A product that is here for the rows of its output alone."""
-    packed, E = torch.randn(36, 32).bfloat16(), torch.zeros(metadata_bytes(36, 64), dtype=torch.uint8)
+    weight = SparseOperand(torch.randn(36, 32).bfloat16(), torch.zeros(metadata_bytes(36, 64), dtype=torch.uint8))
     x, out = torch.randn(5, 64).bfloat16(), torch.empty(5, 36, dtype=torch.bfloat16)
-    padded = pad(FORWARD, 36, 5, 64, packed, E, x, out, False)
-    assert padded.packed is packed and padded.E is E and padded.rhs is x
+    padded = pad(GemmProblem(FORWARD, 36, 5, 64, 1, 1), weight, x, out, False)
+    assert padded.lhs.values is weight.values and padded.lhs.E is weight.E and padded.rhs is x
     assert padded.out.shape == (5, 40) and padded.wanted is out
     dw = torch.empty(64, 36, dtype=torch.float32)  # nine units of four: only x must be padded
-    padded = pad(GRAD_WEIGHT, 64, 36, 5, torch.zeros(4, 64).bfloat16(), E, torch.zeros(5, 36).bfloat16(), dw, True)
+    packed_dy = SparseOperand(torch.zeros(4, 64).bfloat16(), weight.E, k_major=False)
+    padded = pad(GemmProblem(GRAD_WEIGHT, 64, 36, 5, 1, 0), packed_dy, torch.zeros(5, 36).bfloat16(), dw, True)
     assert padded.out is dw and padded.accumulate and padded.rhs.shape == (5, 40)
 
 
@@ -177,6 +189,10 @@ def test_products_of_odd_sizes_are_exact_on_small_integers(device, shape):
         packed_dy, E_dy = ops.mvue_compress(dy, torch.tensor([3, 4], device=device))
         exact = dense_gradient(packed_dy, E_dy, tokens).double().T @ x.double()
         dw = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=out_dtype)
+        assert torch.equal(dw, exact.to(out_dtype)) and dw.is_contiguous()
+        packed_x, E_x = ops.mvue_compress(x, torch.tensor([3, 4], device=device))
+        exact = dy.double().T @ dense_gradient(packed_x, E_x, tokens).double()
+        dw = ops.sparse_mm_grad_weight_input(packed_x, E_x, dy, in_features, out_dtype=out_dtype)
         assert torch.equal(dw, exact.to(out_dtype)) and dw.is_contiguous()
 
 
@@ -212,6 +228,11 @@ def test_decay_follows_a_padded_product(device, shape):
         ops.masked_decay_(expected, w, mask, 2.0)
         dw = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=out_dtype, decay=decay)
         assert torch.equal(dw, expected)
+        packed_x, E_x = ops.mvue_compress(x, torch.tensor([3, 4], device=device))
+        expected = ops.sparse_mm_grad_weight_input(packed_x, E_x, dy, in_features, out_dtype=out_dtype)
+        ops.masked_decay_(expected, w, mask, 2.0)
+        dw = ops.sparse_mm_grad_weight_input(packed_x, E_x, dy, in_features, out_dtype=out_dtype, decay=decay)
+        assert torch.equal(dw, expected)
 
 
 @pytest.mark.fault(14, 22)
@@ -236,6 +257,11 @@ def test_gradients_of_odd_sizes_accumulate_with_one_rounding(device, shape, offs
         assert torch.equal(out, (before + once).to(out_dtype))
         ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out=out)
         assert torch.equal(out, once.to(out_dtype))
+        packed_x, E_x = ops.mvue_compress(x, torch.tensor([3, 4], device=device))
+        once = dy.double().T @ dense_gradient(packed_x, E_x, tokens).double()
+        out.copy_(before)
+        assert ops.sparse_mm_grad_weight_input(packed_x, E_x, dy, in_features, out=out, accumulate=True) is out
+        assert torch.equal(out, (before + once).to(out_dtype))
         assert (flat[:offset] == 7).all() and (flat[offset + numel :] == 7).all()
 
 
@@ -269,7 +295,7 @@ def test_not_a_number_stays_in_its_row(device):
 
 @pytest.mark.fault(16)
 def test_a_sum_of_nothing_is_the_bias(device, monkeypatch):
-    monkeypatch.setattr(gemm, "_dense", DENSE)
+    monkeypatch.setattr(products, "dense", DENSE)
     _, _, _, (packed, E, *_) = layer(3, 0, 8, torch.bfloat16, device)
     bias = torch.randn(8, device=device).bfloat16()
     for x in (bias.new_zeros(3, 0), bias.new_zeros(3, 16)[:, :0]):

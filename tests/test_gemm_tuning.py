@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from sparse24 import Sparse24Error, Sparse24Warning, _library, ops
+from sparse24.formats import GemmProblem
 from sparse24.ops.gemm import launch as gemm_launch
-from sparse24.ops.gemm import products as gemm
+from sparse24.ops.gemm import tuned_products
 from sparse24.ops.gemm import tuning as gemm_tuning
 
-KEY = (2, 3072, 768, 16384, 1, 1)
+KEY = GemmProblem(2, 3072, 768, 16384, 1, 1)
 RIGHT, SLOW, WRONG = 11, 12, 13
 TIMES = {RIGHT: 20.0, SLOW: 30.0, WRONG: 1.0}
 
@@ -65,7 +66,7 @@ def test_the_fastest_right_config_wins_and_a_wrong_one_never(tuner):
         (f"config {WRONG}", False, False),
     ]
     assert trials[1].time_us == TIMES[RIGHT] and math.isnan(trials[2].time_us)
-    assert gemm_tuning.tuned_config(*KEY, 0) == RIGHT
+    assert gemm_tuning.tuned_config(KEY, 0) == RIGHT
 
 
 def test_a_config_that_leaves_values_unwritten_is_wrong(tuner):
@@ -78,7 +79,7 @@ def test_a_config_that_leaves_values_unwritten_is_wrong(tuner):
 def test_no_right_config_is_an_error_and_nothing_is_kept(tuner):
     with pytest.raises(Sparse24Error, match="please report"):
         gemm_tuning.tune(product(wrong=Library.configs), 0)
-    assert not tuner.exists() and gemm_tuning.tuned_config(*KEY, 0) == 0
+    assert not tuner.exists() and gemm_tuning.tuned_config(KEY, 0) == 0
 
 
 def test_equal_times_keep_the_librarys_own_choice():
@@ -87,11 +88,11 @@ def test_equal_times_keep_the_librarys_own_choice():
 
 def test_the_cache_is_read_again_by_another_process(tuner):
     gemm_tuning.remember(KEY, RIGHT, 0)
-    gemm_tuning.remember((*KEY[:-1], 0), SLOW, 1)
+    gemm_tuning.remember(KEY._replace(out_dtype=0), SLOW, 1)
     gemm_tuning._read.cache_clear()
-    assert gemm_tuning.tuned_config(*KEY, 0) == RIGHT
-    assert gemm_tuning.tuned_config(*KEY, 1) == 0  # another GPU
-    assert gemm_tuning.tuned_config(2, 3072, 768, 8192, 1, 1, 0) == 0  # another product
+    assert gemm_tuning.tuned_config(KEY, 0) == RIGHT
+    assert gemm_tuning.tuned_config(KEY, 1) == 0  # another GPU
+    assert gemm_tuning.tuned_config(KEY._replace(k=8192), 0) == 0  # another product
     assert json.loads(tuner.read_text()) == {
         "gpu 0": {"2 3072 768 16384 1 1": RIGHT},
         "gpu 1": {"2 3072 768 16384 1 0": SLOW},
@@ -101,7 +102,7 @@ def test_the_cache_is_read_again_by_another_process(tuner):
 
 def test_configs_that_this_build_does_not_have_are_not_used(tuner):
     gemm_tuning.remember(KEY, 99, 0)
-    assert gemm_tuning.tuned_config(*KEY, 0) == 0
+    assert gemm_tuning.tuned_config(KEY, 0) == 0
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[1, 2]", '{"gpu 0": 3}', '{"gpu 0": {"a": "b"}}'])
@@ -110,7 +111,7 @@ def test_a_broken_cache_is_told_of_ignored_and_replaced(tuner, content):
     tuner.write_text(content)
     _library.warn_once.cache_clear()
     with pytest.warns(Sparse24Warning, match="gemm.json is not readable"):
-        assert gemm_tuning.tuned_config(*KEY, 0) == 0
+        assert gemm_tuning.tuned_config(KEY, 0) == 0
     gemm_tuning.remember(KEY, RIGHT, 0)
     assert json.loads(tuner.read_text()) == {"gpu 0": {"2 3072 768 16384 1 1": RIGHT}}
 
@@ -132,7 +133,7 @@ def test_an_empty_variable_keeps_tuning_in_memory(monkeypatch, tuner):
     monkeypatch.setenv(gemm_tuning.CACHE_VARIABLE, "")
     assert gemm_tuning.cache_file() is None
     gemm_tuning.remember(KEY, RIGHT, 0)
-    assert gemm_tuning.tuned_config(*KEY, 0) == RIGHT and not tuner.exists()
+    assert gemm_tuning.tuned_config(KEY, 0) == RIGHT and not tuner.exists()
 
 
 def test_the_cache_is_in_the_users_cache_folder(monkeypatch, tmp_path):
@@ -191,7 +192,7 @@ def launched(monkeypatch):
 
 
 def check_products(tokens, in_features, out_features, dtype, grad_dtype):
-    """All three, against exact ones."""
+    """All four, against exact ones."""
     make = lambda *shape: torch.randint(-2, 3, shape, device="cuda").to(dtype)  # noqa: E731
     x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
     mask, packed, E, packed_t, E_t = ops.prune_compress(w)
@@ -202,6 +203,10 @@ def check_products(tokens, in_features, out_features, dtype, grad_dtype):
     pruned = ops.decompress(packed_dy, E_dy, 2 * packed_dy.shape[0], out_features, transposed=True)[:tokens]
     dw = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features, out_dtype=grad_dtype)
     assert torch.equal(dw, (pruned.double().T @ x.double()).to(grad_dtype or dtype))
+    packed_x, E_x = ops.mvue_compress(x, torch.tensor([3, 4], device="cuda"))
+    pruned = ops.decompress(packed_x, E_x, 2 * packed_x.shape[0], in_features, transposed=True)[:tokens]
+    dw = ops.sparse_mm_grad_weight_input(packed_x, E_x, dy, in_features, out_dtype=grad_dtype)
+    assert torch.equal(dw, (dy.double().T @ pruned.double()).to(grad_dtype or dtype))
 
 
 def stored(cache) -> dict:
@@ -215,12 +220,14 @@ def stored(cache) -> dict:
 def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launched, layer):
     trials = ops.tune_gemm(*layer[:4], grad_dtype=layer[4])
     winners = [t for t in trials if t.chosen]
-    assert [t.product for t in winners] == ["sparse_mm", "sparse_mm_grad_input", "sparse_mm_grad_weight"]
+    assert [t.product for t in winners] == [
+        f"sparse_mm{end}" for end in ("", "_grad_input", "_grad_weight", "_grad_weight_input")
+    ]
     assert all(t.right and t.time_us > 0 for t in trials), trials
     for winner in winners:
         assert winner.time_us == min(t.time_us for t in trials if t.product == winner.product)
     known, library = stored(cache), _library.binding()
-    assert len(known) == 3
+    assert len(known) == 4
     for (key, config), winner in zip(sorted(known.items()), winners, strict=True):
         assert config in library.sparse_gemm_configs(*key, _library.CUDA, 0)
         assert library.sparse_gemm_config(*key, config, _library.CUDA, 0) == winner.config
@@ -229,7 +236,7 @@ def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launche
             forget()
         launched.clear()
         check_products(*layer)
-        assert dict(launched) == known and len(launched) == 3
+        assert dict(launched) == known and len(launched) == 4
 
 
 @pytest.mark.gpu
@@ -249,7 +256,7 @@ def test_a_winner_that_is_not_the_librarys_own_choice_is_used(cache, launched, m
 @pytest.mark.parametrize("spoil", [lambda out: out[-1, -1].add_(64), lambda out: out[0, 0].fill_(float("nan"))])
 def test_a_config_whose_result_is_wrong_does_not_win_on_a_gpu(cache, launched, monkeypatch, spoil):
     """The library's own choice, the first that is tried, made wrong in one element."""
-    original = gemm._tunable_products
+    original = tuned_products._tunable_products
 
     def sabotaged(*args):
         for product in original(*args):
@@ -262,7 +269,7 @@ def test_a_config_whose_result_is_wrong_does_not_win_on_a_gpu(cache, launched, m
 
             yield dataclasses.replace(product, run=run)
 
-    monkeypatch.setattr(gemm, "_tunable_products", sabotaged)
+    monkeypatch.setattr(tuned_products, "_tunable_products", sabotaged)
     monkeypatch.setattr(gemm_tuning, "fastest", lambda times, name: next(iter(times)))
     trials = ops.tune_gemm(512, 256, 1024)
     for name in {t.product for t in trials}:

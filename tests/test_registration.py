@@ -19,6 +19,7 @@ def sample_calls(device):
     packed_dy, E_dy = ops.mvue_compress(dy, seed)
     gu, dh = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
     lists = [[mask], [packed], [E], [packed_t], [E_t]]
+    packed_x, E_x = ops.mvue_compress(x, seed)
     decay = (torch.tensor([0.1], device=device), [w], [mask])
     return {
         "transposable_mask": (w,),
@@ -38,6 +39,8 @@ def sample_calls(device):
         "sparse_mm_grad_input": (dy, packed_t, E_t, 32, None),
         "sparse_mm_grad_weight": (packed_dy, E_dy, x, 16, None, *decay),
         "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros_like(w), True, *decay),
+        "sparse_mm_grad_weight_input": (packed_x, E_x, dy, 32, None, *decay),
+        "sparse_mm_grad_weight_input_": (packed_x, E_x, dy, 32, torch.zeros_like(w), True, *decay),
         "activation": (gu, "silu", True, False),
         "activation_backward": (dh, gu, "silu", True, True),
         "activation_backward_mvue": (dh, gu, "silu", True, seed, True, True),

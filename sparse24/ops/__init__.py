@@ -25,7 +25,9 @@ from .compress import (
     prune_compress_,
 )
 from .gemm.activation import sparse_mm_activation, sparse_mm_gated_activation
-from .gemm.products import sparse_mm, sparse_mm_grad_input, sparse_mm_grad_weight, tune_gemm
+from .gemm.products import sparse_mm, sparse_mm_grad_input
+from .gemm.tuned_products import tune_gemm
+from .gemm.weight_gradient import sparse_mm_grad_weight, sparse_mm_grad_weight_input
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
 from .recipe import foreach_masked_decay_, masked_decay_
@@ -61,6 +63,7 @@ __all__ = [
     "sparse_mm_gated_activation",
     "sparse_mm_grad_input",
     "sparse_mm_grad_weight",
+    "sparse_mm_grad_weight_input",
     "transposable_mask",
     "tune_gemm",
     "unpack_mask",

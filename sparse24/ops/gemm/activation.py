@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Sparse24Error
-from ...formats import ACTIVATED_FORWARD, GATED_FORWARD, META_BLOCK, as_rows
+from ...formats import ACTIVATED_FORWARD, GATED_FORWARD, META_BLOCK, SparseOperand, as_rows
 from .._common import call_without_grad, define_op
 from ..activation import KINDS
 from ..arguments import names_wrong_types
@@ -32,10 +32,10 @@ def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
         h, h_rows = empty_rows(x, width, x.dtype)
         rows = as_rows(x)
         bias = bias if bias is None else bias.contiguous()
-        if launch.run(
-            GATED_FORWARD if gated else ACTIVATED_FORWARD, out_features, rows.shape[0], in_features,
-            packed, E, rows, y_rows, bias, activation=(h_rows.data_ptr(), width, KINDS[kind]),
-        ):  # fmt: skip
+        pass_code = GATED_FORWARD if gated else ACTIVATED_FORWARD
+        problem = launch.problem_of(pass_code, (out_features, rows.shape[0], in_features), rows, y)
+        activation = (h_rows.data_ptr(), width, KINDS[kind])
+        if launch.run(problem, SparseOperand(packed, E), rows, y_rows, bias=bias, activation=activation):
             return y, h
         del y, y_rows, h, h_rows  # or they would be held twice
     y = torch.ops.sparse24.sparse_mm.default(x, packed, E, out_features, bias, None)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...formats import FORWARD, GRAD_WEIGHT, round_up
+from ...formats import FORWARD, GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT, GemmProblem, SparseOperand, round_up
 
 _UNIT_BYTES = 16
 _UNIT = 8  # elements of a 16-bit operand
@@ -39,6 +39,8 @@ def padded_extents(pass_code: int, m: int, n: int, k: int, out_bytes: int) -> Ex
     m = round_up(m, _UNIT)
     if pass_code == GRAD_WEIGHT:
         return Extents(m, n, k, round_up(n, _UNIT), round_up(n, out_unit))
+    if pass_code == GRAD_WEIGHT_OF_INPUT:  # rows of the gradient have m elements
+        return Extents(m, n, k, round_up(n, _UNIT), m)
     return Extents(m, n, k, round_up(k, _UNIT), m)
 
 
@@ -47,8 +49,7 @@ class PaddedProduct:
     """What to launch, and where its result belongs: `wanted` is `out` itself where nothing had to be padded there."""
 
     extents: Extents
-    packed: Tensor
-    E: Tensor
+    lhs: SparseOperand
     rhs: Tensor
     out: Tensor
     accumulate: bool
@@ -66,10 +67,9 @@ class PaddedProduct:
             self.wanted.copy_(result)
 
 
-def pad(
-    pass_code: int, m: int, n: int, k: int, packed: Tensor, E: Tensor, rhs: Tensor, out: Tensor, accumulate: bool
-) -> PaddedProduct:
+def pad(problem: GemmProblem, lhs: SparseOperand, rhs: Tensor, out: Tensor, accumulate: bool) -> PaddedProduct:
     """A product whose sizes, strides or addresses do not fit, as one that does; what fits already is not copied."""
+    pass_code, m, n, k, *_ = problem
     to = padded_extents(pass_code, m, n, k, out.element_size())
     forward = pass_code == FORWARD
     packed_width = to.k // 2 if forward else to.m
@@ -80,10 +80,10 @@ def pad(
         dtype = torch.float32 if accumulate else out.dtype
         to = padded_extents(pass_code, m, n, k, dtype.itemsize)
         out = out.new_empty((to.m if pass_code == GRAD_WEIGHT else n, to.out_ld), dtype=dtype)
+    values = _widened(lhs.values, packed_width, packed_width)
     return PaddedProduct(
         extents=to,
-        packed=_widened(packed, packed_width, packed_width),
-        E=E if _is_aligned(E) else E.clone(),
+        lhs=lhs._replace(values=values, E=lhs.E if _is_aligned(lhs.E) else lhs.E.clone()),
         rhs=_widened(rhs, rhs_columns, to.rhs_ld),
         out=out,
         accumulate=accumulate and out is wanted,

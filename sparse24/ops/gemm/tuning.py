@@ -22,6 +22,7 @@ from torch import Tensor
 from ... import _library
 from ..._version import __version__
 from ...errors import Sparse24Error
+from ...formats import GemmProblem
 
 #: of what the codes of configs stand for: raised when a kernel of the table is replaced or does something else
 KERNELS = 2
@@ -33,11 +34,11 @@ CACHE_VARIABLE = "SPARSE24_GEMM_CACHE"
 class Product:
     """One product to tune: `run(config)` writes `out`, which must then equal `expected()`, rounded.
 
-    key  (pass, m, n, k, dtype, out dtype), codes of the C++ library
+    key  the problem as it is launched, so of padded extents
     """
 
     name: str
-    key: tuple[int, ...]
+    key: GemmProblem
     run: Callable[[int], object]
     out: Tensor
     expected: Callable[[], Tensor]
@@ -132,7 +133,7 @@ def device_key(index: int) -> str:
     )
 
 
-def product_key(key: tuple[int, ...]) -> str:
+def product_key(key: GemmProblem) -> str:
     return " ".join(str(number) for number in key)
 
 
@@ -152,20 +153,18 @@ def _read(path: Path | None) -> dict[str, dict[str, int]]:
         return {}
 
 
-def tuned_config(pass_code: int, m: int, n: int, k: int, dtype: int, out_dtype: int, index: int) -> int:
+def tuned_config(problem: GemmProblem, index: int) -> int:
     """The config that tuning found for a product, or 0: the library's own choice."""
     known = _read(cache_file())
     if not known:
         return 0
-    config = known.get(device_key(index), {}).get(product_key((pass_code, m, n, k, dtype, out_dtype)), 0)
-    if config and config not in _library.binding().sparse_gemm_configs(
-        pass_code, m, n, k, dtype, out_dtype, _library.CUDA, index
-    ):
+    config = known.get(device_key(index), {}).get(product_key(problem), 0)
+    if config and config not in _library.binding().sparse_gemm_configs(*problem, _library.CUDA, index):
         return 0  # a file from another build, or edited
     return config
 
 
-def remember(key: tuple[int, ...], config: int, index: int) -> None:
+def remember(key: GemmProblem, config: int, index: int) -> None:
     """Keep a config for this process and, if there is a cache file, in it: replaced as a whole, never half written.
 
     Raises OSError where the file cannot be written; this process keeps the config all the same.
