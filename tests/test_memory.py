@@ -12,7 +12,7 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, functional, ops
 from sparse24.errors import Sparse24Error
-from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.feedforward import FusedFeedForward, ffn_layers
 
 MAKERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(256, 512)), 256, ("*",)),
@@ -89,7 +89,7 @@ def test_lean_blocks_run_fused_and_survive_copies():
     x = torch.randn(4, width)
     for other in (copy.deepcopy(root), pickle.loads(pickle.dumps(root)), root.double().float()):
         assert torch.equal(other["mlp"](x), module(x)) and sparse24.verify(other)
-        assert all(not layer.packed_t.numel() for layer in other["mlp"].ffn_layers())
+        assert all(not layer.packed_t.numel() for layer in ffn_layers(other["mlp"]))
 
 
 def test_training_lean_and_not_is_the_same_bit_for_bit():

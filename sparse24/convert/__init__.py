@@ -1,20 +1,12 @@
 """Which layers become 2:4, decided once: structure of models, candidates, cost model, report; and the way back."""
 
-from .convert import (
-    Skipped,
-    SparsifyReport,
-    after_conversion,
-    candidates,
-    choose_function,
-    densify,
-    patterns,
-    plain_name,
-    rates_on,
-    refresh,
-    sparse_layers,
-    sparsify,
-    unwrap,
-)
+from .candidates import candidates, patterns
+from .choice import choose_function, rates_on
+from .convert import refresh, sparsify
+from .names import plain_name, sparse_layers, unwrap
+from .report import Skipped, SparsifyReport
+from .restore import densify, effective_weight
+from .surroundings import after_conversion
 
 __all__ = [
     "Skipped",
@@ -23,6 +15,7 @@ __all__ = [
     "candidates",
     "choose_function",
     "densify",
+    "effective_weight",
     "patterns",
     "plain_name",
     "rates_on",

@@ -27,7 +27,7 @@ SHAPES = (
     Shape(("gate_up_proj",), "down_proj", fused_gate=True, family="Phi-3, GLM-4"),
     Shape(("up_proj",), "down_proj", family="MPT, Nemotron"),
     Shape(("c_fc",), "c_proj", family="GPT-2, GPT-Neo, StarCoder"),
-    Shape(("fc1",), "fc2", family="OPT, BART, Whisper, ViT, CLIP, timm's Mlp"),
+    Shape(("fc1",), "fc2", fused_gate=True, family="OPT, BART, ViT, CLIP, timm's Mlp; packed: timm's GluMlp, DINOv2-g"),
     Shape(("fc1_g", "fc1_x"), "fc2", family="timm's SwiGLU"),
     Shape(("fc_in",), "fc_out", family="GPT-J, CodeGen"),
     Shape(("dense_h_to_4h",), "dense_4h_to_h", family="GPT-NeoX, BLOOM"),
@@ -39,6 +39,8 @@ SHAPES = (
     Shape(("lin1",), "lin2", family="DistilBERT, SAM"),
     Shape(("linear1",), "linear2", family="torch.nn.TransformerEncoderLayer"),
     Shape(("weights_in",), "weights_out", fused_gate=True, family="DINOv2's SwiGLU"),
+    Shape(("w12",), "w3", fused_gate=True, family="DINOv2's SwiGLU as published"),
+    Shape(("ffn",), "ffn_output", family="ALBERT"),
 )
 EXPERT_NAMES = {"expert", "experts"}
 
@@ -117,6 +119,6 @@ def _match(module: nn.Module, shape: Shape) -> tuple[nn.Module, ...] | None:
         return None
     hidden, out = features(down)
     widths = {features(up) for up in ups}
-    # ModernBERT-style fused gates also exist without a gate: then Wi is as wide as Wo reads.
+    # Names of fused gates also exist without a gate: then the first layer is as wide as the second reads.
     allowed = {(out, 2 * hidden), (out, hidden)} if shape.fused_gate else {(out, hidden)}
     return (*ups, down) if len(widths) == 1 and widths <= allowed else None

@@ -1,7 +1,18 @@
 """Modules with a dense weight and its packed forms. Only this room writes a layer's buffers."""
 
-from .gated_mlp import SparseGatedMLP
-from .modules import ACTIVATIONS, DENSE, DTYPES, SPARSE, SparseLayer, SparseLinear, check_switch, distributed_rank
+from .modules import (
+    ACTIVATIONS,
+    DENSE,
+    DTYPES,
+    SPARSE,
+    SparseGatedMLP,
+    SparseLayer,
+    SparseLinear,
+    check_switch,
+    distributed_rank,
+    mask_of,
+    state_of,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -13,4 +24,6 @@ __all__ = [
     "SparseLinear",
     "check_switch",
     "distributed_rank",
+    "mask_of",
+    "state_of",
 ]

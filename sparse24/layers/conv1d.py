@@ -4,11 +4,11 @@ Kernels see the transposed view, a column-major [out, in] weight; the mask of th
 nothing else differs. A file of its own, since it imports transformers; `sparsify` imports it when it meets a Conv1D.
 """
 
-import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from .modules import DENSE, SparseLayer
+from .sparse_layer import SparseLayer
+from .state import DENSE, state_of
 
 
 class SparseConv1D(SparseLayer, Conv1D):
@@ -18,11 +18,11 @@ class SparseConv1D(SparseLayer, Conv1D):
         return tensor.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling() and self._watch is not None:
-            self.look()
-        if self.phase == DENSE:
-            return Conv1D.forward(self, x)
+        self.look_in_forward()
+        if state_of(self).phase == DENSE:
+            return super().forward(x)
         return self._sparse_forward(x, self.weight.t(), self.bias)
 
     def __repr__(self) -> str:
-        return f"SparseConv1D(nf={self.nf}, nx={self.nx}, 2:4, phase={self.phase}, mvue={self.mvue})"
+        state = state_of(self)
+        return f"SparseConv1D(nf={self.nf}, nx={self.nx}, 2:4, phase={state.phase}, mvue={state.mvue})"

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from ..errors import Sparse24Warning
 from . import packing
+from .forward import has_substituted_weight
+from .state import HOLDER, mask_of, state_of
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
@@ -68,40 +70,43 @@ class Watch:
 
 def origin_for_copies(layer) -> Origin:
     """What a copy of `layer` follows: the layer itself, but for a copy of a copy the one that is trained."""
-    return Origin(layer) if _followed(layer) is None else layer._watch.origin
+    return Origin(layer) if _followed(layer) is None else state_of(layer).watch.origin
 
 
-def watch_origin(layer, origin: Origin) -> None:
+def watch_origin(layer) -> None:
     """Called for a new copy, once it is packed."""
-    followed = origin()
-    layer._watch = None if followed is None else Watch(origin, _moment(followed))
+    state = state_of(layer)
+    origin, state.copied_from = state.copied_from, None
+    followed = None if origin is None else origin()
+    state.watch = None if followed is None else Watch(origin, _moment(followed))
 
 
 def look(layer, *, forward: bool = True) -> None:
     """Look at what the layer's watch names, before a forward pass or when somebody says that weights were written."""
-    watch = layer._watch
+    watch = state_of(layer).watch
     if watch.origin is not None:
         _look_at_origin(layer, watch, forward)
     if forward and watch.arrival is not None:
         _tell_arrival(layer, watch)
     if watch.origin is None and watch.arrival is None:
-        layer._watch = None
+        state_of(layer).watch = None
 
 
 def note_written(layer) -> None:
     """Weights have been put into a layer: a copy then runs under the masks of the layer that it follows."""
     if _followed(layer) is not None:
-        layer._watch.is_average, layer._watch.seen = True, (-1, -1)
+        watch = state_of(layer).watch
+        watch.is_average, watch.seen = True, (-1, -1)
 
 
 def _followed(layer):
     """The layer that this one is a copy of, as far as it is still there."""
-    watch = layer._watch
+    watch = state_of(layer).watch
     return None if watch is None or watch.origin is None else watch.origin()
 
 
 def _moment(origin) -> tuple[int, int]:
-    return origin._generation, origin._packs
+    return state_of(origin).generation, state_of(origin).packs
 
 
 def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
@@ -109,7 +114,7 @@ def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     if origin is None:
         watch.origin = None
         return
-    if layer.weight_is_lent():
+    if has_substituted_weight(layer):
         return
     written = layer.weight_has_changed()
     if written and forward and layer.training and torch.is_grad_enabled() and layer.weight.requires_grad:
@@ -125,7 +130,12 @@ def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     watch.is_average = watch.is_average or written
     watch.seen = now
     if watch.is_average:
-        layer.take_state(origin.phase, origin.mask, origin.soft_scale)
+        _take_state_of(layer, origin)
+
+
+def _take_state_of(layer, origin) -> None:
+    state = state_of(origin)
+    layer.take_state(state.phase, mask_of(origin), state.soft_scale)
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------
@@ -145,6 +155,17 @@ def fingerprint(phase: str, masks: list[Tensor], scales: list[Tensor] = ()) -> s
     return f"{phase}-{hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()}"
 
 
+def fingerprint_of(layer) -> str | None:
+    """Of one layer, kept until its mask, scale or phase changes; None where there is nothing to read."""
+    state, mask = state_of(layer), mask_of(layer)
+    if state.fingerprint is None or state.fingerprint[0] != state.generation:
+        if mask is None or mask.is_meta or type(mask) is not Tensor:
+            return None
+        scales = [] if state.soft_scale is None else [state.soft_scale]
+        state.fingerprint = (state.generation, fingerprint(state.phase, [mask], scales))
+    return state.fingerprint[1]
+
+
 def same_function(one: str, other: str) -> bool:
     """Whether two fingerprints stand for one function of the weights. In the dense phase masks do not matter."""
     dense = one.startswith("dense-") and other.startswith("dense-")
@@ -159,17 +180,18 @@ _arrived: weakref.WeakSet = weakref.WeakSet()
 
 def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
     """After a load_state_dict into `layer`; saved: the fingerprint in the metadata, None where there is none."""
-    if layer._watch is not None:
-        layer._watch.arrival = None
+    state = state_of(layer)
+    if state.watch is not None:
+        state.watch.arrival = None
     if not isinstance(saved, str) or layer.fingerprint() in (None, saved):
         return
     origin = _followed(layer)
     if origin is not None and origin.fingerprint() == saved:
-        layer._watch.seen, layer._watch.is_average = _moment(origin), None
-        layer.take_state(origin.phase, origin.mask, origin.soft_scale)
+        state.watch.seen, state.watch.is_average = _moment(origin), None
+        _take_state_of(layer, origin)
         return
-    layer._watch = layer._watch or Watch()
-    layer._watch.arrival = Arrival(name, saved, call)
+    state.watch = state.watch or Watch()
+    state.watch.arrival = Arrival(name, saved, call)
     _arrived.add(layer)
 
 
@@ -181,11 +203,12 @@ def _tell_arrival(layer, watch: Watch) -> None:
         return
     names = [arrival.name]
     for other in list(_arrived):
-        theirs = other._watch.arrival if other._watch is not None else None
+        watch = state_of(other).watch if HOLDER in other.__dict__ else None  # dense again, perhaps
+        theirs = None if watch is None else watch.arrival
         if theirs is not None and theirs.call is arrival.call:
             if not same_function(other.fingerprint(), theirs.saved):
                 names.append(theirs.name)
-            other._watch.arrival = None
+            watch.arrival = None
             _arrived.discard(other)
     phase, saved_phase = mine.split("-")[0], arrival.saved.split("-")[0]
     how = "under other masks" if phase == saved_phase else f"in the {saved_phase} phase, and the model is {phase}"

@@ -3,212 +3,303 @@
 `sparsify` looks at the class of a module that holds an FFN. Where the source of its forward is exactly
 down(act(gate(x)) * up(x)), or down(act(up(x))) and perhaps a dropout, and the activation is one that we have, the
 module gets a class whose forward is `functional.gated_mlp` or `functional.mlp`. Everything else about the module
-stays; its layers stay the sparse layers that they are, and hold the parameters. Whenever a layer is no longer what
-it was (dense phase, hooks, adapters, another dtype), forward is the module's own again.
-
-Gate and up are packed into one buffer of the module: their own packed forms are its halves, so that one product reads
-both and nothing is held twice. Only E of the forward product is copied after packing, its rows being interleaved.
+stays; its layers stay the sparse layers that they are, and hold the parameters. Whenever the block or its children are
+no longer what they were (dense phase, hooks, adapters, another activation or dtype), forward is the module's own again.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
-import textwrap
-import weakref
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional, ops
+from .. import functional
 from ..errors import Sparse24Error
 from ..formats import META_BLOCK
-from .modules import ACTIVATIONS, SPARSE, SparseLayer
-from .packing import PACKED_NAMES, TRANSPOSED_NAMES, blocks, mask_bits
+from . import shared_packing
+from .activations import ACTIVATIONS
+from .forward import check_input, check_weight_is_packed, has_substituted_weight
+from .forward_source import form_kind, read_forward
+from .packing import mask_bits
+from .replaced import Child, any_global_hook, child_is_unchanged, layer_is_plain, remember
+from .sparse_layer import SparseLayer
+from .state import (
+    DECAY,
+    HOLDER,
+    MASK,
+    METADATA,
+    METADATA_T,
+    PACKED,
+    PACKED_BUFFERS,
+    PACKED_T,
+    SOFT,
+    SPARSE,
+    add_buffers,
+    drop_all,
+    is_ours,
+    shown_buffer,
+    state_of,
+)
 
-_CALL = r"self\.(\w+)"
-GATED_FORWARD = re.compile(rf"(?:(\w+) = {_CALL}\({_CALL}\({_CALL}\(x\)\) \* {_CALL}\(x\)\)\nreturn \1)")
-GATED_RETURN = re.compile(rf"return {_CALL}\({_CALL}\({_CALL}\(x\)\) \* {_CALL}\(x\)\)")
-PLAIN_FORWARD = re.compile(rf"x = {_CALL}\(x\)\nx = {_CALL}\(x\)\nx = {_CALL}\(x\)\n(?:x = {_CALL}\(x\)\n)?return x")
-PLAIN_RETURN = re.compile(rf"return {_CALL}\({_CALL}\({_CALL}\(x\)\)\)()")
+
+@dataclass(eq=False)
+class BlockState:
+    """What a fused block has been found to compute, and what of the user's module that stands on.
+
+    layers    names of (gate, up, down) or (up, down)
+    kind      the activation, one of ACTIVATIONS
+    tail      names of children called on the result, such as a dropout
+    children  the activation's modules and functions
+    forward   of the block's own class
+    constants attributes of the block and their values, which the activation depends on
+    halves    the packed forms of gate and up, as `shared_packing.share` made them
+    """
+
+    layers: tuple[str, ...]
+    kind: str
+    tail: tuple[str, ...] = ()
+    children: tuple[Child, ...] = ()
+    forward: Any = None
+    constants: tuple[tuple[str, Any], ...] = ()
+    halves: shared_packing.Halves | None = None
 
 
 class FusedFeedForward:
     """What a fused block adds to its class. A mixin, left of the class; see `fuse`.
 
-    _ffn  the names of (gate, up, down) or (up, down), the kind of activation, the name of a dropout at the end or None
+    packed, E, packed_t, E_t  the packed forms of gate and up as one weight, or None
     """
 
-    _ffn: tuple[tuple[str, ...], str, str | None]
-
-    def _init_fused(self, names: tuple[str, ...], kind: str, dropout: str | None) -> None:
-        self._ffn = (names, kind, dropout)
-        for name in PACKED_NAMES:
-            self.register_buffer(name, None, persistent=False)
-        self.link()
-
-    def _drop_fused(self) -> None:
-        for layer in self.ffn_layers()[:-1]:
-            blocks.pop(layer, None)
-        for name in PACKED_NAMES:
-            self._buffers.pop(name, None)
-            self._non_persistent_buffers_set.discard(name)
-        self.__dict__.pop("_ffn", None)
-        self.__dict__.pop("_halves", None)
-
-    def ffn_layers(self) -> tuple[nn.Module, ...]:
-        return tuple(getattr(self, name) for name in self._ffn[0])
-
-    # -- one buffer for gate and up ---------------------------------------------------------------------------------
-
-    def link(self) -> None:
-        """Make the packed forms of gate and up halves of one buffer, if they are not already."""
-        if len(self._ffn[0]) == 2:
-            return
-        gate, up, _ = self.ffn_layers()
-        if self._linked(gate, up):
-            return
-        self._halves = None
-        sparse = isinstance(gate, SparseLayer) and isinstance(up, SparseLayer)
-        if not sparse or _form(gate) != _form(up) or gate.packed.shape[0] % META_BLOCK:
-            self.packed = None  # forward falls back to the layers
-            return
-        rows, cols = gate.kernel_weight().shape
-        whole = ops.empty_packed(2 * rows, cols, gate.packed.dtype, gate.packed.device)
-        for name, tensor in zip(PACKED_NAMES, whole, strict=True):
-            setattr(self, name, tensor.new_empty(0) if gate.lean and name in TRANSPOSED_NAMES else tensor)
-        # E orders columns by 64 first and rows within: of each 64 columns the two halves have a piece.
-        pieces = self.E.view(-(-cols // META_BLOCK), 2, -1)
-        halves = []
-        for index, layer in enumerate((gate, up)):
-            for name in ("packed",) if gate.lean else ("packed", "packed_t", "E_t"):
-                half = getattr(self, name).chunk(2)[index]
-                half.copy_(getattr(layer, name))
-                setattr(layer, name, half)
-            piece = pieces[:, index]
-            piece.copy_(layer.flat_E().view(piece.shape))
-            layer.E = piece
-            halves.append({name: layer._buffers[name] for name in PACKED_NAMES})
-            blocks[layer] = weakref.ref(self)
-        self._halves = (self._buffers["packed"], *halves)
-
-    def _linked(self, gate: nn.Module, up: nn.Module) -> bool:
-        """Whether the layers' packed forms are still the halves that `link` gave them: this runs after each step."""
-        if self.__dict__.get("_halves") is None:
-            return False
-        whole, gates, ups = self._halves
-        return self._buffers["packed"] is whole and all(
-            layer._buffers.get(name) is half
-            for layer, halves in ((gate, gates), (up, ups))
-            for name, half in halves.items()
-        )
-
-    # -- what may happen to a module ----------------------------------------------------------------------------------
+    packed, E, packed_t, E_t = (shown_buffer(name) for name in PACKED_BUFFERS)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.link()
+        link(self)
         return self
 
     def __reduce_ex__(self, protocol):
-        # The class is made at run time: copies and pickles name its parts instead.
-        state = self.__dict__.copy()
-        state["_buffers"] = {k: v for k, v in state["_buffers"].items() if k not in PACKED_NAMES}
-        state.pop("_halves", None)
-        return _empty_fused, (_own_class(self),), state
+        # The class is made at run time: copies and pickles name its parts instead, and look at their own parts anew.
+        state = {name: value for name, value in self.__dict__.items() if name != HOLDER}
+        state["_buffers"] = {name: b for name, b in self._buffers.items() if name not in PACKED_BUFFERS}
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set.difference(PACKED_BUFFERS)
+        return _empty_fused, (own_class(self),), state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for name in PACKED_NAMES:
-            self._buffers[name] = None
-        self.link()
-
-    # -- forward ------------------------------------------------------------------------------------------------------
+        found = look_at(self, own_class(self))
+        if isinstance(found, BlockState):
+            attach(self, found)
+        else:
+            self.__class__ = own_class(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        names, kind, dropout = self._ffn
         # Past nn.Module's own attribute access, which costs as much as a launch: this runs for each block of a model.
-        modules = self._modules
-        *ups, down = layers = [modules[name] for name in names]
-        if not torch.compiler.is_compiling():
-            for layer in layers:
-                if layer.__dict__.get("_watch") is not None:
-                    layer.look()
-        if not self._runs_fused(x, layers):
+        state, modules = self.__dict__[HOLDER], self._modules
+        layers = [modules.get(name) for name in state.layers]
+        for layer in layers:
+            if isinstance(layer, SparseLayer):
+                layer.look_in_forward()
+        if not (_is_unchanged(self, state, layers) and _layers_agree(layers) and _input_fits(layers, x)):
             return super().forward(x)
         if not torch.compiler.is_compiling():
             for layer in layers:
-                layer.check_weight_is_packed()
-        gated = len(ups) == 2
-        up_weights, down_weight = [up._parameters["weight"] for up in ups], down._parameters["weight"]
-        bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
-        if bias_up is not None and gated:
-            bias_up = torch.cat([up._parameters["bias"] for up in ups])
-        decay = down._buffers["decay_factor"]
-        packed_up = _packed_forms(self if gated else ups[0], ups, decay)
-        packed_down = _packed_forms(down, [down], decay)
-        weights = tuple(up.as_kernel_sees(w) for up, w in zip(ups, up_weights, strict=True))
-        down_weight = down.as_kernel_sees(down_weight)
-        settings = dict(bias_down=bias_down, mvue=down.mvue, rank=down.rank, decay=decay)
-        if gated:
-            y = functional.gated_mlp(
-                x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
-            )
-        else:
-            y = functional.mlp(x, weights[0], packed_up, down_weight, packed_down, kind, bias_up=bias_up, **settings)
-        return y if dropout is None else modules[dropout](y)
+                check_weight_is_packed(layer)
+        y = _feed_forward(self, state.kind, layers, x)
+        for name in state.tail:
+            y = modules[name](y)
+        return y
 
-    def _runs_fused(self, x: Tensor, layers: list[nn.Module]) -> bool:
-        """Whether the layers are still bare sparse layers that compute in the dtype that x has, or autocast gives
-        it.
-        """
-        device = x.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        if len(layers) == 3 and self._buffers["packed"] is None:
-            return False
-        if not isinstance(layers[-1], SparseLayer):
-            return False
-        mvue, decays = layers[-1].mvue, layers[-1]._buffers["decay_factor"] is not None
-        for layer in layers:
-            if not isinstance(layer, SparseLayer) or layer.phase != SPARSE or layer.mvue != mvue:
-                return False
-            if (layer._buffers["decay_factor"] is not None) != decays:
-                return False
-            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-                return False
-            buffers, weight = layer._buffers, layer._parameters.get("weight")
-            if buffers["soft"] is not None or buffers["packed"].dtype not in (dtype, torch.float32) or weight is None:
-                return False
-            if weight is not layer._packed_from and layer.weight_is_lent():
-                return False
-            if not autocast and dtype != weight.dtype:
-                return False  # the layers themselves say what does not fit
-        return True
+
+# -- how a fused block runs -----------------------------------------------------------------------------------------
+
+
+def _feed_forward(block: nn.Module, kind: str, layers: list[SparseLayer], x: Tensor) -> Tensor:
+    *ups, down = layers
+    gated, constants = len(ups) == 2, state_of(down)
+    bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
+    if bias_up is not None and gated:
+        bias_up = torch.cat([up._parameters["bias"] for up in ups])
+    decay = down._buffers[DECAY]
+    packed_up = _packed_forms(block if gated else ups[0], ups, decay)
+    packed_down = _packed_forms(down, [down], decay)
+    weights = tuple(up.as_kernel_sees(up._parameters["weight"]) for up in ups)
+    down_weight = down.as_kernel_sees(down._parameters["weight"])
+    settings = dict(bias_down=bias_down, mvue=constants.mvue, rank=constants.rank, decay=decay)
+    if gated:
+        return functional.gated_mlp(
+            x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
+        )
+    return functional.mlp(x, weights[0], packed_up, down_weight, packed_down, kind, bias_up=bias_up, **settings)
 
 
 def _packed_forms(module: nn.Module, layers: list[SparseLayer], decay: Tensor | None) -> functional.PackedWeight:
     buffers = module._buffers
     masks = ()
-    if layers[0].lean or decay is not None:
-        masks = tuple(mask_bits(layer._buffers["mask"]) for layer in layers)
-    return functional.PackedWeight(buffers["packed"], buffers["E"], buffers["packed_t"], buffers["E_t"], masks)
+    if state_of(layers[0]).lean or decay is not None:
+        masks = tuple(mask_bits(layer._buffers[MASK]) for layer in layers)
+    return functional.PackedWeight(buffers[PACKED], buffers[METADATA], buffers[PACKED_T], buffers[METADATA_T], masks)
 
 
-def _form(layer: SparseLayer) -> tuple:
-    return (layer.packed.shape, layer.packed.dtype, layer.packed.device, layer.lean)
+def _is_unchanged(block: nn.Module, state: BlockState, layers: list[nn.Module | None]) -> bool:
+    """Whether the block is still what `look_at` found."""
+    if any_global_hook() or _own_forward(type(block)) is not state.forward:
+        return False
+    for child in state.children:
+        if not child_is_unchanged(block, child):
+            return False
+    for name, value in state.constants:
+        if block.__dict__.get(name) != value:
+            return False
+    for name in state.tail:
+        if block._modules.get(name) is None:
+            return False
+    if len(layers) == 3 and block._buffers[PACKED] is None:
+        return False
+    for layer in layers:
+        if layer is None or not layer_is_plain(layer):
+            return False
+    return True
 
 
-def _own_class(module: FusedFeedForward) -> type:
+def _layers_agree(layers: list[SparseLayer]) -> bool:
+    """Whether all layers train the same way, with weights of their own."""
+    *ups, down = layers
+    mvue, decays = state_of(down).mvue, down._buffers[DECAY] is not None
+    for layer in layers:
+        constants = state_of(layer)
+        if constants.phase != SPARSE or constants.mvue != mvue or layer._buffers[SOFT] is not None:
+            return False
+        if (layer._buffers[DECAY] is not None) != decays or "bias" not in layer._parameters:
+            return False
+        if layer._parameters.get("weight") is None or has_substituted_weight(layer):
+            return False
+    return (ups[0]._parameters["bias"] is None) == (ups[-1]._parameters["bias"] is None)
+
+
+def _input_fits(layers: list[SparseLayer], x: Tensor) -> bool:
+    """Whether the layers compute in the dtype that x has, or autocast gives it."""
+    check_input(x)
+    if x.is_nested:
+        return False
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    for layer in layers:
+        if layer._buffers[PACKED].dtype not in (dtype, torch.float32):
+            return False
+        if not autocast and dtype != layer._parameters["weight"].dtype:
+            return False  # the layers themselves say what does not fit
+    return True
+
+
+# -- which blocks, and what they are given --------------------------------------------------------------------------
+
+
+def fuse(block: nn.Module) -> str:
+    """Give `block` the fused forward if it is safe; returns "" or why not. Of a fused block: look at it anew."""
+    own = own_class(block) if isinstance(block, FusedFeedForward) else type(block)
+    found = look_at(block, own)
+    if isinstance(block, FusedFeedForward):
+        if isinstance(found, BlockState):
+            attach(block, found)
+        return ""
+    if isinstance(found, str):
+        return found
+    block.__class__ = _fused_class(own)
+    attach(block, found)
+    return ""
+
+
+def look_at(block: nn.Module, own: type) -> BlockState | str:
+    """What a block whose own class is `own` computes, if that can be fused; else why not."""
+    if "forward" in block.__dict__:
+        return "its forward is replaced on the instance"
+    if clash := [name for name in (*block.__dict__, *block._buffers, *block._modules) if is_ours(name)]:
+        if not isinstance(block, FusedFeedForward):
+            return f"its attribute {clash[0]!r} has a name that a fused block needs; rename it"
+    if hasattr(own, "_sparse24_block"):
+        return own._sparse24_block(block)
+    form = read_forward(block, own)
+    if form is None:
+        return f"the forward of {own.__name__} is not one that is known"
+    layers = [block._modules[name] for name in form.layers]
+    if not all(isinstance(layer, SparseLayer) for layer in layers):
+        return "not all of its layers are sparse"
+    rows = layers[0]._buffers[PACKED].shape[0]
+    if len(layers) == 3 and rows % META_BLOCK:
+        return f"gate and up have {rows} rows, not a multiple of {META_BLOCK}"
+    if len(layers) == 3 and (layers[0].bias is None) != (layers[1].bias is None):
+        return "only one of gate and up has a bias"
+    if any(inspect.ismethod(getattr(block, name, None)) for name in form.uses):
+        return f"its activation {form.source} is a method of {own.__name__}, which may depend on anything"
+    kind = form_kind(block, form)
+    if kind is None:
+        return f"its activation {form.source} is not one of {', '.join(ACTIVATIONS)}"
+    children = tuple(remember(block, name) for name in form.uses)
+    return BlockState(form.layers, kind, form.tail, children, own.forward)
+
+
+def attach(block: nn.Module, state: BlockState) -> None:
+    """Give a module of a fused class its state and buffers."""
+    before = block.__dict__.get(HOLDER)
+    state.halves = None if before is None else before.halves
+    block.__dict__[HOLDER] = state
+    if before is None:
+        add_buffers(block, PACKED_BUFFERS)
+    link(block)
+
+
+def link(block: nn.Module) -> None:
+    """Make the packed forms of gate and up halves of one buffer, if they are not already."""
+    state = block.__dict__[HOLDER]
+    if len(state.layers) == 2:
+        return
+    gate, up = ups = tuple(block._modules.get(name) for name in state.layers[:2])
+    if shared_packing.is_shared(block, gate, up, state.halves):
+        return
+    state.halves = shared_packing.share(block, gate, up)  # None: forward falls back to the layers
+    if state.halves is not None:
+        shared_packing.watch(block, ups, link)
+
+
+def ffn_layers(block: FusedFeedForward) -> tuple[nn.Module, ...]:
+    """(gate, up, down) or (up, down) of a fused block."""
+    return tuple(getattr(block, name) for name in block.__dict__[HOLDER].layers)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every fused block of `model` its own class back."""
+    for block in [module for module in model.modules() if isinstance(module, FusedFeedForward)]:
+        unfuse_block(block)
+
+
+def unfuse_block(block: FusedFeedForward) -> None:
+    """Give a fused block its own class back, and take off what it was given."""
+    own = own_class(block)
+    if HOLDER in block.__dict__:
+        shared_packing.unwatch(tuple(block._modules.get(name) for name in block.__dict__[HOLDER].layers))
+    drop_all(block)
+    block.__class__ = own
+
+
+def own_class(block: FusedFeedForward) -> type:
     """The class of the module before it was fused."""
-    mixin, *own = type(module).__bases__
+    mixin, *own = type(block).__bases__
     if mixin is not FusedFeedForward:
         raise Sparse24Error(
-            f"{type(module).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
+            f"{type(block).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
         )
     return own[0]
+
+
+def _own_forward(cls: type) -> Any:
+    """The forward that the block would have unfused."""
+    mro = cls.__mro__
+    return mro[mro.index(FusedFeedForward) + 1].forward
 
 
 @cache
@@ -222,86 +313,3 @@ def _fused_class(own: type) -> type:
 def _empty_fused(own: type) -> FusedFeedForward:
     cls = _fused_class(own)
     return cls.__new__(cls)
-
-
-# -- which blocks ---------------------------------------------------------------------------------------------------
-
-
-def fuse(block: nn.Module) -> str:
-    """Give `block` the fused forward if it is safe; returns "" or why not.
-
-    The layers must be sparse already, and bare: no hooks, adapters or parametrizations on them.
-    """
-    if isinstance(block, FusedFeedForward):
-        return ""
-    if "forward" in block.__dict__:
-        return "its forward is replaced on the instance"
-    found = _read_forward(type(block))
-    if found is None:
-        return f"the forward of {type(block).__name__} is not one that is known"
-    names, activation, dropout = found
-    layers = [getattr(block, name, None) for name in names]
-    if not all(isinstance(layer, SparseLayer) for layer in layers):
-        return "not all of its layers are sparse"
-    if len(names) == 3 and layers[0].packed.shape[0] % META_BLOCK:
-        return f"gate and up have {layers[0].packed.shape[0]} rows, not a multiple of {META_BLOCK}"
-    if len(names) == 3 and (layers[0].bias is None) != (layers[1].bias is None):
-        return "only one of gate and up has a bias"
-    kind = activation_kind(getattr(block, activation, None))
-    if kind is None:
-        return f"its activation {activation} is not one of {', '.join(ACTIVATIONS)}"
-    block.__class__ = _fused_class(type(block))
-    block._init_fused(names, kind, dropout)
-    return ""
-
-
-def unfuse(model: nn.Module) -> None:
-    """Give every fused block of `model` its own class back."""
-    for block in list(model.modules()):
-        if isinstance(block, FusedFeedForward):
-            own = _own_class(block)
-            block._drop_fused()
-            block.__class__ = own
-
-
-def activation_kind(activation) -> str | None:
-    """Which of our activations a module or function is, told by its values; None for another."""
-    if not callable(activation) or (isinstance(activation, nn.Module) and any(True for _ in activation.parameters())):
-        return None
-    x = torch.linspace(-6, 6, 49, device="cpu")
-    try:
-        values = activation(x)
-    except Exception:  # noqa: BLE001 - anything that is not a function of one tensor is not ours
-        return None
-    for kind, candidate in ACTIVATIONS.items():
-        if isinstance(values, Tensor) and values.shape == x.shape and torch.allclose(values, candidate(x), 1e-6, 1e-6):
-            return kind
-    return None
-
-
-@cache
-def _read_forward(cls: type) -> tuple[tuple[str, ...], str, str | None] | None:
-    """(names of layers, name of the activation, name of a dropout at the end) by the source of cls.forward, or None."""
-    try:
-        function = ast.parse(textwrap.dedent(inspect.getsource(cls.forward))).body[0]
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return None
-    arguments = [argument.arg for argument in getattr(function, "args", ast.arguments(args=[])).args]
-    if len(arguments) != 2:
-        return None
-    body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
-    source = "\n".join(map(ast.unparse, body))
-    source = re.sub(rf"(?<![\w.]){arguments[1]}\b", "x", source)
-    if match := GATED_FORWARD.fullmatch(source):
-        _, down, activation, gate, up = match.groups()
-        return (gate, up, down), activation, None
-    if match := GATED_RETURN.fullmatch(source):
-        down, activation, gate, up = match.groups()
-        return (gate, up, down), activation, None
-    if match := PLAIN_FORWARD.fullmatch(source):
-        up, activation, down, dropout = match.groups()
-        return (up, down), activation, dropout
-    if match := PLAIN_RETURN.fullmatch(source):
-        down, activation, up, _ = match.groups()
-        return (up, down), activation, None
-    return None

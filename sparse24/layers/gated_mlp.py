@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
-from .feedforward import FusedFeedForward
-from .modules import ACTIVATIONS, SparseLinear
+from .activations import ACTIVATIONS
+from .feedforward import BlockState, FusedFeedForward, attach
+from .linear import SparseLinear
+from .replaced import Child
 
 
 class GatedMLP(nn.Module):
@@ -21,6 +23,14 @@ class GatedMLP(nn.Module):
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
+
+    def _sparse24_block(self) -> BlockState:
+        """What `feedforward.look_at` would find, known here without looking; another `activation` runs unfused."""
+        children = (Child("act_fn", GatedMLP.act_fn, ()),)
+        constants = (("activation", self.activation),)
+        return BlockState(
+            ("gate_proj", "up_proj", "down_proj"), self.activation, (), children, GatedMLP.forward, constants
+        )
 
 
 class SparseGatedMLP(FusedFeedForward, GatedMLP):
@@ -54,4 +64,4 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
         self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)
         self.up_proj = SparseLinear(d_model, d_ff, bias, **options)
         self.down_proj = SparseLinear(d_ff, d_model, bias, **options)
-        self._init_fused(("gate_proj", "up_proj", "down_proj"), activation, None)
+        attach(self, self._sparse24_block())

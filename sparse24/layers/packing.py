@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import torch
@@ -17,20 +17,34 @@ from torch import Tensor
 
 from .. import ops
 from ..functional.soft import row_mask, soft_threshold
+from .state import MASK, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
 
-# The packed forms of a layer, by buffer name, in the order in which every op takes and gives them.
-PACKED_NAMES = ("packed", "E", "packed_t", "E_t")
-TRANSPOSED_NAMES = PACKED_NAMES[2:]  # empty in a lean layer, and then not written
-SPARSE_BUFFERS = ("mask", *PACKED_NAMES)
-
-# layer -> the feed-forward block that has the layer's packed forms in a buffer of its own, and is to be told of
-# changes.
-blocks: weakref.WeakKeyDictionary[torch.nn.Module, weakref.ref] = weakref.WeakKeyDictionary()
+# layer -> (a feed-forward block that has the layer's packed forms in a buffer of its own, what restores that when the
+# forms have moved)
+blocks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[weakref.ref, Callable]] = weakref.WeakKeyDictionary()
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def packed_dtype(weight: Tensor, compute_dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of packed values: `compute_dtype` if given; else the weight's, but 16 bits on a GPU.
+
+    The sparse tensor cores multiply 16-bit values. A float32 weight on a GPU is a master weight for autocast, whose
+    usual dtype there is bfloat16; on a CPU it is packed as it is and cast like any other weight when autocast is on.
+    """
+    if compute_dtype is not None:
+        return compute_dtype
+    if weight.device.type == "cuda" and weight.dtype not in (torch.bfloat16, torch.float16):
+        return torch.bfloat16
+    return weight.dtype
+
+
+def stamp(weight: Tensor) -> tuple[int, int] | None:
+    """Address and version of a weight, which most writes change; None where there is no version."""
+    return None if weight.is_inference() else (weight.data_ptr(), weight._version)
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
     """Whether `tensor` is a DTensor, without importing torch.distributed for plain tensors."""
-    if type(tensor) in (Tensor, torch.nn.Parameter):
+    if tensor is None or type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
@@ -69,7 +83,7 @@ def pack(layers: Iterable, *, search: bool) -> None:
         if layer.weight.is_meta:
             layer.note_packed()
             continue
-        if layer.soft_scale is not None:
+        if state_of(layer).soft_scale is not None:
             _pack_soft(layer, search)
         else:
             # One launch for many weights; but a sharded one is gathered, packed and forgotten before the next.
@@ -77,16 +91,16 @@ def pack(layers: Iterable, *, search: bool) -> None:
             groups[layer.weight.device, layer.weight.dtype, alone].append(layer)
     for group in groups.values():
         run = ops.prune_compress_ if search else ops.compress_
-        weights, masks = [full_weight(layer) for layer in group], [mask_bits(layer.mask) for layer in group]
+        weights, masks = [full_weight(layer) for layer in group], [mask_bits(mask_of(layer)) for layer in group]
         _run(run, weights, masks, group)
         for layer in group:
             layer.note_packed(searched=search)
-    _tell_blocks(chain.from_iterable(groups.values()))
+    _restore_blocks(chain.from_iterable(groups.values()))
 
 
 def _run(run, weights: list[Tensor], masks: list[Tensor], layers: list) -> None:
     """`run` into the buffers of the layers. E of gate and up of a fused block lies in pieces: it goes by a copy."""
-    outputs = [[layer._buffers[name] for layer in layers] for name in PACKED_NAMES]
+    outputs = [[layer._buffers[name] for layer in layers] for name in PACKED_BUFFERS]
     pieces = [(i, E) for i, E in enumerate(outputs[1]) if E.dim() == 2]
     for i, E in pieces:
         outputs[1][i] = E.new_empty(E.numel())
@@ -97,10 +111,11 @@ def _run(run, weights: list[Tensor], masks: list[Tensor], layers: list) -> None:
         torch._foreach_copy_([E.view(words) for _, E in pieces], made)
 
 
-def _tell_blocks(layers: Iterable) -> None:
-    told = {id(block): block for layer in layers if layer in blocks and (block := blocks[layer]()) is not None}
-    for block in told.values():
-        block.link()
+def _restore_blocks(layers: Iterable) -> None:
+    """Let each fused block around the layers see that its own buffer still holds their packed forms."""
+    for block, restore in dict(blocks[layer] for layer in layers if layer in blocks).items():
+        if block() is not None:
+            restore(block())
 
 
 def _pack_soft(layer, search: bool) -> None:
@@ -108,36 +123,37 @@ def _pack_soft(layer, search: bool) -> None:
 
     What is kept follows the weights at each step. The layer's mask, which flip rates compare, moves with a search.
     """
-    weight = full_weight(layer)
+    weight, buffers = full_weight(layer), layer._buffers
     mask = row_mask(weight)
-    soft = soft_threshold(weight) * layer.soft_scale.to(weight)
-    if layer.soft is None or (layer.soft.shape, layer.soft.dtype) != (soft.shape, soft.dtype):
-        layer.soft = soft
+    soft = soft_threshold(weight) * state_of(layer).soft_scale.to(weight)
+    if buffers[SOFT] is None or (buffers[SOFT].shape, buffers[SOFT].dtype) != (soft.shape, soft.dtype):
+        buffers[SOFT] = soft
     else:
-        layer.soft.copy_(soft)
+        buffers[SOFT].copy_(soft)
     _run(ops.compress_, [soft], [mask], [layer])
     if search:
-        layer.mask.copy_(mask_bytes(mask))
+        layer.take_mask(mask)
     layer.note_packed(searched=search)
 
 
 @torch.no_grad()
-def pack_apart(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    """The packed forms and, for S-STE, "soft" that `layer` would have with another weight, as new tensors by name.
+def pack_substitute(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    """The packed forms, and S-STE's "soft" weight, that `layer` would have with another weight: new tensors by the
+    names of its buffers.
 
     weight  [out_features, in_features] as kernels see it; pruned by the layer's mask, or by S-STE's rule
     dtype   of the packed values
 
     Raises Sparse24Error for a weight of another shape or on another device than the mask.
     """
-    weight, mask, soft = weight.detach(), mask_bits(layer.mask), None
-    if layer.soft_scale is not None:
-        mask, soft = row_mask(weight), soft_threshold(weight) * layer.soft_scale.to(weight)
+    weight, mask, soft, state = weight.detach(), mask_bits(layer._buffers[MASK]), None, state_of(layer)
+    if state.soft_scale is not None:
+        mask, soft = row_mask(weight), soft_threshold(weight) * state.soft_scale.to(weight)
     packed = ops.compress(weight if soft is None else soft, mask, dtype)
-    forms = dict(zip(PACKED_NAMES, packed, strict=True))
-    if layer.lean:
-        forms |= {name: forms[name].new_empty(0) for name in TRANSPOSED_NAMES}
-    return forms | {"soft": soft}
+    forms = dict(zip(PACKED_BUFFERS, packed, strict=True))
+    if state.lean:
+        forms |= {name: forms[name].new_empty(0) for name in TRANSPOSED_BUFFERS}
+    return forms | {SOFT: soft}
 
 
 @torch.no_grad()

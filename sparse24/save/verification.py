@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..convert import sparse_layers, unwrap
-from ..layers import packing, sharding
+from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of
 from ..layers.copies import same_function
-from ..layers.feedforward import FusedFeedForward
-from ..layers.modules import DENSE, SparseLayer
+from ..layers.feedforward import FusedFeedForward, ffn_layers
+from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT
 from .exporting import load_exported, masked_weight, plain_state, weight_key
 from .semi_structured import semi_structured_layers
 
@@ -67,7 +67,7 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
     sharding.reshard(sharding.sharded_modules(model))
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     report = VerifyReport(layers=[*layers, *semi])
-    phases = {layer.phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())
+    phases = {state_of(layer).phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())
     report.phase = phases.pop() if len(phases) == 1 else "mixed" if phases else ""
     for name, layer in layers.items():
         report.problems += [(name, problem) for problem in _problems(layer)]
@@ -89,8 +89,9 @@ def _differences(layers: dict[str, SparseLayer], others: dict[str, SparseLayer])
     remedy = "call sparse24.follow(model, like=...)"
     for name in layers.keys() & others.keys():
         layer, other = layers[name], others[name]
-        if layer.phase != other.phase:
-            problems.append((name, f"is in the {layer.phase} phase, and {other.phase} in the other model; {remedy}"))
+        phase, theirs = state_of(layer).phase, state_of(other).phase
+        if phase != theirs:
+            problems.append((name, f"is in the {phase} phase, and {theirs} in the other model; {remedy}"))
         elif not same_function(layer.fingerprint(), other.fingerprint()):
             problems.append((name, f"has another mask or scale than the other model; {remedy}"))
     return sorted(problems)
@@ -108,7 +109,7 @@ def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport)
     for name, layer in layers.items() if masked else ():
         weight = masked_weight(name, layer).cpu()
         expected[weight_key(name)] = weight.t() if layer.as_kernel_sees(layer.weight) is not layer.weight else weight
-        if layer.soft is None and _most_kept(weight.t()) > 2:
+        if layer._buffers[SOFT] is None and _most_kept(weight.t()) > 2:
             report.problems.append((name, "its masked weight is not 2:4 along columns"))
     for key in expected.keys() | saved.keys():
         if key not in saved or key not in expected:
@@ -139,18 +140,20 @@ def _most_kept(weight: Tensor) -> int:
 @torch.no_grad()
 def _fused_is_current(block: FusedFeedForward) -> bool:
     """Whether the one buffer of gate and up holds what the two layers packed together would."""
-    *ups, _ = block.ffn_layers()
+    *ups, _ = ffn_layers(block)
     if not all(isinstance(layer, SparseLayer) for layer in ups):
         return True  # an adapter is around a layer: the block's own forward runs
-    if len(ups) == 1 or block.packed is None or any(layer.phase == DENSE or layer.soft is not None for layer in ups):
+    if len(ups) == 1 or block._buffers[PACKED] is None:
+        return True
+    if any(state_of(layer).phase == DENSE or layer._buffers[SOFT] is not None for layer in ups):
         return True
     weight = torch.cat([packing.full_weight(layer) for layer in ups])
-    mask = torch.cat([layer.mask for layer in ups])
-    fresh = ops.compress(weight, mask, dtype=block.packed.dtype)
+    mask = torch.cat([mask_of(layer) for layer in ups])
+    fresh = ops.compress(weight, mask, dtype=block._buffers[PACKED].dtype)
     return all(
-        torch.equal(getattr(block, name).nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0))
-        for name, tensor in zip(packing.PACKED_NAMES, fresh, strict=True)
-        if getattr(block, name).numel()  # a lean block has one direction
+        torch.equal(block._buffers[name].nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0))
+        for name, tensor in zip(PACKED_BUFFERS, fresh, strict=True)
+        if block._buffers[name].numel()  # a lean block has one direction
     )
 
 
@@ -158,28 +161,29 @@ def _fused_is_current(block: FusedFeedForward) -> bool:
 def _problems(layer: SparseLayer) -> list[str]:
     if layer.weight.is_meta:
         return ["its weight is on the meta device"]
-    if layer.soft is not None:
-        return ["its soft-thresholded weight is not 2:4"] if _most_kept(layer.soft) > 2 else []
-    if not ops.is_transposable(layer.mask):
+    buffers, state = layer._buffers, state_of(layer)
+    if buffers[SOFT] is not None:
+        return ["its soft-thresholded weight is not 2:4"] if _most_kept(buffers[SOFT]) > 2 else []
+    if not ops.is_transposable(mask_of(layer)):
         return ["its mask has a block that does not keep two of each row and column"]
-    if layer.phase == DENSE:
+    if state.phase == DENSE:
         return []
     problems = []
-    weight, bits = packing.full_weight(layer), packing.mask_bits(layer.mask)
+    weight, bits = packing.full_weight(layer), packing.mask_bits(mask_of(layer))
     rows, cols = weight.shape
-    kept = torch.where(ops.unpack_mask(bits), weight.to(layer.packed.dtype), 0)
-    both = ((layer.packed, layer.flat_E(), False), (layer.packed_t, layer.E_t, True))
-    for values, E, transposed in both[:1] if layer.lean else both:
+    kept = torch.where(ops.unpack_mask(bits), weight.to(buffers[PACKED].dtype), 0)
+    both = ((buffers[PACKED], layer.flat_E(), False), (buffers[PACKED_T], buffers[METADATA_T], True))
+    for values, E, transposed in both[:1] if state.lean else both:
         unpacked = ops.decompress(values, E, rows, cols, transposed=transposed)
         # Kept NaN are equal to themselves here: they are to stay visible.
         if not torch.equal(unpacked.nan_to_num(nan=1.0), kept.nan_to_num(nan=1.0)):
             which = "packed_t" if transposed else "packed"
             problems.append(f"{which} is not weight * mask; call sparse24.refresh(model) after writing weights")
     # Zeros hide misplaced metadata from the comparison above: the bytes themselves must be those of a fresh packing.
-    fresh = ops.compress(weight, bits, dtype=layer.packed.dtype)
-    for name, tensor in zip(("E", "E_t"), fresh[1::2], strict=True):
-        if layer.lean and name == "E_t":
+    fresh = ops.compress(weight, bits, dtype=buffers[PACKED].dtype)
+    for name, tensor in zip((METADATA, METADATA_T), fresh[1::2], strict=True):
+        if state.lean and name == METADATA_T:
             continue
-        if not torch.equal(getattr(layer, name).reshape(-1), tensor):
-            problems.append(f"{name} does not match the mask")
+        if not torch.equal(buffers[name].reshape(-1), tensor):
+            problems.append(f"{'E' if name == METADATA else 'E_t'} does not match the mask")
     return problems

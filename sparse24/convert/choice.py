@@ -1,0 +1,57 @@
+"""Whether a layer that can be 2:4 should be: backend="auto" asks the cost model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .. import _library
+from . import cost_model, structure
+from .cost_model import Training
+
+
+def choose_function(
+    module: nn.Module,
+    backend: str,
+    training: Training,
+    block: tuple[int, int, bool] | None = None,
+    *,
+    assumed: bool = False,
+) -> tuple[bool, str]:
+    """Whether this layer trains 2:4, and why: from its shape, the expected tokens and the device; never from a
+    batch.
+
+    block    (d_model, d_ff, gated) of the feed-forward layer that it is part of, which is then judged as a whole
+    assumed  nobody has said how many tokens a call has
+    """
+    device = module.weight.device
+    if backend == "sparse":
+        return True, "backend='sparse'"
+    if device.type != "cuda":
+        return True, f"{device.type}: every matching layer is 2:4, for the method"
+    training, rates = training.of(master_bytes=module.weight.dtype.itemsize), rates_on(device)
+    out_features, in_features = structure.features(module)[::-1]
+
+    def estimate(training: Training) -> float:
+        if block is not None:
+            return cost_model.feed_forward(*block, training, rates).speedup
+        return cost_model.linear(out_features, in_features, training, rates).speedup
+
+    speedup = estimate(training)
+    what = f"feed-forward layer of {block[0]} x {block[1]}" if block else f"layer of {out_features} x {in_features}"
+    calls = f" and {training.micro_batches} calls a step" if training.micro_batches > 1 else ""
+    finding = f"estimated {speedup:.2f}x of a compiled dense {what} at {training.tokens} tokens a call{calls}"
+    finding += " (assumed: say tokens=)" if assumed else ""
+    if speedup >= cost_model.MARGIN:
+        return True, f"{finding}, on {torch.cuda.get_device_name(device)}"
+    remedies = ["backend='sparse' converts it anyway"]
+    if training.mvue and (without := estimate(training.of(mvue=False))) >= cost_model.MARGIN:
+        remedies.insert(0, f"with mvue=False it is {without:.2f}x")
+    return False, f"{finding}, less than the {cost_model.MARGIN:.2f}x asked for; {', '.join(remedies)}"
+
+
+def rates_on(device: torch.device) -> cost_model.Rates:
+    """The cost model's rates on a GPU."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    info = _library.device_info(index)
+    return cost_model.rates_for(info["multiprocessors"], info["memory_bandwidth"])

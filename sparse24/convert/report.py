@@ -1,0 +1,51 @@
+"""What `sparsify` tells about its work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Skipped(NamedTuple):
+    """A layer that stays as it is, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class SparsifyReport:
+    """What `sparsify` did. Truthy when it converted something.
+
+    converted  names of the layers that now train 2:4
+    skipped    (name, reason) of those that were looked at and stay as they are
+    reasons    name -> why this layer trains 2:4
+    shapes     name -> (out_features, in_features)
+    fused      name of a block whose layers were converted -> "" if it runs as one function, else why it does not
+    """
+
+    converted: list[str] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.converted)
+
+    def __str__(self) -> str:
+        rows = [
+            (name, f"{self.shapes[name][0]} x {self.shapes[name][1]}", "2:4", self.reasons[name])
+            for name in self.converted
+        ]
+        rows += [(name, "", "dense", reason) for name, reason in self.skipped]
+        weights = sum(rows * cols for rows, cols in self.shapes.values())
+        lines = [f"sparse24: {len(self.converted)} layers 2:4 ({weights:,} weights), {len(self.skipped)} skipped"]
+        if rows:
+            widths = [max(len(row[i]) for row in rows) for i in range(3)]
+            lines += ["  " + "  ".join((*map(str.ljust, row, widths), row[3])) for row in rows]
+        if self.fused:
+            unfused = {name: why for name, why in self.fused.items() if why}
+            lines.append(f"  {len(self.fused) - len(unfused)} of {len(self.fused)} blocks run as one function")
+            lines += [f"  {name or 'the model'} runs layer by layer: {why}" for name, why in unfused.items()]
+        return "\n".join(lines)

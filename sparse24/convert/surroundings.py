@@ -1,0 +1,51 @@
+"""What modules around sparse layers must know: torch's fast paths for inference, and DDP."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layers import SparseLayer
+from ..layers.feedforward import FusedFeedForward
+from ..layers.state import HOLDER, LAYER_BUFFERS, PACKED_BUFFERS, is_ours
+
+DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+_ACTIVATION, _NESTED = f"{HOLDER}_activation", f"{HOLDER}_nested"
+
+
+def after_conversion(model: nn.Module) -> None:
+    """Bring the modules around into line with the layers that are sparse now, and back where none is."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its inference fast path reads linear1.weight and never calls the layer: 0 sends it to the plain path.
+            sparse = isinstance(module.linear1, SparseLayer) or isinstance(module.linear2, SparseLayer)
+            _replace(module, "activation_relu_or_gelu", 0, _ACTIVATION, sparse)
+        if isinstance(module, nn.TransformerEncoder):
+            # It was decided when the encoder was made that padding becomes a nested tensor on that fast path.
+            sparse = any(isinstance(m, SparseLayer) for m in module.modules())
+            _replace(module, "use_nested_tensor", False, _NESTED, sparse)
+        _write_ddp_ignores(module)
+
+
+def _replace(module: nn.Module, name: str, value, keep_as: str, sparse: bool) -> None:
+    """Set an attribute while the module is sparse; what it was is kept on the module under another name."""
+    if sparse and keep_as not in module.__dict__:
+        module.__dict__[keep_as] = getattr(module, name)
+        setattr(module, name, value)
+    elif not sparse and keep_as in module.__dict__:
+        setattr(module, name, module.__dict__.pop(keep_as))
+
+
+def _write_ddp_ignores(module: nn.Module) -> None:
+    """DDP would broadcast packed forms, as large as the model, before each forward. Every rank makes them itself."""
+    ours = [
+        f"{name}.{buffer}" if name else buffer
+        for name, layer in module.named_modules()
+        if isinstance(layer, (SparseLayer, FusedFeedForward))
+        for buffer in (LAYER_BUFFERS if isinstance(layer, SparseLayer) else PACKED_BUFFERS)
+    ]
+    before = module.__dict__.get(DDP_IGNORES, ())  # the module's own: wrappers pass on their model's
+    others = [name for name in before if not is_ours(name.rsplit(".", 1)[-1])]
+    if ours or others:
+        module.__dict__[DDP_IGNORES] = others + ours
+    elif before:
+        del module.__dict__[DDP_IGNORES]

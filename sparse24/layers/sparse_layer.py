@@ -1,0 +1,351 @@
+"""What the classes of sparse layers share: a dense weight, its mask, and its packed forms.
+
+The dense weight stays the only truth: the state_dict is that of the dense layer, and mask and packed forms are
+non-persistent. Whoever changes the weight re-packs it: the recipe after each optimizer step; the hooks below after
+load_state_dict, a move, a copy or a new Parameter; `sparse24.refresh(model)` after anything else. Forward only reads,
+so it compiles without graph breaks, replays in CUDA graphs and may be run twice by activation checkpointing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .. import ops
+from ..errors import Sparse24Error
+from ..functional.soft import soft_scale
+from . import copies, packing
+from .forward import sparse_forward
+from .packing import packed_dtype
+from .replacements import watch_replacements
+from .state import (
+    COMPUTED,
+    DECAY,
+    DENSE,
+    HOLDER,
+    LAYER_BUFFERS,
+    MASK,
+    METADATA,
+    METADATA_T,
+    PACKED,
+    PACKED_BUFFERS,
+    PACKED_T,
+    SOFT,
+    SPARSE,
+    TRANSPOSED_BUFFERS,
+    LayerState,
+    add_buffers,
+    drop_all,
+    mask_of,
+    shown_buffer,
+    shown_constant,
+    state_of,
+)
+
+#: dtypes of weights, and of packed values on a CPU
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_switch(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise Sparse24Error(f"{name} must be True or False, got {value!r}")
+
+
+def distributed_rank() -> int:
+    """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def check_extents(weight: Tensor) -> None:
+    """Raises Sparse24Error for a weight that has no mask of whole 4x4 blocks."""
+    if weight.dim() != 2 or any(extent == 0 or extent % 4 for extent in weight.shape):
+        raise Sparse24Error(
+            f"a 2:4 weight needs rows and columns that are positive multiples of 4, got "
+            f"{' x '.join(map(str, weight.shape))}; keep this layer dense or change its width"
+        )
+
+
+def check_weight(weight: nn.Parameter) -> None:
+    """Before a sparse layer gets another Parameter. Raises Sparse24Error for one that cannot be packed."""
+    check_extents(weight)
+    if not is_plain_parameter(weight):
+        raise Sparse24Error(
+            f"a sparse layer cannot hold a weight of type {type(weight).__name__} (quantised, perhaps): its packed "
+            "form is made from plain numbers; call sparse24.densify(model, masked=True) first, which keeps what the "
+            "model computes"
+        )
+    if weight.dtype not in DTYPES:
+        raise Sparse24Error(
+            f"a sparse layer cannot hold a weight of {weight.dtype}; supported are {', '.join(map(str, DTYPES))}"
+        )
+
+
+def is_plain_parameter(weight: Tensor | None) -> bool:
+    """Whether a weight is a Parameter of plain numbers: no quantised or other tensor subclass. Fake tensors pass."""
+    return type(weight) is nn.Parameter or isinstance(weight, FakeTensor) or packing.is_dtensor(weight)
+
+
+class SparseLayer:
+    """What the sparse classes add to a dense layer that has one 2-D weight. A mixin, left of the dense class.
+
+    Tensors, for a weight seen by the kernels as [rows, cols] = [out_features, in_features]:
+      mask          uint8 [rows/4, cols/2], the bytes of a uint16 mask of 4x4 blocks
+      packed, E     kept values [rows, cols/2] and their metadata (forward); E in 2-D pieces in a fused block
+      packed_t, E_t the same weight packed along rows, [rows/2, cols], and its metadata (input gradient)
+      soft          S-STE's thresholded, scaled weight [rows, cols], which its packed form holds; or None
+      decay_factor  one float32, what backward multiplies masked decay by (`Recipe(decay_in="backward")`), or None
+    Constants: see `LayerState`.
+    """
+
+    _sparse24_forward = None  # of a class: the forward that it was defined with, see `replaced`
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._sparse24_forward = vars(cls).get("forward")
+
+    # -- what a recipe asks for -------------------------------------------------------------------------------------
+
+    def train_as(self, *, mvue: bool | None = None, rank: int | None = None, soft: bool = False) -> None:
+        """Begin a training: no decay in backward, a mask that belongs to the weight until `keep_mask` says otherwise.
+
+        mvue  as the constant; None leaves it as it is
+        rank  as the constant; None leaves it as it is
+        soft  S-STE: the layer multiplies with its soft-thresholded weight, at the scale that fits the weight now
+        """
+        if mvue is not None:
+            self.set_mvue(mvue)
+        if rank is not None:
+            self._set_rank(rank)
+        state_of(self).mask_is_state, state_of(self).watch = False, None
+        self.set_decay(None)
+        self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
+
+    def set_mvue(self, mvue: bool) -> None:
+        """Prune output gradients for the weight gradient, or not; may change between two steps of a training."""
+        check_switch("mvue", mvue)
+        state_of(self).mvue = mvue
+
+    def set_soft_scale(self, scale: Tensor | None) -> None:
+        """The fixed scale of S-STE, one float, or None for hard masks; the next packing uses it."""
+        state = state_of(self)
+        state.generation += 1
+        self._buffers[SOFT] = None
+        state.soft_scale = None if scale is None else scale.to(mask_of(self).device)
+
+    def set_decay(self, factor: Tensor | None) -> None:
+        """What backward multiplies masked decay by: float32 [1], shared and written by its owner; None: no decay."""
+        self._buffers[DECAY] = factor
+
+    def enter(self, phase: str) -> None:
+        """Compute the 2:4 function from here on ("sparse"), or the plain dense one ("dense"). Packs nothing."""
+        if phase not in (SPARSE, DENSE):
+            raise Sparse24Error(f"phase must be {SPARSE!r} or {DENSE!r}, got {phase!r}")
+        state = state_of(self)
+        if phase != state.phase:
+            state.generation += 1
+            state.phase = phase
+
+    def take_mask(self, mask: Tensor) -> None:
+        """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing."""
+        state_of(self).generation += 1
+        mask_of(self).copy_(packing.mask_bytes(mask))
+
+    def take_state(self, phase: str, mask: Tensor, soft_scale: Tensor | None = None) -> None:
+        """Be in `phase` under `mask` (and S-STE's scale), those of the training that the weights come from; packs.
+
+        mask  as in `take_mask`, on any device
+        """
+        self.take_mask(mask)
+        self.set_soft_scale(soft_scale)
+        self.enter(phase)
+        self.keep_mask()
+        self._repack()
+
+    def keep_mask(self, keep: bool = True) -> None:
+        """From here on the mask is training state: loading weights keeps it, where it was searched anew before."""
+        state_of(self).mask_is_state = keep
+
+    def _set_rank(self, rank: int) -> None:
+        state_of(self).rank = rank
+
+    # -- whose masks and phase: see `copies` ------------------------------------------------------------------------
+
+    def fingerprint(self) -> str | None:
+        """Phase and mask as a short text; None where there is no mask to read (meta and fake tensors).
+
+        It waits for the device, once for each mask.
+        """
+        return copies.fingerprint_of(self)
+
+    def accept_weights(self) -> None:
+        """The weights are to run under the masks of now, wherever they come from."""
+        if state_of(self).watch is not None:
+            state_of(self).watch.arrival = None
+
+    def look(self, *, forward: bool = True) -> None:
+        """Follow the layer that this one is a copy of; before a forward pass also tell of weights of other masks."""
+        if state_of(self).watch is not None:
+            copies.look(self, forward=forward)
+
+    def look_in_forward(self) -> None:
+        """`look`, before a forward pass that is not compiled."""
+        if state_of(self).watch is not None and not torch.compiler.is_compiling():
+            copies.look(self)
+
+    def weight_has_changed(self) -> bool:
+        """Whether the weight shows that it was written since it was packed; `.data` writes do not show."""
+        state = state_of(self)
+        return state.stamp is not None and state.stamp != packing.stamp(self._parameters["weight"])
+
+    def is_packed(self) -> bool:
+        """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
+        packed = self._buffers[PACKED]
+        fresh = packing.pack_substitute(self, packing.full_weight(self), packed.dtype)[PACKED]
+        return torch.equal(fresh.view(torch.uint8), packed.view(torch.uint8))
+
+    # -- what is read under plain names -----------------------------------------------------------------------------
+
+    mask, soft = shown_buffer(MASK), shown_buffer(SOFT)
+    packed, E, packed_t, E_t = (shown_buffer(name) for name in (PACKED, METADATA, PACKED_T, METADATA_T))
+    decay_factor = shown_buffer(DECAY, set_decay)
+    phase, mvue = shown_constant("phase", enter), shown_constant("mvue", set_mvue)
+    rank, mask_is_state = shown_constant("rank", _set_rank), shown_constant("mask_is_state", keep_mask)
+    lean, soft_scale = shown_constant("lean"), shown_constant("soft_scale", set_soft_scale)
+    compute_dtype = shown_constant("compute_dtype")
+
+    # -- life cycle -------------------------------------------------------------------------------------------------
+
+    def _init_sparse(self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None, lean: bool = False) -> None:
+        watch_replacements()
+        self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype)
+        add_buffers(self, LAYER_BUFFERS)
+        self._repack()
+
+    def _drop_sparse(self) -> None:
+        """Forget everything that `_init_sparse` added; the class is the caller's business."""
+        drop_all(self)
+
+    def as_kernel_sees(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weight's shape, such as its gradient, as [out_features, in_features]."""
+        return tensor
+
+    def flat_E(self) -> Tensor:
+        """E as products take it, 1-D; a copy where it lies in pieces inside that of a fused block."""
+        return self._buffers[METADATA].reshape(-1)
+
+    def kernel_weight(self) -> Tensor:
+        """The weight as kernels see it: [out_features, in_features], detached."""
+        return self.as_kernel_sees(self.weight.detach())
+
+    def _fit_buffers(self) -> bool:
+        """Give the buffers the shapes, dtype and device that the weight asks for; keep those that fit already.
+
+        True when there is no mask yet that belongs to this weight: it must be searched.
+        """
+        weight, state, buffers = self.kernel_weight(), state_of(self), self._buffers
+        check_extents(weight)
+        rows, cols = weight.shape
+        device, dtype = weight.device, packed_dtype(weight, state.compute_dtype)
+        mask = buffers[MASK]
+        no_mask = mask is None or mask.shape != (rows // 4, cols // 2) or (mask.is_meta and device.type != "meta")
+        if no_mask:
+            buffers[MASK] = packing.empty_mask(rows, cols, device)
+        elif mask.device != device:
+            buffers[MASK] = mask.to(device)
+        packed = buffers[PACKED]
+        if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
+            for name, tensor in zip(PACKED_BUFFERS, ops.empty_packed(rows, cols, dtype, device), strict=True):
+                left_out = state.lean and name in TRANSPOSED_BUFFERS
+                buffers[name] = tensor.new_empty(0) if left_out else tensor
+        return no_mask
+
+    def _repack(self, *, search: bool = False) -> None:
+        """After the weight has changed behind the recipe's back: fit the buffers, pack, and search a missing mask."""
+        search |= self._fit_buffers()
+        packing.pack([self], search=search)
+
+    def note_packed(self, *, searched: bool = False) -> None:
+        """Remember which weight was packed last, for `has_substituted_weight`, the alarm in forward and copies."""
+        weight, state = self._parameters.get("weight"), state_of(self)
+        state.packs += 1
+        state.generation += searched
+        if weight is None:
+            state.packed_weight = COMPUTED
+        else:
+            state.packed_weight = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
+        state.stamp = packing.stamp(weight) if type(weight) is nn.Parameter else None
+
+    # -- hooks: whatever changes the weight behind the recipe's back ------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
+        # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
+        self.look(forward=False)  # moving a copy must not hide that its weight was written
+        buffers = {name: self._buffers[name] for name in LAYER_BUFFERS}
+        self._buffers.update(dict.fromkeys(LAYER_BUFFERS))
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(buffers)
+        for name in (SOFT, DECAY):
+            if self._buffers[name] is not None:
+                self._buffers[name] = self._buffers[name].to(self.weight.device)
+        self._repack()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
+            destination._metadata.setdefault(prefix[:-1], {})[copies.METADATA_KEY] = mine
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs)
+        self._take_weights()
+        copies.note_arrival(self, prefix[:-1], local_metadata.get(copies.METADATA_KEY), missing_keys)
+
+    def _take_weights(self) -> None:
+        """The one rule for weights that arrive from elsewhere: training's mask stays, another is searched anew."""
+        copies.note_written(self)
+        self._repack(search=not state_of(self).mask_is_state)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)  # defined, so that FSDP2 hands parameters over through `register_parameter`
+
+    def register_parameter(self, name, param):
+        # What `layer.weight = Parameter(...)` comes to, and the removal of weight norm, pruning and parametrizations.
+        if name != "weight" or param is None or HOLDER not in self.__dict__:
+            super().register_parameter(name, param)
+            return
+        old = self._parameters.get("weight")
+        if packing.is_dtensor(old) or packing.is_dtensor(param):
+            # FSDP2 swaps sharded and gathered parameters at each use; the recipe packs for it.
+            super().register_parameter(name, param)
+            state_of(self).packed_weight = None
+            return
+        check_weight(param)
+        super().register_parameter(name, param)
+        if param is not old:
+            self._take_weights()
+
+    def __getstate__(self):
+        # Copies and pickles carry the mask; packed forms are rebuilt, since their layout may differ where they wake up.
+        # The decay factor stays behind: no recipe would write to a copy's.
+        state = self.__dict__.copy()
+        state["_buffers"] = {**state["_buffers"], **dict.fromkeys((*PACKED_BUFFERS, DECAY))}
+        state[HOLDER] = state[HOLDER].for_copy(copies.origin_for_copies(self))
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        watch_replacements()
+        self._repack()
+        copies.watch_origin(self)
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def _sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient."""
+        return sparse_forward(self, x, weight, bias)
