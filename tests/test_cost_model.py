@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse24.benchmark import suite
-from sparse24.convert import cost_model
+from sparse24.convert import cost_float8, cost_model
 from sparse24.convert.cost_model import MARGIN, Training, break_even_tokens, feed_forward, linear
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -138,3 +138,42 @@ def test_fp32_masters_cost_both_sides_more():
 
 def test_small_layers_are_estimated_slower():
     assert linear(1024, 256, Training(8192)).speedup < 1 < linear(14336, 4096, Training(8192)).speedup
+
+
+MEASURED_FP8_DENSE = {  # d_model, d_ff, tokens: ms of torchao's tensorwise layer, compiled, on an H200
+    (4096, 11008, 8192): 7.54,
+    (4096, 14336, 16384): 18.1,
+    (2048, 8192, 16384): 6.62,
+}
+
+
+@pytest.mark.parametrize("size", MEASURED_FP8_DENSE)
+def test_fp8_dense_layers_are_estimated_as_they_were_measured(size):
+    d_model, d_ff, tokens = size
+    estimated = cost_float8.feed_forward(d_model, d_ff, True, Training(tokens, precision="fp8")).dense_us / 1e3
+    assert estimated == pytest.approx(MEASURED_FP8_DENSE[size], rel=0.1)
+
+
+@pytest.mark.parametrize("size", MEASURED_FP8_DENSE)
+def test_eight_bits_are_held_against_the_faster_of_both_dense_layers(size):
+    d_model, d_ff, tokens = size
+    sixteen = feed_forward(d_model, d_ff, True, Training(tokens))
+    hybrid, full = (
+        cost_float8.feed_forward(d_model, d_ff, True, Training(tokens, precision=p)) for p in ("fp8-hybrid", "fp8")
+    )
+    assert full.sparse_us < hybrid.sparse_us < sixteen.sparse_us
+    assert full.dense_us == hybrid.dense_us < sixteen.dense_us
+    assert full.speedup > MARGIN
+
+
+def test_small_layers_are_left_dense_where_fp8_dense_is_no_faster_than_bf16():
+    small = cost_float8.feed_forward(512, 1024, True, Training(1024, precision="fp8"))
+    assert small.speedup < MARGIN
+    assert small.dense_us == feed_forward(512, 1024, True, Training(1024)).dense_us  # casts cost what products save
+
+
+def test_the_cost_of_linear_layers_in_eight_bits():
+    up = cost_float8.linear(11008, 4096, Training(8192, precision="fp8"))
+    assert up.sparse_us < linear(11008, 4096, Training(8192)).sparse_us
+    dense_gradient = cost_float8.linear(11008, 4096, Training(8192, mvue=False, precision="fp8"))
+    assert dense_gradient.sparse_us > up.sparse_us

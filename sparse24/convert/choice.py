@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .. import _library
-from . import cost_model, structure
+from . import cost_float8, cost_model, structure
 from .cost_model import Training
 
 
@@ -33,14 +33,16 @@ def choose_function(
     out_features, in_features = structure.features(module)[::-1]
 
     def estimate(training: Training) -> float:
+        model = cost_float8 if training.precision else cost_model
         if block is not None:
-            return cost_model.feed_forward(*block, training, rates).speedup
-        return cost_model.linear(out_features, in_features, training, rates).speedup
+            return model.feed_forward(*block, training, rates).speedup
+        return model.linear(out_features, in_features, training, rates).speedup
 
     speedup = estimate(training)
     what = f"feed-forward layer of {block[0]} x {block[1]}" if block else f"layer of {out_features} x {in_features}"
     calls = f" and {training.micro_batches} calls a step" if training.micro_batches > 1 else ""
-    finding = f"estimated {speedup:.2f}x of a compiled dense {what} at {training.tokens} tokens a call{calls}"
+    rival = "a compiled dense" if training.precision is None else "the faster of a compiled bf16 and FP8 dense"
+    finding = f"estimated {speedup:.2f}x of {rival} {what} at {training.tokens} tokens a call{calls}"
     finding += " (assumed: say tokens=)" if assumed else ""
     if speedup >= cost_model.MARGIN:
         return True, f"{finding}, on {torch.cuda.get_device_name(device)}"

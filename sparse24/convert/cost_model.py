@@ -89,12 +89,16 @@ def rates_for(multiprocessors: int, memory_bandwidth: float) -> Rates:
 
 @dataclass(frozen=True)
 class Training:
-    """How a layer is trained: tokens of a forward call, calls an optimizer step, bytes a weight, settings."""
+    """How a layer is trained: tokens of a forward call, calls an optimizer step, bytes a weight, settings.
+
+    precision  None: 16-bit products; "fp8-hybrid" and "fp8" are estimated by `cost_float8`
+    """
 
     tokens: int
     micro_batches: int = 1
     master_bytes: int = 2
     mvue: bool = True
+    precision: str | None = None
 
     def of(self, **changes) -> Training:
         return replace(self, **changes)
@@ -152,7 +156,8 @@ def sparse_product_us(m: int, n: int, k: int, rates: Rates, widths: tuple[int, .
     return loops * in_loops + epilogues * rates.sparse_us_per_wave + rates.sparse_us
 
 
-def _pass_us(bytes_moved: float, rate: float, rates: Rates) -> float:
+def pass_us(bytes_moved: float, rate: float, rates: Rates) -> float:
+    """A pass over memory, at `rate` TB/s."""
     return bytes_moved / rate / 1e6 + rates.launch_us
 
 
@@ -164,9 +169,8 @@ def linear(out_features: int, in_features: int, training: Training, rates: Rates
     sparse = sum(sparse_product_us(*mnk, rates) for mnk in products[:2])
     sparse += _weight_gradient_us(m, k, training, rates)
     if training.mvue:
-        sparse += _pass_us(3.125 * t * m, rates.mvue, rates)
-    once = _dense_weight_us(m * k, training, rates), _sparse_weight_us(m * k, training, rates)
-    return Times(dense, sparse) * training.micro_batches + Times(*once)
+        sparse += pass_us(3.125 * t * m, rates.mvue, rates)
+    return Times(dense, sparse) * training.micro_batches + weight_step_us(m * k, training, rates)
 
 
 def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> Times:
@@ -180,19 +184,18 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
         sparse += _weight_gradient_us(m, k, training, rates)
     elements = t * d_ff
     forward, backward = (6, 10) if gated else (4, 6)  # bytes an element of h that must move
-    dense += _pass_us(forward * elements, rates.dense_pass, rates) + _pass_us(
+    dense += pass_us(forward * elements, rates.dense_pass, rates) + pass_us(
         backward * elements, rates.dense_pass, rates
     )
     sparse += 1e-6 * elements * rates.activation_us
     if training.mvue:
         packed = 1.125 * up / d_ff
-        sparse += _pass_us((backward + packed) * elements, rates.activation_backward_mvue, rates)
-        sparse += _pass_us(3.125 * t * d_model, rates.mvue, rates)
+        sparse += pass_us((backward + packed) * elements, rates.activation_backward_mvue, rates)
+        sparse += pass_us(3.125 * t * d_model, rates.mvue, rates)
     else:
-        sparse += _pass_us(backward * elements, rates.activation_backward, rates)
-    weights = sum(m * k for m, k in shapes)
-    once = _dense_weight_us(weights, training, rates), _sparse_weight_us(weights, training, rates)
-    return Times(dense, sparse) * training.micro_batches + Times(*once)
+        sparse += pass_us(backward * elements, rates.activation_backward, rates)
+    once = weight_step_us(sum(m * k for m, k in shapes), training, rates)
+    return Times(dense, sparse) * training.micro_batches + once
 
 
 def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> int | None:
@@ -211,6 +214,12 @@ def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> flo
     return dense_product_us(m, k, training.tokens, rates)
 
 
+def weight_step_us(weights: int, training: Training, rates: Rates, packed_bytes: float = 2.375) -> Times:
+    """What a step pays for its weights, whatever the tokens. packed_bytes: of a weight, both ways, and its mask."""
+    sparse = _sparse_weight_us(weights, training, rates, packed_bytes)
+    return Times(_dense_weight_us(weights, training, rates), sparse)
+
+
 def _dense_weight_us(weights: int, training: Training, rates: Rates) -> float:
     """A step's passes over a dense weight: casts of fp32 masters and their gradients, sums of micro-batches."""
     casts = 12.0 * training.micro_batches if training.master_bytes == 4 else 0.0
@@ -218,11 +227,11 @@ def _dense_weight_us(weights: int, training: Training, rates: Rates) -> float:
     return (casts + sums) * weights / rates.dense_pass / 1e6
 
 
-def _sparse_weight_us(weights: int, training: Training, rates: Rates) -> float:
+def _sparse_weight_us(weights: int, training: Training, rates: Rates, packed_bytes: float) -> float:
     """A step's passes over a 2:4 weight."""
     size = training.master_bytes
     # A search costs about what packing costs: it is the same pass.
-    pack = (size + 2.375) * weights / rates.pack / 1e6 + rates.launch_us
+    pack = (size + packed_bytes) * weights / rates.pack / 1e6 + rates.launch_us
     decay = (3 * size + 0.125) * weights / rates.decay / 1e6 + rates.launch_us
     sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
     casts = 6.0 * training.micro_batches if size == 4 and not training.mvue else 0.0
