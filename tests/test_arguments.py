@@ -157,6 +157,7 @@ def calls():
         "sparse_mm_grad_input": (dy, packed_t, E_t, 32),
         "sparse_mm_grad_weight": (packed_dy, E_dy, x, 16),
         "sparse_mm_grad_weight_input": (*ops.mvue_compress(x, seed), dy, 32),
+        "column_major_copy": (x,),
         "activation": (x, "silu"),
         "gated_activation": (x, "silu"),
         "activation_backward": (x, x, "silu"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops, reference
-from sparse24.functional import feed_forward
+from sparse24.functional import weight_gradient
 from sparse24.testing import assert_as_accurate, assert_same_bits
 
 
@@ -302,14 +302,14 @@ def test_sums_over_tokens_and_fp32_products_are_as_accurate_as_torchs(tokens):
     """On a GPU they are products with a fp32 result; torch's own are rounded to 16 bits."""
     x, dy = (torch.randn(tokens, n, device="cuda", dtype=torch.bfloat16) for n in (64, 128))
     for dtype in (torch.bfloat16, torch.float32):
-        ours = feed_forward.bias_gradient(dy, dtype)
+        ours = weight_gradient.bias_gradient(dy, dtype)
         assert ours.dtype == dtype and ours.shape == (128,)
         assert_as_accurate(ours, dy.sum(0).to(dtype), dy.double().sum(0))
     exact, into = dy.double().T @ x.double(), torch.ones(128, 64, device="cuda")
-    ours = feed_forward.dense_weight_gradient(dy, x, torch.float32)
+    ours = weight_gradient.dense_weight_gradient(dy, x, torch.float32)
     assert ours.dtype == torch.float32
     assert_as_accurate(ours, (dy.T @ x).float(), exact)
-    assert feed_forward.dense_weight_gradient(dy, x, torch.float32, into) is None
+    assert weight_gradient.dense_weight_gradient(dy, x, torch.float32, into) is None
     assert_as_accurate(into, 1 + (dy.T @ x).float(), 1 + exact)
 
 

@@ -1,6 +1,9 @@
 """Differentiable functions on packed weights: which product runs where, and what backward keeps."""
 
-from .feed_forward import PackedWeight, activation, check_no_transform, gated_activation, gated_mlp, mlp, sparse_linear
+from .activation import activation, gated_activation
+from .feed_forward import gated_mlp, mlp
+from .linear import sparse_linear
+from .operands import PackedWeight, check_no_transform, pruned_operand
 
 __all__ = [
     "PackedWeight",
@@ -9,5 +12,6 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "mlp",
+    "pruned_operand",
     "sparse_linear",
 ]

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
+from ..errors import Sparse24Error
 from ..formats import as_rows
-from .feed_forward import bias_gradient, weight_gradient
+from .operands import INPUT, OUTPUT, KeptInput, pruned_operand
+from .weight_gradient import GradTarget, bias_gradient, weight_gradient
 
 
 def soft_threshold(w: Tensor) -> Tensor:
@@ -75,8 +77,9 @@ class _SoftLinear(torch.autograd.Function):
             dy = as_rows(dy)
         if need_weight:
             seed = ops.draw_seed(dy, ctx.rank) if ctx.mvue else None
-            dw = weight_gradient(dy, as_rows(x), ctx.weight_dtype, seed)
-        if need_bias:
+            bias_dtype = ctx.bias_dtype if need_bias else None
+            dw, db = weight_gradient(dy, KeptInput(as_rows(x)), GradTarget(ctx.weight_dtype), seed, bias_dtype)
+        elif need_bias:
             db = bias_gradient(dy, ctx.bias_dtype)
         return dx, dw, db, None, None, None, None
 
@@ -88,7 +91,7 @@ def soft_linear(
     E: Tensor,
     bias: Tensor | None = None,
     *,
-    mvue: bool = True,
+    mvue: bool | str | None = True,
     rank: int = 0,
 ) -> Tensor:
     """y = x V^T + bias, with V = (packed, E) the thresholded and scaled `weight`, whose gradient is straight-through.
@@ -96,6 +99,9 @@ def soft_linear(
     x            (..., in_features), in the dtype of the product
     weight       (out_features, in_features), the dense master; only its gradient is computed
     packed, E    (out_features, in_features/2) and its metadata: V packed along rows
-    mvue, rank   as in `functional.sparse_linear`
+    mvue, rank   as in `functional.sparse_linear`; "input" is not for this method, and refused
     """
-    return _SoftLinear.apply(x, weight, bias, packed, E, mvue, rank)
+    operand = pruned_operand(mvue)
+    if operand == INPUT:
+        raise Sparse24Error('mvue="input" is not available with S-STE; use mvue="output" or False')
+    return _SoftLinear.apply(x, weight, bias, packed, E, operand == OUTPUT, rank)

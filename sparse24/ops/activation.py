@@ -93,6 +93,15 @@ def activation(x: Tensor, kind: str = "gelu_tanh", *, column_major: bool = False
     return call_without_grad("activation", "functional.activation", _op_forward, (x, kind, False, column_major))
 
 
+@names_wrong_types
+def column_major_copy(t: Tensor) -> Tensor:
+    """The same values, (..., n), bit for bit, with all but the last dimension contiguous in memory.
+
+    Raises Sparse24Error for a scalar, Sparse24DtypeError for a dtype that activations do not take.
+    """
+    return call_without_grad("column_major_copy", "torch's clone", _op_forward, (t, "identity", False, True))
+
+
 def _check_backward(dh: Tensor, gu: Tensor, kind: str, gated: bool) -> int:
     width = _check(gu, kind, gated)
     if tuple(dh.shape) != (*gu.shape[:-1], width) or dh.dtype != gu.dtype:
