@@ -28,13 +28,13 @@ set(no_contraction $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
 # Kernels around the GEMM.
 file(GLOB kernel_sources CONFIGURE_DEPENDS
   csrc/mask/*.cu csrc/compress/*.cu csrc/activation/*.cu csrc/fused/*.cu)
-# Host code of the GEMM (heuristics) and its kernels, one instantiation a file.
-file(GLOB gemm_host_sources CONFIGURE_DEPENDS csrc/gemm/*.cpp)
-file(GLOB gemm_sources CONFIGURE_DEPENDS csrc/gemm/*.cu csrc/gemm/instantiations/*.cu)
+# Host code of the GEMM (heuristics) and its kernels.
+file(GLOB_RECURSE gemm_host_sources CONFIGURE_DEPENDS csrc/gemm/*.cpp)
+include(cmake/GemmKernels.cmake)
+sparse24_gemm_kernels(gemm_sources sm90 ${CMAKE_CURRENT_BINARY_DIR}/gemm/sm90)
 
 target_link_libraries(sparse24_host PRIVATE sparse24_cuda_options)
 target_sources(sparse24_host PRIVATE ${gemm_host_sources})
-set_source_files_properties(${gemm_host_sources} PROPERTIES INCLUDE_DIRECTORIES "${cutlass_include}")
 
 if(kernel_sources)
   add_library(sparse24_kernels OBJECT ${kernel_sources})

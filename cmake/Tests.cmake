@@ -15,8 +15,8 @@ foreach(source ${test_sources})
 endforeach()
 
 # The choice of a GEMM config is host code without CUDA: tested in CPU builds too.
-file(GLOB gemm_config CONFIGURE_DEPENDS csrc/gemm/config.cpp)
-if(gemm_config AND NOT SPARSE24_WITH_CUDA AND TARGET gemm_config_test)
+set(gemm_config csrc/gemm/arch.cpp csrc/gemm/config.cpp csrc/gemm/sm90/arch.cpp)
+if(NOT SPARSE24_WITH_CUDA AND TARGET gemm_config_test)
   target_sources(gemm_config_test PRIVATE ${gemm_config})
 endif()
 

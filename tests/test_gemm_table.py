@@ -1,53 +1,77 @@
-"""The table of GEMM kernels and the files that instantiate them say the same."""
+"""The tables of GEMM kernels: what they hold, and the source files that CMake makes of them."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
-GEMM = Path(__file__).resolve().parents[1] / "csrc" / "gemm"
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"^SP24_GEMM_KERNEL\((.*)\)$", re.MULTILINE)
-SHORT = {
-    "Forward": "forward",
-    "GradInput": "grad_input",
-    "GradWeight": "grad_weight",
-    "ActivatedForward": "activated_forward",
-    "GatedForward": "gated_forward",
-    "BFloat16": "bf16",
-    "Float16": "fp16",
-    "Float32": "fp32",
-}
 
 
 def rows() -> list[list[str]]:
-    return [[cell.strip() for cell in row.split(",")] for row in ROW.findall((GEMM / "kernels.def").read_text())]
+    table = (ROOT / "csrc" / "gemm" / "sm90" / "kernels.def").read_text()
+    return [[cell.strip() for cell in row.split(",")] for row in ROW.findall(table)]
 
 
-def file_name(row: list[str]) -> str:
-    names, (tile_m, tile_n, tile_k, cluster_m, cluster_n) = [SHORT[cell] for cell in row[:3]], row[3:]
-    return f"{'_'.join(names)}_{tile_m}x{tile_n}x{tile_k}_c{cluster_m}x{cluster_n}.cu"
+def find_cmake() -> str:
+    try:
+        import cmake
+    except ImportError:
+        found = shutil.which("cmake")
+    else:
+        found = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
+    if not found:
+        pytest.skip("no cmake")
+    return found
 
 
-def test_every_row_has_its_file_and_every_file_its_row():
-    assert sorted(file_name(row) for row in rows()) == sorted(p.name for p in (GEMM / "instantiations").glob("*.cu"))
+def generate(folder: Path) -> list[Path]:
+    script = ROOT / "cmake" / "GemmKernels.cmake"
+    subprocess.run([find_cmake(), "-DARCH=sm90", f"-DFOLDER={folder}", "-P", str(script)], check=True)
+    return sorted(folder.glob("*.cu"))
 
 
-def test_every_file_defines_the_kernel_it_is_named_after():
+def test_every_row_gets_a_file_that_defines_its_kernel(tmp_path):
+    written = {path.stem: path.read_text() for path in generate(tmp_path)}
+    assert sorted(written) == sorted("_".join(row) for row in rows())
     for row in rows():
-        text = (GEMM / "instantiations" / file_name(row)).read_text()
-        (arguments,) = re.findall(r"SP24_DEFINE_GEMM_KERNEL\(([^)]*)\)", text)
+        (arguments,) = re.findall(r"SP24_DEFINE_GEMM_KERNEL\(([^)]*)\)", written["_".join(row)])
         assert [cell.strip() for cell in arguments.split(",")] == row
 
 
+def test_files_that_need_not_change_are_not_written_again(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in generate(tmp_path)}
+    spoiled = next(iter(before))
+    spoiled.write_text("")
+    after = {path: path.stat().st_mtime_ns for path in generate(tmp_path)}
+    assert [path for path in before if after[path] != before[path]] == [spoiled]
+    assert spoiled.read_text() != ""
+
+
+def test_no_kernel_is_listed_twice():
+    assert len({tuple(row) for row in rows()}) == len(rows())
+
+
 def test_the_table_stays_small_enough_to_compile():
-    assert 0 < len(rows()) <= 24
+    assert 0 < len(rows()) <= 32
 
 
 def test_each_pass_and_dtype_writes_both_output_dtypes():
     wanted = {
-        (pass_, dtype, out)
+        (pass_, "Plain", dtype, out)
         for pass_ in ("Forward", "GradInput", "GradWeight")
         for dtype in ("BFloat16", "Float16")
         for out in (dtype, "Float32")
     }
-    assert wanted <= {tuple(row[:3]) for row in rows()}
+    assert wanted <= {tuple(row[:4]) for row in rows()}
+
+
+def test_8_bit_products_have_both_accumulations():
+    sums = ("Fast", "Promoted")
+    wanted = {(pass_, "Plain", "BFloat16", kind) for pass_ in ("Forward", "GradWeight") for kind in sums}
+    assert wanted <= {(row[0], row[1], row[3], row[4]) for row in rows() if row[2] == "Float8E4M3"}

@@ -6,6 +6,8 @@
 
 #ifdef SPARSE24_WITH_CUDA
 #include <cuda_runtime_api.h>
+
+#include "gemm/arch.h"
 #endif
 
 namespace sparse24 {
@@ -46,9 +48,8 @@ void ask_driver(int device, DeviceInfo& info) {
   } else {
     cudaGetLastError();  // an estimate goes without
   }
-  if (info.capability_major != 9 || info.capability_minor != 0) {
-    info.reason = concat("sparse kernels are built for ", info.gemm_archs, ", and this GPU is sm_",
-                         info.capability_major, info.capability_minor);
+  if (gemm::arch_of(info.capability_major, info.capability_minor) == nullptr) {
+    info.reason = gemm::no_arch_reason(info.capability_major, info.capability_minor);
   }
 }
 
@@ -62,7 +63,7 @@ DeviceInfo device_info(int device) {
   DeviceInfo info;
 #ifdef SPARSE24_WITH_CUDA
   info.cuda_built = true;
-  info.gemm_archs = "sm_90a";
+  info.gemm_archs = gemm::arch_names();
   if (device >= 0) {
     ask_driver(device, info);
   } else {

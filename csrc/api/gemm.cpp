@@ -17,38 +17,51 @@ using namespace api;
 
 /// Width of h.
 int64_t h_cols(const SparseGemmArgs& args) {
-  return args.pass == GemmPass::kGatedForward ? args.m / 2 : args.m;
+  return args.epilogue == GemmEpilogue::kGate ? args.m / 2 : args.m;
 }
 
 /// What products with an activation want besides.
 void check_activated(const SparseGemmArgs& args) {
-  if (!has_activation(args.pass)) return;
-  SP24_CHECK(args.pass != GemmPass::kGatedForward || args.m % 128 == 0,
+  if (args.epilogue == GemmEpilogue::kPlain) return;
+  SP24_CHECK(args.pass == GemmPass::kForward, "an activation belongs to forward products only");
+  SP24_CHECK(args.epilogue != GemmEpilogue::kGate || args.m % 128 == 0,
              "a gated product must have m = 2 d_ff with d_ff a multiple of 64, got m = ", args.m,
-             "; run kForward, then activation_forward");
+             "; run the plain product, then activation_forward");
   const int kind = static_cast<int>(args.activation);
   SP24_CHECK(kind >= 0 && kind <= static_cast<int>(Activation::kIdentity),
              "activation must be one of enum Activation, got ", kind);
-  SP24_CHECK(args.out_dtype == args.dtype,
-             "out_dtype of a product with an activation must be that of its operands, ",
-             name_of(args.dtype), ", got ", name_of(args.out_dtype));
+  const DType expected = is_float8(args.lhs.format) ? DType::kBFloat16 : args.lhs.format;
+  SP24_CHECK(args.out_dtype == expected, "out_dtype of a product of ", name_of(args.lhs.format),
+             " with an activation must be ", name_of(expected), ", got ", name_of(args.out_dtype));
   SP24_CHECK(!args.accumulate, "a product with an activation does not accumulate: h is not a sum");
   SP24_CHECK(args.h_ld >= h_cols(args), "h_ld must be at least ", h_cols(args), ", got ",
              args.h_ld);
 }
 
+void check_dtypes(const SparseGemmArgs& args) {
+  const DType format = args.lhs.format, out = args.out_dtype;
+  if (is_float8(format)) {
+    SP24_CHECK(out == DType::kBFloat16 || out == DType::kFloat32, "out_dtype of a product of ",
+               name_of(format), " must be bfloat16 or float32, got ", name_of(out));
+    return;
+  }
+  SP24_CHECK(out == format || out == DType::kFloat32, "out_dtype must be that of the operands (",
+             name_of(format), ") or float32, got ", name_of(out));
+  SP24_CHECK(args.lhs.scale == nullptr && args.rhs.scale == nullptr,
+             "scales belong to 8-bit operands, got ", name_of(format), "; leave them null");
+}
+
 /// Shapes, dtypes and leading dimensions: all that needs no pointer.
 void check_problem(const SparseGemmArgs& args) {
-  const bool weight_grad = args.pass == GemmPass::kGradWeight;
   check_extent(args.m, "m");
   check_extent(args.n, "n");
   check_extent(args.k, "k");
-  SP24_CHECK(weight_grad || args.k % 4 == 0, "k must be a multiple of 4, got ", args.k);
-  SP24_CHECK(args.out_dtype == args.dtype || args.out_dtype == DType::kFloat32,
-             "out_dtype must be that of the operands (", name_of(args.dtype), ") or float32, got ",
-             name_of(args.out_dtype));
-  const int64_t rhs_cols = weight_grad ? args.n : args.k, out_cols = weight_grad ? args.n : args.m;
-  SP24_CHECK(args.rhs_ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs_ld);
+  SP24_CHECK(is_grad_weight(args.pass) || args.k % 4 == 0, "k must be a multiple of 4, got ",
+             args.k);
+  check_dtypes(args);
+  const int64_t rhs_cols = args.rhs.orientation == Orientation::kKMajor ? args.k : args.n;
+  const int64_t out_cols = args.pass == GemmPass::kGradWeight ? args.n : args.m;
+  SP24_CHECK(args.rhs.ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs.ld);
   SP24_CHECK(args.out_ld >= out_cols, "out_ld must be at least ", out_cols, ", got ", args.out_ld);
   check_activated(args);
 }
@@ -57,20 +70,22 @@ void check_problem(const SparseGemmArgs& args) {
 void check_decay(const SparseGemmArgs& args) {
   const MaskedDecayTerm& decay = args.decay;
   if (decay.factor == nullptr) return;
-  SP24_CHECK(args.pass == GemmPass::kGradWeight, "decay belongs to the weight gradient only");
+  SP24_CHECK(is_grad_weight(args.pass), "decay belongs to the weight gradient only");
   SP24_CHECK(args.m % 4 == 0 && args.n % 4 == 0,
              "a product with decay must have m and n that are multiples of 4, got ", args.m,
              " and ", args.n);
-  const bool two = decay.first_rows < args.m;
+  const bool m_rows = args.pass == GemmPass::kGradWeight;  // is m that of dW's rows?
+  const int64_t rows = m_rows ? args.m : args.n, cols = m_rows ? args.n : args.m;
+  const bool two = decay.first_rows < rows;
   SP24_CHECK(
-      decay.first_rows > 0 && decay.first_rows <= args.m && (!two || decay.first_rows % 64 == 0),
-      "decay.first_rows must be m = ", args.m, " or a smaller multiple of 64, got ",
-      decay.first_rows);
-  const int64_t most_rows = std::max(decay.first_rows, args.m - decay.first_rows);
-  SP24_CHECK((decay.col_stride == 1 && decay.row_stride >= args.n) ||
+      decay.first_rows > 0 && decay.first_rows <= rows && (!two || decay.first_rows % 64 == 0),
+      "decay.first_rows must be ", m_rows ? "m" : "n", " = ", rows,
+      " or a smaller multiple of 64, got ", decay.first_rows);
+  const int64_t most_rows = std::max(decay.first_rows, rows - decay.first_rows);
+  SP24_CHECK((decay.col_stride == 1 && decay.row_stride >= cols) ||
                  (decay.row_stride == 1 && decay.col_stride >= most_rows),
              "decay.weight must be row- or column-major, got strides (", decay.row_stride, ", ",
-             decay.col_stride, ") for extents [", most_rows, ", ", args.n, "]");
+             decay.col_stride, ") for extents [", most_rows, ", ", cols, "]");
   for (int i = 0; i < (two ? 2 : 1); ++i) {
     check_pointer(decay.weight[i], "decay.weight");
     check_pointer(decay.mask[i], "decay.mask");
@@ -127,13 +142,13 @@ void sparse_gemm(const SparseGemmArgs& args, const Context& context) {
   check_problem(args);
   if (args.m == 0 || args.n == 0) return;
   check_pointer(args.out, "out");
-  if (has_activation(args.pass)) check_pointer(args.h, "h");
+  if (args.epilogue != GemmEpilogue::kPlain) check_pointer(args.h, "h");
   if (args.k > 0) {
-    check_pointer(args.packed, "packed");
-    check_pointer(args.E, "E");
-    check_pointer(args.rhs, "rhs");
+    check_pointer(args.lhs.values, "packed");
+    check_pointer(args.lhs.E, "E");
+    check_pointer(args.rhs.values, "rhs");
   }
-  SP24_CHECK(args.bias == nullptr || is_forward(args.pass),
+  SP24_CHECK(args.bias == nullptr || args.pass == GemmPass::kForward,
              "bias belongs to forward products only");
   check_decay(args);
   if (context.backend == Backend::kCpu) return cpu::sparse_gemm(args);

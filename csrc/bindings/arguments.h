@@ -43,7 +43,6 @@ Enum checked_enum(int code, Enum last, const char* name) {
 }
 
 inline DType dtype_of(int code) { return checked_enum(code, DType::kFloat8E5M2, "dtype"); }
-inline GemmPass pass_of(int code) { return checked_enum(code, GemmPass::kGatedForward, "pass"); }
 inline Activation activation_of(int code) {
   return checked_enum(code, Activation::kIdentity, "activation");
 }

@@ -114,10 +114,6 @@ inline const char* name_of(DType dtype) {
   throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
 }
 
-inline bool is_float8(DType dtype) {
-  return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2;
-}
-
 /// Calls function(T{}) with the storage type of a dtype that is computed with: fp32, bf16, fp16.
 template <typename Function>
 void with_type(DType dtype, Function&& function) {

@@ -3,13 +3,12 @@
 
 #include <array>
 #include <atomic>
-#include <limits>
 
 #include "common/check.h"
 #include "common/convert.h"
 #include "common/cuda_check.h"
+#include "gemm/arch.h"
 #include "gemm/config.h"
-#include "gemm/launch.h"
 
 namespace sparse24::gemm {
 namespace {
@@ -42,13 +41,17 @@ Gpu gpu(int device) {
   return out;
 }
 
-GemmDesc describe(const SparseGemmArgs& args) {
-  return {args.pass, args.m, args.n, args.k, args.dtype, args.out_dtype};
+const GemmArch& arch_on(const Gpu& gpu) {
+  const GemmArch* arch = arch_of(gpu.major, gpu.minor);
+  SP24_CHECK(arch != nullptr, no_arch_reason(gpu.major, gpu.minor));
+  return *arch;
 }
 
-GemmConfig config_of(const SparseGemmArgs& args, int multiprocessors) {
+GemmConfig config_of(const SparseGemmArgs& args, const Gpu& gpu) {
   const GemmDesc desc = describe(args);
-  return args.config == 0 ? choose_config(desc, multiprocessors) : decode(desc, args.config);
+  const GemmArch& arch = arch_on(gpu);
+  return args.config == 0 ? choose_config(arch, desc, gpu.multiprocessors)
+                          : decode(arch, desc, args.config);
 }
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -67,111 +70,79 @@ void check_decay(const SparseGemmArgs& args) {
   }
 }
 
-Launcher* find_launcher(const GemmDesc& desc, const GemmConfig& config) {
-#define SP24_GEMM_KERNEL(pass_, dtype_, out_, tm, tn, tk, cm, cn)                       \
-  if (desc.pass == GemmPass::k##pass_ && desc.dtype == DType::k##dtype_ &&              \
-      desc.out_dtype == DType::k##out_ && config.tile_m == tm && config.tile_n == tn && \
-      config.tile_k == tk && config.cluster_m == cm && config.cluster_n == cn)          \
-    return &SP24_GEMM_LAUNCHER(pass_, dtype_, out_, tm, tn, tk, cm, cn);
-#include "gemm/kernels.def"
-#undef SP24_GEMM_KERNEL
-  return nullptr;
+void check_addresses(const SparseGemmArgs& args) {
+  SP24_CHECK(is_aligned(args.lhs.values) && is_aligned(args.lhs.E) && is_aligned(args.rhs.values) &&
+                 is_aligned(args.out),
+             "packed, E, rhs and out must be 16-byte aligned, got ", args.lhs.values, ", ",
+             static_cast<const void*>(args.lhs.E), ", ", args.rhs.values, ", ", args.out);
+  SP24_CHECK(args.epilogue == GemmEpilogue::kPlain || is_aligned(args.h),
+             "h must be 16-byte aligned, got ", args.h);
+}
+
+/// A product of no k.
+void write_zeros(const SparseGemmArgs& args, cudaStream_t stream) {
+  const bool m_rows = args.pass == GemmPass::kGradWeight;
+  const int64_t rows = m_rows ? args.m : args.n, element = bytes_of(args.out_dtype);
+  SP24_CHECK_CUDA(cudaMemset2DAsync(args.out, args.out_ld * element, 0,
+                                    (m_rows ? args.n : args.m) * element, rows, stream));
 }
 
 }  // namespace
 
 std::string unsupported(const SparseGemmArgs& args, int device) {
   const Gpu properties = gpu(device);
-  if (properties.major != 9) {
-    return concat("the GPU is sm_", properties.major, properties.minor,
-                  ", sparse GEMM kernels are built for sm_90a");
-  }
-  if (args.dtype == DType::kFloat32)
-    return "float32 operands (sparse tensor cores take bfloat16 and float16)";
-  if (args.out_dtype != args.dtype && args.out_dtype != DType::kFloat32) {
-    return concat("output ", sparse24::name_of(args.out_dtype), " for operands ",
-                  sparse24::name_of(args.dtype));
-  }
-  // TMA reads and writes rows of whole 16-byte units.
-  const int64_t out_unit = 16 / bytes_of(args.out_dtype);
-  if (args.rhs_ld % 8 != 0)
-    return concat("rows of the dense operand ", args.rhs_ld,
-                  " elements apart, not a multiple of 8");
-  if (args.out_ld % out_unit != 0) {
-    return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ",
-                  out_unit);
-  }
-  if (is_forward(args.pass) && args.k == 0) return "a forward product of no features";
-  if (is_forward(args.pass) && args.k % 16 != 0) {
-    return concat("in_features ", args.k, ", not a multiple of 16");
-  }
-  if (!is_forward(args.pass) && args.m % 8 != 0) {
-    return concat(args.pass == GemmPass::kGradInput ? "in_features " : "out_features ", args.m,
-                  ", not a multiple of 8");
-  }
-  if (has_activation(args.pass) && args.h_ld % 8 != 0) {
-    return concat("rows of h ", args.h_ld, " elements apart, not a multiple of 8");
-  }
-  // Coordinates are 32-bit; addresses are not.
-  constexpr int64_t kLargest = std::numeric_limits<int>::max() - 1024;
-  if (args.m > kLargest || args.n > kLargest || args.k > kLargest)
-    return "an extent of 2^31 or more";
-  return "";
+  const GemmArch* arch = arch_of(properties.major, properties.minor);
+  if (arch == nullptr) return no_arch_reason(properties.major, properties.minor);
+  if (args.lhs.format == DType::kFloat32)
+    return "float32 operands (sparse tensor cores take bfloat16, float16 and float8_e4m3fn)";
+  if (const GemmDesc desc = describe(args); !is_compiled(*arch, desc))
+    return concat("no kernel is compiled for ", to_string(desc));
+  return arch->unsupported(args);
 }
 
 int64_t workspace_bytes(const SparseGemmArgs& args, int device) {
   if (args.m == 0 || args.n == 0 || args.k == 0) return 0;
-  const int multiprocessors = gpu(device).multiprocessors;
-  return workspace_bytes(config_of(args, multiprocessors), multiprocessors);
+  const Gpu properties = gpu(device);
+  return workspace_bytes(config_of(args, properties), properties.multiprocessors);
 }
 
 void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
   const std::string why_not = unsupported(args, device);
-  SP24_CHECK(why_not.empty(), "sparse_gemm cannot run ", to_string(describe(args)), ": ", why_not);
-  SP24_CHECK(
-      is_aligned(args.packed) && is_aligned(args.E) && is_aligned(args.rhs) && is_aligned(args.out),
-      "packed, E, rhs and out must be 16-byte aligned, got ", args.packed, ", ",
-      static_cast<const void*>(args.E), ", ", args.rhs, ", ", args.out);
-  SP24_CHECK(!has_activation(args.pass) || is_aligned(args.h), "h must be 16-byte aligned, got ",
-             args.h);
+  const GemmDesc desc = describe(args);
+  SP24_CHECK(why_not.empty(), "sparse_gemm cannot run ", to_string(desc), ": ", why_not);
+  check_addresses(args);
   if (args.m == 0 || args.n == 0) return;
   check_decay(args);
   if (args.k == 0) {
-    if (!args.accumulate) {
-      const bool tall = args.pass == GemmPass::kGradWeight;
-      const int64_t rows = tall ? args.m : args.n,
-                    width = (tall ? args.n : args.m) * bytes_of(args.out_dtype);
-      SP24_CHECK_CUDA(cudaMemset2DAsync(args.out, args.out_ld * bytes_of(args.out_dtype), 0, width,
-                                        rows, stream));
-    }
+    if (!args.accumulate) write_zeros(args, stream);
     return;
   }
-  const GemmDesc desc = describe(args);
-  const int multiprocessors = gpu(device).multiprocessors;
-  const GemmConfig config = config_of(args, multiprocessors);
+  const Gpu properties = gpu(device);
+  const GemmConfig config = config_of(args, properties);
   SP24_CHECK(!config.stream_k || (args.workspace != nullptr && is_aligned(args.workspace)),
-             "workspace must be ", workspace_bytes(config, multiprocessors),
+             "workspace must be ", workspace_bytes(config, properties.multiprocessors),
              " bytes, 16-byte aligned, got ", args.workspace,
              "; sparse_gemm_workspace_bytes says how many");
-  Launcher* launch = find_launcher(desc, config);
-  SP24_CHECK(launch != nullptr, "config ", to_string(config), " is not compiled for ",
-             to_string(desc));
+  const GemmArch& arch = arch_on(properties);
   try {
-    launch(args, config, device, multiprocessors, stream);
+    arch.launchers[row_of(arch, desc, config)](args, config,
+                                               {device, properties.multiprocessors, stream});
   } catch (const Error& error) {
     throw Error(concat(error.what(), "; ", to_string(desc), " by ", to_string(config)));
   }
 }
 
 std::string config_text(const SparseGemmArgs& args, int device) {
-  return to_string(config_of(args, gpu(device).multiprocessors));
+  return to_string(config_of(args, gpu(device)));
 }
 
 std::vector<int64_t> configs(const SparseGemmArgs& args, int device) {
   const GemmDesc desc = describe(args);
+  const Gpu properties = gpu(device);
+  const GemmArch& arch = arch_on(properties);
   std::vector<int64_t> codes;
-  for (const GemmConfig& config : candidate_configs(desc, gpu(device).multiprocessors)) {
-    codes.push_back(encode(desc, config));
+  for (const GemmConfig& config : candidate_configs(arch, desc, properties.multiprocessors)) {
+    codes.push_back(encode(arch, desc, config));
   }
   return codes;
 }

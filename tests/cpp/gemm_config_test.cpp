@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "gemm/arch.h"
 #include "gemm/config.h"
 #include "testing.h"
 
@@ -22,36 +23,102 @@ namespace {
 constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight};
 constexpr DType kHalves[] = {DType::kBFloat16, DType::kFloat16};
 
-bool is_compiled(const GemmDesc& desc, const GemmConfig& config) {
-  int count = 0;
-  const KernelEntry* table = kernel_table(&count);
-  for (int i = 0; i < count; ++i) {
-    const KernelEntry& e = table[i];
-    if (e.pass == desc.pass && e.dtype == desc.dtype && e.out_dtype == desc.out_dtype &&
-        e.tile_m == config.tile_m && e.tile_n == config.tile_n && e.tile_k == config.tile_k &&
-        e.cluster_m == config.cluster_m && e.cluster_n == config.cluster_n)
-      return true;
-  }
-  return false;
+/// A plain product.
+GemmDesc desc_of(GemmPass pass, int64_t m, int64_t n, int64_t k, DType format, DType out_dtype) {
+  return {pass, GemmEpilogue::kPlain, m, n, k, format, out_dtype, Accumulation::kFast};
 }
 
 }  // namespace
 
 TEST(every_kernel_is_listed_once) {
-  int count = 0;
-  const KernelEntry* table = kernel_table(&count);
-  CHECK(count > 0);
+  CHECK(kSm90.count > 0 && kSm90.count < 255);  // codes of configs have eight bits for the row
   std::set<std::string> seen;
-  for (int i = 0; i < count; ++i) {
-    const KernelEntry& e = table[i];
+  for (int i = 0; i < kSm90.count; ++i) {
+    const KernelEntry& e = kSm90.kernels[i];
     CHECK(e.tile_m > 0 && e.tile_n > 0 && e.tile_k > 0 && e.cluster_m > 0 && e.cluster_n > 0);
-    CHECK(e.dtype != DType::kFloat32);
-    CHECK(e.out_dtype == e.dtype || e.out_dtype == DType::kFloat32);
-    const GemmConfig config{e.tile_m, e.tile_n, e.tile_k, e.cluster_m, e.cluster_n, {}, 1, false};
-    CHECK(
-        seen.insert(to_string(GemmDesc{e.pass, 0, 0, 0, e.dtype, e.out_dtype}) + to_string(config))
-            .second);
+    CHECK(e.format != DType::kFloat32);
+    CHECK(e.out_dtype == (is_float8(e.format) ? DType::kBFloat16 : e.format) ||
+          e.out_dtype == DType::kFloat32);
+    CHECK(e.accumulation == Accumulation::kFast || is_float8(e.format));
+    const GemmDesc desc{e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation};
+    const GemmConfig config{e.tile_m,       e.tile_n,        e.tile_k, e.cluster_m, e.cluster_n,
+                            e.accumulation, Raster::kAlongM, 1,        false};
+    CHECK(seen.insert(to_string(desc) + to_string(config)).second);
+    CHECK_EQ(row_of(kSm90, desc, config), i);
   }
+}
+
+TEST(an_architecture_is_for_one_compute_capability) {
+  CHECK(arch_of(9, 0) == &kSm90);
+  CHECK(arch_of(9, 1) == nullptr && arch_of(8, 0) == nullptr && arch_of(10, 0) == nullptr);
+  CHECK_EQ(arch_names(), std::string("sm_90a"));
+  CHECK_EQ(no_arch_reason(8, 6),
+           std::string("the GPU is sm_86, and sparse GEMM kernels are built for sm_90a"));
+}
+
+/// What a caller asks for in 8 bits, with operands in the orientations of the kernels.
+SparseGemmArgs args_of_float8(GemmPass pass, Accumulation accumulation) {
+  SparseGemmArgs args;
+  args.pass = pass;
+  args.m = args.n = 256, args.k = 1024;
+  args.lhs.format = DType::kFloat8E4M3;
+  args.rhs.ld = 1024, args.out_ld = 256;
+  args.accumulation = accumulation;
+  return args;
+}
+
+TEST(sums_over_tokens_are_promoted_unless_told_otherwise) {
+  const auto resolved = [](GemmPass pass, Accumulation asked) {
+    return describe(args_of_float8(pass, asked)).accumulation;
+  };
+  for (GemmPass pass : kPasses) {
+    CHECK(resolved(pass, Accumulation::kFast) == Accumulation::kFast);
+    CHECK(resolved(pass, Accumulation::kPromoted) == Accumulation::kPromoted);
+  }
+  CHECK(resolved(GemmPass::kForward, Accumulation::kAuto) == Accumulation::kFast);
+  CHECK(resolved(GemmPass::kGradInput, Accumulation::kAuto) == Accumulation::kFast);
+  CHECK(resolved(GemmPass::kGradWeight, Accumulation::kAuto) == Accumulation::kPromoted);
+  SparseGemmArgs half = args_of_float8(GemmPass::kGradWeight, Accumulation::kPromoted);
+  half.lhs.format = DType::kBFloat16;
+  CHECK(describe(half).accumulation == Accumulation::kFast);  // fp32 sums need no promotion
+}
+
+TEST(each_accumulation_has_kernels_of_its_own) {
+  for (GemmPass pass : kPasses)
+    for (Accumulation accumulation : {Accumulation::kFast, Accumulation::kPromoted}) {
+      const GemmDesc desc = describe(args_of_float8(pass, accumulation));
+      const std::vector<GemmConfig> all = candidate_configs(kSm90, desc, 132);
+      for (const GemmConfig& config : all) {
+        CHECK(config.accumulation == accumulation);
+        CHECK_EQ(config.tile_n, accumulation == Accumulation::kFast ? 256 : 192);
+        CHECK_EQ(config.tile_k, 128);
+        CHECK_EQ(to_string(decode(kSm90, desc, encode(kSm90, desc, config))), to_string(config));
+      }
+    }
+}
+
+TEST(what_8_bit_kernels_cannot_take_is_said) {
+  const auto refused = [](GemmPass pass, auto change) {
+    SparseGemmArgs args = args_of_float8(pass, Accumulation::kAuto);
+    change(args);
+    return kSm90.unsupported(args);
+  };
+  const auto nothing = [](auto&) {};
+  for (GemmPass pass : kPasses) CHECK_EQ(refused(pass, nothing), std::string());
+  CHECK_EQ(refused(GemmPass::kGradWeight, [](auto& a) { a.k = 1000; }),
+           std::string("tokens 1000, not a multiple of 32; pad both operands with zeros"));
+  CHECK_EQ(refused(GemmPass::kForward, [](auto& a) { a.k = 1008; }),
+           std::string("in_features 1008, not a multiple of 32"));
+  CHECK_EQ(refused(GemmPass::kGradInput, [](auto& a) { a.k = 1008; }),
+           std::string("out_features 1008, not a multiple of 32"));
+  CHECK_EQ(refused(GemmPass::kForward, [](auto& a) { a.rhs.ld = 1032; }),
+           std::string("rows of the dense operand 1032 elements apart, not a multiple of 16"));
+  CHECK_EQ(refused(GemmPass::kForward, [](auto& a) { a.out_ld = 260; }),
+           std::string("rows of the output 260 elements apart, not a multiple of 8"));
+  CHECK_EQ(
+      refused(GemmPass::kGradWeight, [](auto& a) { a.rhs.orientation = Orientation::kMnMajor; }),
+      std::string("operands that are K-major and MN-major; grad_weight of float8_e4m3fn takes "
+                  "them K-major and K-major"));
 }
 
 TEST(a_compiled_kernel_is_chosen_for_every_shape) {
@@ -64,54 +131,56 @@ TEST(a_compiled_kernel_is_chosen_for_every_shape) {
     for (GemmPass pass : kPasses)
       for (DType dtype : kHalves)
         for (DType out_dtype : {dtype, DType::kFloat32}) {
-          const GemmDesc desc{pass, extent(), extent(), extent(), dtype, out_dtype};
+          const GemmDesc desc = desc_of(pass, extent(), extent(), extent(), dtype, out_dtype);
           for (int multiprocessors : {2, 78, 114, 132}) {
-            const GemmConfig config = choose_config(desc, multiprocessors);
-            CHECK(is_compiled(desc, config));
+            const GemmConfig config = choose_config(kSm90, desc, multiprocessors);
+            CHECK_EQ(encode(kSm90, desc, config) >> 18, 0);  // it has a row
             CHECK(config.strip >= 1 && config.strip < 256);
-            CHECK_EQ(to_string(config), to_string(choose_config(desc, multiprocessors)));
+            CHECK_EQ(to_string(config), to_string(choose_config(kSm90, desc, multiprocessors)));
           }
         }
   }
 }
 
 TEST(configs_survive_encoding) {
-  const GemmDesc desc{GemmPass::kGradWeight, 3072, 768, 16384, DType::kBFloat16, DType::kBFloat16};
+  const GemmDesc desc =
+      desc_of(GemmPass::kGradWeight, 3072, 768, 16384, DType::kBFloat16, DType::kBFloat16);
   std::set<int64_t> codes;
-  const std::vector<GemmConfig> all = candidate_configs(desc, 132);
+  const std::vector<GemmConfig> all = candidate_configs(kSm90, desc, 132);
   CHECK(all.size() > 4);
-  CHECK_EQ(to_string(all[0]), to_string(choose_config(desc, 132)));
+  CHECK_EQ(to_string(all[0]), to_string(choose_config(kSm90, desc, 132)));
   for (const GemmConfig& config : all) {
-    const int64_t code = encode(desc, config);
+    const int64_t code = encode(kSm90, desc, config);
     CHECK(code > 0);
     CHECK(codes.insert(code).second);  // no config twice
-    CHECK_EQ(to_string(decode(desc, code)), to_string(config));
+    CHECK_EQ(to_string(decode(kSm90, desc, code)), to_string(config));
   }
 }
 
 TEST(codes_that_name_no_config_are_refused) {
-  const GemmDesc desc{GemmPass::kForward, 64, 64, 64, DType::kBFloat16, DType::kBFloat16};
-  const GemmDesc other{GemmPass::kGradWeight, 64, 64, 64, DType::kBFloat16, DType::kBFloat16};
-  const int64_t good = encode(desc, choose_config(desc, 132));
+  const GemmDesc desc = desc_of(GemmPass::kForward, 64, 64, 64, DType::kBFloat16, DType::kBFloat16);
+  const GemmDesc other =
+      desc_of(GemmPass::kGradWeight, 64, 64, 64, DType::kBFloat16, DType::kBFloat16);
+  const int64_t good = encode(kSm90, desc, choose_config(kSm90, desc, 132));
   for (int64_t bad : {int64_t{-1}, int64_t{255} | 1 << 8, good & 0xFF, good | int64_t{1} << 18,
-                      encode(other, choose_config(other, 132))})
-    CHECK_THROWS(decode(desc, bad), "config must be one of sparse_gemm_configs");
+                      encode(kSm90, other, choose_config(kSm90, other, 132))})
+    CHECK_THROWS(decode(kSm90, desc, bad), "config must be one of sparse_gemm_configs");
 }
 
 TEST(stream_k_is_for_waves_that_are_not_full) {
   // 33 x 2 clusters of 256 x 256 fill 132 multiprocessors exactly.
-  const GemmDesc full{GemmPass::kForward, 33 * 256,        2 * 256, 4096,
-                      DType::kBFloat16,   DType::kBFloat16};
-  for (const GemmConfig& config : candidate_configs(full, 132)) CHECK(!config.stream_k);
-  const GemmDesc partial{GemmPass::kForward, 33 * 256,        3 * 256, 4096,
-                         DType::kBFloat16,   DType::kBFloat16};
+  const GemmDesc full =
+      desc_of(GemmPass::kForward, 33 * 256, 2 * 256, 4096, DType::kBFloat16, DType::kBFloat16);
+  for (const GemmConfig& config : candidate_configs(kSm90, full, 132)) CHECK(!config.stream_k);
+  const GemmDesc partial =
+      desc_of(GemmPass::kForward, 33 * 256, 3 * 256, 4096, DType::kBFloat16, DType::kBFloat16);
   int with = 0;
-  for (const GemmConfig& config : candidate_configs(partial, 132)) with += config.stream_k;
+  for (const GemmConfig& config : candidate_configs(kSm90, partial, 132)) with += config.stream_k;
   CHECK(with > 0);
 }
 
 TEST(workspace_is_a_tile_and_a_flag_line_for_each_block) {
-  GemmConfig config{128, 256, 64, 2, 1, Raster::kAlongM, 1, false};
+  GemmConfig config{128, 256, 64, 2, 1, Accumulation::kFast, Raster::kAlongM, 1, false};
   CHECK_EQ(workspace_bytes(config, 132), 0);
   config.stream_k = true;
   CHECK_EQ(stream_k_blocks(config, 133), 132);  // whole clusters
@@ -136,8 +205,8 @@ std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep(
     std::stringstream stream(line);
     for (std::string cell; std::getline(stream, cell, ',');) cells.push_back(cell);
     if (line.empty() || line[0] == '#' || cells[0] == "pass") continue;
-    GemmDesc desc{kPasses[0],           std::stoll(cells[1]), std::stoll(cells[2]),
-                  std::stoll(cells[3]), DType::kBFloat16,     DType::kBFloat16};
+    GemmDesc desc = desc_of(kPasses[0], std::stoll(cells[1]), std::stoll(cells[2]),
+                            std::stoll(cells[3]), DType::kBFloat16, DType::kBFloat16);
     for (GemmPass pass : kPasses)
       if (cells[0] == name_of(pass)) desc.pass = pass;
     auto& entry = products[to_string(desc)];
@@ -152,7 +221,7 @@ std::map<std::string, std::pair<GemmDesc, std::vector<Measured>>> read_sweep(
 template <typename Counts>
 void check_choice(const std::string& sweep, Counts counts) {
   for (const auto& [name, product] : read_sweep(sweep)) {
-    const std::string chosen = to_string(choose_config(product.first, 132));
+    const std::string chosen = to_string(choose_config(kSm90, product.first, 132));
     if (!counts(chosen)) continue;
     double best = 0, ours = 0;
     for (const Measured& row : product.second) {
@@ -177,8 +246,8 @@ TEST(so_is_it_on_an_h200_among_whole_tiles) {
 }
 
 TEST(what_is_not_compiled_is_named) {
-  const GemmDesc desc{GemmPass::kForward, 64, 8, 128, DType::kFloat32, DType::kFloat32};
-  CHECK_THROWS(choose_config(desc, 132), "forward m=64 n=8 k=128 float32");
+  const GemmDesc desc = desc_of(GemmPass::kForward, 64, 8, 128, DType::kFloat32, DType::kFloat32);
+  CHECK_THROWS(choose_config(kSm90, desc, 132), "forward m=64 n=8 k=128 float32");
 }
 
 TEST_MAIN()

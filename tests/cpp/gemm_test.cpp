@@ -72,7 +72,8 @@ struct Problem {
 
 /// Small integers: every sum is exact, so results must be equal.
 void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype, bool with_bias,
-                   bool accumulate, std::mt19937& random) {
+                   bool accumulate, std::mt19937& random,
+                   GemmEpilogue epilogue = GemmEpilogue::kPlain) {
   const bool weight_grad = pass == GemmPass::kGradWeight;
   Operand lhs = weight_grad ? make_gradient(p.m, p.k, dtype, random)
                             : make_weight(pass, p.m, p.k, dtype, random);
@@ -84,18 +85,21 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
   const TestMatrix before = out;
   TestMatrix bias(1, p.m, dtype);
   bias.fill_integers(random, 5);
-  const bool gated = pass == GemmPass::kGatedForward;
+  const bool gated = epilogue == GemmEpilogue::kGate;
   TestMatrix h(p.n, gated ? p.m / 2 : p.m, dtype, Order::kRowMajor, 4), expected_h = h;
 
   SparseGemmArgs args;
   args.pass = pass;
+  args.epilogue = epilogue;
   args.m = p.m, args.n = p.n, args.k = p.k;
-  args.dtype = dtype;
+  args.lhs.format = dtype;
+  args.lhs.orientation = lhs_orientation(pass, dtype);
+  args.rhs.orientation = rhs_orientation(pass, dtype);
   args.out_dtype = out_dtype;
-  args.packed = lhs.packed.data();
-  args.E = lhs.E.data();
-  args.rhs = rhs.data();
-  args.rhs_ld = rhs.ld();
+  args.lhs.values = lhs.packed.data();
+  args.lhs.E = lhs.E.data();
+  args.rhs.values = rhs.data();
+  args.rhs.ld = rhs.ld();
   args.out = out.data();
   args.out_ld = out.ld();
   args.bias = with_bias ? bias.data() : nullptr;
@@ -120,7 +124,7 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
       CHECK_EQ(at(out), rounded.get(0, 0));
     }
 
-  if (has_activation(pass)) {
+  if (epilogue != GemmEpilogue::kPlain) {
     ActivationArgs separate;
     separate.kind = args.activation;
     separate.gated = gated;
@@ -147,11 +151,11 @@ TEST(products_of_small_integers_are_exact) {
 
 TEST(activations_are_those_of_the_rounded_product) {
   std::mt19937 random(4);
-  for (GemmPass pass : {GemmPass::kActivatedForward, GemmPass::kGatedForward})
+  for (GemmEpilogue epilogue : {GemmEpilogue::kActivation, GemmEpilogue::kGate})
     for (const Problem& p : {Problem{128, 1, 8}, Problem{256, 33, 132}})
       for (DType dtype : kDTypes)
         for (bool with_bias : {false, true})
-          check_product(pass, p, dtype, dtype, with_bias, false, random);
+          check_product(GemmPass::kForward, p, dtype, dtype, with_bias, false, random, epilogue);
 }
 
 TEST(tokens_need_not_be_a_multiple_of_anything) {
@@ -173,9 +177,9 @@ void check_decay(int64_t m, int64_t n, int64_t k, int64_t first_rows, DType dtyp
   SparseGemmArgs args;
   args.pass = GemmPass::kGradWeight;
   args.m = m, args.n = n, args.k = k;
-  args.dtype = dtype, args.out_dtype = out_dtype;
-  args.packed = lhs.packed.data(), args.E = lhs.E.data();
-  args.rhs = rhs.data(), args.rhs_ld = rhs.ld();
+  args.lhs = {lhs.packed.data(), lhs.E.data(), dtype, Orientation::kMnMajor, nullptr};
+  args.rhs = {rhs.data(), rhs.ld(), Orientation::kMnMajor, nullptr};
+  args.out_dtype = out_dtype;
   args.out_ld = out.ld();
   args.accumulate = accumulate;
   TestMatrix without = out;
@@ -233,8 +237,9 @@ TEST(bad_decay_terms_are_named) {
   SparseGemmArgs good;
   good.pass = GemmPass::kGradWeight;
   good.m = 68, good.n = 4;
-  good.dtype = good.out_dtype = DType::kFloat32;
-  good.rhs_ld = good.out_ld = 4;
+  good.lhs.format = good.out_dtype = DType::kFloat32;
+  good.rhs.ld = good.out_ld = 4;
+  good.rhs.orientation = Orientation::kMnMajor;
   good.out = memory;
   good.decay = {&factor, {memory, memory}, 4, 1, {mask, mask}, 68};
   const auto changed = [&](auto change) {
@@ -265,8 +270,9 @@ TEST(no_tokens_leave_zero_or_what_was_there) {
   SparseGemmArgs args;
   args.pass = GemmPass::kGradWeight;
   args.m = 4, args.n = 2, args.k = 0;
-  args.dtype = args.out_dtype = DType::kFloat32;
-  args.rhs_ld = 2, args.out_ld = 2;
+  args.lhs.format = args.out_dtype = DType::kFloat32;
+  args.rhs.ld = 2, args.out_ld = 2;
+  args.rhs.orientation = Orientation::kMnMajor;
   args.out = out;
   args.accumulate = true;
   sparse_gemm(args, kCpu);
@@ -279,7 +285,7 @@ TEST(no_tokens_leave_zero_or_what_was_there) {
 TEST(bad_gemm_arguments_are_named) {
   SparseGemmArgs good;
   good.m = 4, good.n = 4, good.k = 8;
-  good.rhs_ld = 8, good.out_ld = 4;
+  good.rhs.ld = 8, good.out_ld = 4;
   const auto changed = [&](auto change) {
     SparseGemmArgs args = good;
     change(args);
@@ -287,7 +293,7 @@ TEST(bad_gemm_arguments_are_named) {
   };
   CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.k = 6; }), kCpu),
                "k must be a multiple of 4, got 6");
-  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.rhs_ld = 7; }), kCpu),
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.rhs.ld = 7; }), kCpu),
                "rhs_ld must be at least 8");
   CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_ld = 3; }), kCpu),
                "out_ld must be at least 4");
@@ -295,7 +301,7 @@ TEST(bad_gemm_arguments_are_named) {
                "out_dtype must be that of the operands (bfloat16)");
   CHECK_THROWS(sparse_gemm(good, kCpu), "out must not be null");
 
-  good.pass = GemmPass::kActivatedForward, good.h_ld = 4;
+  good.epilogue = GemmEpilogue::kActivation, good.h_ld = 4;
   float out[16];
   good.out = out;
   CHECK_THROWS(sparse_gemm(good, kCpu), "h must not be null");
@@ -303,8 +309,8 @@ TEST(bad_gemm_arguments_are_named) {
   CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.accumulate = true; }), kCpu),
                "does not accumulate");
   CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.out_dtype = DType::kFloat32; }), kCpu),
-               "out_dtype of a product with an activation must be that of its operands");
-  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.pass = GemmPass::kGatedForward; }), kCpu),
+               "out_dtype of a product of bfloat16 with an activation must be bfloat16");
+  CHECK_THROWS(sparse_gemm(changed([](auto& a) { a.epilogue = GemmEpilogue::kGate; }), kCpu),
                "d_ff a multiple of 64, got m = 4");
 }
 

@@ -1,6 +1,6 @@
 // activated_epilogue.h: accumulators to the product and to the activation of it, h, in one pass.
 //
-//   plain   x(m, n) = acc [+ bias(m)], rounded   [n, m], m contiguous
+//   plain   x(m, n) = [scale *] acc [+ bias(m)], rounded   [n, m], m contiguous
 //           h(m, n) = act(x(m, n))               [n, m]
 //   gated   gate_up, likewise                    [n, 2 d_ff], gate | up
 //           h(f, n) = act(gate_up(f, n)) * gate_up(d_ff + f, n)     [n, d_ff]
@@ -23,7 +23,7 @@
 
 namespace sparse24::gemm::sm90 {
 
-template <typename Element_, typename TileShape, bool kGated>
+template <typename Element_, typename TileShape, bool kGated, bool kScaled>
 class ActivatedEpilogue {
  public:
   using Element = Element_;
@@ -58,11 +58,13 @@ class ActivatedEpilogue {
     int64_t h_ld = 0;
     const Element* bias = nullptr;
     Activation activation = Activation::kSilu;
+    Scales scales = {};
   };
   struct Params {
     TmaStore out, h;
     const Element* bias;
     Activation activation;
+    Scales scales;
   };
   // Box 0 is of gate, or of x.
   static constexpr int kUp = 1, kH = kGated ? 2 : 1, kBoxes = kH + 1;
@@ -72,7 +74,8 @@ class ActivatedEpilogue {
 
   static Params to_params(int m, int n, const Arguments& args) {
     return {tma_store(args.out, m, n, args.out_ld),
-            tma_store(args.h, kGated ? m / 2 : m, n, args.h_ld), args.bias, args.activation};
+            tma_store(args.h, kGated ? m / 2 : m, n, args.h_ld), args.bias, args.activation,
+            args.scales};
   }
 
   CUTLASS_DEVICE static void prefetch_tma_descriptors(const Params& params) {
@@ -111,14 +114,19 @@ class ActivatedEpilogue {
       }
     }
 
+    const float scale = kScaled ? params_.scales.product() : 1.0f;
+    const auto value = [&](int i, int half) {
+      const float sum = accumulators(i);
+      return (kScaled ? scale * sum : sum) + bias[half];
+    };
+
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       Words words[kBoxes];
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < kChunkN / 4; ++i) {  // pairs of tokens of both rows
         const int first = chunk * kChunkN / 2 + i * 2;
-        const float pair[2] = {accumulators(first) + bias[i % 2],
-                               accumulators(first + 1) + bias[i % 2]};
+        const float pair[2] = {value(first, i % 2), value(first + 1, i % 2)};
         if constexpr (kGated) {
           words[i % 2][i / 2] = pack_pair<Element>(pair);
         } else {

@@ -1,7 +1,6 @@
 // epilogue.h: accumulators to memory, each warpgroup for itself: one stores, the other multiplies.
 //
-//   out(m, n) = acc [+ bias(m)] [+ out(m, n)] [+ factor * (1 - mask(m, n)) * weight(m, n)],
-//   rounded once
+//   out(m, n) = [scale *] acc [+ bias(m)] [+ out(m, n)] [+ masked decay(m, n)], rounded once
 //
 // Work      a warpgroup has 64 rows of the tile. It stages 64 x kChunkN of them, 8 KB, in one of
 //           its three buffers; one thread stores them by TMA while the next chunk is converted.
@@ -15,25 +14,26 @@
 //           a time (a quarter where m is contiguous, or fp32 ones meet a decay), and added to the
 //           accumulators: one rounding. A source tile in shared memory would cost every product a
 //           stage.
-// Decay     of weight gradients: weight and mask are read into registers too, a quarter of the tile
-//           at a time (fp32: an eighth). Product and sum are rounded as masked_decay rounds them: a
-//           fp32 gradient has the same bits as after that pass, for which it is read, if it
+// Decay     of weight gradients, in masked_decay.h. A fp32 output that meets one is read, if it
 //           accumulates, and not added to in L2.
-// Edges     TMA clips what lies outside of out; reads of bias, out, weight and mask are guarded.
+// Scale     of 8-bit operands: the product of both. It comes first: the rest is in units of out.
+// Edges     TMA clips what lies outside of out; reads of bias and out are guarded.
 #pragma once
 
 #include "cute/tensor.hpp"
 #include "cutlass/arch/memory.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
+#include "gemm/sm90/masked_decay.h"
 #include "gemm/sm90/warpgroup.h"
 #include "sparse24/gemm.h"
 
 namespace sparse24::gemm::sm90 {
 
-template <typename Element_, typename Output_, typename TileShape, bool kMContiguous>
+template <typename Bias_, typename Output_, typename TileShape, bool kMContiguous, bool kDecays,
+          bool kScaled>
 class WarpgroupEpilogue {
  public:
-  using Element = Element_;
+  using Bias = Bias_;
   using Output = Output_;
   static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kTileN = cute::size<1>(TileShape{});
@@ -70,9 +70,10 @@ class WarpgroupEpilogue {
   struct Arguments {
     Output* out = nullptr;
     int64_t ld = 0;
-    const Element* bias = nullptr;
+    const Bias* bias = nullptr;
     bool accumulate = false;
     MaskedDecayTerm decay = {};
+    Scales scales = {};
   };
   struct Nothing {};
   struct Params {
@@ -135,23 +136,12 @@ class WarpgroupEpilogue {
       }
     }
 
-    DecayPlace decay{};
-    if constexpr (!kMContiguous) {
-      decay = decay_place(m_box * kRows, at.row, column, m_rows, n_columns);
+    if constexpr (kScaled) {
+      const float scale = params_.args.scales.product();
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(accumulators); ++i) accumulators(i) *= scale;
     }
-    const bool adds_in_l2 = kWide && params_.args.accumulate && decay.factor == 0.0f;
-    if (params_.args.accumulate && !adds_in_l2) {
-      add_existing(accumulators, row, column, m_rows, n_columns);
-    }
-    if constexpr (!kMContiguous) {
-      if (decay.factor != 0.0f) {
-        if (params_.args.decay.col_stride == 1) {
-          add_decay<true>(accumulators, decay, n_columns);
-        } else {
-          add_decay<false>(accumulators, decay, n_columns);
-        }
-      }
-    }
+    add_terms(accumulators, row, column, m_rows, n_columns);
 
     const Tensor whole = params_.tma.get_tma_tensor(make_shape(m_rows, n_columns));
     const Tensor boxes = local_tile(whole, Box{}, make_coord(m_box, _));
@@ -184,8 +174,8 @@ class WarpgroupEpilogue {
       if (at.is_first) {
         const Tensor box = boxes(_, _, n_tile * kChunks + chunk);
         if constexpr (kWide) {
-          adds_in_l2 ? store_box(params_.tma_add, buffer, box)
-                     : store_box(params_.tma, buffer, box);
+          adds_in_l2() ? store_box(params_.tma_add, buffer, box)
+                       : store_box(params_.tma, buffer, box);
         } else {
           store_box(params_.tma, buffer, box);
         }
@@ -201,6 +191,29 @@ class WarpgroupEpilogue {
 
  private:
   using Values = float[kChunkN / 8][2][2];
+
+  CUTLASS_DEVICE bool has_decay() const {
+    return kDecays && params_.args.decay.factor != nullptr && *params_.args.decay.factor != 0.0f;
+  }
+  CUTLASS_DEVICE bool adds_in_l2() const {
+    return kWide && params_.args.accumulate && !has_decay();
+  }
+
+  /// What is in memory to the sums: values of out, and decay.
+  template <typename Accumulators>
+  CUTLASS_DEVICE void add_terms(Accumulators& sums, int row, int column, int m_rows,
+                                int n_columns) const {
+    if (params_.args.accumulate && !adds_in_l2()) {
+      add_existing(sums, row, column, m_rows, n_columns);
+    }
+    if constexpr (kDecays) {
+      if (has_decay()) {
+        MaskedDecayAdder<Output, kTileN, kMContiguous>(params_.args.decay, row, column, m_rows,
+                                                       n_columns)
+            .add_to(sums);
+      }
+    }
+  }
 
   template <typename TmaCopy, typename GlobalBox>
   CUTLASS_DEVICE static void store_box(const TmaCopy& tma, char* from, const GlobalBox& to) {
@@ -249,81 +262,6 @@ class WarpgroupEpilogue {
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < 4; ++i) {
           sums((first + j) * 4 + i) += static_cast<float>(existing[j][i / 2].column[i % 2]);
-        }
-      }
-    }
-  }
-
-  /// A thread's place in the weight and the mask of masked decay, at the tile's first columns.
-  struct DecayPlace {
-    float factor;  // 0: nothing to add
-    const Output* weight;
-    const uint16_t* mask;
-    int shift;                    // of the bits in a mask
-    int rows_left, columns_left;  // down to and right of the place, up to the ends of the weight
-  };
-
-  /// `box_row` is the first row of the warpgroup's box, which lies in one weight as a whole.
-  CUTLASS_DEVICE DecayPlace decay_place(int box_row, int row_in_box, int column, int m_rows,
-                                        int n_columns) const {
-    const MaskedDecayTerm& term = params_.args.decay;
-    if (term.factor == nullptr) return {0.0f, nullptr, nullptr, 0, 0, 0};
-    const int first_rows = int(term.first_rows), second = box_row >= first_rows;
-    const uint32_t row = box_row + row_in_box - (second ? first_rows : 0), col = column;
-    const int rows = second ? m_rows - first_rows : first_rows;
-    const void* weight = second ? term.weight[1] : term.weight[0];
-    const uint16_t* mask = second ? term.mask[1] : term.mask[0];
-    return {*term.factor,
-            static_cast<const Output*>(weight) + row * term.row_stride + col * term.col_stride,
-            mask + int64_t{row / 4} * (n_columns / 4) + col / 4,
-            int(row % 4 * 4 + col % 4),
-            rows - int(row),
-            n_columns - column};
-  }
-
-  /// Extents are multiples of 4 and a thread's columns begin at an even one: the mask's bits of
-  /// both are in one block, inside or outside together. Eight rows or columns further on the shift
-  /// is the same.
-  template <bool kRowMajor, typename Accumulators>
-  CUTLASS_DEVICE void add_decay(Accumulators& sums, const DecayPlace& at, int n_columns) const {
-    using cutlass::arch::global_load;
-    const int64_t ld = kRowMajor ? params_.args.decay.row_stride : params_.args.decay.col_stride;
-    constexpr int kBatch = kOctets / (kWide ? 8 : 4);
-    static_assert(kOctets % kBatch == 0);
-    CUTLASS_PRAGMA_UNROLL
-    for (int first = 0; first < kOctets; first += kBatch) {
-      Pair pairs[kBatch][2];
-      uint16_t kept[kBatch][2];
-      CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        const int n = (first + j) * 8;
-        CUTLASS_PRAGMA_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const bool inside = half * 8 < at.rows_left && n < at.columns_left;
-          pairs[j][half] = {};
-          kept[j][half] = 0xFFFF;
-          global_load<uint16_t, 2>(kept[j][half], at.mask + half * 2 * (n_columns / 4) + n / 4,
-                                   inside);
-          if constexpr (kRowMajor) {
-            global_load<Pair, sizeof(Pair)>(pairs[j][half], at.weight + half * 8 * ld + n, inside);
-          } else {
-            CUTLASS_PRAGMA_UNROLL
-            for (int i = 0; i < 2; ++i) {
-              global_load<Output, sizeof(Output)>(pairs[j][half].column[i],
-                                                  at.weight + (n + i) * ld + half * 8, inside);
-            }
-          }
-        }
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int j = 0; j < kBatch; ++j) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          float& sum = sums((first + j) * 4 + i);
-          const float pull =
-              __fmul_rn(at.factor, static_cast<float>(pairs[j][i / 2].column[i % 2]));
-          const float pulled = __fadd_rn(sum, pull);
-          if ((kept[j][i / 2] >> (at.shift + i % 2) & 1) == 0) sum = pulled;
         }
       }
     }

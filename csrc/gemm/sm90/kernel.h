@@ -1,20 +1,25 @@
 // kernel.h: one sparse GEMM kernel for Hopper, out of CUTLASS' parts and our main loop.
 //
-//   out(m, n) = lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)] [+ decay(m, n)],
-//   lhs 2:4 sparse along k; decay in grad_weight alone
+//   out(m, n) = [scale *] lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)] [+ decay(m, n)],
+//   lhs 2:4 sparse along k; decay in weight gradients alone
 //
-//   forward      packed [m, k/2] K-major    rhs [n, k] K-major    out [n, m], m contiguous
-//                and in the same pass, if wanted, h = act(out), or act(gate) * up of two halves
-//   grad_input   packed [k/2, m] MN-major   rhs [n, k] K-major    out [n, m], m contiguous
-//   grad_weight  packed [k/2, m] MN-major   rhs [k, n] MN-major   out [m, n], n contiguous
+//   16 bits      forward                packed [m, k/2] K-major    rhs [n, k] K-major   out [n, m]
+//                grad_input             packed [k/2, m] MN-major   rhs [n, k] K-major   out [n, m]
+//                grad_weight            packed [k/2, m] MN-major   rhs [k, n] MN-major  out [m, n]
+//                grad_weight_of_input   packed [k/2, m] MN-major   rhs [k, n] MN-major  out [n, m]
+//   8 bits       all                    packed [m, k/2] K-major    rhs [n, k] K-major   out as
+//   above
+//
+//   With a forward product, if wanted, h = act(out), or act(gate) * up of two halves.
 //
 // Parts     loads by TMA are CUTLASS' sparse collective, told of other rows by gated_rows.h; main
 //           loop (mainloop.h), epilogues (epilogue.h, activated_epilogue.h), order of the tiles
 //           (scheduler.h) and the kernel that joins them (persistent.h) are ours.
-// Stages    as many K tiles as fit beside the epilogue's 32 or 48 KB: four at 128x256x64, five at
-//           128x192x64.
+// Stages    as many K tiles as fit beside the epilogue's 32 or 48 KB: four at 128x256, five at
+//           128x192.
 // Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense
-//           flops; rhs comes once for the two blocks of a cluster.
+//           flops; rhs comes once for the two blocks of a cluster. With 8 bits the same, of 128 k,
+//           but for E, 2 KB.
 #pragma once
 
 #include <atomic>
@@ -25,10 +30,10 @@
 #include "cutlass/device_kernel.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "gemm/config.h"
-#include "gemm/launch.h"
 #include "gemm/sm90/activated_epilogue.h"
 #include "gemm/sm90/epilogue.h"
 #include "gemm/sm90/gated_rows.h"
+#include "gemm/sm90/launch.h"
 #include "gemm/sm90/mainloop.h"
 #include "gemm/sm90/persistent.h"
 
@@ -48,47 +53,66 @@ template <>
 struct ElementOf<DType::kFloat16> {
   using type = cutlass::half_t;
 };
+template <>
+struct ElementOf<DType::kFloat8E4M3> {
+  using type = cutlass::float_e4m3_t;
+};
+template <>
+struct ElementOf<DType::kFloat8E5M2> {
+  using type = cutlass::float_e5m2_t;
+};
 
 constexpr int kSharedBytesOfBlock = 227 * 1024;
 
 /// How many K tiles of both operands and E fit into shared memory.
-template <int kTileM, int kTileN, int kTileK>
+template <int kTileM, int kTileN, int kTileK, int kElementBytes>
 struct Stages {
-  static constexpr int kBytes = kTileM * kTileK + kTileM * kTileK / 8 + kTileN * kTileK * 2;
+  static constexpr int kBytes =
+      kTileM * kTileK / 2 * kElementBytes + kTileM * kTileK / 8 + kTileN * kTileK * kElementBytes;
   static constexpr int fitting(int beside) { return (kSharedBytesOfBlock - beside) / kBytes; }
 };
 
-template <GemmPass kPass, DType kDType, DType kOutDType, int kTileM, int kTileN, int kTileK,
-          int kClusterM, int kClusterN>
+template <GemmPass kPass, GemmEpilogue kEpilogue, DType kFormat, DType kOutDType,
+          Accumulation kAccumulation, int kTileM, int kTileN, int kTileK, int kClusterM,
+          int kClusterN>
 struct SparseGemm {
-  using Element = typename ElementOf<kDType>::type;
+  static constexpr bool kFloat8 = is_float8(kFormat);
+  using ElementLhs = typename ElementOf<kFormat>::type;
+  using ElementRhs = typename ElementOf<kFloat8 ? DType::kFloat8E4M3 : kFormat>::type;
   using Output = typename ElementOf<kOutDType>::type;
+  using Bias = cute::conditional_t<kFloat8, Output, ElementRhs>;
   using TileShape = cute::Shape<cute::Int<kTileM>, cute::Int<kTileN>, cute::Int<kTileK>>;
   using ClusterShape = cute::Shape<cute::Int<kClusterM>, cute::Int<kClusterN>, cute::_1>;
 
-  static constexpr bool kGated = kPass == GemmPass::kGatedForward;
-  static constexpr bool kActivated = has_activation(kPass);
+  static constexpr bool kGated = kEpilogue == GemmEpilogue::kGate;
+  static constexpr bool kActivated = kEpilogue != GemmEpilogue::kPlain;
+  static constexpr bool kMContiguous = kPass != GemmPass::kGradWeight;
 
   // CUTLASS names layouts after BLAS: RowMajor lhs is K-major, ColumnMajor rhs is K-major.
-  using LayoutLhs = cute::conditional_t<is_forward(kPass), cutlass::layout::RowMajor,
-                                        cutlass::layout::ColumnMajor>;
-  using LayoutRhs = cute::conditional_t<kPass == GemmPass::kGradWeight, cutlass::layout::RowMajor,
-                                        cutlass::layout::ColumnMajor>;
-  static constexpr int kAlignment = 8;  // elements of 16 bits: what TMA wants of every row
+  using LayoutLhs = cute::conditional_t<lhs_orientation(kPass, kFormat) == Orientation::kKMajor,
+                                        cutlass::layout::RowMajor, cutlass::layout::ColumnMajor>;
+  using LayoutRhs = cute::conditional_t<rhs_orientation(kPass, kFormat) == Orientation::kKMajor,
+                                        cutlass::layout::ColumnMajor, cutlass::layout::RowMajor>;
+  static constexpr int kAlignment = 16 / sizeof(ElementRhs);  // what TMA wants of every row
 
   using Epilogue = cute::conditional_t<
-      kActivated, ActivatedEpilogue<Element, TileShape, kGated>,
-      WarpgroupEpilogue<Element, Output, TileShape, kPass != GemmPass::kGradWeight>>;
+      kActivated, ActivatedEpilogue<Output, TileShape, kGated, kFloat8>,
+      WarpgroupEpilogue<Bias, Output, TileShape, kMContiguous, is_grad_weight(kPass), kFloat8>>;
   // Barriers, and the gap up to the 1024 bytes that swizzled tiles are aligned to.
   static constexpr int kSharedBesideStages = sizeof(typename Epilogue::TensorStorage) + 1024;
+  // For 8 bits the name of the schedule that picks the same collective; sums are ours (mainloop.h).
+  using Schedule =
+      cute::conditional_t<kFloat8, cutlass::gemm::KernelTmaWarpSpecializedCooperativeFP8FastAccum,
+                          cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
   using Collective = typename cutlass::gemm::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, Element, LayoutLhs, kAlignment,
-      Element, LayoutRhs, kAlignment, float, TileShape, ClusterShape,
-      cutlass::gemm::collective::StageCount<Stages<kTileM, kTileN, kTileK>::fitting(
-          kSharedBesideStages)>,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+      cutlass::arch::Sm90, cutlass::arch::OpClassSparseTensorOp, ElementLhs, LayoutLhs, kAlignment,
+      ElementRhs, LayoutRhs, kAlignment, float, TileShape, ClusterShape,
+      cutlass::gemm::collective::StageCount<
+          Stages<kTileM, kTileN, kTileK, sizeof(ElementRhs)>::fitting(kSharedBesideStages)>,
+      Schedule>::CollectiveOp;
   using SparseConfig = typename Collective::SparseConfig;
-  using Mainloop = SparseMainloop<typename InTurns<Collective, kGated>::type, kGated>;
+  using Mainloop = SparseMainloop<typename InTurns<Collective, kGated>::type, kGated,
+                                  kAccumulation == Accumulation::kPromoted>;
   using Kernel = PersistentKernel<Mainloop, Epilogue, ClusterShape>;
   static_assert(Kernel::kSharedBytes <= kSharedBytesOfBlock);
 
@@ -96,14 +120,15 @@ struct SparseGemm {
                                            int multiprocessors) {
     const int m = static_cast<int>(args.m), n = static_cast<int>(args.n),
               k = static_cast<int>(args.k);
-    // The gradient operand is padded with zero rows; rhs ends at k, and TMA fills zeros past it.
-    const int packed_k = kPass == GemmPass::kGradWeight ? static_cast<int>(round_up(args.k, 8)) : k;
+    // A 16-bit gradient operand is padded with zero rows; rhs ends at k, and TMA fills zeros past
+    // it. 8-bit ones are both of whole units.
+    const int packed_k = is_grad_weight(kPass) ? static_cast<int>(round_up(args.k, 8)) : k;
     const auto packed_shape = cute::make_shape(m, n, packed_k, 1);
     const auto problem = cute::make_shape(m, n, k, 1);
 
     typename Mainloop::Arguments operands{};
-    operands.ptr_A = static_cast<const Element*>(args.packed);
-    operands.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(args.E);
+    operands.ptr_A = static_cast<const ElementLhs*>(args.lhs.values);
+    operands.ptr_E = reinterpret_cast<const typename Mainloop::ElementE*>(args.lhs.E);
     if constexpr (kGated) {
       operands.layout_a = gated_packed_layout(m / 2, k);
       operands.layout_e = gated_meta_layout(SparseConfig::fill_layoutE(packed_shape));
@@ -111,8 +136,8 @@ struct SparseGemm {
       operands.layout_a = SparseConfig::fill_layoutA(packed_shape);
       operands.layout_e = SparseConfig::fill_layoutE(packed_shape);
     }
-    operands.ptr_B = static_cast<const Element*>(args.rhs);
-    set_leading_dimension(operands.dB, args.rhs_ld);
+    operands.ptr_B = static_cast<const ElementRhs*>(args.rhs.values);
+    set_leading_dimension(operands.dB, args.rhs.ld);
 
     const auto scheduler = Kernel::TileScheduler::to_params(
         m, n, k, kTileM, kTileN, kTileK, config.strip, config.raster == Raster::kAlongM,
@@ -123,10 +148,10 @@ struct SparseGemm {
             Kernel::Sums::to_params(args.workspace, blocks)};
   }
 
-  static void launch(const SparseGemmArgs& args, const GemmConfig& config, int device,
-                     int multiprocessors, cudaStream_t stream) {
-    allow_shared_memory(device);
-    typename Kernel::Params params = params_of(args, config, multiprocessors);
+  static void launch(const SparseGemmArgs& args, const GemmConfig& config, const Target& target) {
+    allow_shared_memory(target.device);
+    const auto stream = static_cast<cudaStream_t>(target.stream);
+    typename Kernel::Params params = params_of(args, config, target.multiprocessors);
     const dim3 grid = Kernel::TileScheduler::grid(params.scheduler);
     if (config.stream_k) {
       SP24_CHECK_CUDA(
@@ -150,11 +175,13 @@ struct SparseGemm {
  private:
   static typename Epilogue::Arguments epilogue_of(const SparseGemmArgs& args) {
     const auto out = static_cast<Output*>(args.out);
-    const auto bias = static_cast<const Element*>(args.bias);
+    const auto bias = static_cast<const Bias*>(args.bias);
+    const Scales scales = {args.lhs.scale, args.rhs.scale};
     if constexpr (kActivated) {
-      return {out, args.out_ld, static_cast<Output*>(args.h), args.h_ld, bias, args.activation};
+      const auto h = static_cast<Output*>(args.h);
+      return {out, args.out_ld, h, args.h_ld, bias, args.activation, scales};
     } else {
-      return {out, args.out_ld, bias, args.accumulate, args.decay};
+      return {out, args.out_ld, bias, args.accumulate, args.decay, scales};
     }
   }
 
@@ -182,15 +209,15 @@ struct SparseGemm {
 
 }  // namespace sparse24::gemm::sm90
 
-/// The body of an instantiation file: the launcher of one row of kernels.def.
-#define SP24_DEFINE_GEMM_KERNEL(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m,        \
-                                cluster_n)                                                        \
-  namespace sparse24::gemm {                                                                      \
-  void SP24_GEMM_LAUNCHER(pass, dtype, out_dtype, tile_m, tile_n, tile_k, cluster_m,              \
-                          cluster_n)(const SparseGemmArgs& args, const GemmConfig& config,        \
-                                     int device, int multiprocessors, cudaStream_t stream) {      \
-    sm90::SparseGemm<GemmPass::k##pass, DType::k##dtype, DType::k##out_dtype, tile_m, tile_n,     \
-                     tile_k, cluster_m, cluster_n>::launch(args, config, device, multiprocessors, \
-                                                           stream);                               \
-  }                                                                                               \
+/// The body of a generated file: the launcher of one row of kernels.def.
+#define SP24_DEFINE_GEMM_KERNEL(pass, epilogue, format, out_dtype, accumulation, ...)            \
+  namespace sparse24::gemm::sm90 {                                                               \
+  void SP24_GEMM_LAUNCHER(pass, epilogue, format, out_dtype, accumulation,                       \
+                          __VA_ARGS__)(const SparseGemmArgs& args, const GemmConfig& config,     \
+                                       const Target& target) {                                   \
+    SparseGemm<GemmPass::k##pass, GemmEpilogue::k##epilogue, DType::k##format,                   \
+               DType::k##out_dtype, Accumulation::k##accumulation, __VA_ARGS__>::launch(args,    \
+                                                                                        config,  \
+                                                                                        target); \
+  }                                                                                              \
   }

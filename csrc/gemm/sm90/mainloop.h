@@ -6,20 +6,19 @@
 // registers are double-buffered, and a stage goes back to the producer one tile later, when the
 // wait for the batch after it shows that it has been read.
 //
-// Metadata  A 64 (m) x 64 (k) block of E is 512 bytes: 128 threads x two 32-bit words, one word for
-// each wgmma of k 32.
-//           Thread t of a warpgroup reads the 8 bytes at warp*128 + (t%2)*64 + (t%32/4)*8
-//           (common/metadata.h). The halves of a word are of rows r and r + 8: in a gated product
-//           of a feature of gate and the same of up, which come from two words.
+// Promoted  sums of 8-bit products: the tensor cores add them with some 14 bits, so the sums of
+//           every two K tiles (256 k) are added to accumulators in fp32. The tensor cores are the
+//           other warpgroup's meanwhile.
 #pragma once
 
 #include "cute/tensor.hpp"
 #include "cutlass/gemm/collective/collective_builder.hpp"
+#include "gemm/sm90/metadata_words.h"
 
 namespace sparse24::gemm::sm90 {
 
 /// kGated: rows come in turns from the two halves of the weight (gated_rows.h).
-template <typename Stock, bool kGated = false>
+template <typename Stock, bool kGated = false, bool kPromoted = false>
 struct SparseMainloop : Stock {
   using Stock::Stock;
   using typename Stock::MainloopPipeline;
@@ -29,102 +28,108 @@ struct SparseMainloop : Stock {
   using typename Stock::TiledMma;
   using typename Stock::TileShape;
 
+  static constexpr int kElementBytes = sizeof(typename Stock::ElementB);
   static constexpr int kTileM = cute::size<0>(TileShape{});
   static constexpr int kTileK = cute::size<2>(TileShape{});
   static constexpr int kStages = Stock::DispatchPolicy::Stages;
   static constexpr int kMetaStageBytes = kTileM * kTileK / 8;
-  static_assert(kTileK == 64, "E has one order, that of a K tile of 64 (common/metadata.h)");
+  static_assert(kTileK * kElementBytes == 128, "E's blocks are as long as a K tile");
 
   static constexpr int kWarpgroups = cute::size(TiledMma{}) / cutlass::NumThreadsPerWarpGroup;
-  static constexpr int kMmaK = kTileK / 32;  // wgmma steps along a K tile
+  static constexpr int kMmaK = 2;  // wgmma steps along a K tile, of 64 bytes of rhs' rows
   static_assert(kTileM == 64 * kWarpgroups);
 
   /// The metadata words of one K tile, for one thread: one for each step.
   using MetaFragment =
       decltype(cute::make_tensor<uint32_t>(cute::Shape<cute::_1, cute::_1, cute::Int<kMmaK>>{}));
 
-  /// K tiles that the first warpgroup is ahead, so that each stores while the other multiplies.
-  static constexpr int kLead = 1;
-  static constexpr uint32_t kLeadBarrier = 2;  // of CUTLASS' NamedBarrier
-  static_assert(kWarpgroups == 2 && kLead < kStages);
-
-  template <typename Accumulators>
-  CUTLASS_DEVICE void mma(MainloopPipeline pipeline, PipelineState read, Accumulators& accumulators,
-                          int k_tiles, int thread, TensorStorage& shared, Params const&) {
+  /// The sums of `k_tiles` from stage `read` on; `release` gives a stage back (stage_release.h).
+  template <typename Release, typename Accumulators>
+  CUTLASS_DEVICE static void multiply(MainloopPipeline& pipeline, const Release& release,
+                                      PipelineState read, Accumulators& accumulators, int k_tiles,
+                                      int thread, TensorStorage& shared) {
     using namespace cute;
+    const int warpgroup = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
     Tensor sA = make_tensor(make_smem_ptr(shared.smem_A.begin()), typename Stock::SmemLayoutA{});
     Tensor sB = make_tensor(make_smem_ptr(shared.smem_B.begin()), typename Stock::SmemLayoutB{});
-    const int warpgroup = __shfl_sync(0xFFFFFFFF, thread / cutlass::NumThreadsPerWarpGroup, 0);
-    TiledMma tiled_mma;
     // wgmma operands come from shared memory: a thread's slice is its warpgroup's, and fragments
     // are descriptors.
-    auto slice = tiled_mma.get_thread_slice(warpgroup * cutlass::NumThreadsPerWarpGroup);
+    auto slice = TiledMma{}.get_thread_slice(warpgroup * cutlass::NumThreadsPerWarpGroup);
     Tensor a = slice.make_fragment_A(slice.partition_A(sA));  // (MMA, MMA_M, MMA_K, stage)
     Tensor b = slice.make_fragment_B(slice.partition_B(sB));  // (MMA, MMA_N, MMA_K, stage)
+    static_assert(decltype(size<2>(a))::value == kMmaK);
+    const MetadataWords<kElementBytes, kGated> meta(&shared.smem_E, thread);
+    TiledMma tiled_mma;
+    Lead lead(warpgroup, k_tiles);
 
-    const int lane = thread % 32, warp = thread % cutlass::NumThreadsPerWarpGroup / 32;
-    // Gated: this warp's eight rows of gate are half of a group of sixteen, and so are those of up.
-    const int sixteen = kGated ? warpgroup * 2 + warp / 2 : warpgroup * 4 + warp;
-    const char* meta = reinterpret_cast<const char*>(&shared.smem_E) + sixteen * 128 +
-                       lane % 2 * 64 + lane / 4 * 8;
-    const uint32_t halves = warp % 2 ? 0x7632u : 0x5410u;
-
-    const auto load_meta = [&](int stage, auto& words) {
-      const char* from = meta + stage * kMetaStageBytes;
-      uint2 pair = *reinterpret_cast<const uint2*>(from);
-      if constexpr (kGated) {
-        const uint2 up = *reinterpret_cast<const uint2*>(from + 512);
-        pair.x = __byte_perm(pair.x, up.x, halves);
-        pair.y = __byte_perm(pair.y, up.y, halves);
-      }
-      words(0, 0, 0) = pair.x;
-      words(0, 0, 1) = pair.y;
-    };
-    const auto issue = [&](int stage, auto& words) {
-      warpgroup_fence_operand(accumulators);
+    /// Starts the products of the next K tile; what `sums` hold is kept unless accumulate_ is Zero.
+    const auto start = [&](auto& words, auto& sums) {
+      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
+      const int stage = read.index();
+      meta.load(stage * kMetaStageBytes, words);
+      warpgroup_fence_operand(sums);
       warpgroup_arrive();
       CUTLASS_PRAGMA_UNROLL
       for (int k = 0; k < kMmaK; ++k) {
         cute::gemm(tiled_mma, make_zip_tensor(a(_, _, k, stage), words(_, _, k)), b(_, _, k, stage),
-                   accumulators);
+                   sums);
         tiled_mma.accumulate_ = GMMA::ScaleOut::One;
       }
       warpgroup_commit_batch();
+      ++read;
+      lead.let_other_start();
     };
-
-    // Fewer K tiles than stages: the first warpgroup might come round to the barrier again before
-    // the second has passed it.
-    const bool staggered = k_tiles >= kStages;
-    if (staggered && warpgroup == 1) {
-      cutlass::arch::NamedBarrier::sync(2 * cutlass::NumThreadsPerWarpGroup, kLeadBarrier);
+    PipelineState behind = read;  // the stage to give back next
+    const auto give_back = [&] {
+      release(behind.index());
+      ++behind;
+    };
+    if constexpr (kPromoted) {
+      sum_promoted(tiled_mma, start, give_back, accumulators, k_tiles);
+    } else {
+      sum(tiled_mma, start, give_back, accumulators, k_tiles);
     }
-    int until_other_starts = staggered && warpgroup == 0 ? kLead : 0;
-    const auto let_other_start = [&] {
-      if (until_other_starts > 0 && --until_other_starts == 0) {
-        cutlass::arch::NamedBarrier::arrive(2 * cutlass::NumThreadsPerWarpGroup, kLeadBarrier);
+  }
+
+ private:
+  /// The first warpgroup is a K tile ahead, so that each stores while the other multiplies.
+  class Lead {
+   public:
+    static constexpr int kTiles = 1;
+    static_assert(kWarpgroups == 2 && kTiles < kStages);
+
+    CUTLASS_DEVICE Lead(int warpgroup, int k_tiles) {
+      // Fewer K tiles than stages: the first warpgroup might come round to the barrier again before
+      // the second has passed it.
+      const bool staggered = k_tiles >= kStages;
+      if (staggered && warpgroup == 1) cutlass::arch::NamedBarrier::sync(kThreads, kBarrier);
+      until_other_starts_ = staggered && warpgroup == 0 ? kTiles : 0;
+    }
+    CUTLASS_DEVICE void let_other_start() {
+      if (until_other_starts_ > 0 && --until_other_starts_ == 0) {
+        cutlass::arch::NamedBarrier::arrive(kThreads, kBarrier);
       }
-    };
+    }
 
+   private:
+    static constexpr uint32_t kThreads = 2 * cutlass::NumThreadsPerWarpGroup;
+    static constexpr uint32_t kBarrier = 2;  // of CUTLASS' NamedBarrier
+    int until_other_starts_;
+  };
+
+  template <typename Start, typename GiveBack, typename Accumulators>
+  CUTLASS_DEVICE static void sum(TiledMma& tiled_mma, const Start& start, const GiveBack& give_back,
+                                 Accumulators& accumulators, int k_tiles) {
+    using namespace cute;
     MetaFragment even, odd;
-    PipelineState release = read;
     tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
-
-    pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
-    load_meta(read.index(), even);
-    issue(read.index(), even);
-    ++read;
-    let_other_start();
+    start(even, accumulators);
 
     const auto step = [&](auto& words) {
-      pipeline.consumer_wait(read, pipeline.consumer_try_wait(read));
-      load_meta(read.index(), words);
-      issue(read.index(), words);
-      ++read;
-      let_other_start();
+      start(words, accumulators);
       warpgroup_wait<1>();  // the batch before this one: its stage has been read
       warpgroup_fence_operand(accumulators);
-      pipeline.consumer_release(release);
-      ++release;
+      give_back();
     };
     int left = k_tiles - 1;
     CUTLASS_PRAGMA_NO_UNROLL
@@ -134,13 +139,34 @@ struct SparseMainloop : Stock {
     }
     if (left == 1) step(odd);
     warpgroup_fence_operand(accumulators);
+    warpgroup_wait<0>();
+    give_back();
   }
 
-  /// Wait for the last batch and give its stage back.
-  CUTLASS_DEVICE void mma_tail(MainloopPipeline pipeline, PipelineState release, int k_tiles) {
-    release.advance(k_tiles - 1);
-    cute::warpgroup_wait<0>();
-    pipeline.consumer_release(release);
+  template <typename Start, typename GiveBack, typename Accumulators>
+  CUTLASS_DEVICE static void sum_promoted(TiledMma& tiled_mma, const Start& start,
+                                          const GiveBack& give_back, Accumulators& accumulators,
+                                          int k_tiles) {
+    using namespace cute;
+    static_assert(kElementBytes == 1 && kStages > 2);
+    MetaFragment even, odd;
+    Tensor sums = make_fragment_like(accumulators);
+    clear(accumulators);
+    CUTLASS_PRAGMA_NO_UNROLL
+    for (int left = k_tiles; left > 0; left -= 2) {
+      tiled_mma.accumulate_ = GMMA::ScaleOut::Zero;
+      start(even, sums);
+      if (left > 1) {
+        start(odd, sums);
+        warpgroup_wait<1>();
+        give_back();
+      }
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(sums);
+      give_back();
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < size(accumulators); ++i) accumulators(i) += sums(i);
+    }
   }
 };
 

@@ -12,6 +12,7 @@
 #include "cutlass/pipeline/pipeline.hpp"
 #include "gemm/sm90/partial_sums.h"
 #include "gemm/sm90/scheduler.h"
+#include "gemm/sm90/stage_release.h"
 
 namespace sparse24::gemm::sm90 {
 
@@ -82,7 +83,7 @@ class PersistentKernel {
       if (warp == 0) load(params, shared, pipeline, scheduler);
     } else {
       cutlass::arch::warpgroup_reg_alloc<kMmaRegisters>();
-      multiply(params, shared, pipeline, scheduler, thread - cutlass::NumThreadsPerWarpGroup);
+      multiply(params, shared, pipeline, scheduler);
     }
   }
 
@@ -109,7 +110,7 @@ class PersistentKernel {
   }
 
   CUTLASS_DEVICE static void multiply(const Params& params, SharedStorage& shared,
-                                      Pipeline& pipeline, TileScheduler& scheduler, int thread) {
+                                      Pipeline& pipeline, TileScheduler& scheduler) {
     using namespace cute;
     Mainloop mainloop;
     Epilogue epilogue(params.epilogue, shared.epilogue);
@@ -120,9 +121,10 @@ class PersistentKernel {
     };
     for (Part part = scheduler.next(); part.valid; part = scheduler.next()) {
       auto accumulators = partition_fragment_C(tiled_mma, take<0, 2>(TileShape{}));
-      mainloop.mma(pipeline, state, accumulators, part.k_tiles(), thread, shared.mainloop,
-                   params.mainloop);
-      mainloop.mma_tail(pipeline, state, part.k_tiles());
+      const int thread = thread_in_block() - cutlass::NumThreadsPerWarpGroup;
+      const StageRelease<ClusterShape, Pipeline> release(shared.pipeline, thread);
+      mainloop.multiply(pipeline, release, state, accumulators, part.k_tiles(), thread,
+                        shared.mainloop);
       state.advance(part.k_tiles());
       if (part.slot >= 0) {
         Sums::give(params.sums, block_of(part.slot), thread, accumulators);

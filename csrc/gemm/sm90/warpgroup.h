@@ -25,6 +25,24 @@ struct AccumulatorPlace {
         is_first(thread == 0) {}
 };
 
+/// This thread's number in its block, read anew. What is derived from a number kept since the
+/// kernel's start lives in the epilogue too, where registers are few: it would be spilled there,
+/// and loaded again in every K tile.
+CUTLASS_DEVICE int thread_in_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+/// Of both operands, in device memory; null: 1.
+struct Scales {
+  const float* lhs = nullptr;
+  const float* rhs = nullptr;
+  CUTLASS_DEVICE float product() const {
+    return (lhs == nullptr ? 1.0f : *lhs) * (rhs == nullptr ? 1.0f : *rhs);
+  }
+};
+
 /// The hardware's barriers 0 and 1: each warpgroup's own. 0 is that of __syncthreads too, which
 /// nothing calls once the warps have their roles; CUTLASS' NamedBarrier counts from 8. The compiler
 /// moves no memory access past this one, as it might past those.

@@ -1,0 +1,55 @@
+// gpu_test_main.h: main() of a program of GPU tests: arguments choose tests by name; one line a
+// test, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "gemm_problems.h"
+
+namespace gpu_testing {
+
+struct NamedTest {
+  const char* name;
+  void (*run)();
+  bool only_by_name = false;  // not part of a run of all
+};
+
+inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** arguments) {
+  int devices = 0;
+  cudaDeviceProp properties;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
+      cudaGetDeviceProperties(&properties, 0) != cudaSuccess || properties.major != 9) {
+    std::printf("skipped: no Hopper GPU\n");
+    return 77;
+  }
+  int ran = 0;
+  for (const NamedTest& test : tests) {
+    const bool named =
+        std::find(arguments + 1, arguments + count, std::string(test.name)) != arguments + count;
+    if (!named && (count > 1 || test.only_by_name)) continue;
+    ++ran;
+    const auto begin = std::chrono::steady_clock::now();
+    const int before = failures;
+    try {
+      test.run();
+    } catch (const std::exception& error) {
+      fail(test.name, " threw: ", error.what());
+    }
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    std::printf("%s %s, %.1f s\n", failures == before ? "ok  " : "FAIL", test.name, seconds);
+    std::fflush(stdout);
+  }
+  std::printf("%lld cases, %d failed, on %s\n", static_cast<long long>(cases), failures,
+              properties.name);
+  return failures == 0 && ran > 0 ? 0 : 1;
+}
+
+}  // namespace gpu_testing
