@@ -8,6 +8,8 @@
 
 #include "common/check.h"
 #include "common/convert.h"
+#include "common/format.h"
+#include "sparse24/quantize.h"
 #include "sparse24/types.h"
 
 namespace sparse24::api {
@@ -79,8 +81,39 @@ void check_blocks(const MatrixView<Pointer>& view, const char* name) {
 
 inline void check_gpu_packed_dtype(DType dtype, const char* name) {
   SP24_CHECK(dtype != DType::kFloat32, name,
-             " must be bfloat16 or float16 on a GPU, got float32; the sparse tensor cores multiply "
-             "16-bit values");
+             " must be bfloat16, float16, float8_e4m3fn or float8_e5m2 on a GPU, got float32; the "
+             "sparse tensor cores multiply 16- and 8-bit values");
+}
+
+/// Rows of what quantize writes must not overlap.
+inline void check_float8(const Float8Output& to, int64_t rows, int64_t cols) {
+  if (to.x8 != nullptr)
+    SP24_CHECK(to.x8_ld >= cols, "x8_ld must be at least cols, ", cols, ", got ", to.x8_ld);
+  if (to.x8_t != nullptr)
+    SP24_CHECK(to.x8_t_ld >= padded_tokens_for(DType::kFloat8E4M3, rows),
+               "x8_t_ld must be at least rows padded to a multiple of 32, ",
+               padded_tokens_for(DType::kFloat8E4M3, rows), ", got ", to.x8_t_ld);
+  SP24_CHECK(to.counters == nullptr || to.x8 != nullptr || to.x8_t != nullptr,
+             "counters count what is written: give x8 or x8_t too, or no counters");
+}
+
+inline bool writes_float8(const Float8Output& to) {
+  return to.x8 != nullptr || to.x8_t != nullptr || to.amax != nullptr;
+}
+
+/// Of an MVUE-packed result: seed, packed and E belong together, and the format must be one. Args:
+/// those of mvue_compress or of an activation pass.
+template <typename Args>
+void check_mvue(const Args& args, DType dtype, const Context& context, const char* name) {
+  check_pointer(args.seed, "seed");
+  check_pointer(args.packed, "packed");
+  check_pointer(args.E, "E");
+  const DType packed = args.packed_dtype.value_or(dtype);
+  SP24_CHECK(packed == dtype || is_float8(packed), "packed_dtype must be that of ", name, ", ",
+             name_of(dtype), ", or a float8 format, got ", name_of(packed));
+  SP24_CHECK(args.scale == nullptr || is_float8(packed),
+             "scale goes with a float8 packed_dtype, got ", name_of(packed));
+  if (context.backend == Backend::kCuda) check_gpu_packed_dtype(dtype, name);
 }
 
 template <typename A, typename B>

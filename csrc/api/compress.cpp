@@ -37,6 +37,10 @@ void check_pack(const PackArgs* weights, int count, Packs packs, const Context& 
     SP24_CHECK((args.packed_t == nullptr) == (args.E_t == nullptr),
                "packed_t and E_t must be given together, or neither");
     if (context.backend == Backend::kCuda) check_gpu_packed_dtype(args.out_dtype, "out_dtype");
+    SP24_CHECK(is_float8(args.out_dtype) ||
+                   (args.scale == nullptr && args.amax == nullptr && args.counters == nullptr),
+               "scale, amax and counters go with a float8 out_dtype, got ",
+               name_of(args.out_dtype));
   }
 }
 
@@ -51,6 +55,17 @@ int64_t metadata_bytes(int64_t m, int64_t k) {
 int64_t padded_tokens(int64_t tokens) {
   check_extent(tokens, "tokens");
   return round_up(tokens, 8);
+}
+
+int64_t metadata_bytes(DType dtype, int64_t m, int64_t k) {
+  check_extent(m, "m");
+  check_extent(k, "k");
+  return meta_bytes_for(dtype, m, k);
+}
+
+int64_t padded_tokens(DType dtype, int64_t tokens) {
+  check_extent(tokens, "tokens");
+  return padded_tokens_for(dtype, tokens);
 }
 
 void search_mask(const PackArgs* weights, int count, const Context& context) {
@@ -73,9 +88,8 @@ void mvue_compress(const MvueArgs& args, const Context& context) {
   if (is_empty(args.dy)) return;
   MvueArgs checked = args;
   checked.dy = as_major(args.dy, "dy");
-  check_pointer(args.seed, "seed");
-  check_pointer(args.packed, "packed");
-  check_pointer(args.E, "E");
+  check_mvue(args, args.dy.dtype, context, "dy");
+  check_float8(args.float8, args.dy.rows, args.dy.cols);
   SP24_DISPATCH(context, mvue_compress, checked);
 }
 
@@ -92,6 +106,11 @@ void decompress(const DecompressArgs& args, const Context& context) {
              ", ", args.out.col_stride, ") for ", args.out.cols, " columns");
   check_pointer(args.packed, "packed");
   check_pointer(args.E, "E");
+  const DType packed = args.packed_dtype.value_or(args.out.dtype);
+  SP24_CHECK(packed == args.out.dtype || is_float8(packed), "packed_dtype must be that of out, ",
+             name_of(args.out.dtype), ", or a float8 format, got ", name_of(packed));
+  SP24_CHECK(args.scale == nullptr || is_float8(packed),
+             "scale goes with a float8 packed_dtype, got ", name_of(packed));
   SP24_DISPATCH(context, decompress, args);
 }
 
@@ -116,11 +135,16 @@ void count_bad_blocks(const uint16_t* mask, int64_t blocks, int64_t* bad, const 
 
 void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad,
                         const Context& context) {
+  count_bad_metadata(DType::kBFloat16, E, m, k, bad, context);
+}
+
+void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad,
+                        const Context& context) {
   check_extent(m, "m");
   check_extent(k, "k");
   check_pointer(bad, "bad");
   if (m > 0 && k > 0) check_pointer(E, "E");
-  SP24_DISPATCH(context, count_bad_metadata, E, m, k, bad);
+  SP24_DISPATCH(context, count_bad_metadata, dtype, E, m, k, bad);
 }
 
 }  // namespace sparse24

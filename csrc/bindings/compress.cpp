@@ -2,7 +2,6 @@
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
-namespace {
 
 PackArgs read_pack(Fields& item) {
   PackArgs args;
@@ -21,12 +20,10 @@ PackArgs read_pack(Fields& item) {
   return args;
 }
 
-}  // namespace
-
 void bind_compress(py::module_& module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("metadata_bytes", &metadata_bytes);
-  module.def("padded_tokens", &padded_tokens);
+  module.def("metadata_bytes", [](int64_t m, int64_t k) { return metadata_bytes(m, k); });
+  module.def("padded_tokens", [](int64_t tokens) { return padded_tokens(tokens); });
   def_multi<PackArgs>(module, "search_mask", 12, read_pack, search_mask);
   def_multi<PackArgs>(module, "pack_by_mask", 12, read_pack, pack_by_mask);
   def_multi<PackArgs>(module, "search_and_pack", 12, read_pack, search_and_pack);

@@ -33,4 +33,5 @@ PYBIND11_MODULE(_C, module) {
   bindings::bind_gemm(module);
   bindings::bind_activation(module);
   bindings::bind_recipe(module);
+  bindings::bind_float8(module);
 }

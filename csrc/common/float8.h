@@ -8,7 +8,7 @@
 // Special   Inf and NaN both become kNan8, so that an overflow upstream stays visible: the GPU's
 // own
 //           saturating conversion would hide it.
-// Random    stochastic_code rounds up with the probability that keeps the mean, from 16 random
+// Random    to_float8_random rounds up with the probability that keeps the mean, from 16 random
 // bits,
 //           down to 2^-16 of the last place.
 // Scale     A scale is the factor of dequantisation, x ~= scale * x8; quantising multiplies by its
@@ -75,7 +75,7 @@ SP24_HD float to_float(Float8E5M2 x) {
   return widen8<Float8E5M2>(x.bits);
 }
 
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
 /// Two values to nearest, `low` in the lower byte; Inf saturates here, as everything too large.
 template <typename F>
 __device__ __forceinline__ uint32_t convert_pair8(float low, float high) {
@@ -113,47 +113,58 @@ SP24_HD uint32_t saturated_code(float y) {
 
 /// x / scale to nearest.
 template <typename F>
-SP24_HD F quantize(float x, float inverse_scale) {
+SP24_HD F to_float8(float x, float inverse_scale) {
   if (!is_finite(x)) return {kNan8};
   return {static_cast<uint8_t>(saturated_code<F>(x * inverse_scale))};
 }
 
 template <>
 SP24_HD Float8E4M3 from_float<Float8E4M3>(float x) {
-  return quantize<Float8E4M3>(x, 1.0f);
+  return to_float8<Float8E4M3>(x, 1.0f);
 }
 template <>
 SP24_HD Float8E5M2 from_float<Float8E5M2>(float x) {
-  return quantize<Float8E5M2>(x, 1.0f);
+  return to_float8<Float8E5M2>(x, 1.0f);
 }
 
 /// The inverse of a scale that may be absent.
 SP24_HD float inverse_of(const float* scale) { return scale == nullptr ? 1.0f : 1.0f / *scale; }
 
-/// |x| / scale, moved to where the exponent and the mantissa of the format begin at bit kDropped,
-/// plus `random` (16 bits; 1/2 more, so that 0 and 65535 are alike) below the last place. What is
-/// above is the code; subnormals of the format are subnormals of fp32.
-template <typename F>
-SP24_HD uint32_t stochastic_bits(float magnitude, float inverse_scale, uint32_t random) {
-  using Traits = Float8Traits<F>;
-  constexpr int kDropped = 23 - Traits::kMantissaBits, kSpare = kDropped - 16;
-  const float largest = bits_float((0x7Fu - (Traits::kMantissaBits == 3 ? 1u : 4u)) << kDropped);
-  const float moved = magnitude * inverse_scale * bits_float(power_bits(Traits::kBias - 127));
+/// A format as numbers, for code that serves both: what rounding at random needs.
+struct RandomRounding {
+  float move;     // 2^(bias - 127)
+  float largest;  // as a code at its place
+  int dropped;    // bits of fp32 below the last place
+
+  template <typename F>
+  static SP24_HD RandomRounding of() {
+    constexpr int kMantissaBits = Float8Traits<F>::kMantissaBits, kDropped = 23 - kMantissaBits;
+    return {bits_float(power_bits(Float8Traits<F>::kBias - 127)),
+            bits_float((kMantissaBits == 3 ? 0x7Eu : 0x7Bu) << kDropped), kDropped};
+  }
+
+  /// |x| / scale, moved to where the format's exponent and mantissa begin at bit `dropped`, plus
+  /// `random` (16 bits; 1/2 more, so that 0 and 65535 are alike) below the last place. What is
+  /// above is the code; subnormals of the format are subnormals of fp32.
+  SP24_HD uint32_t operator()(float magnitude, float inverse_scale, uint32_t random) const {
+    const float moved = magnitude * inverse_scale * move;
 #if defined(__CUDA_ARCH__)
-  const float y = fminf(moved, largest);
+    const float y = fminf(moved, largest);
 #else
-  const float y = moved < largest ? moved : largest;
+    const float y = moved < largest ? moved : largest;
 #endif
-  return float_bits(y) + (random << kSpare | 1u << (kSpare - 1));
-}
+    const int spare = dropped - 16;
+    return float_bits(y) + (random << spare | 1u << (spare - 1));
+  }
+};
 
 /// x / scale, rounded up or down at random so that the mean is right; `random` has 16 bits.
 template <typename F>
-SP24_HD F quantize_stochastic(float x, float inverse_scale, uint32_t random) {
+SP24_HD F to_float8_random(float x, float inverse_scale, uint32_t random) {
   if (!is_finite(x)) return {kNan8};
-  const uint32_t bits = stochastic_bits<F>(abs_float(x), inverse_scale, random);
-  return {static_cast<uint8_t>(bits >> (23 - Float8Traits<F>::kMantissaBits) |
-                               (float_bits(x) >> 24 & 0x80u))};
+  const RandomRounding rounding = RandomRounding::of<F>();
+  const uint32_t bits = rounding(abs_float(x), inverse_scale, random);
+  return {static_cast<uint8_t>(bits >> rounding.dropped | (float_bits(x) >> 24 & 0x80u))};
 }
 
 }  // namespace sparse24

@@ -10,7 +10,12 @@ namespace sparse24::cuda {
 
 void pack_by_mask(const PackArgs* weights, int count, cudaStream_t stream);
 void mvue_compress(const MvueArgs& args, cudaStream_t stream);
+void quantize(const QuantizeArgs& args, cudaStream_t stream);
+
+/// The part of mvue_compress with 8-bit outputs; dy is not empty.
+void mvue_outputs(const MvueArgs& args, cudaStream_t stream);
 void decompress(const DecompressArgs& args, cudaStream_t stream);
-void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad, cudaStream_t stream);
+void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad,
+                        cudaStream_t stream);
 
 }  // namespace sparse24::cuda

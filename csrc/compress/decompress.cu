@@ -12,10 +12,12 @@
 #include "common/block_sum.cuh"
 #include "common/convert.h"
 #include "common/cuda_check.h"
+#include "common/format.h"
 #include "common/layout.h"
 #include "common/metadata.h"
 #include "common/vector.cuh"
 #include "compress/compress_cuda.h"
+#include "compress/decompress8.cuh"
 
 namespace sparse24 {
 namespace {
@@ -92,13 +94,14 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kCountThreads)
-    count_bad_metadata_kernel(const uint8_t* E, int64_t m, int64_t k, int64_t* bad) {
+    count_bad_metadata_kernel(bool bits8, const uint8_t* E, int64_t m, int64_t k, int64_t* bad) {
   const int64_t bytes_a_row = (k + 7) / 8, bytes = m * bytes_a_row;
   int64_t count = 0;
   for (int64_t index = int64_t{blockIdx.x} * kCountThreads + threadIdx.x; index < bytes;
        index += int64_t{gridDim.x} * kCountThreads) {
     const int64_t col = index / m * 8;
-    const uint32_t byte = E[meta_byte_offset(index % m, col, m)];
+    const uint32_t byte =
+        E[bits8 ? meta8_byte_offset(index % m, col, m) : meta_byte_offset(index % m, col, m)];
     count += meta_is_valid(byte & 0xFu) ? 0 : 1;
     if (col + 4 < k) count += meta_is_valid(byte >> 4) ? 0 : 1;
   }
@@ -123,6 +126,23 @@ void launch_decompress(const DecompressArgs& args, cudaStream_t stream) {
   }
 }
 
+void launch_decompress8(const DecompressArgs& args, cudaStream_t stream) {
+  const int64_t m = args.transposed ? args.out.cols : args.out.rows;
+  const int64_t k = args.transposed ? args.out.rows : args.out.cols;
+  const uint32_t blocks = static_cast<uint32_t>((m * ((k + 7) / 8) + 255) / 256);
+  with_packed_format(*args.packed_dtype, [&](auto format) {
+    if constexpr (decltype(format)::kScaled) {
+      using F = typename decltype(format)::Storage;
+      with_type(args.out.dtype, [&](auto zero) {
+        decompress8_kernel<<<blocks, 256, 0, stream>>>(static_cast<const F*>(args.packed), args.E,
+                                                       args.scale,
+                                                       static_cast<decltype(zero)*>(args.out.data),
+                                                       args.out.row_stride, m, k, args.transposed);
+      });
+    }
+  });
+}
+
 }  // namespace
 
 namespace cuda {
@@ -130,7 +150,9 @@ namespace cuda {
 void decompress(const DecompressArgs& args, cudaStream_t stream) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   check_extents32(args.out.rows, args.out.cols, "out");
-  if (args.out.dtype == DType::kFloat32) {
+  if (is_float8(args.packed_dtype.value_or(args.out.dtype))) {
+    launch_decompress8(args, stream);
+  } else if (args.out.dtype == DType::kFloat32) {
     launch_decompress<uint32_t>(args, stream);
   } else {
     launch_decompress<uint16_t>(args, stream);
@@ -138,11 +160,12 @@ void decompress(const DecompressArgs& args, cudaStream_t stream) {
   SP24_CHECK_LAUNCH("decompress to [", args.out.rows, ", ", args.out.cols, "]");
 }
 
-void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad, cudaStream_t stream) {
+void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad,
+                        cudaStream_t stream) {
   SP24_CHECK_CUDA(cudaMemsetAsync(bad, 0, sizeof *bad, stream));
   if (m == 0 || k == 0) return;
-  count_bad_metadata_kernel<<<count_blocks(m * ((k + 7) / 8)), kCountThreads, 0, stream>>>(E, m, k,
-                                                                                           bad);
+  count_bad_metadata_kernel<<<count_blocks(m * ((k + 7) / 8)), kCountThreads, 0, stream>>>(
+      is_float8(dtype), E, m, k, bad);
   SP24_CHECK_LAUNCH("count_bad_metadata for m = ", m, ", k = ", k);
 }
 

@@ -167,6 +167,10 @@ namespace cuda {
 void mvue_compress(const MvueArgs& args, cudaStream_t stream) {
   if (args.dy.rows == 0 || args.dy.cols == 0) return;
   check_extents32(args.dy.rows, args.dy.cols, "dy");
+  const bool to_float8 = is_float8(args.packed_dtype.value_or(args.dy.dtype)),
+             float8_too = args.float8.x8 != nullptr || args.float8.x8_t != nullptr ||
+                          args.float8.amax != nullptr;
+  if (to_float8 || float8_too) return mvue_outputs(args, stream);
   with_packed16(args.dy.dtype, [&](auto format) {
     launch_mvue<typename decltype(format)::Storage>(args, stream);
   });

@@ -61,6 +61,14 @@ SP24_HD uint32_t mvue_bits(const Philox4& random, int group, int feature) {
   return random.word[2 * group + feature / 2] >> (feature % 2 * 16) & 0xFFFFu;
 }
 
+/// 16 bits to round the group's kept values with, where they become 8 bits: those of the
+/// neighbouring feature's draw. They are independent of the group's own draw, so the mean of each
+/// element stays right; that two neighbours share their noise adds to no mean. The second kept
+/// value takes the complement: where both are the same, their errors cancel in part.
+SP24_HD uint32_t mvue_rounding_bits(const Philox4& random, int group, int feature) {
+  return mvue_bits(random, group, feature ^ 1);
+}
+
 /// The uniform number of 16 random bits k: (k + 1/2) 2^-16.
 SP24_HD float mvue_uniform(uint32_t k) {
   return bits_float(0x43000000u | k) - (128.0f - 0x1p-17f);  // 128 + k 2^-16, and all of it exact

@@ -50,9 +50,9 @@ __device__ __forceinline__ float uniform_of(uint32_t bits, bool upper) {
 }
 
 /// Pairs side by side, each with a word of random bits. Those with a sum that is not finite are
-/// rare: all are pruned again then, group by group.
+/// rare: all are pruned again then, group by group, and the result is true.
 template <typename T, int kPairs>
-__device__ __forceinline__ void prune_pairs(const PairWords (&words)[kPairs],
+__device__ __forceinline__ bool prune_pairs(const PairWords (&words)[kPairs],
                                             const uint32_t (&bits)[kPairs],
                                             PrunedPair (&out)[kPairs]) {
   float check = 0.0f;
@@ -61,10 +61,12 @@ __device__ __forceinline__ void prune_pairs(const PairWords (&words)[kPairs],
     out[i] =
         prune_pair<T>(words[i].token, uniform_of(bits[i], false), uniform_of(bits[i], true), check);
   }
-  if (check != 0.0f) {
+  const bool with_care = check != 0.0f;
+  if (with_care) {
     SP24_UNROLL
     for (int i = 0; i < kPairs; ++i) out[i] = prune_with_care<T>(words[i], bits[i]);
   }
+  return with_care;
 }
 
 /// Bytes of E of four features from two pairs' nibbles, right in the half of each byte that is the

@@ -1,6 +1,7 @@
 // activation.cpp: activations on the CPU, elementwise in fp32 over tiles that suit both layouts.
-#include "activation/functions.h"
+#include <vector>
 
+#include "activation/functions.h"
 #include "cpu/cpu.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
@@ -85,21 +86,64 @@ struct Backward {
   }
 };
 
+ConstMatrix constant(const Matrix& m) {
+  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
+}
+
+/// A result that others are made of: where it is wanted, or in memory of its own.
+class Result {
+ public:
+  Result(const Matrix& wanted, DType dtype, int64_t rows, int64_t cols) : matrix_(wanted) {
+    if (wanted.data != nullptr) return;
+    own_.resize(static_cast<size_t>(rows * cols * bytes_of(dtype)));
+    matrix_ = {own_.data(), dtype, rows, cols, cols, 1};
+  }
+  const Matrix& matrix() const { return matrix_; }
+
+ private:
+  std::vector<uint8_t> own_;
+  Matrix matrix_;
+};
+
+/// What else comes out of the pass that made `x`. Args: of forward or backward.
+template <typename Args>
+MvueArgs packing_of(const Matrix& x, const Args& args) {
+  MvueArgs mvue;
+  mvue.dy = constant(x);
+  mvue.seed = args.seed;
+  mvue.packed = args.packed;
+  mvue.E = args.E;
+  mvue.packed_dtype = args.packed_dtype;
+  mvue.scale = args.scale;
+  mvue.float8 = args.float8;
+  return mvue;
+}
+
+void write_others(const MvueArgs& mvue) {
+  if (mvue.packed != nullptr) return mvue_compress(mvue);
+  quantize({mvue.dy, mvue.float8});
+}
+
 }  // namespace
 
 void activation_forward(const ActivationArgs& args) { with_activation(args.kind, Forward{args}); }
 
+void activation_forward_outputs(const ActivationArgs& args) {
+  const Result h(args.h, args.gate_up.dtype, args.h.rows, args.h.cols);
+  ActivationArgs made = args;
+  made.h = h.matrix();
+  with_activation(args.kind, Forward{made});
+  write_others(packing_of(made.h, args));
+}
+
 void activation_backward(const ActivationBackwardArgs& args) {
-  with_activation(args.kind, Backward{args});
-  if (args.packed == nullptr) return;
-  const Matrix& d = args.d_gate_up;
-  MvueArgs mvue;
-  mvue.dy = {d.data, d.dtype, d.rows, d.cols, d.row_stride, d.col_stride};
-  mvue.seed = args.seed;
-  mvue.packed = args.packed;
-  mvue.E = args.E;
-  mvue.tile_sums = args.tile_sums;
-  mvue_compress(mvue);
+  const Result d_gate_up(args.d_gate_up, args.d_h.dtype, args.gate_up.rows, args.gate_up.cols);
+  ActivationBackwardArgs made = args;
+  made.d_gate_up = d_gate_up.matrix();
+  with_activation(args.kind, Backward{made});
+  MvueArgs others = packing_of(made.d_gate_up, args);
+  others.tile_sums = args.tile_sums;
+  write_others(others);
 }
 
 }  // namespace sparse24::cpu

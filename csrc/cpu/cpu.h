@@ -15,12 +15,14 @@ void search_mask(const PackArgs* weights, int count);
 void pack_by_mask(const PackArgs* weights, int count);
 void search_and_pack(const PackArgs* weights, int count);
 void mvue_compress(const MvueArgs& args);
+void quantize(const QuantizeArgs& args);
 void decompress(const DecompressArgs& args);
 void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols);
 void count_bad_blocks(const uint16_t* mask, int64_t blocks, int64_t* bad);
-void count_bad_metadata(const uint8_t* E, int64_t m, int64_t k, int64_t* bad);
+void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad);
 
 void activation_forward(const ActivationArgs& args);
+void activation_forward_outputs(const ActivationArgs& args);
 void activation_backward(const ActivationBackwardArgs& args);
 
 void masked_decay(const MaskedDecayArgs* tensors, int count);

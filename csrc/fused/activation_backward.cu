@@ -31,6 +31,12 @@ ConstMatrix view_of(const Matrix& m) {
   return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
 }
 
+/// Float8 results, of any kind?
+bool with_float8(const ActivationBackwardArgs& args) {
+  return args.float8.x8 != nullptr || args.float8.x8_t != nullptr || args.float8.amax != nullptr ||
+         (args.packed != nullptr && is_float8(args.packed_dtype.value_or(args.d_h.dtype)));
+}
+
 bool one_pass_fits(const ActivationBackwardArgs& args, const BackwardLayouts& layouts) {
   const bool blocks_fit = args.d_h.cols % (args.gated ? kMetaBlock : kPatch) == 0;
   return args.d_h.dtype != DType::kFloat32 && !layouts.any(Layout::kStrided) && blocks_fit &&
@@ -103,6 +109,7 @@ namespace cuda {
 
 void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream) {
   if (args.d_h.rows == 0 || args.d_h.cols == 0) return;
+  if (with_float8(args)) return activation_backward_outputs(args, stream);
   if (args.packed == nullptr) return activation_backward_dense(args, stream);
   check_extents32(args.gate_up.rows, args.gate_up.cols, "gate_up");
   const BackwardLayouts layouts(args);

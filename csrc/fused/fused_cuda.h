@@ -16,4 +16,8 @@ void search_and_pack(const PackArgs* weights, int count, cudaStream_t stream);
 /// where shapes allow.
 void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream);
 
+/// Activations with e4m3 copies of the result, and forward also with h packed. Row-major results.
+void activation_forward_outputs(const ActivationArgs& args, cudaStream_t stream);
+void activation_backward_outputs(const ActivationBackwardArgs& args, cudaStream_t stream);
+
 }  // namespace sparse24::cuda

@@ -4,6 +4,7 @@
 //
 // A thread searches its two or four blocks from registers, about 130 instructions each, and writes
 // their masks.
+#include "compress/pack8.cuh"
 #include "compress/pack_launch.cuh"
 #include "fused/fused_cuda.h"
 #include "mask/search_patch.cuh"
@@ -36,6 +37,8 @@ struct SearchMasks {
 namespace cuda {
 
 void search_and_pack(const PackArgs* weights, int count, cudaStream_t stream) {
+  if (count > 0 && is_float8(weights[0].out_dtype))
+    return launch_pack8<SearchMasks>(weights, count, stream, "search_and_pack");
   launch_pack<SearchMasks>(weights, count, stream, "search_and_pack");
 }
 

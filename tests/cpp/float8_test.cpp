@@ -59,9 +59,9 @@ void check_all_codes() {
     CHECK_EQ(static_cast<double>(std::fabs(value)), value_of<F>(magnitude));
     CHECK_EQ(std::signbit(value), code >= 0x80);
     CHECK_EQ(from_float<F>(value).bits, code);
-    CHECK_EQ(quantize<F>(value * 0x1p20f, 0x1p-20f).bits, code);
+    CHECK_EQ(to_float8<F>(value * 0x1p20f, 0x1p-20f).bits, code);
     for (uint32_t random : {0u, 1u, 0x8000u, 0xFFFFu})  // exact values never move
-      CHECK_EQ(quantize_stochastic<F>(value, 1.0f, random).bits, code);
+      CHECK_EQ(to_float8_random<F>(value, 1.0f, random).bits, code);
   }
 }
 
@@ -72,7 +72,7 @@ void check_all_bfloat16() {
     const uint32_t code = from_float<F>(x).bits;
     if (!std::isfinite(x)) {
       CHECK_EQ(code, kNan8);
-      CHECK_EQ(quantize_stochastic<F>(x, 1.0f, bits).bits, kNan8);
+      CHECK_EQ(to_float8_random<F>(x, 1.0f, bits).bits, kNan8);
       continue;
     }
     CHECK_EQ(code, nearest_code<F>(std::fabs(static_cast<double>(x))) | (bits >> 8 & 0x80u));
@@ -90,7 +90,7 @@ void check_neighbours_of_ties() {
     CHECK_EQ(from_float<F>(std::nextafter(middle, 1e9f)).bits, code + 1);
   }
   CHECK_EQ(from_float<F>(std::numeric_limits<float>::max()).bits, kLargestCode<F>);
-  CHECK_EQ(quantize<F>(-3e38f, 0x1p100f).bits, kLargestCode<F> | 0x80u);  // the product overflows
+  CHECK_EQ(to_float8<F>(-3e38f, 0x1p100f).bits, kLargestCode<F> | 0x80u);  // the product overflows
 }
 
 template <typename F>
@@ -107,7 +107,7 @@ void check_mean_of_random_rounding() {
     double sum = 0;
     std::set<uint32_t> codes;
     for (uint32_t r = 0; r < 0x10000; ++r) {
-      const F rounded = quantize_stochastic<F>(x * 0x1p-9f, 0x1p9f, r);
+      const F rounded = to_float8_random<F>(x * 0x1p-9f, 0x1p9f, r);
       codes.insert(rounded.bits);
       sum += to_float(rounded);
     }
@@ -145,9 +145,9 @@ TEST(random_rounding_keeps_the_mean) {
 
 TEST(random_rounding_saturates) {
   for (uint32_t r : {0u, 0xFFFFu}) {
-    CHECK_EQ(quantize_stochastic<Float8E4M3>(-1e6f, 1.0f, r).bits, 0xFEu);
-    CHECK_EQ(quantize_stochastic<Float8E4M3>(447.9f, 1.0f, r).bits, r == 0 ? 0x7Du : 0x7Eu);
-    CHECK_EQ(quantize_stochastic<Float8E5M2>(3e38f, 0x1p100f, r).bits, 0x7Bu);
+    CHECK_EQ(to_float8_random<Float8E4M3>(-1e6f, 1.0f, r).bits, 0xFEu);
+    CHECK_EQ(to_float8_random<Float8E4M3>(447.9f, 1.0f, r).bits, r == 0 ? 0x7Du : 0x7Eu);
+    CHECK_EQ(to_float8_random<Float8E5M2>(3e38f, 0x1p100f, r).bits, 0x7Bu);
   }
 }
 

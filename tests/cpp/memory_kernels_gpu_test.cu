@@ -251,8 +251,9 @@ void test_masks() {
       for (int64_t i = 0; i < meta_bytes(s.rows, s.cols); ++i)
         E.host()[i] = static_cast<uint8_t>(random_source.bits());
       E.upload();
-      cpu::count_bad_metadata(E.host(), s.rows, s.cols, bad_meta.host<int64_t>());
-      cuda::count_bad_metadata(E.device(), s.rows, s.cols, bad_meta.device<int64_t>(), nullptr);
+      cpu::count_bad_metadata(DType::kBFloat16, E.host(), s.rows, s.cols, bad_meta.host<int64_t>());
+      cuda::count_bad_metadata(DType::kBFloat16, E.device(), s.rows, s.cols,
+                               bad_meta.device<int64_t>(), nullptr);
       synchronize(what);
       bad_meta.compare("count_bad_metadata " + what);
     }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "sparse24/quantize.h"
 #include "sparse24/types.h"
 
 namespace sparse24 {
@@ -15,11 +17,21 @@ enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kS
 /// Plain (`gated` false): gate_up is [tokens, d_ff] and h = act(gate_up).
 /// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic
 /// inside.
+///
+/// What else may come out of the same read is made of h as it is rounded to gate_up's dtype, whether h is stored or not:
+/// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_compress of h, where the weight gradient prunes
+/// the layer's input in place of dy.
 struct ActivationArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;
   ConstMatrix gate_up;
-  Matrix h;
+  Matrix h;  // its extents and dtype count even where data is null: not written
+  Float8Output float8;
+  const int64_t* seed = nullptr;  // these five as in MvueArgs
+  void* packed = nullptr;
+  uint8_t* E = nullptr;
+  std::optional<DType> packed_dtype;
+  const float* scale = nullptr;
 };
 SP24_API void activation_forward(const ActivationArgs& args, const Context& context);
 
@@ -37,6 +49,11 @@ struct ActivationBackwardArgs {
   void* packed = nullptr;         // optional: [padded_tokens/2, d_gate_up.cols]
   uint8_t* E = nullptr;
   float* tile_sums = nullptr;  // optional, with packed: fp32 [ceil(tokens/64), d_gate_up.cols]
+  // As in MvueArgs. With float8.x8 or float8.x8_t, d_gate_up.data may be null: all is made of the gradient as it is
+  // rounded to d_h's dtype.
+  std::optional<DType> packed_dtype;
+  const float* scale = nullptr;
+  Float8Output float8;
 };
 SP24_API void activation_backward(const ActivationBackwardArgs& args, const Context& context);
 

@@ -6,5 +6,6 @@
 #include "sparse24/device.h"
 #include "sparse24/formats.h"
 #include "sparse24/gemm.h"
+#include "sparse24/quantize.h"
 #include "sparse24/recipe.h"
 #include "sparse24/types.h"

@@ -1,0 +1,25 @@
+// quantize.cpp: the public function of quantize.h: check, then dispatch.
+#include "sparse24/quantize.h"
+
+#include "api/checks.h"
+#include "api/dispatch.h"
+
+#ifdef SPARSE24_WITH_CUDA
+#include "compress/compress_cuda.h"
+#endif
+
+namespace sparse24 {
+
+using namespace api;
+
+void quantize(const QuantizeArgs& args, const Context& context) {
+  check_extents(args.x, "x");
+  SP24_CHECK(writes_float8(args.to), "quantize must be asked for x8, x8_t or amax, got none");
+  if (is_empty(args.x)) return;
+  QuantizeArgs checked = args;
+  checked.x = as_major(args.x, "x");
+  check_float8(args.to, args.x.rows, args.x.cols);
+  SP24_DISPATCH(context, quantize, checked);
+}
+
+}  // namespace sparse24

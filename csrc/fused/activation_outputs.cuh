@@ -1,0 +1,141 @@
+// activation_outputs.cuh: the activation of a layer, forward or backward, whose result leaves in
+// several forms from one read (compress/tile_outputs.cuh).
+//
+//   forward    gate_up [tokens, 2*d_ff] (plain: d_ff)            -> h [tokens, d_ff]
+//   backward   d_h [tokens, d_ff], gate_up                       -> d_gate_up [tokens, 2*d_ff]
+//
+// The result is rounded to 16 bits first, and every form is made of that: the bits are those of the
+// plain pass followed by quantize and mvue_compress.
+//
+// Work     A block of 256 threads takes 128 tokens x 128 features of h, a thread 8 x 8: it loads
+// its
+//          patches of all operands at once, makes the results in their place, and hands one half
+//          (gate, then up) after the other to its outputs.
+// Traffic  Bytes an element of h, gated. Forward: 4 read; h 2, h8 1, h8_t 1, h packed 1.125. With
+//          h8 and h8_t 6 in all: 8192 x 11008 takes 541 MB, 129 us at 4.2 TB/s.
+//          Backward: 6 read; d_gate_up8 2, packed 2.25 in 16 bits, 1.25 in 8. FP8 9.25: 834 MB,
+//          199 us; hybrid 10.25.
+#pragma once
+
+#include "activation/functions.h"
+#include "compress/tile_outputs.cuh"
+#include "fused/backward_rows.cuh"
+
+namespace sparse24 {
+
+struct ActivationParams {
+  ConstMatrix d_h, gate_up;  // d_h: backward only
+  bool vectors;              // of both: row-major, whole ones
+  Matrix h;                  // backward: recomputed where data is not null
+  bool h_vectors;
+  int lines =
+      kPatch;  // at least those of a patch, and unknown to the compiler (backward_patch.cuh)
+  TileOutputs to;
+};
+
+/// This thread's patches of gate and up; plain: of the input.
+template <bool kGated, typename T>
+__device__ __forceinline__ void load_gate_up(const ActivationParams& p, const PatchPlace& at,
+                                             Patch16& gate, Patch16& up) {
+  const int d_ff = static_cast<int>(p.gate_up.cols) / (kGated ? 2 : 1), feature = at.feature();
+  gate = load_dense<T>(p.gate_up, p.vectors, at.token(), feature, d_ff).lines;
+  // A patch past the gate's end must not read up's beginning as gate, nor past up's end.
+  const int end = feature < d_ff ? 2 * d_ff : 0;
+  if (kGated) up = load_dense<T>(p.gate_up, p.vectors, at.token(), feature + d_ff, end).lines;
+}
+
+template <Activation kKind, bool kGated, typename T>
+__device__ __forceinline__ uint32_t forward_word(uint32_t gate, uint32_t up) {
+  float low = activate<kKind, true>(low_value<T>(gate)).value;
+  float high = activate<kKind, true>(high_value<T>(gate)).value;
+  if constexpr (kGated) low *= low_value<T>(up), high *= high_value<T>(up);
+  return make_pair16<T>(low, high);
+}
+
+template <Activation kKind, bool kGated, typename T, typename Packed>
+__global__ void __launch_bounds__(kTile8Threads, 2)
+    forward_outputs_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ alignas(16) TileMemory<Packed> memory;
+  const PatchPlace at = patch_place(p.to);
+  DensePatch<T> h;
+  Patch16 up = {};
+  load_gate_up<kGated, T>(p, at, h.lines, up);
+  SP24_UNROLL
+  for (int i = 0; i < kPatch; ++i) {
+    if (i >= p.lines) continue;  // a branch a line: see backward_patch.cuh
+    SP24_UNROLL
+    for (int w = 0; w < 4; ++w)
+      h.lines.line[i][w] = forward_word<kKind, kGated, T>(h.lines.line[i][w], up.line[i][w]);
+  }
+  if (p.to.x16 != nullptr)
+    store_dense(p.to.x16, p.to.x16_ld, p.to.x16_vectors, h.lines, at.token(), at.feature(),
+                p.to.tokens, p.to.features);
+  write_outputs<T, Packed>(p.to, memory, h, at);
+}
+
+/// One half of the result, in all its forms.
+template <typename T, typename Packed>
+__device__ __forceinline__ void write_half(const ActivationParams& p, TileMemory<Packed>& memory,
+                                           const DensePatch<T>& gradient, const PatchPlace& at) {
+  if (p.to.x16 != nullptr)
+    store_dense(p.to.x16 + int64_t{at.half} * p.to.features, p.to.x16_ld, p.to.x16_vectors,
+                gradient.lines, at.token(), at.feature(), p.to.tokens, p.to.features);
+  write_outputs<T, Packed>(p.to, memory, gradient, at);
+}
+
+template <Activation kKind, bool kGated, typename T, typename Packed>
+__global__ void __launch_bounds__(kTile8Threads, 2)
+    backward_outputs_kernel(const __grid_constant__ ActivationParams p) {
+  __shared__ alignas(16) TileMemory<Packed> memory;
+  PatchPlace at = patch_place(p.to);
+  DensePatch<T> gradient;
+  Patch16 up = {};
+  load_gate_up<kGated, T>(p, at, gradient.lines, up);
+  Patch16 d_h = load_dense<T>(p.d_h, p.vectors, at.token(), at.feature(), p.to.features).lines;
+  SP24_UNROLL
+  for (int i = 0; i < kPatch; ++i) {
+    if (i >= p.lines) continue;
+    SP24_UNROLL
+    for (int w = 0; w < 4; ++w)
+      backward_word<kKind, kGated, T>(d_h.line[i][w], gradient.lines.line[i][w], up.line[i][w]);
+  }
+  if (p.h.data != nullptr)
+    store_dense(static_cast<uint16_t*>(p.h.data), p.h.row_stride, p.h_vectors, d_h, at.token(),
+                at.feature(), p.to.tokens, p.to.features);
+  constexpr int kHalves = kGated ? 2 : 1;
+#pragma unroll 1
+  for (int half = 0; half < kHalves; ++half) {  // a loop: half the code
+    at.half = half;
+    write_half<T, Packed>(p, memory, gradient, at);
+    if (half + 1 < kHalves) {
+      __syncthreads();  // before shared memory is reused
+      gradient.lines = up;
+    }
+  }
+}
+
+// ---- host -------------------------------------------------------------------------------------
+
+/// Row-major in whole vectors, or taken element by element.
+inline bool row_vectors(const ConstMatrix& m, int parts = 1) {
+  return vector_layout(m, parts) == Layout::kRowMajor;
+}
+inline bool row_vectors(const Matrix& m, int parts = 1) {
+  return vector_layout(m, parts) == Layout::kRowMajor;
+}
+
+inline void check_row_major(const Matrix& x, const char* name) {
+  SP24_CHECK(x.data == nullptr || x.col_stride == 1, name,
+             " must be row-major beside float8 or packed outputs, got strides (", x.row_stride,
+             ", ", x.col_stride, ")");
+}
+
+/// The dense 16-bit result, if wanted: `parts` of it side by side.
+inline void add_dense(TileOutputs& to, const Matrix& x, int parts, const char* name) {
+  if (x.data == nullptr) return;
+  check_row_major(x, name);
+  to.x16 = static_cast<uint16_t*>(x.data), to.x16_ld = x.row_stride;
+  to.x16_vectors = row_vectors(x, parts);
+}
+
+}  // namespace sparse24
