@@ -13,5 +13,11 @@ class Sparse24BuildError(Sparse24Error, RuntimeError):
     """The compiled library is missing, of another version, or lacks kernels for this GPU."""
 
 
+class Sparse24FileError(Sparse24Error, OSError):
+    """A file or folder that the operating system refuses to write: a full disk, a read-only one, no permission."""
+
+    reason = ""  # the system's words, without the name of the file
+
+
 class Sparse24Warning(UserWarning):
     """Something works, but not as fast or not as one may expect."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -30,3 +32,20 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(1234)
+
+
+@pytest.fixture
+def file_size_limit():
+    """file_size_limit(bytes): a context in which no file grows larger, as on a full disk: the kernel refuses."""
+    import resource
+
+    @contextlib.contextmanager
+    def limit(size: int):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limit

@@ -18,9 +18,11 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP
 from sparse24.errors import Sparse24Error
+from sparse24.files import seal
 from sparse24.layers.modules import SparseLayer
 from sparse24.recipe.methods import METHODS
-from sparse24.save.checkpoints import STATE, WEIGHTS, checkpoints, load_checkpoint, save_checkpoint
+from sparse24.save import load_checkpoint, save_checkpoint
+from sparse24.save.folders import STATE, WEIGHTS, checkpoints
 
 STEPS = 12
 
@@ -214,27 +216,38 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
 
 
 @pytest.mark.fault(62)
-@pytest.mark.parametrize("fails", ["os.fsync", "os.rename", "torch.save"])
-def test_a_full_disk_leaves_the_checkpoint_before(fails, tmp_path, monkeypatch):
+@pytest.mark.parametrize("fails", ["os.fsync", "os.rename"])
+def test_a_disk_that_refuses_leaves_the_checkpoint_before(fails, tmp_path, monkeypatch):
     model, optimizer, recipe = make()
     first = save_checkpoint(tmp_path, model, optimizer, recipe)
     run(model, optimizer, 0, 1)
 
     def full(*args, **kwargs):
-        if fails == "torch.save" and args[0] is None:
-            return  # the trial of `extra`, in memory
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(fails, full)
     if fails == "os.fsync":  # some file systems have none for folders, so a folder's failure is no error
-        monkeypatch.setattr("sparse24.files.sync", full)
-    if fails == "torch.save":
-        monkeypatch.setattr("sparse24.save.checkpoints._check_plain", lambda extra: None)
-    with pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr("sparse24.files.writing.sync", full)
+    with pytest.raises(Sparse24Error, match="step-00000001 could not be written .No space left on device"):
         save_checkpoint(tmp_path, model, optimizer, recipe)
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == [first]
     assert load_checkpoint(tmp_path, *make(seed=1)) == {}
+
+
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("fits", [1, 1_000, 10_000, "weights"])
+def test_a_full_disk_leaves_the_checkpoint_before(fits, tmp_path, file_size_limit):
+    """The kernel's own refusal, which torch and safetensors tell in exceptions of their own."""
+    model, optimizer, recipe = make()
+    first = save_checkpoint(tmp_path, model, optimizer, recipe)
+    run(model, optimizer, 0, 1)
+    size = (first / WEIGHTS).stat().st_size + 100 if fits == "weights" else fits
+    with file_size_limit(size), pytest.raises(Sparse24Error, match="step-00000001 could not be written") as error:
+        save_checkpoint(tmp_path, model, optimizer, recipe)
+    assert isinstance(error.value, OSError) and "make room" in str(error.value)
+    assert list(tmp_path.iterdir()) == [first]
+    assert save_checkpoint(tmp_path, model, optimizer, recipe).name == "step-00000001"
 
 
 @pytest.mark.fault(62)
@@ -277,6 +290,7 @@ def test_a_process_killed_while_writing_leaves_the_checkpoint_before(tmp_path):
 
 
 def rewrite(path, **changes):
+    """A checkpoint with another state, as whoever wrote it on purpose would leave it."""
     state = torch.load(path / STATE, weights_only=True)
     for key, value in changes.items():
         if value is ...:
@@ -284,6 +298,12 @@ def rewrite(path, **changes):
         else:
             state[key] = value(state[key]) if callable(value) else value
     torch.save(state, path / STATE)
+    seal(path)
+
+
+def foreign_weights(path):
+    save_file({"a": torch.zeros(2)}, path / WEIGHTS)
+    seal(path)
 
 
 def truncate(path):
@@ -295,14 +315,14 @@ def truncate(path):
     "damage, words",
     [
         (lambda path: truncate(path / STATE), "cannot be read .*damaged"),
-        (lambda path: truncate(path / WEIGHTS), "cannot be read .*not a whole safetensors file"),
+        (lambda path: truncate(path / WEIGHTS), "cannot be read .*model.safetensors is not the file that was written"),
         (lambda path: (path / WEIGHTS).unlink(), "cannot be read .*damaged"),
         (lambda path: rewrite(path, version=99), "has version 99, this sparse24 reads 1"),
         (lambda path: rewrite(path, optimizer=...), "lacks one of optimizer"),
         (lambda path: rewrite(path, optimizer={"param_groups": [{"params": [0]}]}), "another optimizer"),
         (lambda path: rewrite(path, recipe=lambda r: r | {"step": -1}), "corrupt"),
         (lambda path: rewrite(path, recipe=lambda r: r | {"masks": {}}), "another model"),
-        (lambda path: save_file({"a": torch.zeros(2)}, path / WEIGHTS), "of another model: a is not in the model"),
+        (foreign_weights, "of another model: a is not in the model"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_path):

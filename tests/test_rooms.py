@@ -15,8 +15,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "sparse24"
 
 ROOMS = (
-    ("_version", "errors", "files"),
-    ("_library", "formats"),
+    ("_version", "errors"),
+    ("_library", "files", "formats"),
     ("reference",),
     ("ops",),
     ("functional",),

@@ -3,6 +3,7 @@
     <folder>/step-00000400/
         model.safetensors   the dense master weights under the dense model's names: `export` made it
         state.pt            version, optimizer, recipe and what else was given: plain tensors, numbers and strings
+        SHA256SUMS          digests of both
 
 A checkpoint is written under a temporary name and renamed; earlier ones go only afterwards. Loading reads and checks
 all of it before anything changes. Sharded models have `torch.distributed.checkpoint`: docs/distributed.md.
@@ -13,22 +14,19 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import re
-import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..convert import plain_name, unwrap
 from ..errors import Sparse24Error
-from ..files import write_folder_atomically
 from ..layers import packing
 from ..recipe import Recipe
-from .exporting import export, load_exported, plain_state
+from .exporting import export
+from .fitting import check_optimizer, check_weights, load_weights
+from .folders import STATE, WEIGHTS, newest_checkpoint, read_checkpoint, write_checkpoint
 
 VERSION = 1
-WEIGHTS, STATE = "model.safetensors", "state.pt"
 
 
 def save_checkpoint(
@@ -47,7 +45,8 @@ def save_checkpoint(
 
     Save between two optimizer steps. Under DDP on one rank only; ranks then share torch's generators after loading,
     unless each restores its own. Raises Sparse24Error for sharded weights, for an `extra` that holds anything else, and
-    where the step has a checkpoint already; OSError when the disk refuses. The checkpoints before are then still there.
+    where the step has a checkpoint already; Sparse24FileError (an OSError) when the disk refuses. The checkpoints
+    before are then still there.
     """
     folder = Path(folder)
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
@@ -63,27 +62,13 @@ def save_checkpoint(
     final = folder / f"step-{state['recipe']['step']:08d}"
     if final.exists():
         raise Sparse24Error(f"{final} exists already; save once a step, or into another folder")
-    for left in folder.glob(".step-*.tmp"):  # by a process that was killed while writing
-        shutil.rmtree(left, ignore_errors=True)
 
     def write(path: Path) -> None:
         export(model, path / WEIGHTS)
         torch.save(state, path / STATE)
 
-    write_folder_atomically(final, write)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    write_checkpoint(final, write, keep)
     return final
-
-
-def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The complete checkpoints under `folder` in the order in which they were written.
-
-    Not by step: a run that starts anew in the same folder, or goes back, writes lower steps than are there.
-    """
-    folder = Path(folder)
-    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: ((path / STATE).stat().st_mtime_ns, path.name))
 
 
 def load_checkpoint(
@@ -103,62 +88,37 @@ def load_checkpoint(
     Weights are cast to the model's dtype and go to its device. Raises Sparse24Error, changing nothing, for a checkpoint
     that is damaged, of another version or model, or whose recipe had other settings.
     """
-    path = Path(path)
-    if not (path / STATE).exists():
-        found = checkpoints(path)
-        if not found:
-            return None
-        path = found[-1]
+    path = newest_checkpoint(Path(path))
+    if path is None:
+        return None
     _refuse_shards(model)
-    weights, state = _read(path)
-    names = {plain_name(name): name for name in unwrap(model).state_dict()}
-    _check_weights(path, weights, plain_state(model))
-    _check_optimizer(path, state["optimizer"], optimizer)
-    # The recipe looks at its state before it changes anything; what follows has been looked at.
-    recipe.load_state_dict(state["recipe"], override=override, rng=rng)
-    optimizer.load_state_dict(state["optimizer"])
-    unwrap(model).load_state_dict({names[name]: tensor for name, tensor in weights.items()})
+    saved = read_checkpoint(path, VERSION, "restore it from a copy, or name an older one")
+    state = saved.state
+    if not {"optimizer", "recipe", "extra"} <= state.keys():
+        raise Sparse24Error(f"checkpoint {path} lacks one of optimizer, recipe and extra: it is damaged")
+    check_weights(path, saved.weights, model)
+    check_optimizer(path, state["optimizer"], optimizer)
+    before = optimizer.state_dict()  # references, no copies: loading makes tensors anew
+    _load_optimizer(path, state["optimizer"], optimizer)
+    try:  # the recipe looks at its state before it changes anything
+        recipe.load_state_dict(state["recipe"], override=override, rng=rng)
+    except BaseException:
+        optimizer.load_state_dict(before)
+        raise
+    load_weights(model, saved.weights)
     return state["extra"]
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
+def _load_optimizer(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> None:
+    before = optimizer.state_dict()
     try:
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        weights, _ = load_exported(path / WEIGHTS)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, Sparse24Error) as error:
-        reason = (str(error).splitlines() or ["no detail"])[0]
+        optimizer.load_state_dict(saved)
+    except Exception as error:  # of a class of its own, whose states nobody else knows
+        optimizer.load_state_dict(before)
         raise Sparse24Error(
-            f"checkpoint {path} cannot be read ({type(error).__name__}: {reason}); it is damaged, or not of "
-            "sparse24: restore it from a copy, or name an older one"
+            f"checkpoint {path} is of another optimizer: {type(optimizer).__name__} refuses its state ({error}); make "
+            "it as it was made then"
         ) from error
-    version = state.get("version") if isinstance(state, dict) else None
-    if version != VERSION:
-        raise Sparse24Error(f"checkpoint {path} has version {version}, this sparse24 reads {VERSION}")
-    if not {"optimizer", "recipe", "extra"} <= state.keys():
-        raise Sparse24Error(f"checkpoint {path} lacks one of optimizer, recipe and extra: it is damaged")
-    return weights, state
-
-
-def _check_weights(path: Path, saved: dict[str, Tensor], have: dict[str, Tensor]) -> None:
-    problems = [f"{name} is not in the checkpoint" for name in have.keys() - saved.keys()]
-    problems += [f"{name} is not in the model" for name in saved.keys() - have.keys()]
-    problems += [
-        f"{name} is {tuple(saved[name].shape)} in the checkpoint, {tuple(have[name].shape)} in the model"
-        for name in have.keys() & saved.keys()
-        if saved[name].shape != have[name].shape
-    ]
-    if problems:
-        raise Sparse24Error(f"checkpoint {path} is of another model: {'; '.join(sorted(problems)[:4])}")
-
-
-def _check_optimizer(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if not isinstance(groups, list) or [len(group.get("params", ())) for group in groups] != sizes:
-        raise Sparse24Error(
-            f"checkpoint {path} is of another optimizer: this one has parameter groups of {sizes} tensors; make it as "
-            "it was made then"
-        )
 
 
 def _check_plain(extra: dict | None) -> None:

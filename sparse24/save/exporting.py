@@ -8,9 +8,11 @@ format="compressed"   sparse weights as values and logical positions, about 9/16
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,25 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert import plain_name, sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
-from ..files import write_atomically
-from ..layers import packing, sharding
-from ..layers.modules import DENSE, SparseLayer
+from ..files import parse_json, write_atomically
+from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of
+from ..layers.copies import fingerprint_of
+from ..layers.state import SOFT
 
 FORMATS = ("safetensors", "compressed")
 VERSION = 1
-HEADER = "sparse24"
+HEADER, DIGEST = "sparse24", "sparse24.sha256"  # keys in the metadata of the safetensors file
+
+
+class Exported(NamedTuple):
+    """What a file holds: a state_dict, zeros written out, and whether sparse weights in it are masked.
+
+    fingerprints  layer -> phase and mask (`SparseLayer.fingerprint`) under which a plain file's weights were trained
+    """
+
+    weights: dict[str, Tensor]
+    masked: bool
+    fingerprints: dict[str, str]
 
 
 @torch.no_grad()
@@ -36,7 +50,7 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
             the model computes with: they are then searched from the current weights, and a warning says so
 
     Raises Sparse24Error for an unknown format, a model without sparse layers where masks are asked for, and weights
-    that are not 2:4 under their masks; OSError where the file cannot be written.
+    that are not 2:4 under their masks; Sparse24FileError (an OSError) where the file cannot be written.
     """
     if format not in FORMATS:
         raise Sparse24Error(
@@ -53,6 +67,8 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
         warn_of_dense_phase(layers, "exporting")
     state = plain_state(model)  # first: it gives sharded modules their master weights back
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
+    if not masked:  # masked weights are their own masks
+        header["fingerprints"] = {name: fingerprint_of(layer) for name, layer in layers.items()}
     for name, layer in layers.items() if masked else ():
         key, weight = weight_key(name), masked_weight(name, layer).cpu()  # a GPU has room for one at a time
         transposed = layer.as_kernel_sees(layer.weight) is not layer.weight
@@ -70,8 +86,8 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
 def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state_dict, masked weights written out, of a file that `export(format="compressed")` made; on the CPU.
 
-    Raises Sparse24Error for another kind of file, another version, sizes that do not fit and positions that are not two
-    rising ones a group; OSError for a missing file.
+    Raises Sparse24Error for another kind of file, another version, a file that is not as it was written, sizes that do
+    not fit and positions that are not two rising ones a group; OSError for a missing file.
     """
     state, header = _read(path)
     if header.get("format") != "compressed" or not isinstance(header.get("layers"), dict):
@@ -80,34 +96,52 @@ def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_exported(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
-    """(state_dict, masked) of any file that `export` made, zeros written out; for `verify`. Raises as load_compressed.
+def load_exported(path: str | os.PathLike) -> Exported:
+    """What any file that `export` made holds, zeros written out. Raises as `load_compressed`.
 
     A safetensors file that somebody else made counts as a plain one.
     """
     state, header = _read(path)
-    return _unpack(state, header, path), bool(header.get("masked", False))
+    fingerprints = header.get("fingerprints", {})
+    if not isinstance(fingerprints, dict):
+        raise Sparse24Error(f"the header of {path} is corrupt: fingerprints must be an object")
+    return Exported(_unpack(state, header, path), bool(header.get("masked", False)), fingerprints)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a safetensors file, and its sparse24 header ({} without one)."""
-    from safetensors import SafetensorError, safe_open
+    """The tensors of a safetensors file, and its sparse24 header ({} without one), both as they were written."""
+    from safetensors import safe_open
 
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header may be no UTF-8, or name a dtype that torch does not have
         raise Sparse24Error(f"{path} is not a whole safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise Sparse24Error(f"the header of {path} is corrupt: {type(header).__name__} instead of an object")
+    header = parse_json(metadata.get(HEADER, "{}"), f"the header of {path}")
+    version, digest = header.get("version"), metadata.get(DIGEST)
+    if header and (type(version) is not int or version != VERSION):
+        raise Sparse24Error(f"{path} has version {version!r}, this sparse24 reads {VERSION}")
+    if digest is not None and digest != _digest(state, metadata.get(HEADER, "")):  # files of before have none
+        raise Sparse24Error(f"{path} is not the file that was written: it was damaged; restore it from a copy")
     return state, header
+
+
+def _digest(tensors: dict[str, Tensor], header: str) -> str:
+    """SHA-256 of the header and of every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _unpack(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> dict[str, Tensor]:
     """The state_dict that was exported. Whoever made the file, what is in the header is checked before it is used."""
-    if header and (type(header.get("version")) is not int or header["version"] != VERSION):
-        raise Sparse24Error(f"{path} has version {header.get('version')!r}, this sparse24 reads {VERSION}")
     layers, same = header.get("layers", {}), header.get("same", {})
     if not isinstance(layers, dict) or not isinstance(same, dict):
         raise Sparse24Error(f"the header of {path} is corrupt: layers and same must be objects")
@@ -147,7 +181,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
     """Say so where masked weights are asked of a model that does not multiply with them."""
-    if any(layer.phase == DENSE for layer in layers.values()):
+    if any(state_of(layer).phase == DENSE for layer in layers.values()):
         warnings.warn(
             f"{doing} masked weights of a model in its dense phase: it does not compute with these weights; train "
             "with dense_fraction=0 for a 2:4 model",
@@ -159,10 +193,10 @@ def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
 def masked_weight(name: str, layer: SparseLayer) -> Tensor:
     """weight * mask, [out_features, in_features], known to be 2:4; Sparse24Error, naming the layer, if it is not."""
     weight = packing.full_weight(layer)
-    if layer.soft is not None:
-        out = layer.soft.clone()
+    if layer._buffers[SOFT] is not None:
+        out = layer._buffers[SOFT].clone()
     else:
-        bits = ops.transposable_mask(weight) if layer.phase == DENSE else packing.mask_bits(layer.mask)
+        bits = ops.transposable_mask(weight) if state_of(layer).phase == DENSE else packing.mask_bits(mask_of(layer))
         out = torch.where(ops.unpack_mask(bits), weight, 0)
     kept = int((out.unflatten(-1, (-1, 4)) != 0).sum(-1).max())
     if kept > 2:
@@ -199,7 +233,6 @@ def _unpack_positions(values: Tensor, positions: Tensor, rows: int, cols: int, k
 
 def _save(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> None:
     """safetensors stores each tensor once; names of tied weights are noted in the header and given back on loading."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, first = {}, {}
@@ -213,8 +246,6 @@ def _save(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> No
             tensors[name] = tensor.contiguous().cpu()
     # Views into one storage, such as halves of a buffer, are not the same tensor: each gets memory of its own.
     tensors = {name: t.clone() if t.untyped_storage().nbytes() != t.nbytes else t for name, t in tensors.items()}
-    metadata = {"format": "pt", HEADER: json.dumps(header)}
-    try:
-        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
+    text = json.dumps(header)
+    metadata = {"format": "pt", HEADER: text, DIGEST: _digest(tensors, text)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import HALF_DTYPES
-from ..layers import feedforward, packing
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer, feedforward, packing
 from ..layers.owners import end_recipes
+from ..layers.state import PACKED
 from .exporting import masked_weight, warn_of_dense_phase
 
 BACKENDS = ("auto", "cusparselt", "cutlass")
@@ -135,7 +135,7 @@ def _why_not_backends(device: torch.device) -> dict[str, str | None]:
 
 
 def _dtype_of(name: str, layer: SparseLayer, dtype: torch.dtype | None) -> torch.dtype:
-    dtype = layer.packed.dtype if dtype is None else dtype
+    dtype = layer._buffers[PACKED].dtype if dtype is None else dtype
     if dtype not in HALF_DTYPES:
         # PyTorch takes float32 too, but there it means one of two, and would drop half of what is kept.
         raise Sparse24DtypeError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..convert import sparse_layers, unwrap
 from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of
-from ..layers.copies import same_function
+from ..layers.copies import fingerprint_of, same_function
 from ..layers.feedforward import FusedFeedForward, ffn_layers
 from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT
 from .exporting import load_exported, masked_weight, plain_state, weight_key
@@ -61,7 +61,8 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
     like  another holder of these weights, such as the model that `model` is an average of: the phase and the masks that
           matter in it must be the same, or the two compute different functions of their weights
     path  a file that `export` made, plain, masked or compressed: each tensor must equal the model's, masked where the
-          file is, and masked ones must be 2:4. Of a model made by `to_semi_structured`, masked files are compared in
+          file is, and masked ones must be 2:4; of a plain file, phase and masks must be those that the weights had when
+          they were saved. Of a model made by `to_semi_structured`, masked files are compared in
           the dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
     """
     sharding.reshard(sharding.sharded_modules(model))
@@ -100,9 +101,14 @@ def _differences(layers: dict[str, SparseLayer], others: dict[str, SparseLayer])
 @torch.no_grad()
 def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport) -> None:
     """Compare what the file holds with what the model has, tensor by tensor."""
-    saved, masked = load_exported(path)
+    saved, masked, fingerprints = load_exported(path)
     report.file = "masked" if masked else "dense"
     layers, semi = sparse_layers(model), semi_structured_layers(model)
+    for name in layers.keys() & fingerprints.keys():
+        theirs, ours = fingerprints[name], fingerprint_of(layers[name])
+        if isinstance(theirs, str) and ours is not None and not same_function(ours, theirs):
+            problem = "the file's weights are of another phase or mask; sparse24.load_masks gives the model theirs"
+            report.problems.append((name, problem))
     expected = plain_state(model)
     for name, layer in semi.items():
         expected[weight_key(name)] = layer.weight.to_dense().cpu()
@@ -121,15 +127,21 @@ def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport)
 
 
 def _same(saved: Tensor, tensor: Tensor, converted: bool) -> bool:
-    """Equal, kept NaN too. `converted`: by to_semi_structured, which casts weights, and transposes those of Conv1D."""
+    """`converted`: by to_semi_structured, which casts weights, and transposes those of Conv1D."""
     saved, tensor = saved.cpu(), tensor.cpu()
     if converted:
         saved = saved.to(tensor.dtype)
-    if saved.dtype != tensor.dtype:
+    return _equal(saved, tensor) or (converted and saved.dim() == 2 and _equal(saved.t(), tensor))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Equal in dtype, shape and every number; NaN, which weights keep so that it shows, equals NaN and nothing else."""
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    if saved.is_floating_point():
-        saved, tensor = saved.nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0)
-    return torch.equal(saved, tensor) or (converted and saved.dim() == 2 and torch.equal(saved.t(), tensor))
+    if not (a.is_floating_point() or a.is_complex()):
+        return torch.equal(a, b)
+    nan, other = a.isnan(), b.isnan()
+    return torch.equal(nan, other) and torch.equal(a.masked_fill(nan, 0), b.masked_fill(other, 0))
 
 
 def _most_kept(weight: Tensor) -> int:
@@ -151,7 +163,7 @@ def _fused_is_current(block: FusedFeedForward) -> bool:
     mask = torch.cat([mask_of(layer) for layer in ups])
     fresh = ops.compress(weight, mask, dtype=block._buffers[PACKED].dtype)
     return all(
-        torch.equal(block._buffers[name].nan_to_num(nan=1.0), tensor.nan_to_num(nan=1.0))
+        _equal(block._buffers[name], tensor)
         for name, tensor in zip(PACKED_BUFFERS, fresh, strict=True)
         if block._buffers[name].numel()  # a lean block has one direction
     )
@@ -175,8 +187,7 @@ def _problems(layer: SparseLayer) -> list[str]:
     both = ((buffers[PACKED], layer.flat_E(), False), (buffers[PACKED_T], buffers[METADATA_T], True))
     for values, E, transposed in both[:1] if state.lean else both:
         unpacked = ops.decompress(values, E, rows, cols, transposed=transposed)
-        # Kept NaN are equal to themselves here: they are to stay visible.
-        if not torch.equal(unpacked.nan_to_num(nan=1.0), kept.nan_to_num(nan=1.0)):
+        if not _equal(unpacked, kept):
             which = "packed_t" if transposed else "packed"
             problems.append(f"{which} is not weight * mask; call sparse24.refresh(model) after writing weights")
     # Zeros hide misplaced metadata from the comparison above: the bytes themselves must be those of a fresh packing.

@@ -57,9 +57,9 @@ def test_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch, fails)
         raise KeyboardInterrupt
 
     target = {
-        "config.json": "sparse24.pretrain.checkpoint.json.dumps",
+        "config.json": "sparse24.pretrain.checkpoint.export",
         "state.pt": "torch.save",
-        "rename": "pathlib.Path.rename",
+        "rename": "os.rename",
     }
     with monkeypatch.context() as patch:
         patch.setattr(target[fails], crash)
@@ -73,28 +73,41 @@ def test_crash_while_writing_leaves_the_one_before(tmp_path, monkeypatch, fails)
     assert save(tmp_path, 2, second).name == "step-000002"  # what the crash left is no hindrance
 
 
-def test_full_disk_is_told_and_leaves_the_one_before(tmp_path, monkeypatch):
-    save(tmp_path, 1, Tied())
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("torch.save", full)
-    with pytest.raises(
-        Sparse24Error, match="checkpoint of step 2 could not be written .*No space left.* make room, then --resume"
+@pytest.mark.fault(62)
+def test_full_disk_is_told_and_leaves_the_one_before(tmp_path, file_size_limit):
+    first = Tied()
+    save(tmp_path, 1, first)
+    with (
+        file_size_limit(1000),
+        pytest.raises(Sparse24Error, match="checkpoint of step 2 .*could not be written .* make room, then --resume"),
     ):
         save(tmp_path, 2, Tied())
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    loaded = Tied()
+    checkpoint.load_weights(loaded, checkpoint.load(tmp_path))
+    assert equal(loaded, first)
+
+
+def test_a_step_of_another_run_is_not_taken_for_this_one(tmp_path):
+    save(tmp_path, 3, Tied())
+    assert save(tmp_path, 3, Tied()).name == "step-000003"
+    with pytest.raises(Sparse24Error, match="step-000003 is of another run; name another --out"):
+        checkpoint.save(tmp_path, 3, Tied(), {}, {"steps": 10}, ByteTokenizer())
 
 
 @pytest.mark.fault(47)
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "settings.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage"])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "config.json", "settings.json", "SHA256SUMS"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "garbage", "one bit", "of another run"])
 def test_damaged_checkpoint_is_refused_by_name(tmp_path, name, damage):
     path = save(tmp_path, 1, Tied()) / name
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
+    elif damage == "one bit":
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "of another run":
+        other = checkpoint.save(tmp_path / "other", 1, Tied(8), {"x": torch.arange(4)}, {"steps": 8}, ByteTokenizer())
+        path.write_bytes((other / name).read_bytes() + (b"\n" if name == "config.json" else b""))
     else:
         path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\x93" * 64)
     with pytest.raises(Sparse24Error, match="checkpoint .*step-000001 cannot be read .*truncated or corrupt"):
@@ -120,7 +133,7 @@ def test_state_that_would_run_code_is_refused(tmp_path):
 def test_another_version_of_the_state_is_refused(tmp_path):
     path = save(tmp_path, 1, Tied())
     torch.save({"version": 99}, path / "state.pt")
-    with pytest.raises(Sparse24Error, match="state version 99, this sparse24 reads 1"):
+    with pytest.raises(Sparse24Error, match="has version 99, this sparse24 reads 1"):
         checkpoint.load(tmp_path)
 
 
@@ -130,7 +143,8 @@ def test_weights_of_another_shape_are_refused_and_the_model_stays(tmp_path):
     model = Tied()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(
-        Sparse24Error, match=r"of another model .*embedding.weight: shape \(10, 8\), the model has \(10, 4\)"
+        Sparse24Error,
+        match=r"of another model: embedding.weight is \(10, 8\) in the checkpoint, \(10, 4\) in the model",
     ):
         checkpoint.load_weights(model, checkpoint.load(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -138,5 +152,5 @@ def test_weights_of_another_shape_are_refused_and_the_model_stays(tmp_path):
 
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.load(tmp_path) is None and checkpoint.load(tmp_path / "absent") is None
-    shutil.copytree(save(tmp_path, 1, Tied()), tmp_path / "else" / ".writing-step-000005")
+    shutil.copytree(save(tmp_path, 1, Tied()), tmp_path / "else" / ".step-000005.17-00ff.tmp")
     assert checkpoint.load(tmp_path / "else") is None
