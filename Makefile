@@ -1,5 +1,6 @@
-# make demo     environment, installation, then a small model trained dense and sparse on this machine (CPU is enough)
+# make demo     environment, installation, then a small model trained dense, narrow and 2:4 here (a CPU is enough)
 # make test     environment, installation, C++ and Python tests
+# make crash    kill -9 at a hundred random moments of the main job, each resumed and compared bit for bit
 # make build    environment and installation only
 # make bench    benchmarks of the kernels, of layers, blocks and training steps (they want a GPU)
 # make format   clang-format and ruff over the tree; `make lint` only looks, as .ci/run does
@@ -32,16 +33,19 @@ BUILD := build/$(if $(filter 0,$(SPARSE24_CUDA)),cpu,$(if $(filter 1,$(SPARSE24_
 
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(shell find cmake csrc -type f)
 
-.PHONY: demo test build env bench format lint docs wheels clean distclean
+.PHONY: demo test crash build env bench format lint docs wheels clean distclean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m sparse24 pretrain --preset tiny --compare --overwrite --out runs/demo $(DEMO_ARGS)
+	$(BIN)/python -m sparse24 pretrain --preset demo --compare --ffn narrow --overwrite --out runs/demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-for-tests
 	$(BIN)/cmake -S . -B $(BUILD) -DSPARSE24_TESTS=ON >/dev/null
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+crash: $(VENV)/.installed-for-tests
+	SPARSE24_CRASHES=$(or $(CRASHES),100) SPARSE24_CRASH_SEED=$$RANDOM $(BIN)/python -m pytest -s tests/pretrain/test_pretrain_crash.py
 
 build: $(VENV)/.installed
 env: $(VENV)/.environment

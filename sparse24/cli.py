@@ -123,9 +123,11 @@ def options_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[inspect.
         if typing.get_origin(kind) is tuple:
             kind, default = list[str], []
         elif isinstance(kind, types.UnionType):
-            kind = typing.Optional[next(t for t in typing.get_args(kind) if t is not type(None))]  # noqa: UP045
+            kinds = typing.get_args(kind)  # text, where it may say several things
+            kind = str if str in kinds else next(t for t in kinds if t is not type(None))
+            kind = typing.Optional[kind]  # noqa: UP045
         name = f"--{field.name.replace('_', '-')}"
-        if kind is bool and default:
+        if bool in (kind, *typing.get_args(kind)) and default is not False:
             name = f"{name}/--no-{field.name.replace('_', '-')}"
         annotation = Annotated[kind, typer.Option(name, help=field.metadata["help"])]
         parameters.append(
@@ -187,9 +189,9 @@ def pretrain(context: typer.Context, **values: Any) -> None:
 
 # what a search for the decay has no use for
 NOT_FOR_TUNE = (
-    "ffn", "compare", "decay", "decay_schedule", "method", "dense_fraction", "dense_at", "resume", "overwrite",
-    "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval", "samples",
-    "sample_tokens",
+    "ffn", "compare", "time_ratio", "decay", "decay_schedule", "method", "dense_fraction", "dense_at", "resume",
+    "overwrite", "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval",
+    "samples", "sample_tokens",
 )  # fmt: skip
 
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,9 +14,11 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import Sparse24Error
+from ..files import empty, locked, refusals_named, write_text_atomically
 from . import metrics, plots, summary, tokens
+from .equal_time import ffn_width
 from .interrupt import StopRequest
-from .settings import Settings, differences, load_config, resolve
+from .settings import Settings, differences, kind_of, load_config, resolve
 from .train import Trainer
 
 OURS = (
@@ -44,19 +45,16 @@ def pretrain(
     s = resolve(settings)
     out = Path(s.out).expanduser() if s.out else new_run_folder(s)
     occupied(out, s)
-    with StopRequest() as stop, determinism(s.deterministic), writable(out):
+    with StopRequest() as stop, determinism(s.deterministic), writable(out), locked(out):
+        occupied(out, s)  # once more: another process may have begun before this one had the lock
         data = tokens.prepare(s, say)
-        begin(out, s, data)
-        results = summary.finished_results(out)
-        for arm in s.arms:
-            if arm in results:
-                say(f"{arm}: finished before")
-            else:
-                results[arm] = run_arm(arm, s, data, out, stop, say, on_step)
-            written = summary.write_summary(out, s, results, machine(s))
+        with metrics.board_errors_told_once(), refusals_named(out, "make room, then --resume"):
+            begin(out, s, data)
+            results, written = run_arms(s, data, out, stop, say, on_step)
     say("")
     say(summary.table(results))
-    if line := summary.ratios_line(results):
+    say("")
+    for line in summary.words(results, s):
         say(line)
     say("")
     say(f"pictures: {out / 'loss.png'}, {out / 'flip_rate.png'}; tables: {out / 'summary.md'}, {out / 'metrics.csv'}")
@@ -73,7 +71,8 @@ def new_run_folder(s: Settings) -> Path:
 
 def occupied(out: Path, s: Settings) -> None:
     """Refuse to write over a run, or to go on with none."""
-    there = (out / "config.json").exists() or (out / "checkpoint").exists()
+    folder = out / "checkpoint"
+    there = (out / "config.json").exists() or (folder.is_dir() and any(folder.iterdir()))
     if there and not s.resume and not s.overwrite:
         raise Sparse24Error(
             f"--out {out} already holds a run; --resume goes on with it, --overwrite replaces it, else name another"
@@ -92,15 +91,15 @@ def writable(out: Path):
     """Make the folder and try it, before any work is done; take it away again if the run ends before writing to it."""
     fresh = not out.exists()
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as e:
-        raise Sparse24Error(f"--out {out} cannot be written ({e.strerror or e}); name a folder that can") from e
-    try:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out):
+                pass
+        except OSError as e:
+            raise Sparse24Error(f"--out {out} cannot be written ({e.strerror or e}); name a folder that can") from e
         yield
     finally:
-        if fresh and not any(out.iterdir()):
+        if fresh and out.is_dir() and not any(out.iterdir()):
             out.rmdir()
 
 
@@ -110,7 +109,7 @@ def begin(out: Path, s: Settings, data: tokens.TokenData) -> None:
         for name in OURS:
             (out / name).unlink(missing_ok=True)
         for name in OUR_FOLDERS:
-            shutil.rmtree(out / name, ignore_errors=True)
+            empty(out / name)
     if s.resume and (before := load_config(out)["data"]) != data.digest:
         raise Sparse24Error(
             f"--resume: the text has changed since the run in {out} began (digest {before}, now {data.digest}); "
@@ -118,10 +117,30 @@ def begin(out: Path, s: Settings, data: tokens.TokenData) -> None:
         )
     asked = s.to_json() | {"resume": False, "overwrite": False}
     about = {"sparse24": __version__, "data": data.digest, "settings": asked}
-    summary.replace(out / "config.json", json.dumps(about, indent=2) + "\n")
+    write_text_atomically(out / "config.json", json.dumps(about, indent=2) + "\n")
 
 
 # ---- the arms ------------------------------------------------------------------------------------------------------
+
+
+def run_arms(
+    s: Settings,
+    data: tokens.TokenData,
+    out: Path,
+    stop: StopRequest,
+    say: Callable[[str], None],
+    on_step: Callable[[int], None] | None,
+) -> tuple[dict[str, summary.Result], dict[str, Any]]:
+    """Train what has not been trained before; returns the arms' results and the summary that was written last."""
+    results = summary.finished_results(out) if s.resume else {}
+    for arm, own in s.runs.items():
+        if arm in results:
+            say(f"{arm}: finished before")
+        else:
+            results[arm] = run_arm(arm, own, data, out, stop, say, on_step)
+        written = summary.write_summary(out, s, results, machine(s))
+    draw(out, s, results)
+    return results, written
 
 
 def run_arm(
@@ -146,7 +165,7 @@ def run_arm(
         trainer.recipe.plot_flips_against_gap(out / "flips_against_gap.png")
     rows = metrics.read_rows(out / "metrics.csv", arm)
     return summary.arm_result(
-        arm, rows, s, parameters=trainer.parameters, seconds=trainer.seconds,
+        arm, rows, s, parameters=trainer.parameters, seconds=trainer.seconds, ffn_width=ffn_width(s, kind_of(arm)),
         peak_memory_mib=peak_memory_mib(s.device), samples=trainer.samples(),
     )  # fmt: skip
 
@@ -176,11 +195,12 @@ def introduce(trainer: Trainer, say: Callable[[str], None]) -> None:
         say(f"{trainer.arm}: {layers}; {trainer.recipe.phases.sparse_steps} of {s.steps} steps are sparse")
 
 
-def draw(out: Path, s: Settings) -> None:
-    """Both plots from what has been measured so far; also of a run that stopped."""
-    rows = metrics.read_rows(out / "metrics.csv")
+def draw(out: Path, s: Settings, results: dict[str, summary.Result] | None = None) -> None:
+    """Both plots from what has been measured so far, also of a run that stopped; of `results`, each kind's best arm."""
+    kept = {result["arm"] for result in summary.best(results).values()} if results else None
+    rows = [r for r in metrics.read_rows(out / "metrics.csv") if kept is None or r["arm"] in kept]
     with contextlib.suppress(OSError):
-        plots.plot_loss(rows, out / "loss.png", summary.title(s))
+        plots.plot_loss(rows, out / "loss.png", summary.title(s), s)
         plots.plot_flip_rate(rows, out / "flip_rate.png", summary.title(s), s.mask_interval)
 
 

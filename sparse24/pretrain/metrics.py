@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import os
+import threading
 from pathlib import Path
 from typing import Any
+
+from ..files import write_atomically
 
 # `step` counts finished optimizer steps: the loss of row k was computed before update k, the validation loss after it.
 FIELDS = (
@@ -17,25 +20,36 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path, arm: str | None = None) -> list[Row]:
-    """Rows of metrics.csv, numbers as floats and absent values as None; of one arm, or of all."""
+    """Rows of metrics.csv, numbers as floats and absent values as None; of one arm, or of all.
+
+    Lines that are not as they were written are left out: the last one of a killed run, cut short or full of zeros.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as f:
-        rows = [{k: parse(k, v) for k, v in row.items() if k in FIELDS} for row in csv.DictReader(f)]
-    # the last line of a killed run may have been cut short
-    whole = [r for r in rows if r.get("step") is not None and r.get("verified", "") != ""]
-    return [r for r in whole if arm is None or r["arm"] == arm]
+    with path.open(newline="", encoding="utf-8", errors="replace") as f:
+        rows = [whole_row(row) for row in csv.DictReader(filter(is_whole_line, f))]
+    return [row for row in rows if row is not None and arm in (None, row["arm"])]
 
 
-def parse(name: str, text: str | None) -> Any:
-    if name in ("arm", "phase"):
-        return text
-    if text is None:  # a missing column
-        return ""
+def is_whole_line(line: str) -> bool:
+    return line.endswith("\n") and "\0" not in line
+
+
+def whole_row(texts: dict[str, str | None]) -> Row | None:
+    """The row with its numbers, or None where a field is missing or no number."""
+    if set(texts) != set(FIELDS) or None in texts.values() or texts["arm"] == "":
+        return None
     try:
-        return None if text == "" else int(text) if name == "step" else float(text)
+        row = {name: parse(name, text) for name, text in texts.items()}
     except ValueError:
         return None
+    return row if row["step"] is not None else None
+
+
+def parse(name: str, text: str) -> Any:
+    if name in ("arm", "phase"):
+        return text
+    return None if text == "" else int(text) if name == "step" else float(text)
 
 
 class MetricsLog:
@@ -46,13 +60,8 @@ class MetricsLog:
 
         self.path, self.arm = out / "metrics.csv", arm
         kept = [r for r in read_rows(self.path) if r["arm"] != arm or (start_step and r["step"] <= start_step)]
-        temporary = self.path.with_suffix(".csv.writing")
-        with temporary.open("w", newline="") as f:
-            writer = csv.DictWriter(f, FIELDS)
-            writer.writeheader()
-            writer.writerows(kept)
-        os.replace(temporary, self.path)
-        self.file = self.path.open("a", newline="")
+        write_atomically(self.path, lambda path: write_rows(path, kept))
+        self.file = self.path.open("a", newline="", encoding="utf-8")
         self.csv = csv.DictWriter(self.file, FIELDS)
         self.board = SummaryWriter(str(out / "tensorboard" / arm), purge_step=start_step + 1 if start_step else None)
 
@@ -70,6 +79,29 @@ class MetricsLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+@contextlib.contextmanager
+def board_errors_told_once():
+    """TensorBoard writes in a thread of its own and raises its errors in ours too: there they need no traceback."""
+    before = threading.excepthook
+
+    def hook(args) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def board_name(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .settings import Settings
+from .equal_time import ffn_width
+from .settings import ACTIVATIONS, Settings, kind_of
 
 VOCAB_MULTIPLE = 64  # the head's GEMM wants round extents; the ids beyond the tokenizer's are never seen
 
@@ -18,10 +19,10 @@ def padded_vocab(vocab_size: int) -> int:
 
 
 def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int) -> Any:
-    """The transformers config of an arm; "half" has half the FFN width."""
+    """The transformers config of an arm."""
     quiet_transformers()
     s = settings
-    ffn_width = s.ffn_width // 2 if arm == "half" else s.ffn_width
+    width = ffn_width(s, kind_of(arm))
     shared = dict(
         initializer_range=s.init_std,
         vocab_size=padded_vocab(vocab_size),
@@ -33,14 +34,16 @@ def model_config(settings: Settings, arm: str, vocab_size: int, end_of_text: int
         from transformers import GPT2Config
 
         return GPT2Config(
-            n_layer=s.layers, n_embd=s.width, n_head=s.heads, n_positions=s.ctx, n_inner=ffn_width,
+            n_layer=s.layers, n_embd=s.width, n_head=s.heads, n_positions=s.ctx, n_inner=width,
+            activation_function=ACTIVATIONS[s.activation or "gelu_tanh"],
             resid_pdrop=s.dropout, embd_pdrop=s.dropout, attn_pdrop=s.dropout, **shared,
         )  # fmt: skip
     from transformers import LlamaConfig
 
     return LlamaConfig(
         num_hidden_layers=s.layers, hidden_size=s.width, num_attention_heads=s.heads, num_key_value_heads=s.heads,
-        max_position_embeddings=s.ctx, intermediate_size=ffn_width, tie_word_embeddings=True, **shared,
+        max_position_embeddings=s.ctx, intermediate_size=width, hidden_act=ACTIVATIONS[s.activation or "silu"],
+        tie_word_embeddings=True, **shared,
     )  # fmt: skip
 
 

@@ -9,13 +9,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import types
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import Sparse24Error
+from ..files import read_json
 
-ARMS = ("dense", "sparse", "half")  # what the feed-forward layers are
+ARMS = ("dense", "sparse", "half", "narrow", "wide")  # what the feed-forward layers are
+ACTIVATIONS = {
+    "relu2": "relu2",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_new",
+    "silu": "silu",
+    "relu": "relu",
+}  # transformers'
 METHODS = ("fst", "ste", "sr-ste", "step", "s-ste")
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -32,6 +43,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         layers=4, width=192, heads=4, ctx=256, vocab_size=2048, batch=8, micro_batch=8, steps=400, lr=2e-3,
         warmup=40, init_std=0.04, decay=6e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
     ),
+    # What `make demo` trains: three arms in some minutes on two CPU cores.
+    "demo": dict(
+        layers=4, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=400, lr=4e-3,
+        warmup=40, init_std=0.04, activation="relu2", decay=2e-3, mask_interval=10, dense_fraction=1 / 3,
+        eval_interval=50, eval_tokens=65_536, save_interval=100,
+    ),
     "124m": dict(
         layers=12, width=768, heads=12, ctx=1024, vocab_size=50_304, batch=64, micro_batch=32, steps=2000, lr=6e-4,
         warmup=None, init_std=0.02, decay=6e-5, mask_interval=40, eval_interval=100,
@@ -43,6 +60,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_tokens=524_288, save_interval=500,
     ),
 }  # fmt: skip
+
+
+# the paper's recipe, but for what the presets have of it
+RECIPE: dict[str, Any] = dict(
+    decay_schedule="constant", dense_fraction=1 / 6, dense_at="auto", mvue=True, method="fst"
+)  # fmt: skip
 
 
 def option(default: Any, text: str, *, free: bool = False) -> Any:
@@ -71,13 +94,16 @@ class Settings:
     overwrite: bool = option(False, "Replace the run in --out.", free=True)
     # model
     model: str = option("gpt2", "gpt2 or llama.")
-    preset: str = option("tiny", "Sizes and rates to start from: tiny, 124m or 350m.")
+    preset: str = option("tiny", "Sizes and rates to start from: tiny, demo, 124m or 350m.")
     layers: int | None = option(None, "Transformer layers.")
     width: int | None = option(None, "Model width.")
     heads: int | None = option(None, "Attention heads.")
     ctx: int | None = option(None, "Context length in tokens.")
     ffn_width: int | None = option(
         None, "Hidden width of the FFN. Default: 4x width (GPT-2), 8/3x rounded up to 64 (Llama)."
+    )
+    activation: str | None = option(
+        None, "relu2 (squared ReLU), gelu, gelu_tanh, silu or relu. Default: gelu_tanh (GPT-2), silu (Llama)."
     )
     init_std: float | None = option(None, "Standard deviation of the initial weights.")
     dropout: float = option(0.0, "Dropout of GPT-2 (Llama has none).")
@@ -87,23 +113,35 @@ class Settings:
     tokenizer_bytes: int = option(32_000_000, "Train the BPE on at most this many bytes.")
     # arms
     ffn: tuple[str, ...] = option(
-        (), "dense, sparse (2:4) or half (dense, half as wide); may be repeated. Default: sparse.", free=True
+        (),
+        "dense, sparse (2:4), half (dense, half as wide), narrow (dense, as wide as sparse's FFN time pays for) or "
+        "wide (2:4, as wide as dense's FFN time pays for); may be repeated. Default: sparse.",
+        free=True,
     )
     compare: bool = option(False, "Run dense and sparse, same seed and data order, and print the table.", free=True)
+    time_ratio: float | None = option(
+        None, "A dense FFN layer's time over a 2:4 one's, for narrow and wide. Default: a cost model's, of an H100."
+    )
     # the 2:4 recipe
     decay: float | None = option(None, "Masked decay of pruned weights. `python -m sparse24 tune` finds it.")
     mask_interval: int | None = option(None, "Optimizer steps between mask searches.")
-    decay_schedule: str = option("constant", "constant, linear (rising) or cosine (falling), over the sparse steps.")
-    dense_fraction: float = option(1 / 6, "Part of the steps that is dense.")
-    dense_at: str = option("auto", "Where: end, start, none, or auto (as the method has it; the paper's: end).")
-    mvue: bool = option(True, "2:4 pruning of the output gradient, without bias.")
-    method: str = option("fst", "fst, ste, sr-ste, step or s-ste.")
+    decay_schedule: str | None = option(
+        None, "constant, linear (rising) or cosine (falling), over the sparse steps. Default: constant."
+    )
+    dense_fraction: float | None = option(None, "Part of the steps that is dense. Default: 1/6.")
+    dense_at: str | None = option(
+        None, "Where: end, start, none, or auto (as the method has it; the paper's: end). Default: auto."
+    )
+    mvue: bool | None = option(None, "2:4 pruning of the output gradient, without bias. Default: yes.")
+    method: str | None = option(None, "fst, ste, sr-ste, step or s-ste. Default: fst.")
     backend: str = option("sparse", "sparse, or auto: only layers that a GPU should train faster than dense.")
     # optimization
     steps: int | None = option(None, "Optimizer steps.")
     batch: int | None = option(None, "Sequences in an optimizer step.")
     micro_batch: int | None = option(None, "Sequences in a forward pass; gradients are accumulated.")
-    lr: float | None = option(None, "Peak learning rate.")
+    lr: float | tuple[float, ...] | str | None = option(
+        None, "Peak learning rate; several, as 1.5e-3,3e-3, train each arm with each and keep its best."
+    )
     min_lr: float | None = option(None, "Last learning rate. Default: a tenth of the peak.")
     warmup: int | None = option(None, "Steps of linear warm-up. Default: a tenth.")
     weight_decay: float = option(0.1, "Weight decay of AdamW (matrices only).")
@@ -127,10 +165,21 @@ class Settings:
     sample_tokens: int = option(120, "Tokens in each.", free=True)
 
     @property
-    def arms(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:
         """The FFN kinds to train, in order."""
         wanted = (("dense", "sparse") if self.compare else ()) + self.ffn
         return tuple(dict.fromkeys(wanted)) or ("sparse",)
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(self.runs)
+
+    @property
+    def runs(self) -> dict[str, Settings]:
+        """What to train, in order, with the settings of each: "sparse", or "sparse@0.003" of several rates."""
+        if not isinstance(self.lr, tuple):
+            return dict.fromkeys(self.kinds, self)
+        return {f"{kind}@{lr:g}": with_rate(self, lr) for kind in self.kinds for lr in self.lr}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -143,7 +192,7 @@ def resolve(settings: Settings) -> Settings:
     """
     require_choice("--preset", settings.preset, PRESETS)
     require_choice("--device", settings.device.split(":")[0], ("auto", "cpu", "cuda"))
-    filled = {k: v for k, v in PRESETS[settings.preset].items() if getattr(settings, k) is None}
+    filled = {k: v for k, v in (RECIPE | PRESETS[settings.preset]).items() if getattr(settings, k) is None}
     if "micro_batch" in filled and settings.batch:  # the preset's may not divide the batch that was asked for
         filled["micro_batch"] = math.gcd(filled["micro_batch"], settings.batch)
     if "steps" not in filled and "warmup" in filled:
@@ -152,16 +201,40 @@ def resolve(settings: Settings) -> Settings:
     device = resolve_device(s.device)
     s = dataclasses.replace(
         s,
+        lr=rates(s.lr),
         device=device,
         dtype=s.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
         warmup=s.warmup if s.warmup is not None else s.steps // 10,
-        min_lr=s.min_lr if s.min_lr is not None else s.lr / 10,
         log_interval=s.log_interval or (10 if device.startswith("cuda") else 1),
         max_bytes=s.max_bytes if s.max_bytes is not None or s.data else 8_000_000,
         ffn_width=s.ffn_width or default_ffn_width(s.model, s.width),
     )
-    check(s)
+    if not isinstance(s.lr, tuple):
+        s = with_rate(s, s.lr)
+    for settings in s.runs.values():
+        check(settings)
     return s
+
+
+def rates(lr: float | tuple[float, ...] | str) -> float | tuple[float, ...]:
+    """The learning rates in "1.5e-3,3e-3", each once; one alone is a number."""
+    try:
+        parts = lr.split(",") if isinstance(lr, str) else lr if isinstance(lr, tuple) else (lr,)
+        found = tuple(dict.fromkeys(float(part) for part in parts))
+    except ValueError as e:
+        raise Sparse24Error(
+            f"--lr must be a number, or several between commas, got {lr!r}; use --lr 1.5e-3,3e-3"
+        ) from e
+    return found[0] if len(found) == 1 else found
+
+
+def with_rate(s: Settings, lr: float) -> Settings:
+    return dataclasses.replace(s, lr=lr, min_lr=lr / 10 if s.min_lr is None else s.min_lr)
+
+
+def kind_of(arm: str) -> str:
+    """The FFN kind of an arm."""
+    return arm.partition("@")[0]
 
 
 def default_ffn_width(model: str, width: int) -> int:
@@ -180,10 +253,12 @@ def resolve_device(name: str) -> str:
 
 def check(s: Settings) -> None:
     """Every rule on the values."""
+    check_choices(s)
+    check_ranges(s)
+    check_sizes(s)
 
-    def rule(name: str, ok: bool, text: str, remedy: str) -> None:
-        require(ok, name, text, getattr(s, name), remedy)
 
+def check_choices(s: Settings) -> None:
     require_choice("--model", s.model, ("gpt2", "llama"))
     require_choice("--tokenizer", s.tokenizer, ("bpe", "bytes"))
     require_choice("--method", s.method, METHODS)
@@ -191,8 +266,16 @@ def check(s: Settings) -> None:
     require_choice("--dense-at", s.dense_at, PLACES)
     require_choice("--dtype", s.dtype, DTYPES)
     require_choice("--backend", s.backend, ("auto", "sparse"))
-    for arm in s.arms:
-        require_choice("--ffn", arm, ARMS)
+    for kind in s.kinds:
+        require_choice("--ffn", kind, ARMS)
+    require_choice("--activation", s.activation, (None, *ACTIVATIONS))
+
+
+def check_ranges(s: Settings) -> None:
+    """Numbers by themselves."""
+    rule = rule_on(s)
+    ratio = s.time_ratio is None or 0 < s.time_ratio < math.inf
+    rule("time_ratio", ratio, "must be finite and above 0", "leave it out for the cost model's")
     for name in COUNTS:
         rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("samples", "sample_tokens", "seed", "warmup"):
@@ -200,12 +283,18 @@ def check(s: Settings) -> None:
     for name in ("lr", "min_lr", "init_std"):
         rule(name, 0 < getattr(s, name) < math.inf, "must be finite and above 0", "give a small positive number")
     for name in ("decay", "weight_decay", "clip"):
-        rule(name, 0 <= getattr(s, name) < math.inf, "must be finite and not negative", "give 0 or a small number")
+        finite = 0 <= getattr(s, name) < 3.4e38  # in float32 too
+        rule(name, finite, "must be finite and not negative", "give 0 or a small number")
     for name in ("dropout", "beta1", "beta2"):
         rule(name, 0 <= getattr(s, name) < 1, "must be in [0, 1)", "give a smaller one")
     rule("dense_fraction", 0 <= s.dense_fraction <= 1, "must be in [0, 1]", "the paper has 1/6")
     rule("valid_fraction", 0 < s.valid_fraction <= 0.5, "must be in (0, 0.5]", "0.05 is usual")
     rule("max_bytes", s.max_bytes is None or s.max_bytes >= 1, "must be at least 1", "leave it out to read all")
+
+
+def check_sizes(s: Settings) -> None:
+    """Numbers that must fit one another."""
+    rule = rule_on(s)
     rule("ctx", s.ctx >= 2, "must be at least 2", "give the context length in tokens")
     rounded = -(-s.width // s.heads) * s.heads
     rule("width", s.width == rounded, f"must be a multiple of --heads ({s.heads})", f"use --width {rounded}")
@@ -214,8 +303,18 @@ def check(s: Settings) -> None:
         rule(
             "width", head % 2 == 0, f"over --heads ({s.heads}) must be even for llama's rotary embedding", "change one"
         )
-    if "half" in s.arms:
+    if "half" in s.kinds:
         rule("ffn_width", s.ffn_width % 2 == 0, "must be even for --ffn half", "use an even width")
+    if {"sparse", "wide"} & set(s.kinds):
+        for name in ("width", "ffn_width"):
+            step = 4 if name == "ffn_width" else math.lcm(4, s.heads)
+            above = -(-getattr(s, name) // step) * step
+            rule(
+                name,
+                getattr(s, name) % 4 == 0,
+                "must be a multiple of 4 for 2:4 FFNs",
+                f"use --{name.replace('_', '-')} {above}",
+            )
     if s.tokenizer == "bpe":
         enough = s.vocab_size >= 257
         rule("vocab_size", enough, "must be at least 257 (bytes and end of text)", "raise it, or --tokenizer bytes")
@@ -227,6 +326,11 @@ def check(s: Settings) -> None:
     rule("resume", not s.resume or s.out is not None, "needs --out", "name the folder of the run to go on with")
 
 
+def rule_on(s: Settings) -> Callable[[str, bool, str, str], None]:
+    """rule(name, ok, text, remedy): `require` of a setting's value."""
+    return lambda name, ok, text, remedy: require(ok, name, text, getattr(s, name), remedy)
+
+
 def require(ok: bool, name: str, rule: str, value: Any, remedy: str) -> None:
     if not ok:
         raise Sparse24Error(f"--{name.replace('_', '-')} {rule}, got {value}; {remedy}")
@@ -234,7 +338,7 @@ def require(ok: bool, name: str, rule: str, value: Any, remedy: str) -> None:
 
 def require_choice(name: str, value: Any, choices: Any) -> None:
     if value not in choices:
-        raise Sparse24Error(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise Sparse24Error(f"{name} must be one of {', '.join(filter(None, choices))}, got {value!r}")
 
 
 def load_config(out: Path) -> dict[str, Any]:
@@ -244,21 +348,37 @@ def load_config(out: Path) -> dict[str, Any]:
     """
     path = out / "config.json"
     try:
-        config = json.loads(path.read_text())
-        _ = config["data"], config["settings"]["steps"]
+        config = read_json(path)
+        _ = config["data"], from_json(config["settings"])
     except OSError as e:
         raise Sparse24Error(
             f"--out {out} holds no run ({path}: {e.strerror}); check the path, or leave --resume out to start one"
         ) from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise Sparse24Error(f"{path} is not the config.json of a run ({e!r}); name another --out") from e
+    except (Sparse24Error, KeyError, TypeError, AttributeError) as e:
+        raise Sparse24Error(f"{path} is not the config.json of a run ({e}); name another --out") from e
     return config
 
 
 def from_json(values: dict[str, Any]) -> Settings:
-    """Settings as `to_json` gave them; names that this version does not know are left out."""
-    names = {f.name for f in dataclasses.fields(Settings)}
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+    """Settings as `to_json` gave them; names that this version does not know are left out.
+
+    Raises Sparse24Error for a value that is not of its field's type.
+    """
+    hints = typing.get_type_hints(Settings)
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in hints}
+    for name, value in known.items():
+        if not is_of(value, hints[name]):
+            raise Sparse24Error(f"{name} is {value!r}")
+    return Settings(**known)
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a field's type: a number, text, a choice of those, or a tuple of one of them."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_of(item, typing.get_args(kind)[0]) for item in value)
+    if isinstance(kind, types.UnionType):
+        return any(is_of(value, choice) for choice in typing.get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from ..errors import Sparse24Error
+from ..files import read_json, write_text_atomically
+from .equal_time import SPARSE_KINDS, ffn_seconds, layer_time
 from .metrics import Row
 from .plots import searches
-from .settings import Settings
+from .settings import ARMS, Settings, kind_of
 
 Result = dict[str, Any]
 
@@ -18,6 +20,10 @@ Result = dict[str, Any]
 def arm_result(arm: str, rows: list[Row], settings: Settings, **known: Any) -> Result:
     """Figures of a finished arm from its rows: losses, flip rates, times (medians, warm-up and evaluation left out)."""
     valid = [r for r in rows if r["valid_loss"] is not None]
+    if not valid:
+        raise Sparse24Error(
+            f"metrics.csv lacks the losses of {arm}, which has been trained; start anew with --overwrite"
+        )
     flips = [r["flip_rate"] for r in searches(rows)]
     verified = [r["verified"] for r in rows if r["verified"] is not None]
     times = {
@@ -27,6 +33,9 @@ def arm_result(arm: str, rows: list[Row], settings: Settings, **known: Any) -> R
     every = times["sparse"] + times["dense"]
     return known | {
         "arm": arm,
+        "lr": settings.lr,
+        "on_gpu": settings.device.startswith("cuda"),
+        "ffn_seconds": ffn_seconds(rows, settings, kind_of(arm))[-1],
         "steps": rows[-1]["step"],
         "valid_loss": valid[-1]["valid_loss"],
         "valid_bits_per_byte": valid[-1]["valid_bits_per_byte"],
@@ -44,27 +53,48 @@ def arm_result(arm: str, rows: list[Row], settings: Settings, **known: Any) -> R
     }
 
 
+def best(results: dict[str, Result]) -> dict[str, Result]:
+    """Of each FFN kind the arm with the lowest validation loss: where there are several, another learning rate's."""
+    found: dict[str, Result] = {}
+    for arm, result in results.items():
+        kind = kind_of(arm)
+        if kind not in found or result["valid_loss"] < found[kind]["valid_loss"]:
+            found[kind] = result
+    return found
+
+
 def compare(results: dict[str, Result]) -> dict[str, float]:
-    """Ratios of the sparse arm to the dense one."""
-    if not {"dense", "sparse"} <= results.keys():
+    """Ratios of each kind to the dense one; of the 2:4 one also those of time and of flip rates."""
+    kinds = best(results)
+    if "dense" not in kinds or len(kinds) < 2:
         return {}
-    dense, sparse = results["dense"], results["sparse"]
-    ratios = {"valid_loss_ratio": sparse["valid_loss"] / dense["valid_loss"]}
-    if dense["step_ms"] and sparse["step_ms_sparse_phase"]:
+    dense, ratios = kinds["dense"], {}
+    for kind, result in kinds.items():
+        if kind != "dense":
+            name = "" if kind == "sparse" else f"{kind}_"
+            ratios[f"{name}valid_loss_ratio"] = result["valid_loss"] / dense["valid_loss"]
+            ratios[f"{name}ffn_time_ratio"] = result["ffn_seconds"] / dense["ffn_seconds"]
+    sparse = kinds.get("sparse")
+    if sparse and dense["step_ms"] and sparse["step_ms_sparse_phase"]:
         ratios["speedup_sparse_phase"] = dense["step_ms"] / sparse["step_ms_sparse_phase"]
         ratios["speedup_whole_run"] = dense["step_ms_of_run"] / sparse["step_ms_of_run"]
-    if dense["flip_rate_peak"] and sparse["flip_rate_peak"] is not None:
+    if sparse and dense["flip_rate_peak"] and sparse["flip_rate_peak"] is not None:
         ratios["peak_flip_rate_ratio"] = sparse["flip_rate_peak"] / dense["flip_rate_peak"]
     return ratios
 
 
 COLUMNS = {
     "FFN": lambda r: r["arm"],
+    "width": lambda r: f"{r['ffn_width']}",
     "parameters": lambda r: f"{r['parameters'] / 1e6:.2f} M",
     "valid. loss": lambda r: f"{r['valid_loss']:.4f}",
     "bits/byte": lambda r: f"{r['valid_bits_per_byte']:.4f}",
     "flips, peak": lambda r: number(r["flip_rate_peak"], ".4f"),
     "last": lambda r: number(r["flip_rate_last"], ".4f"),
+    "FFN time (est.)": lambda r: f"{r['ffn_seconds']:.1f} s",
+}
+# a CPU has no sparse tensor cores: its times would say nothing of a GPU's
+GPU_COLUMNS = {
     "ms/step 2:4": lambda r: number(r["step_ms_sparse_phase"], ".1f"),
     "ms/step dense": lambda r: number(r["step_ms_dense_phase"], ".1f"),
     "tokens/s": lambda r: number(r["tokens_per_s"], ",.0f"),
@@ -74,7 +104,8 @@ COLUMNS = {
 
 def table(results: dict[str, Result]) -> str:
     """A Markdown table, an arm a line, padded so that it reads well on a screen too."""
-    lines = [list(COLUMNS), *([cell(r) for cell in COLUMNS.values()] for r in results.values())]
+    columns = COLUMNS | (GPU_COLUMNS if any(r["on_gpu"] for r in results.values()) else {})
+    lines = [list(columns), *([cell(r) for cell in columns.values()] for r in results.values())]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def padded(line: list[str]) -> str:
@@ -85,14 +116,45 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join([padded(lines[0]), rule, *map(padded, lines[1:])])
 
 
-def ratios_line(results: dict[str, Result]) -> str:
-    """The sparse arm against the dense one, in words; empty when there are not both."""
-    ratios = compare(results)
-    parts = [f"validation loss {100 * (ratios['valid_loss_ratio'] - 1):+.2f} %"] if ratios else []
-    if "speedup_whole_run" in ratios:
-        parts.append(f"speed {ratios['speedup_sparse_phase']:.2f}x in the 2:4 phase")
-        parts.append(f"{ratios['speedup_whole_run']:.2f}x over the whole run")
-    return f"sparse against dense: {', '.join(parts)}" if parts else ""
+def words(results: dict[str, Result], s: Settings) -> list[str]:
+    """What was seen, in sentences: each kind against the dense one, at what FFN time; on a GPU also the speed."""
+    kinds, ratios, time = best(results), compare(results), layer_time(s)
+    lines = [
+        f"{SENTENCE_NAMES[kind]}: validation loss {against(result, kinds['dense'])} the dense model's, in "
+        f"{result['ffn_seconds'] / kinds['dense']['ffn_seconds']:.2f}x of its FFN time"
+        for kind, result in kinds.items()
+        if kind != "dense" and ratios
+    ]
+    if {"sparse", "narrow"} <= kinds.keys():
+        lines.append(f"At the same FFN time 2:4 is {against(kinds['sparse'], kinds['narrow'])} the narrow dense model.")
+    if lines:
+        lines.append(f"FFN time: {time.source}; 2:4 there takes 1/{time.ratio:.2f} of a dense step.")
+    flips = kinds.get("sparse", {}).get("flip_rate_peak")
+    if flips is not None and kinds["sparse"]["flip_rate_last"] is not None:
+        lines.append(f"Masks: {100 * flips:.1f} % changed per search at the peak, "
+                     f"{100 * kinds['sparse']['flip_rate_last']:.2f} % at the last: they settle.")  # fmt: skip
+    if "speedup_whole_run" in ratios and kinds["dense"]["on_gpu"]:
+        lines.append(f"Speed on this GPU: {ratios['speedup_sparse_phase']:.2f}x in the 2:4 phase, "
+                     f"{ratios['speedup_whole_run']:.2f}x over the whole run.")  # fmt: skip
+    elif not s.device.startswith("cuda") and kinds.keys() & set(SPARSE_KINDS):
+        lines.append(NO_SPEED)
+    return lines
+
+
+NO_SPEED = (
+    "A CPU has no sparse tensor cores, so no speed was measured. On a GPU, `python -m sparse24 bench` measures it, and "
+    "`python -m sparse24 pretrain --preset 124m --compare` trains there."
+)
+SENTENCE_NAMES = {
+    "sparse": "2:4", "half": "Dense, half as wide", "narrow": "Dense, as narrow as 2:4's time pays for",
+    "wide": "2:4, as wide as the dense time pays for",
+}  # fmt: skip
+
+
+def against(result: Result, other: Result) -> str:
+    """ "0.52 % above", "0.10 % below" or "level with"."""
+    percent = 100 * (result["valid_loss"] / other["valid_loss"] - 1)
+    return "level with" if abs(percent) < 0.005 else f"{abs(percent):.2f} % {'above' if percent > 0 else 'below'}"
 
 
 def number(value: float | None, form: str) -> str:
@@ -102,14 +164,17 @@ def number(value: float | None, form: str) -> str:
 def write_summary(out: Path, settings: Settings, results: dict[str, Result], machine: dict[str, Any]) -> dict[str, Any]:
     """summary.json, summary.md and samples.txt, each replaced as a whole."""
     summary = {"machine": machine, "compare": compare(results), "arms": results, "settings": settings.to_json()}
-    replace(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    note = "ms/step: median of each phase, without warm-up and evaluation; tokens/s: mean over both phases, likewise."
+    write_text_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    note = f"FFN time: {layer_time(settings).source}."
+    if settings.device.startswith("cuda"):
+        note += " ms/step: median of each phase, without warm-up and evaluation; tokens/s: mean over both, likewise."
     where = ", ".join(f"{k} {v}" for k, v in machine.items())
-    replace(
-        out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{ratios_line(results)}\n\n{note}\n\n{where}\n"
+    said = "\n".join(f"- {line}" for line in words(results, settings))
+    write_text_atomically(
+        out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{said}\n\n{note}\n\n{where}\n"
     )
     texts = [f"=== {arm}, step {r['steps']} ===\n\n" + "\n\n---\n\n".join(r["samples"]) for arm, r in results.items()]
-    replace(
+    write_text_atomically(
         out / "samples.txt",
         "Continuations of validation text; [>] marks where the model goes on.\n\n" + "\n\n".join(texts) + "\n",
     )
@@ -121,16 +186,21 @@ def title(s: Settings) -> str:
     return f"{name}, {s.layers} layers of width {s.width}, {s.steps} steps of {s.batch} x {s.ctx} tokens"
 
 
-def replace(path: Path, content: str) -> None:
-    """Write under another name, then rename: a reader never sees half of it."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def finished_results(out: Path) -> dict[str, Result]:
-    """Results of arms that an earlier process finished."""
+    """Results of arms that an earlier process finished; a summary that cannot be read holds none."""
     try:
-        return json.loads((out / "summary.json").read_text())["arms"]
-    except (OSError, ValueError, KeyError):
+        results = read_json(out / "summary.json").get("arms")
+    except (OSError, Sparse24Error):
         return {}
+    if not isinstance(results, dict):
+        return {}
+    return {arm: result for arm, result in results.items() if kind_of(arm) in ARMS and is_result(result)}
+
+
+def is_result(result: Any) -> bool:
+    """Whether the table can be made from it."""
+    try:
+        cells = [cell(result) for cell in (COLUMNS | GPU_COLUMNS).values()]
+        return bool(cells) and {"arm", "samples", "steps", "on_gpu", "step_ms", "step_ms_of_run"} <= result.keys()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import Sparse24Error
+from ..files import check_seal, read_json, seal
 from . import text
 from .settings import Settings
 from .tokenizer import BpeTokenizer, ByteTokenizer
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CHUNKS_AT_ONCE = 512  # of 64 KiB: enough work for many cores, some 32 MB of text in memory
 
 
@@ -49,6 +50,8 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda line: None) 
     digest = hashlib.blake2b((json.dumps(kind) + corpus.digest).encode(), digest_size=16).hexdigest()
     folder = cache_root(settings.cache_dir) / f"tokens-{digest}"
     if not is_complete(folder):
+        if folder.exists():
+            say(f"the tokens in {folder} are not as they were written; they are made anew")
         build(folder, corpus, settings, say)
     data = open_tokens(folder, corpus, settings, digest)
     for name, ids, option in (("training", data.train, "--data"), ("validation", data.valid, "--valid")):
@@ -80,11 +83,11 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the cached files are there in full; a folder that was tampered with is made anew."""
+    """Whether the cached files are those that were written, byte for byte; a changed folder is made anew."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        return all((folder / name).stat().st_size == size for name, size in meta["size_bytes"].items())
-    except (OSError, ValueError, KeyError):
+        check_seal(folder)
+        return np.dtype(read_json(folder / "meta.json").get("dtype")) in (np.uint16, np.uint32)
+    except (OSError, Sparse24Error, TypeError):
         return False
 
 
@@ -103,8 +106,8 @@ def build(folder: Path, corpus: text.Corpus, settings: Settings, say: Callable[[
         say(f"turning {size(corpus.train_bytes + corpus.valid_bytes)} into tokens")
         write_ids(temporary / "train.bin", corpus.train, tokenizer, dtype)
         write_ids(temporary / "valid.bin", corpus.valid, tokenizer, dtype)
-        size_bytes = {p.name: p.stat().st_size for p in temporary.iterdir()}
-        (temporary / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name, "size_bytes": size_bytes}))
+        (temporary / "meta.json").write_text(json.dumps({"dtype": np.dtype(dtype).name}))
+        seal(temporary)
         if folder.exists() and not is_complete(folder):
             shutil.rmtree(folder)
         try:
@@ -155,7 +158,7 @@ def write_ids(path: Path, spans: tuple[text.Span, ...], tokenizer, dtype) -> Non
 
 def open_tokens(folder: Path, corpus: text.Corpus, settings: Settings, digest: str) -> TokenData:
     tokenizer = ByteTokenizer() if settings.tokenizer == "bytes" else BpeTokenizer.load(folder)
-    dtype = np.dtype(json.loads((folder / "meta.json").read_text())["dtype"])
+    dtype = np.dtype(read_json(folder / "meta.json")["dtype"])
     train, valid = (np.memmap(folder / name, dtype=dtype, mode="r") for name in ("train.bin", "valid.bin"))
     return TokenData(train, valid, tokenizer, tokenizer.token_bytes(), digest, corpus.train_bytes, corpus.valid_bytes)
 

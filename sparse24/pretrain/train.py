@@ -18,12 +18,17 @@ from ..errors import Sparse24Error
 from ..recipe import Recipe
 from ..recipe.probe import MaskProbe
 from ..save import verify
+from ..save.fitting import check_optimizer
 from . import checkpoint, tokens
+from .equal_time import SPARSE_KINDS
 from .interrupt import StopRequest
 from .metrics import MetricsLog, Row
 from .model import build_model, build_optimizer, count_parameters, model_config, next_token_loss
 from .samples import write_samples
-from .settings import Settings, differences
+from .settings import Settings, differences, kind_of
+
+#: what a checkpoint's state.pt holds, beside version and step
+STATE_KEYS = {"step", "data", "seconds", "optimizer", "scaler", "recipe", "probe", "rng_cpu", "rng_device"}
 
 
 class TrainingDiverged(Sparse24Error):
@@ -81,7 +86,7 @@ class StepClock:
 
 
 class Trainer:
-    """One arm: "dense", "sparse" (2:4 FFN under the recipe) or "half" (dense FFN of half the width)."""
+    """One arm: a dense model, whatever its width, or one with 2:4 FFNs under the recipe."""
 
     def __init__(
         self,
@@ -107,10 +112,11 @@ class Trainer:
         config = model_config(s, arm, data.tokenizer.vocab_size, data.tokenizer.end_of_text)
         self.model = build_model(config, s.seed).to(self.device).train()
         self.recipe = self.probe = None
-        if arm == "sparse":
+        self.is_sparse = kind_of(arm) in SPARSE_KINDS
+        if self.is_sparse:
             self.report = self.make_sparse()
         self.optimizer = build_optimizer(self.model, s)
-        if arm == "sparse":
+        if self.is_sparse:
             self.recipe = Recipe(
                 self.model, self.optimizer, total_steps=s.steps, decay=s.decay, mask_interval=s.mask_interval,
                 dense_fraction=s.dense_fraction, mvue=s.mvue, method=s.method, decay_schedule=s.decay_schedule,
@@ -132,7 +138,7 @@ class Trainer:
         if not report.converted:
             reasons = "; ".join(sorted({reason for _, reason in report.skipped})) or "none was found"
             raise Sparse24Error(
-                f"--ffn sparse: no FFN layer can be 2:4 here ({reasons}); use --ffn dense, or --device cpu"
+                f"--ffn {kind_of(self.arm)}: no FFN layer can be 2:4 here ({reasons}); use --ffn dense, or --device cpu"
             )
         return report
 
@@ -161,6 +167,9 @@ class Trainer:
             self.say(f"{self.arm}: no checkpoint yet, starting at step 0")
             return
         state = found.state
+        lacking = sorted(STATE_KEYS - state.keys())
+        if lacking:
+            raise Sparse24Error(f"checkpoint {found.path} lacks {', '.join(lacking)}; start anew with --overwrite")
         changed = differences(found.settings, self.settings.to_json())
         if state["data"] != self.data.digest:
             changed.append("the text of --data or --valid is not the same")
@@ -169,6 +178,7 @@ class Trainer:
                 f"checkpoint {found.path} is of another run: {'; '.join(changed)}; "
                 f"give the values it was made with, or another --out"
             )
+        check_optimizer(found.path, state["optimizer"], self.optimizer)
         try:
             checkpoint.load_weights(self.model, found)
             self.optimizer.load_state_dict(state["optimizer"])
@@ -180,7 +190,7 @@ class Trainer:
             torch.set_rng_state(state["rng_cpu"])
             if state["rng_device"] is not None and self.device.type == "cuda":
                 torch.cuda.set_rng_state(state["rng_device"], self.device)
-        except (KeyError, TypeError) as e:
+        except (KeyError, TypeError, RuntimeError) as e:
             raise Sparse24Error(f"checkpoint {found.path} is not whole ({e!r}); start anew with --overwrite") from e
         self.step, self.seconds = state["step"], state["seconds"]
         self.say(f"{self.arm}: goes on at step {self.step} from {found.path}")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import Sparse24Error
+from ..files import locked, read_json, write_text_atomically
 from ..recipe import tune_decay
 from . import tokens
 from .job import writable
 from .model import build_model, build_optimizer, model_config, next_token_loss
 from .settings import Settings, require, resolve
-from .summary import replace
 from .train import learning_rate, sparsify_settings
 
 
@@ -36,6 +36,7 @@ def tune(
     `tune_decay` does. Raises Sparse24Error for bad values and input.
     """
     s = resolve(settings)
+    require(not isinstance(s.lr, tuple), "lr", "must be one rate here", settings.lr, "tune for each rate by itself")
     probe_step = probe_step or max(s.warmup, 3 * s.mask_interval)
     require(
         probe_step <= s.steps,
@@ -45,7 +46,7 @@ def tune(
         "probe inside the warm-up",
     )
     out = Path(s.out).expanduser() if s.out else Path("runs") / f"tune-{s.model}-{s.preset}"
-    with writable(out):
+    with writable(out), locked(out):
         data = tokens.prepare(s, say)
         same_run(out / "config.json", {"settings": s.to_json(), "data": data.digest, "tuned": True})
         config = model_config(s, "sparse", data.tokenizer.vocab_size, data.tokenizer.end_of_text)
@@ -81,12 +82,12 @@ def same_run(path: Path, wanted: dict[str, Any]) -> None:
     wanted = json.loads(json.dumps(wanted))
     if path.exists():
         try:
-            found = json.loads(path.read_text())
-        except ValueError:
+            found = read_json(path)
+        except (OSError, Sparse24Error):
             found = None
         if found != wanted:
             raise Sparse24Error(f"--out {path.parent} holds a run with other settings or text; name another folder")
-    replace(path, json.dumps(wanted, indent=2) + "\n")
+    write_text_atomically(path, json.dumps(wanted, indent=2) + "\n")
 
 
 def with_schedule(optimizer: torch.optim.Optimizer, s: Settings):

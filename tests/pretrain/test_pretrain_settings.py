@@ -14,7 +14,7 @@ from sparse24.pretrain.settings import differences, from_json, resolve
     [
         ({"preset": "huge"}, "--preset must be one of tiny, 124m, 350m, got 'huge'"),
         ({"model": "bert"}, "--model must be one of gpt2, llama, got 'bert'"),
-        ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, got 'thin'"),
+        ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, narrow, wide, got 'thin'"),
         ({"method": "magic"}, "--method must be one of fst, .*, got 'magic'"),
         ({"decay_schedule": "step"}, "--decay-schedule must be one of constant, linear, cosine, got 'step'"),
         ({"dense_at": "middle"}, "--dense-at must be one of auto, start, end, none, got 'middle'"),

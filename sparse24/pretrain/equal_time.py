@@ -1,0 +1,93 @@
+"""What a feed-forward layer's time pays for: widths of equal time, and time as an axis beside optimizer steps.
+
+A tiny model on any machine says nothing about the time of a large one on a GPU. So time is that of a layer of reference
+size, of the run's own shape (FFN width over model width, gated or not), estimated by the cost model of an H100; or by
+`--time-ratio`, whoever has measured it. A step's FFN time is taken to go with the FFN's width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..convert.cost_model import H100, Training, feed_forward
+from .metrics import Row
+from .settings import Settings
+
+REFERENCE_WIDTH, REFERENCE_TOKENS, REFERENCE_CALLS = 4096, 8192, 16  # tokens a forward call, calls a step
+SPARSE_KINDS = ("sparse", "wide")
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer of reference size in training.
+
+    dense_ms  an optimizer step of the dense one, as wide as the run's --ffn-width has it
+    ratio     that over a step of the 2:4 one in its sparse phase
+    source    in words, for tables and pictures
+    """
+
+    dense_ms: float
+    ratio: float
+    source: str
+
+
+def layer_time(s: Settings) -> LayerTime:
+    hidden = round(REFERENCE_WIDTH * s.ffn_width / s.width / 64) * 64
+    training = Training(REFERENCE_TOKENS, REFERENCE_CALLS, master_bytes=4, mvue=bool(s.mvue))
+    times = feed_forward(REFERENCE_WIDTH, hidden, s.model == "llama", training, H100)
+    size = f"a {REFERENCE_WIDTH} x {hidden} FFN, {REFERENCE_CALLS} x {REFERENCE_TOKENS} tokens a step"
+    source = f"estimate for an H100, {size}"
+    if s.time_ratio is not None:
+        source = f"{size}, 2:4 at {s.time_ratio:g}x as --time-ratio says"
+    return LayerTime(times.dense_us / 1e3, s.time_ratio or times.speedup, source)
+
+
+def run_ratio(s: Settings) -> float:
+    """FFN time of a dense run over that of a 2:4 one of equal width, whose dense phase is as slow as dense."""
+    return 1 / ((1 - s.dense_fraction) / layer_time(s).ratio + s.dense_fraction)
+
+
+def ffn_width(s: Settings, kind: str) -> int:
+    """The FFN width of an arm of this kind; a run of "narrow" takes as long as "sparse", one of "wide" as "dense"."""
+    if kind == "half":
+        return s.ffn_width // 2
+    if kind not in ("narrow", "wide"):
+        return s.ffn_width
+    step = 64 if s.ffn_width >= 2048 else 16
+    width = s.ffn_width / run_ratio(s) if kind == "narrow" else s.ffn_width * run_ratio(s)
+    return max(step, round(width / step) * step)
+
+
+def step_ms(s: Settings, kind: str, phase: str) -> float:
+    """FFN time of an optimizer step of this arm at the reference size."""
+    time = layer_time(s)
+    dense = time.dense_ms * ffn_width(s, kind) / s.ffn_width
+    return dense / time.ratio if kind in SPARSE_KINDS and phase == "sparse" else dense
+
+
+def ffn_seconds(rows: list[Row], s: Settings, kind: str) -> list[float]:
+    """FFN time at the reference size up to each row of an arm."""
+    ms = {phase: step_ms(s, kind, phase) for phase in ("sparse", "dense")}
+    return _running_sum(rows, lambda row: ms[row["phase"]])
+
+
+def training_seconds(rows: list[Row]) -> list[float] | None:
+    """Time of the steps up to each row, as measured; steps that were not timed count as the others of their phase."""
+    known: dict[str, list[float]] = {}
+    for row in rows:
+        if row["step_ms"] is not None:
+            known.setdefault(row["phase"], []).append(row["step_ms"])
+    if not known:
+        return None
+    typical = {phase: sorted(times)[len(times) // 2] for phase, times in known.items()}
+    other = max(typical.values())
+    return _running_sum(rows, lambda row: row["step_ms"] or typical.get(row["phase"], other))
+
+
+def _running_sum(rows: list[Row], ms_of) -> list[float]:
+    total, before, sums = 0.0, 0, []
+    for row in rows:
+        total += ms_of(row) * max(0, row["step"] - before) / 1e3
+        before = row["step"]
+        sums.append(total)
+    return sums

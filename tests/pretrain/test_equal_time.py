@@ -1,0 +1,164 @@
+"""Arms of equal FFN time: widths, the time axis, several learning rates, and what is said of them."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from sparse24.errors import Sparse24Error
+from sparse24.pretrain import equal_time, plots, pretrain, summary
+from sparse24.pretrain.metrics import read_rows
+from sparse24.pretrain.model import build_model, model_config
+from sparse24.pretrain.settings import Settings, kind_of, resolve
+
+
+def rows(steps, dense_from, ms=None):
+    phases = ["sparse"] * dense_from + ["dense"] * (steps - dense_from)
+    return [{"step": 0, "phase": "sparse", "step_ms": None}] + [
+        {"step": k + 1, "phase": phase, "step_ms": ms} for k, phase in enumerate(phases)
+    ]
+
+
+@pytest.mark.parametrize("ratio", [1.25, 1.5, 2.0, None])
+@pytest.mark.parametrize("fraction", [0.0, 1 / 6, 0.5])
+def test_narrow_takes_the_time_of_sparse_and_wide_that_of_dense(ratio, fraction):
+    s = resolve(Settings(device="cpu", width=768, heads=12, time_ratio=ratio, dense_fraction=fraction, steps=120))
+    sparse_steps = round(120 * (1 - fraction))
+    total = {
+        kind: equal_time.ffn_seconds(rows(120, sparse_steps if kind in equal_time.SPARSE_KINDS else 0), s, kind)[-1]
+        for kind in ("dense", "sparse", "narrow", "wide")
+    }
+    step = 0.5 * 64 / 3072  # widths are rounded
+    assert total["narrow"] == pytest.approx(total["sparse"], rel=step * total["dense"] / total["sparse"] + 1e-9)
+    assert total["wide"] == pytest.approx(total["dense"], rel=step + 1e-9)
+    if ratio:
+        expected = (1 - fraction) / ratio + fraction
+        assert total["sparse"] / total["dense"] == pytest.approx(expected, rel=0.01)
+    narrow, wide = (equal_time.ffn_width(s, kind) for kind in ("narrow", "wide"))
+    assert narrow < s.ffn_width < wide and narrow % 64 == wide % 64 == 0
+    assert equal_time.ffn_width(s, "half") == s.ffn_width // 2
+
+
+def test_the_cost_models_ratio_is_that_of_the_named_layer():
+    from sparse24.convert.cost_model import H100, Training, feed_forward
+
+    for model, hidden, gated in (("gpt2", 16384, False), ("llama", 10944, True)):
+        s = resolve(Settings(device="cpu", model=model, width=768, heads=12))
+        time = equal_time.layer_time(s)
+        times = feed_forward(4096, hidden, gated, Training(8192, 16, master_bytes=4), H100)
+        assert time.ratio == times.speedup and time.dense_ms == times.dense_us / 1e3
+        assert f"4096 x {hidden} FFN, 16 x 8192 tokens a step" in time.source and "estimate for an H100" in time.source
+    s = dataclasses.replace(s, time_ratio=1.5)
+    assert equal_time.layer_time(s).ratio == 1.5 and "--time-ratio" in equal_time.layer_time(s).source
+
+
+def test_measured_time_counts_steps_that_were_not_timed_as_the_others():
+    some = rows(4, 4, 100.0)
+    some[1]["step_ms"] = None  # the first of a process is not timed
+    assert equal_time.training_seconds(some) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    assert equal_time.training_seconds(rows(3, 3)) is None
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["relu2", "gelu", "gelu_tanh", "silu", "relu"])
+def test_activations_are_those_of_their_names(small, kind, name):
+    functions = {
+        "relu2": lambda x: torch.relu(x).square(), "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
+        "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"), "relu": torch.relu,
+    }  # fmt: skip
+    model = build_model(model_config(resolve(small(model=kind, activation=name)), "dense", 300, 0), 0)
+    mlp = model.transformer.h[0].mlp if kind == "gpt2" else model.model.layers[0].mlp
+    function = mlp.act if kind == "gpt2" else mlp.act_fn
+    x = torch.linspace(-4, 4, 101)
+    torch.testing.assert_close(function(x), functions[name](x))
+
+
+def test_arms_of_equal_time_with_their_own_rates_end_to_end(small, quiet, tmp_path):
+    lines = []
+    summary_of = pretrain(
+        small(compare=True, ffn=("narrow", "wide"), lr="3e-3,1e-2", activation="relu2", time_ratio=1.5), lines.append
+    )
+    kinds = ("dense", "sparse", "narrow", "wide")
+    arms = summary_of["arms"]
+    assert list(arms) == [f"{kind}@{lr}" for kind in kinds for lr in ("0.003", "0.01")]
+    for arm, result in arms.items():
+        own = read_rows(tmp_path / "run" / "metrics.csv", arm)
+        assert own[-1]["step"] == 12 and max(r["lr"] for r in own if r["lr"]) == pytest.approx(
+            float(arm.partition("@")[2])
+        )
+        assert result["ffn_width"] == {"dense": 128, "sparse": 128, "narrow": 96, "wide": 176}[kind_of(arm)]
+        assert (tmp_path / "run" / "checkpoint" / arm / "step-000012").is_dir()
+        assert (result["flip_rate_peak"] or 0) > 0 and (result["verified"] is True) == (
+            kind_of(arm) in ("sparse", "wide")
+        )
+    best = summary.best(arms)
+    for kind in kinds:
+        assert best[kind]["valid_loss"] == min(r["valid_loss"] for arm, r in arms.items() if kind_of(arm) == kind)
+    ratios = summary_of["compare"]
+    assert ratios["wide_valid_loss_ratio"] == best["wide"]["valid_loss"] / best["dense"]["valid_loss"]
+    assert ratios["ffn_time_ratio"] == pytest.approx(10 / 12 / 1.5 + 2 / 12)
+    text = "\n".join(lines)
+    assert "At the same FFN time 2:4 is" in text and "no speed was measured" in text and "ms/step" not in text
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    again = pretrain(small(compare=True, ffn=("narrow", "wide"), lr="3e-3,1e-2", activation="relu2", time_ratio=1.5,
+                           resume=True), quiet)  # fmt: skip
+    assert again["arms"] == arms
+
+
+def test_the_loss_is_drawn_against_steps_and_time(small):
+    s = resolve(small())
+    arms = {
+        "dense": [row | {"arm": "dense", "loss": 3.0, "valid_loss": 3.0} for row in rows(4, 0, 10.0)],
+        "sparse": [row | {"arm": "sparse", "loss": 3.0, "valid_loss": 3.0} for row in rows(4, 3, 8.0)],
+    }
+    labels = [label for label, _ in plots.loss_axes(arms, s)]
+    assert (
+        labels[0] == "optimizer step"
+        and labels[1].startswith("FFN time (s)\nestimate for an H100")
+        and len(labels) == 2
+    )
+    label, places = plots.loss_axes(arms, dataclasses.replace(s, device="cuda"))[2]
+    assert "on this GPU" in label and places["sparse"] == pytest.approx([0, 0.008, 0.016, 0.024, 0.032])
+
+
+def test_words_are_true():
+    """Each sentence from figures known by hand."""
+    s = resolve(Settings(device="cpu", time_ratio=1.5))
+    result = {"step_ms": None, "step_ms_sparse_phase": None, "step_ms_of_run": None, "on_gpu": False,
+              "ffn_seconds": 10.0, "flip_rate_peak": 0.05, "flip_rate_last": 0.001}  # fmt: skip
+    results = {
+        "dense": result | {"arm": "dense", "valid_loss": 3.0},
+        "sparse": result | {"arm": "sparse", "valid_loss": 3.015, "ffn_seconds": 7.5},
+        "narrow": result | {"arm": "narrow", "valid_loss": 3.03, "ffn_seconds": 7.5},
+    }
+    lines = summary.words(results, s)
+    assert lines[0] == "2:4: validation loss 0.50 % above the dense model's, in 0.75x of its FFN time"
+    assert lines[1].endswith("loss 1.00 % above the dense model's, in 0.75x of its FFN time")
+    assert lines[2] == "At the same FFN time 2:4 is 0.50 % below the narrow dense model."
+    assert "5.0 % changed per search at the peak, 0.10 % at the last" in lines[4]
+    assert "no speed was measured. On a GPU, `python -m sparse24 bench`" in lines[-1]
+    assert summary.words({"dense": results["dense"]}, s) == []
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(lr="3e-3,x"), "--lr must be a number, or several between commas, got '3e-3,x'; use --lr 1.5e-3,3e-3"),
+        (dict(lr="3e-3,-1"), "--lr must be finite and above 0, got -1.0"),
+        (dict(time_ratio=0.0), "--time-ratio must be finite and above 0, got 0.0; leave it out"),
+        (dict(activation="tanh"), "--activation must be one of relu2, gelu, gelu_tanh, silu, relu, got 'tanh'"),
+        (dict(ffn=("slim",)), "--ffn must be one of dense, sparse, half, narrow, wide, got 'slim'"),
+        (dict(lr="1e-2,1e-5", min_lr=1e-3), "--min-lr must not exceed --lr"),
+    ],
+)
+def test_bad_values_are_named(small, changes, words):
+    with pytest.raises(Sparse24Error, match=words):
+        resolve(small(**changes))
+
+
+def test_one_rate_is_a_number_and_arms_keep_their_plain_names(small):
+    s = resolve(small(lr="3e-3", compare=True))
+    assert s.lr == 3e-3 and s.min_lr == pytest.approx(3e-4) and s.arms == ("dense", "sparse")
+    several = resolve(small(lr="3e-3,1e-2,3e-3", compare=True))
+    assert list(several.runs) == ["dense@0.003", "dense@0.01", "sparse@0.003", "sparse@0.01"]
+    assert several.runs["dense@0.01"].min_lr == pytest.approx(1e-3)
