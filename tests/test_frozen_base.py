@@ -74,3 +74,80 @@ def test_a_recipe_can_start_at_a_later_step():
     assert recipe.step == 10 and recipe.phase == "dense"
     with pytest.raises(sparse24.Sparse24Error, match="step must be an integer, 0 or more"):
         recipe.start_at(-1)
+
+
+# -- adapters, through the trainers' callbacks ------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """LoRA as PEFT lays it around a layer."""
+
+    def __init__(self, base_layer, rank=2):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base_layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def with_adapters(model, names):
+    model.requires_grad_(False)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, Adapter(model.get_submodule(name)))
+    return model
+
+
+LLAMA_FFN = [f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")]
+
+
+@pytest.mark.fault(86, 88)
+@pytest.mark.parametrize("sparse_first", [True, False], ids=["sparsified before", "by the callback"])
+def test_the_trainers_callback_takes_a_frozen_base(tmp_path, sparse_first):
+    pytest.importorskip("accelerate")
+    from tiny_models import llama
+    from tiny_trainers import eval_loss, hf_trainer
+
+    def make():
+        model = llama()
+        if not sparse_first:
+            return with_adapters(model, ["model.layers.0.self_attn.q_proj"])
+        sparse24.sparsify(model)
+        return with_adapters(model, LLAMA_FFN)
+
+    trainer, callback = hf_trainer(tmp_path, make, steps=5)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
+    masks = masks_of(trainer.model)
+    trainer.train()
+    assert callback.recipe.step == 5 and callback.recipe.phase == "sparse" and sparse24.verify(trainer.model)
+    assert all(map(torch.equal, masks, masks_of(trainer.model)))
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.model.named_parameters() if n in frozen)
+    again, callback = hf_trainer(tmp_path, make, steps=8, override=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert callback.recipe.step == 8 and eval_loss(again) > 0
+
+
+@pytest.mark.fault(86, 88)
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+def test_lightnings_callback_takes_a_frozen_base(tmp_path):
+    pytest.importorskip("lightning")
+    from tiny_lightning import Regression, callback_of, loader, saving, trainer_of
+
+    def make():
+        return with_adapters(trained_base(), ["fc1", "fc2"])
+
+    module, callback = Regression(make), callback_of(dense_fraction=0.25)
+    masks = masks_of(module)
+    trainer_of(tmp_path, callback, saving(tmp_path), max_steps=10, enable_checkpointing=True).fit(module, loader())
+    assert callback.recipe.step == 10 and callback.recipe.phase == "sparse"
+    assert all(map(torch.equal, masks, masks_of(module))) and sparse24.verify(module)
+    fresh = Regression(make)
+    path = tmp_path / "step=10.ckpt"
+    result = trainer_of(tmp_path, callback_of(dense_fraction=0.25)).test(
+        fresh, loader(1), ckpt_path=path, verbose=False
+    )
+    with torch.no_grad():
+        expected = sum(module.loss(batch).item() for batch in loader(1)) / len(loader(1))
+    assert result[0]["loss"] == pytest.approx(expected, rel=1e-6)
