@@ -42,7 +42,7 @@ class Training:
         self.recipe = sparse24.Recipe(
             self.model, self.optimizer, total_steps=1_000_000, mask_interval=INTERVAL, dense_fraction=0
         )
-        self.count = self.recipe._count_flips
+        self.count = self.recipe._search._count
         self.ids = torch.randint(0, 50257, (SEQUENCES, LENGTH), device="cuda")
 
     def step(self) -> None:
@@ -53,7 +53,7 @@ class Training:
 
     def interval(self, mode: str) -> float:
         """Milliseconds a step over one interval."""
-        self.recipe._count_flips = (lambda step: None) if mode == "none" else self.count
+        self.recipe._search._count = (lambda step, progress: None) if mode == "none" else self.count
         self.recipe.block_flips = BlockFlips() if mode == "blocks" else None
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -74,7 +74,7 @@ class Training:
             if mode != "none":
                 self.count(self.recipe.step + 1)
             if mode in ("metrics", "blocks"):
-                self.recipe._gaps = None
+                self.recipe._search._gaps = None
                 self.recipe.metrics()
             torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - start))

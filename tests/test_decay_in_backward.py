@@ -248,13 +248,13 @@ def test_captured_steps_follow_the_schedule(monkeypatch):
     def replayed():
         """The kernels of a step, its packing included, and none of what the recipe does on the host."""
         with monkeypatch.context() as context:
-            context.setattr(recipe, "_finish_step", lambda step: None)
+            context.setattr(recipe._steps, "finish", lambda step: None)
             run(model, optimizer, 1, recipe.step)
         for layer in recipe.layers.values():
             layer._repack()
 
     with recipe.capturing(), monkeypatch.context() as context:
-        context.setattr(sparse24.recipe.recipe, "is_capturing", lambda: True)
+        context.setattr(sparse24.recipe.hooks, "is_capturing", lambda: True)
         optimizer.step()  # no gradients: nothing moves
     graph = Graph(replayed)
     for step in range(6):
@@ -270,7 +270,7 @@ def test_captured_steps_follow_the_schedule(monkeypatch):
 def test_graph_captured_without_a_decay_is_refused_once_there_is_one(monkeypatch):
     _, optimizer, recipe = make(decay=0.0)
     with recipe.capturing(), monkeypatch.context() as context:
-        context.setattr(sparse24.recipe.recipe, "is_capturing", lambda: True)
+        context.setattr(sparse24.recipe.hooks, "is_capturing", lambda: True)
         optimizer.step()
     recipe.decay = 0.1
     with pytest.raises(Sparse24Error, match="with no decay in backward, the next step is sparse with a decay in back"):

@@ -409,7 +409,7 @@ def _load_and_go_on(rank, folder, wrap):
     model, optimizer, recipe = wrapped_run(wrap, mvue=False, seed=1)
     load(folder, model, optimizer, recipe)
     loaded = outcome(model, recipe)
-    assert recipe.step == HALF and recipe.last_refresh == 2
+    assert recipe.step == HALF and recipe.last_search == 2
     steps(model, optimizer, HALF, STEPS, rank, world)
     assert sparse24.verify(model), str(sparse24.verify(model))
     return loaded, outcome(model, recipe)

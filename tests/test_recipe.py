@@ -152,7 +152,7 @@ def test_dense_steps_may_come_first_for_any_method():
     model, optimizer, recipe = make(lr=0.1, decay=0.5, dense_at="start")
     assert recipe.phase == "dense" and recipe.current_decay == 0.0
     run(model, optimizer, 3)
-    assert recipe.phase == "sparse" and recipe.current_decay == 0.5 and recipe.last_refresh == 3
+    assert recipe.phase == "sparse" and recipe.current_decay == 0.5 and recipe.last_search == 3
     assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), model.fc1.mask)
     assert sparse24.verify(model).phase == "sparse"
     run(model, optimizer, 9, 3)

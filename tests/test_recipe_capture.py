@@ -20,7 +20,7 @@ def capture(monkeypatch):
     """capture(step): run `step` as in a capture; returns the graph."""
 
     def run_captured(step):
-        monkeypatch.setattr(sparse24.recipe.recipe, "is_capturing", lambda: True)
+        monkeypatch.setattr(sparse24.recipe.hooks, "is_capturing", lambda: True)
         try:
             step()
         finally:
@@ -56,13 +56,13 @@ def test_captured_steps_are_counted_by_replay_and_refused_otherwise(capture):
 
 def capture_free(step, recipe):
     """One replay: the kernels of the step, its packing included, and none of what the recipe does on the host."""
-    finish, recipe._finish_step = recipe._finish_step, lambda step: None
+    finish, recipe._steps.finish = recipe._steps.finish, lambda step: None
     try:
         step()
         for layer in recipe.layers.values():
             layer._repack()
     finally:
-        recipe._finish_step = finish
+        recipe._steps.finish = finish
 
 
 @pytest.mark.parametrize(

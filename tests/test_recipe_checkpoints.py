@@ -76,7 +76,7 @@ def corrupt(state, key, value):
         ("step", -1, "corrupt"),
         ("phase", "warm", "corrupt: phase 'warm'"),
         ("decay", math.nan, "corrupt: decay nan"),
-        ("last_refresh", 1000, "corrupt"),
+        ("last_search", 1000, "corrupt"),
         ("masks", {}, "another model"),
         ("masks", {"fc1": torch.zeros(2, 2), "fc2": None}, "must be uint8 \\(8, 8\\), got torch.float32"),
         ("masks", {"fc1": torch.full((8, 8), 255, dtype=torch.uint8), "fc2": None}, "mask of fc1 is corrupt"),
@@ -161,7 +161,7 @@ def test_interrupt_inside_a_step_is_made_good_before_saving(monkeypatch):
     monkeypatch.undo()
     assert recipe.step == 3
     state = recipe.state_dict()
-    assert state["step"] == 4 and state["last_refresh"] == 4
+    assert state["step"] == 4 and state["last_search"] == 4
     assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), state["masks"]["fc1"])
     assert len(state["monitor"]["steps"]) == 1
     assert recipe.monitor.history() == twin_recipe.monitor.history() and recipe.monitor.rate() > 0

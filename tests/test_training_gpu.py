@@ -198,7 +198,7 @@ def test_captured_training_steps_are_the_eager_ones():
         captured.replay(step)
     train(twin, optimizer, 12)
     assert captured.recipe.step == recipe.step == 12
-    assert captured.recipe.last_refresh == recipe.last_refresh == 12
+    assert captured.recipe.last_search == recipe.last_search == 12
     assert sparse24.verify(captured.model)
     for ours, theirs in zip(captured.model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)

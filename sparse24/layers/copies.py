@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from ..errors import Sparse24Warning
 from . import packing
 from .forward import has_substituted_weight
-from .state import HOLDER, mask_of, state_of
+from .state import DENSE, HOLDER, SPARSE, mask_of, state_of
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
@@ -164,6 +165,15 @@ def fingerprint_of(layer) -> str | None:
         scales = [] if state.soft_scale is None else [state.soft_scale]
         state.fingerprint = (state.generation, fingerprint(state.phase, [mask], scales))
     return state.fingerprint[1]
+
+
+def fingerprint_of_layers(layers: Iterable) -> str:
+    """Of all layers of a model. Layers in different phases count as sparse."""
+    layers = list(layers)
+    states = [state_of(layer) for layer in layers]
+    phase = DENSE if all(state.phase == DENSE for state in states) else SPARSE
+    scales = [state.soft_scale for state in states if state.soft_scale is not None]
+    return fingerprint(phase, [mask_of(layer) for layer in layers], scales)
 
 
 def same_function(one: str, other: str) -> bool:

@@ -17,6 +17,7 @@ from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear
 from . import packing
+from .owners import weights_moved
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
 
 
@@ -51,21 +52,14 @@ class _SoftWeight(torch.autograd.Function):
 
 
 def check_weight_is_packed(layer: nn.Module) -> None:
-    """The alarm, eager only: say so when the weight is no longer the one that was packed.
+    """Eager only: pack a weight that was written since it was packed, and say that nobody has called the recipe.
 
     Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
     """
     weight, state = layer._parameters.get("weight"), state_of(layer)
     if weight is state.packed_weight:
         if state.stamp is not None and state.stamp != packing.stamp(weight):
-            state.stamp = None  # once per layer
-            warnings.warn(
-                "the weight of a sparse layer has changed since it was packed, and the packed form is what the "
-                "layer multiplies with; train with sparse24.Recipe, which re-packs after each optimizer step, or "
-                "call sparse24.refresh(model) after writing weights yourself",
-                Sparse24Warning,
-                stacklevel=5,
-            )
+            weights_moved(layer)
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(
             f"the weight of this sparse layer is a DTensor with placements {tuple(weight.placements)} in forward; "

@@ -5,15 +5,21 @@ The recipe stands above this room, so layers know it only as something that can 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable
 from typing import Protocol
+
+from ..errors import Sparse24Warning
 
 
 class Owner(Protocol):
     def detach(self) -> None: ...
 
+    def weights_moved(self) -> None: ...
 
+
+_told: weakref.WeakSet[object] = weakref.WeakSet()
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[Owner]] = weakref.WeakKeyDictionary()
 
 
@@ -28,6 +34,25 @@ def set_owner(layer, owner: Owner) -> None:
 
 def forget_owner(layer) -> None:
     _owners.pop(layer, None)
+
+
+def weights_moved(layer) -> None:
+    """A forward pass has found that the weight of `layer` was written since it was packed: pack it, and say so once."""
+    owner = owner_of(layer)
+    if owner is not None:
+        owner.weights_moved()
+        return
+    layer.pack_written()
+    if layer in _told or layer.shares_memory():
+        return
+    _told.add(layer)
+    warnings.warn(
+        "the weight of a sparse layer was written since it was packed, and no recipe trains it; it is packed anew now "
+        "and whenever this is seen, under its present mask. Train with sparse24.Recipe, or call "
+        "sparse24.refresh(model) after writing weights yourself, which compiled models need",
+        Sparse24Warning,
+        stacklevel=5,
+    )
 
 
 def end_recipes(layers: Iterable) -> None:

@@ -37,6 +37,10 @@ def packed_dtype(weight: Tensor, compute_dtype: torch.dtype | None = None) -> to
     return weight.dtype
 
 
+#: the stamp of a packed weight in shared memory, which other processes write without a trace (Hogwild)
+SHARED = (-1, -1)
+
+
 def stamp(weight: Tensor) -> tuple[int, int] | None:
     """Address and version of a weight, which most writes change; None where there is no version."""
     return None if weight.is_inference() else (weight.data_ptr(), weight._version)

@@ -200,6 +200,16 @@ class SparseLayer:
         state = state_of(self)
         return state.stamp is not None and state.stamp != packing.stamp(self._parameters["weight"])
 
+    def shares_memory(self) -> bool:
+        """Whether the packed weight lies in memory that other processes may write."""
+        return state_of(self).stamp == packing.SHARED
+
+    def pack_written(self) -> None:
+        """Pack a weight that somebody has written: in place under its mask, at another address as one that arrives."""
+        stamp = state_of(self).stamp
+        arrived = stamp is not None and not self.shares_memory() and stamp[0] != self.weight.data_ptr()
+        self._take_weights() if arrived else self._repack()
+
     def is_packed(self) -> bool:
         """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
         packed = self._buffers[PACKED]
@@ -277,6 +287,8 @@ class SparseLayer:
         else:
             state.packed_weight = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
         state.stamp = packing.stamp(weight) if type(weight) is nn.Parameter else None
+        if state.stamp is not None and weight.device.type == "cpu" and weight.is_shared():
+            state.stamp = packing.SHARED  # equal to that of no weight: it may have changed at any time
 
     # -- hooks: whatever changes the weight behind the recipe's back ------------------------------------------------
 

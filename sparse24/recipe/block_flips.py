@@ -34,11 +34,16 @@ class BlockFlips:
         """Plain numbers and tensors."""
         return {"refreshes": self.refreshes, "counts": [] if self.counts is None else [self.counts.clone()]}
 
-    def load_state_dict(self, state: dict, masks: list[Tensor]) -> None:
-        """Take up saved counts. Raises Sparse24Error when they are not of layers with these uint8 `masks`."""
+    def check_state(self, state: dict, masks: list[Tensor]) -> None:
+        """Raises Sparse24Error when saved counts are not of layers with these uint8 `masks`."""
         counts = state["counts"]
         if counts and counts[0].numel() != sum(mask.numel() // 2 for mask in masks):
             raise Sparse24Error("the counts of flips per block in the state are of other layers")
+
+    def load_state_dict(self, state: dict, masks: list[Tensor]) -> None:
+        """Take up saved counts; raises as `check_state`."""
+        self.check_state(state, masks)
+        counts = state["counts"]
         self.refreshes = state["refreshes"]
         self.counts = counts[0].to(masks[0].device, copy=True) if counts else None
 

@@ -9,8 +9,7 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
-from ..layers.copies import fingerprint, same_function
-from ..layers.modules import DENSE
+from ..layers.copies import fingerprint, fingerprint_of_layers, same_function
 
 __all__ = ["fingerprint_of", "fingerprint_of_state", "same_function"]
 
@@ -24,10 +23,7 @@ def fingerprint_of(model: nn.Module) -> str:
     layers = list(sparse_layers(model).values())
     if not layers:
         raise Sparse24Error(f"{type(model).__name__} has no sparse layers, and so no masks to tell apart")
-    phases = {layer.phase for layer in layers}
-    phase = DENSE if phases == {DENSE} else "sparse"
-    scales = [layer.soft_scale for layer in layers if layer.soft_scale is not None]
-    return fingerprint(phase, [layer.mask for layer in layers], scales)
+    return fingerprint_of_layers(layers)
 
 
 def fingerprint_of_state(state: dict) -> str:

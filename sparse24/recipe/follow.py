@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
-from ..layers.modules import SparseLayer
-from .state import check_state
+from ..layers.modules import SPARSE, SparseLayer
+from .state import check_state, renewed
 
 
 def follow(copy: nn.Module, *, like: nn.Module) -> int:
@@ -56,6 +56,7 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     changing nothing, for a state that is corrupt or of another model.
     """
     _check_module("model", model)
+    recipe_state = renewed(recipe_state)
     masks = recipe_state.get("masks") if isinstance(recipe_state, dict) else None
     if not isinstance(masks, dict) or not masks or not all(map(_is_matrix, masks.values())):
         raise Sparse24Error(
@@ -67,7 +68,8 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     layers = _layers_named(model, shapes, "the recipe state", {})
     scales = recipe_state["scales"] or [None] * len(layers)
     for (name, mask), scale in zip(checked.items(), scales, strict=True):
-        layers[name].take_state(recipe_state["phase"], mask, scale)
+        phase = SPARSE if name in recipe_state.get("frozen_layers", ()) else recipe_state["phase"]
+        layers[name].take_state(phase, mask, scale)
     return len(layers)
 
 

@@ -1,4 +1,4 @@
-"""Which optimizer a recipe hooks into, out of what it was given."""
+"""Which optimizer a recipe hooks into, out of what it was given: the one whose step() changes the sparse weights."""
 
 from __future__ import annotations
 
@@ -9,26 +9,24 @@ import torch
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers.modules import SparseLayer
 
+#: names under which wrappers keep the optimizer that they wrap
+INNER = ("optimizer", "base_optimizer", "_base_optimizer", "base", "_base", "_optimizer")
 
-def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.Optimizer:
-    """The optimizer, of one or several, that holds the sparse weights; unwraps accelerate's and Lightning's.
 
-    Where all sparse weights are frozen, under adapters that are trained, it is the first: its steps are what counts.
+def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
+    """[outermost wrapper, ..., the optimizer that is hooked], of the one in `optimizer` that holds the sparse weights.
+
+    optimizer  an optimizer, a wrapper around one (accelerate's, Lightning's, SAM, Lookahead, ...), or several in a list
+
+    With all sparse weights frozen nothing is changed by any optimizer, and the first one is taken, to count its steps.
+    Raises Sparse24Error where none holds a sparse weight, several do, or the one that does never runs its hooks.
     """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    unwrapped = []
-    for one in several:
-        while not hasattr(one, "_optimizer_step_pre_hooks") and isinstance(
-            inner := getattr(one, "optimizer", None), torch.optim.Optimizer
-        ):
-            one = inner
-        if not isinstance(one, torch.optim.Optimizer):
-            raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
-        unwrapped.append(one)
+    chains = [_unwrapped(one) for one in several]
+    if not chains:
+        raise Sparse24Error("optimizer is an empty list; give the optimizer that holds the sparse weights")
     wanted = {id(layer.weight) for layer in layers.values() if layer.weight.requires_grad}
-    if not wanted and unwrapped:
-        return unwrapped[0]
-    held = [one for one in unwrapped if wanted & {id(p) for group in one.param_groups for p in group["params"]}]
+    held = [chain for chain in chains if wanted & _parameters(chain[-1])] if wanted else chains[:1]
     if len(held) > 1:
         raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")
     if not held:
@@ -36,8 +34,7 @@ def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.
             "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before "
             "the weights were replaced?"
         )
-    in_it = {id(p) for group in held[0].param_groups for p in group["params"]}
-    left = [name for name, layer in layers.items() if id(layer.weight) in wanted - in_it]
+    left = [name for name, layer in layers.items() if id(layer.weight) in wanted - _parameters(held[0][-1])]
     if left:
         warnings.warn(
             f"the optimizer does not hold the weights of {', '.join(left[:4])} ({len(left)} sparse layers). If another "
@@ -47,3 +44,50 @@ def holding_optimizer(optimizer, layers: dict[str, SparseLayer]) -> torch.optim.
             stacklevel=3,
         )
     return held[0]
+
+
+def _unwrapped(optimizer) -> list:
+    """From the outermost wrapper to the optimizer to hook: the outermost one whose step() runs its hooks.
+
+    SAM is entered although its hooks run: its steps may be taken by `first_step` and `second_step`, and the decay
+    belongs to the gradient of the second, at the weights that are restored by then.
+    """
+    chain = [optimizer]
+    while not _runs_hooks(chain[-1]) or _is_sam(chain[-1]):
+        inner = _wrapped_by(chain[-1])
+        if inner is None or any(inner is one for one in chain):
+            break
+        chain.append(inner)
+    last = chain[-1]
+    if not isinstance(last, torch.optim.Optimizer):
+        raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}")
+    if not _runs_hooks(last):
+        raise Sparse24Error(
+            f"the step() of {type(last).__name__} runs no hooks, since torch.optim.Optimizer.__init__ was not called: "
+            "the recipe would never hear of a step; call super().__init__(params, defaults) in it, or give the recipe "
+            "the optimizer inside it"
+        )
+    return chain
+
+
+def _runs_hooks(optimizer) -> bool:
+    """Whether `Optimizer.__init__` has wrapped step() of its class, and the hooks have a place on the instance."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(type(optimizer).step, "hooked", False)
+
+
+def _is_sam(optimizer) -> bool:
+    return callable(getattr(optimizer, "first_step", None)) and callable(getattr(optimizer, "second_step", None))
+
+
+def _wrapped_by(optimizer):
+    """The optimizer inside `optimizer` that holds as many of its parameters."""
+    own = vars(optimizer) if hasattr(optimizer, "__dict__") else {}
+    named = [getattr(optimizer, name, None) for name in INNER]
+    for inner in (*named, *own.values()):
+        if isinstance(inner, torch.optim.Optimizer) or hasattr(inner, "param_groups"):
+            return inner
+    return None
+
+
+def _parameters(optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -69,6 +69,13 @@ def scheduled_decay(decay: float, schedule: str, progress: float) -> float:
     return decay
 
 
+def positive(name: str, value: int, least: int = 1) -> int:
+    """`value` as an int. Raises Sparse24Error, with the argument's name, for anything but an integer >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise Sparse24Error(f"{name} must be an integer, {least} or more, got {value!r}")
+    return int(value)
+
+
 def check_decay(decay: float) -> float:
     if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < math.inf:
         raise Sparse24Error(f"decay must be a finite number, 0 or more, got {decay!r}; 0 is plain straight-through")

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..convert import SparsifyReport, candidates, patterns, unwrap
 from ..errors import Sparse24Error
-from ..layers import packing
 from ..layers.modules import SparseLayer
 from . import monitor
+from .search import MaskSearch, WatchedLayer
 
 
 class MaskProbe:
@@ -39,8 +38,6 @@ class MaskProbe:
         include: str | Sequence[str] = "auto",
         exclude: str | Sequence[str] = (),
     ):
-        if not isinstance(mask_interval, int) or mask_interval < 1:
-            raise Sparse24Error(f"mask_interval must be an integer, 1 or more, got {mask_interval!r}")
         found = candidates(unwrap(model), include, patterns(exclude, "exclude"), SparsifyReport())
         self.layers = {name: layer for name, layer in found.items() if _fits(layer)}
         if not self.layers:
@@ -48,31 +45,33 @@ class MaskProbe:
                 f"no dense layer of {type(model).__name__} could be 2:4; a probe wants a dense model, and name layers "
                 'yourself, as in include=("*mlp*",), if their structure is not known'
             )
-        self.mask_interval = mask_interval
-        self.step = self.last_refresh = 0
-        self.monitor = monitor.FlipMonitor(self.layers, (layer.weight.numel() for layer in self.layers.values()))
-        self.masks = self._search()
-        self._gaps: tuple[int, dict[str, float]] | None = None
+        watched = {name: WatchedLayer(layer) for name, layer in self.layers.items()}
+        self._search = MaskSearch(watched, mask_interval, applied=False)
+        self._search.begin(0)
+        self.step = 0
         self._hook = None if optimizer is None else optimizer.register_step_post_hook(self._post_hook)
+
+    @property
+    def monitor(self) -> monitor.FlipMonitor:
+        return self._search.monitor
+
+    @property
+    def mask_interval(self) -> int:
+        return self._search.interval
 
     def after_step(self, step: int | None = None) -> None:
         """After optimizer step number `step` (default: one more): every `mask_interval` steps search and count."""
         self.step = self.step + 1 if step is None else step
-        if self.step % self.mask_interval == 0:
-            masks = self._search()
-            flips = ops.foreach_mask_flips(list(self.masks.values()), list(masks.values()))
-            self.monitor.push(flips, self.step, self.step - self.last_refresh, None)
-            self.masks, self.last_refresh = masks, self.step
+        if self._search.is_due(self.step):
+            self._search.again(self.step, None)
 
     def metrics(self) -> dict[str, float]:
         """flip_rate, flip_rate_per_step, mask_age and gap_q10, gap_q50, gap_q90, as `Recipe.metrics` has them."""
-        if self._gaps is None or self._gaps[0] != self.last_refresh:
-            self._gaps = (self.last_refresh, monitor.gap_quantiles(list(self._weights().values())))
         return {
             "flip_rate": self.monitor.rate(),
             "flip_rate_per_step": self.monitor.rate_per_step(),
-            "mask_age": float(self.step - self.last_refresh),
-            **self._gaps[1],
+            "mask_age": float(self.step - self._search.last),
+            **self._search.gap_quantiles(),
         }
 
     def detach(self) -> None:
@@ -83,37 +82,26 @@ class MaskProbe:
 
     def state_dict(self) -> dict:
         """Step, masks and flip history: plain numbers, strings and tensors."""
-        masks = {name: packing.mask_bytes(mask).clone() for name, mask in self.masks.items()}
-        return {
-            "step": self.step,
-            "last_refresh": self.last_refresh,
-            "masks": masks,
-            "monitor": self.monitor.state_dict(),
-        }
+        masks = {name: layer.mask.clone() for name, layer in self._search.layers.items()}
+        return {"step": self.step, "masks": masks, **self._search.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Take up a saved state. Raises Sparse24Error, changing nothing, for a state of another model."""
-        expected = {name: packing.mask_bytes(mask).shape for name, mask in self.masks.items()}
-        if {name: mask.shape for name, mask in state["masks"].items()} != expected:
+        layers = self._search.layers
+        if {name: mask.shape for name, mask in state["masks"].items()} != {
+            n: la.mask.shape for n, la in layers.items()
+        }:
             raise Sparse24Error("the state of the probe is of another model: its masks have other names or shapes")
-        self.monitor.check_state(state["monitor"])
-        self.monitor.load_state_dict(state["monitor"])
-        self.step, self.last_refresh, self._gaps = state["step"], state["last_refresh"], None
+        self._search.check_state(state, list(state["masks"].values()))
         for name, mask in state["masks"].items():
-            self.masks[name] = packing.mask_bits(mask.to(self.masks[name].device, copy=True))
+            layers[name].take_mask(mask.to(layers[name].mask.device))
+        self._search.load_state_dict(state)
+        self.step = state["step"]
 
     def _post_hook(self, optimizer, args, kwargs) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer that has skipped the step
         if found_inf is None or float(found_inf) == 0:
             self.after_step()
-
-    @torch.no_grad()
-    def _weights(self) -> dict[str, Tensor]:
-        weights = {name: layer.weight.detach() for name, layer in self.layers.items()}
-        return {name: w.full_tensor() if packing.is_dtensor(w) else w for name, w in weights.items()}
-
-    def _search(self) -> dict[str, Tensor]:
-        return {name: ops.transposable_mask(weight) for name, weight in self._weights().items()}
 
 
 def _fits(layer: nn.Module) -> bool:

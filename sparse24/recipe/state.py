@@ -1,4 +1,4 @@
-"""Checking and restoring what `Recipe.state_dict` saves: plain ints, floats, strings and tensors, nothing pickled."""
+"""What `Recipe.state_dict` saves, its checks and its loading: plain numbers, strings and tensors, nothing pickled."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers.modules import DENSE, SPARSE
+from ..layers import packing
+from ..layers.modules import DENSE, SPARSE, SparseLayer
+from .decay import MaskedDecay
+from .methods import FrozenSecondMoment
+from .phases import check_decay
+from .search import MaskSearch
+from .steps import Steps
 
 VERSION = 1
 #: what settings were before there was a choice: states of that time lack them
 OLDER_SETTINGS = {"decay_in": "step"}
+#: keys of older states -> their names now
+OLDER_KEYS = {"last_refresh": "last_search"}
 KEYS = {
     "version": int,
     "step": int,
     "phase": str,
     "settings": dict,
     "decay": float,
-    "last_refresh": int,
+    "last_search": int,
     "masks_frozen": bool,
     "masks": dict,
     "monitor": dict,
@@ -28,6 +36,101 @@ KEYS = {
     "frozen_moment": list,
     "rng": dict,
 }
+
+
+Layers = dict[str, SparseLayer]
+
+
+def check_layers(layers: Layers) -> None:
+    """`densify` ends a recipe: its masks are gone."""
+    dense = [name for name, layer in layers.items() if not isinstance(layer, SparseLayer)]
+    if dense:
+        raise Sparse24Error(
+            f"layers of this recipe are dense again ({', '.join(dense[:4])}); sparsify the model, make a new "
+            "recipe and load a state that was saved before"
+        )
+
+
+def settings_of(steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
+    """What a state must agree with to be taken up."""
+    return {
+        "method": steps.method.name,
+        "total_steps": steps.phases.total_steps,
+        "sparse_from": steps.phases.sparse_from,
+        "sparse_until": steps.phases.sparse_until,
+        "mask_interval": search.interval,
+        "decay_schedule": decay.schedule,
+        "decay_in": decay.decay_in,
+    }
+
+
+def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
+    """See `Recipe.state_dict`; `layers` are all of the recipe, frozen ones too."""
+    check_layers(layers)
+    steps.finish_interrupted()
+    scales = [layer.soft_scale for layer in layers.values() if layer.soft_scale is not None]
+    frozen = [name for name in layers if name not in steps.layers]
+    return {
+        "version": VERSION,
+        "step": steps.taken,
+        "phase": steps.phase,
+        "settings": settings_of(steps, search, decay),
+        "decay": decay.value,
+        "masks": {name: layer.mask.clone() for name, layer in layers.items()},
+        "scales": [scale.clone() for scale in scales],
+        "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
+        "rng": rng_state(next(iter(layers.values())).weight.device),
+        **search.state_dict(),
+        **({"frozen_layers": frozen} if frozen else {}),
+    }
+
+
+def load(
+    state: dict,
+    layers: Layers,
+    steps: Steps,
+    search: MaskSearch,
+    decay: MaskedDecay,
+    *,
+    override: bool,
+    rng: bool,
+) -> None:
+    """See `Recipe.load_state_dict`."""
+    check_layers(layers)
+    state = renewed(state)
+    shapes = [weight.shape for weight in steps.weights()]
+    masks = {name: layer.mask for name, layer in layers.items()}
+    masks = check_state(state, settings_of(steps, search, decay), masks, override, shapes)
+    planned = steps.phase_at(state["step"])
+    if state["phase"] != planned and not override:
+        raise Sparse24Error(
+            f"the state was saved in the {state['phase']} phase, but step {state['step']} of this recipe is "
+            f"{planned}; make the recipe with the same settings, or pass override=True to follow this recipe"
+        )
+    search.check_state(state, [masks[name] for name in search.layers])
+    for name, layer in layers.items():
+        layer.take_mask(masks[name])
+        layer.keep_mask()
+    if steps.method.soft and state["scales"]:
+        for layer, scale in zip(layers.values(), state["scales"], strict=True):
+            layer.set_soft_scale(scale)
+    decay.value = check_decay(state["decay"])
+    search.load_state_dict(state)
+    # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
+    steps.go_to(state["step"], search=planned != state["phase"])
+    if steps.frozen_moment is not None and state["frozen_moment"]:
+        steps.frozen_moment = FrozenSecondMoment(steps.optimizer, steps.weights(), state["frozen_moment"])
+    packing.pack([layer for name, layer in layers.items() if name not in steps.layers], search=False)
+    decay.write(steps.current_decay)
+    if rng:
+        restore_rng(state["rng"], next(iter(layers.values())).weight.device)
+
+
+def renewed(state: dict) -> dict:
+    """A state under the keys of now, where an older version has written it."""
+    if not isinstance(state, dict):
+        return state
+    return {OLDER_KEYS.get(key, key): value for key, value in state.items()}
 
 
 def check_state(
@@ -48,10 +151,10 @@ def check_state(
     for key, kind in KEYS.items():
         if type(state[key]) is not kind:
             raise Sparse24Error(f"{key!r} of the recipe state must be {kind.__name__}, got {type(state[key]).__name__}")
-    if state["phase"] not in (SPARSE, DENSE) or state["step"] < 0 or not 0 <= state["last_refresh"] <= state["step"]:
+    if state["phase"] not in (SPARSE, DENSE) or state["step"] < 0 or not 0 <= state["last_search"] <= state["step"]:
         raise Sparse24Error(
             f"the recipe state is corrupt: phase {state['phase']!r}, step {state['step']}, "
-            f"last_refresh {state['last_refresh']}"
+            f"last_search {state['last_search']}"
         )
     if not 0 <= state["decay"] < math.inf:
         raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")

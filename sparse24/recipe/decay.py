@@ -1,0 +1,163 @@
+"""Masked decay: how strong it is at a step, where it is added, and the adding.
+
+gradient += decay * (1 - mask) * weight        or, for SR-STE:        weight -= lr * decay * (1 - mask) * weight
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import Sparse24Error
+from ..layers import packing, sharding
+from ..layers.modules import SparseLayer
+from .methods import Method
+from .phases import SCHEDULES, check_decay, positive, scheduled_decay
+
+#: where the decay is added to a gradient
+DECAY_IN = ("step", "backward")
+
+
+def unique_weights(layers: dict[str, SparseLayer]) -> list[SparseLayer]:
+    """One layer for each weight: two may share one (allow_tied), whose gradient gets the decay once."""
+    return list({id(layer.weight): layer for layer in layers.values()}.values())
+
+
+class MaskedDecay:
+    """The decay of a recipe's layers.
+
+    layers         those that are trained
+    value          the factor before its schedule; `schedule` and the settings as in `Recipe`
+    decay_in       "step": added by `add`, to final gradients or to weights. "backward": backward adds it, multiplied by
+                   the float32 [1] that `write` fills and all layers of a device share
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, SparseLayer],
+        method: Method,
+        value: float,
+        *,
+        schedule: str,
+        decay_in: str,
+        micro_batches: int,
+    ):
+        if schedule not in SCHEDULES:
+            raise Sparse24Error(f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        self.layers, self.method = layers, method
+        self.schedule, self.decay_in = schedule, decay_in
+        self.micro_batches = positive("micro_batches", micro_batches)
+        self.value = check_decay(value)
+        self._written: float | None = None  # what the layers' `decay_factor` holds
+        self._check_place()
+
+    def _check_place(self) -> None:
+        if self.decay_in not in DECAY_IN:
+            raise Sparse24Error(f"decay_in must be one of {', '.join(DECAY_IN)}, got {self.decay_in!r}")
+        if self.decay_in == "step":
+            return
+        if self.method.decay_on != "gradient":
+            raise Sparse24Error(
+                f"decay_in='backward' adds the decay to gradients, where method={self.method.name!r} has none; leave "
+                "decay_in='step'"
+            )
+        if len(unique_weights(self.layers)) < len(self.layers):
+            raise Sparse24Error(
+                "decay_in='backward' would decay a weight that several layers share once for each of them; use "
+                "decay_in='step'"
+            )
+
+    def current(self, progress: float) -> float:
+        """The factor at `progress` in [0, 1] of the sparse steps; 0 for methods without decay."""
+        return scheduled_decay(self.value, self.schedule, progress) if self.method.decay_on else 0.0
+
+    # -- in the optimizer's step ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def add(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
+        """Before the step of `optimizer`, on gradients that are final: accumulated, un-scaled (or fused), clipped."""
+        if self.decay_in == "backward":
+            _check_not_scaled(optimizer)
+            return
+        if factor == 0:
+            return
+        trained = [layer for layer in unique_weights(self.layers) if layer.weight.grad is not None]
+        if self.method.decay_on == "gradient":
+            # A fused optimizer un-scales inside its kernel: what is added before must be scaled too.
+            gradients = [layer.weight.grad for layer in trained]
+            _add_to(gradients, trained, factor, getattr(optimizer, "grad_scale", None))
+        else:
+            _decay_weights(optimizer, trained, factor)
+
+    # -- in backward --------------------------------------------------------------------------------------------------
+
+    def write(self, factor: float) -> None:
+        """Tell backward the decay of the next step. It is read from memory, so that compiled code and CUDA graphs stay
+        as they are while it changes; there is nothing to read as long as the decay is 0.
+        """
+        if self.decay_in == "step":
+            return
+        factor /= self.micro_batches
+        made = {}
+        for layer in self.layers.values():
+            if layer.decay_factor is None and self.value > 0:
+                device = layer.mask.device
+                if device not in made:
+                    made[device] = torch.full((1,), factor, dtype=torch.float32, device=device)
+                layer.set_decay(made[device])
+        if factor == self._written:
+            return
+        for tensor in {id(layer.decay_factor): layer.decay_factor for layer in self.layers.values()}.values():
+            if tensor is not None:
+                tensor.data.fill_(factor)  # .data: a forward that has saved it wants the present value
+        self._written = factor
+
+    def is_read(self) -> bool:
+        """Whether backward reads a decay from memory."""
+        return any(layer.decay_factor is not None for layer in self.layers.values())
+
+    def leave(self) -> None:
+        """Let backward add nothing any more."""
+        for layer in self.layers.values():
+            if isinstance(layer, SparseLayer):
+                layer.set_decay(None)
+
+
+def _check_not_scaled(optimizer: torch.optim.Optimizer) -> None:
+    if any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf")):
+        raise Sparse24Error(
+            "the gradients are scaled by a GradScaler, and decay_in='backward' has added a decay that is not: the "
+            "optimizer would un-scale it too; use bfloat16 without a scaler, or decay_in='step'"
+        )
+
+
+def _add_to(targets: list[Tensor], layers: list[SparseLayer], factor: float, scale: Tensor | None) -> None:
+    """targets[i] += factor * (1 - mask) * weight of layers[i], times `scale` where given."""
+    plain = []
+    for layer, target in zip(layers, targets, strict=True):
+        if packing.is_dtensor(layer.weight):
+            sharding.decay_shard(layer, target, factor, scale)
+        else:
+            plain.append((layer, layer.as_kernel_sees(target)))
+    if plain:
+        ops.foreach_masked_decay_(
+            [target for _, target in plain],
+            [layer.kernel_weight() for layer, _ in plain],
+            [packing.mask_bits(layer.mask) for layer, _ in plain],
+            factor,
+            scale,
+        )
+
+
+def _decay_weights(optimizer: torch.optim.Optimizer, trained: list[SparseLayer], decay: float) -> None:
+    """weight -= lr * decay * (1 - mask) * weight, with the learning rate of each weight's own group."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    keep = None if found_inf is None else 1.0 - (found_inf > 0).float()  # a skipped step must not decay either
+    layers = {id(layer.weight): layer for layer in trained}
+    for group in optimizer.param_groups:
+        chosen = [layers[id(p)] for p in group["params"] if id(p) in layers]
+        if chosen:
+            terms = [torch.zeros_like(layer.weight) for layer in chosen]
+            _add_to(terms, chosen, float(group["lr"]) * decay, keep)
+            torch._foreach_sub_([sharding.local(layer.weight) for layer in chosen], [*map(sharding.local, terms)])

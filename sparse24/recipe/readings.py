@@ -1,0 +1,112 @@
+"""What users read of a recipe: where it is, its metrics, and what it writes for TensorBoard and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..layers import copies
+from ..layers.modules import DENSE
+from . import monitor
+from .block_flips import BlockFlips
+from .decay import MaskedDecay
+from .search import MaskSearch
+from .state import check_layers
+from .steps import Steps
+
+
+class Readings:
+    """The part of `Recipe` that changes nothing. A mixin: the fields are those of the recipe."""
+
+    layers: dict
+    _steps: Steps
+    _search: MaskSearch
+    _decay: MaskedDecay
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self._steps.taken
+
+    @property
+    def phase(self) -> str:
+        """ "sparse" or "dense": the phase of the next step."""
+        return self._steps.phase
+
+    @property
+    def current_decay(self) -> float:
+        """The factor that the next step uses."""
+        return self._steps.current_decay
+
+    @property
+    def decay_in(self) -> str:
+        return self._decay.decay_in
+
+    @property
+    def mask_interval(self) -> int:
+        return self._search.interval
+
+    @property
+    def last_search(self) -> int:
+        """Optimizer steps taken when the masks were searched last."""
+        return self._search.last
+
+    @property
+    def masks_frozen(self) -> bool:
+        return self._search.frozen
+
+    @property
+    def monitor(self) -> monitor.FlipMonitor:
+        """The flip rates: for CSV, TensorBoard and pictures."""
+        return self._search.monitor
+
+    @property
+    def block_flips(self) -> BlockFlips | None:
+        """The flips of each 4x4 block, of a recipe made with track_blocks=True; else None."""
+        return self._search.block_flips
+
+    @property
+    def events(self) -> list[dict]:
+        """What the flip-rate monitor has noticed: exploding and frozen masks, with the names of the layers."""
+        return self.monitor.events
+
+    def on_event(self, listener: Callable[[dict], None]) -> None:
+        """Call `listener(event)` on each; it may set `recipe.decay`, which nothing else ever changes."""
+        self.monitor.listeners.append(listener)
+
+    def metrics(self) -> dict[str, float]:
+        """Floats for a log. Reading the flip rate and the gaps waits for the device, so call it when you log.
+
+        flip_rate, flip_rate_per_step  part of the weights whose mask changed at the last search; that by its steps
+        decay      the factor that the next step uses       phase     0 sparse, 1 dense
+        mask_age   steps since the masks were searched      step      optimizer steps taken
+        gap_q10, gap_q50, gap_q90  quantiles over 4x4 blocks of the magnitude between the best and the next pattern
+        """
+        check_layers(self.layers)
+        return {
+            "flip_rate": self.monitor.rate(),
+            "flip_rate_per_step": self.monitor.rate_per_step(),
+            "decay": float(self.current_decay),
+            "phase": float(self.phase == DENSE),
+            "mask_age": float(self.step - self.last_search),
+            "step": float(self.step),
+            **self._search.gap_quantiles(),
+        }
+
+    def fingerprint(self) -> str:
+        """Phase and masks as a short text, to store with weights and to compare when they are loaded."""
+        check_layers(self.layers)
+        return copies.fingerprint_of_layers(self.layers.values())
+
+    def write_tensorboard(self, writer, prefix: str = "sparse24") -> None:
+        """All of `metrics()` to a `torch.utils.tensorboard.SummaryWriter`, at the current step; the flip rate of each
+        layer, and histograms of these and of the gaps of 4x4 blocks.
+        """
+        for name, value in self.metrics().items():
+            if name != "step":
+                writer.add_scalar(f"{prefix}/{name}", value, self.step)
+        self.monitor.write_tensorboard(writer, prefix)
+        writer.add_histogram(f"{prefix}/gap", self._search.gaps_by(monitor.gap_sample).cpu(), self.step)
+
+    def plot_flips_against_gap(self, path) -> None:
+        """A picture of which blocks flip; needs track_blocks=True. Raises Sparse24Error before the first search."""
+        self._search.plot_blocks(path)

@@ -1,0 +1,135 @@
+"""The count of optimizer steps, and what each step leaves: layers packed, masks searched when due, the right phase."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..layers import packing, sharding
+from ..layers.modules import DENSE, SPARSE, SparseLayer
+from .decay import MaskedDecay, unique_weights
+from .methods import FrozenSecondMoment, Method
+from .phases import Phases
+from .ranks import check_ranks
+from .search import MaskSearch
+
+
+class Steps:
+    """Where a training is: how many steps are taken, which phase the layers are in.
+
+    layers       those that are trained
+    check_every  every so many steps all ranks compare their masks; 0: never
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, SparseLayer],
+        optimizer: torch.optim.Optimizer,
+        method: Method,
+        phases: Phases,
+        search: MaskSearch,
+        decay: MaskedDecay,
+        *,
+        sharded: list[nn.Module],
+        check_every: int = 0,
+    ):
+        self.layers, self.optimizer, self.method, self.phases = layers, optimizer, method, phases
+        self.search, self.decay, self.sharded, self.check_every = search, decay, sharded, check_every
+        self.taken = 0
+        self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
+        self._entered = ""  # the phase that all layers are in
+        self._unfinished: int | None = None  # the step that an interrupt has left half done
+
+    @property
+    def phase(self) -> str:
+        """The phase of the next step."""
+        return self.phase_at(self.taken)
+
+    def phase_at(self, step: int) -> str:
+        return DENSE if self.method.probes else self.phases.at(step)
+
+    def progress(self, step: int) -> float:
+        """Part of the sparse steps that is done after `step` steps; not clamped."""
+        return (step - self.phases.sparse_from) / max(1, self.phases.sparse_steps)
+
+    @property
+    def current_decay(self) -> float:
+        """The factor that the next step uses."""
+        return 0.0 if self.phase == DENSE else self.decay.current(self.progress(self.taken))
+
+    # -- around a step -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before(self) -> None:
+        """Before the optimizer's step, once the gradients are final."""
+        self.finish_interrupted()
+        if self.frozen_moment is not None:
+            self.frozen_moment.before_step()
+        self.decay.add(self.optimizer, self.current_decay)
+
+    def after(self) -> None:
+        """After the optimizer's step."""
+        if self.frozen_moment is not None:
+            self.frozen_moment.after_step()
+        # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            for layer in self.layers.values():  # written to, perhaps, but not changed
+                layer.note_packed()
+            return
+        self.finish(self.taken + 1)
+
+    def finish(self, step: int, *, packed: bool = False) -> None:
+        """All that belongs to optimizer step number `step`; the count moves last. `packed`: values are packed already.
+
+        An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is
+        harmless: masks and packed forms depend on the weights alone.
+        """
+        sharding.reshard(self.sharded)
+        self._unfinished = step
+        phase = self.phase_at(step)
+        if phase != self._entered:
+            self.taken = step
+            self.enter(phase, search=True)
+        elif phase == SPARSE or self.method.probes:
+            if self.search.is_due(step):
+                self.search.again(step, None if self.method.probes else self.progress(step))
+            elif phase == SPARSE and not packed:
+                packing.pack(self.layers.values(), search=False)
+            for layer in self.layers.values():
+                layer.keep_mask()
+        if self.check_every and step % self.check_every == 0:
+            check_ranks(self.layers)
+        self.taken = step
+        self.decay.write(self.current_decay)
+        self._unfinished = None
+
+    def finish_interrupted(self) -> None:
+        if self._unfinished is not None:
+            self.finish(self._unfinished)
+
+    def enter(self, phase: str, *, search: bool) -> None:
+        """Set the phase of every layer; entering the sparse one packs, and searches masks if asked to."""
+        if search and (phase == SPARSE or self.method.probes):
+            self.search.begin(self.taken)
+        elif phase == SPARSE:
+            packing.pack(self.layers.values(), search=False)
+        self.frozen_moment = None
+        if phase == SPARSE and self.method.freezes_second_moment:
+            self.frozen_moment = FrozenSecondMoment(self.optimizer, self.weights())
+        for layer in self.layers.values():
+            layer.enter(phase)
+        self._entered = phase
+
+    def weights(self) -> list[torch.Tensor]:
+        return [layer.weight for layer in unique_weights(self.layers)]
+
+    def repack(self) -> None:
+        """After weights have moved between two steps: pack them under the masks of now."""
+        if self._entered == SPARSE:
+            packing.pack(self.layers.values(), search=False)
+
+    def go_to(self, step: int, *, search: bool) -> None:
+        """Be after `step` steps, in the phase that belongs there."""
+        self.taken, self._unfinished = step, None
+        self.enter(self.phase, search=search)

@@ -1,0 +1,79 @@
+"""Which layers a recipe trains, one recipe a layer, and what is said of layers that something else writes."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import nn
+
+from ..convert import sparse_layers
+from ..errors import Sparse24Error, Sparse24Warning
+from ..layers.modules import SparseLayer
+from ..layers.owners import owner_of, set_owner
+
+Layers = dict[str, SparseLayer]
+
+
+def trainable_layers(model: nn.Module) -> Layers:
+    """The sparse layers of `model`; raises Sparse24Error where there are none, or their weights are no parameters."""
+    if not isinstance(model, nn.Module):
+        raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    layers = sparse_layers(model)
+    if not layers:
+        raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
+    computed = [name for name, layer in layers.items() if layer._parameters.get("weight") is None]
+    if computed:
+        raise Sparse24Error(
+            f"the weights of {', '.join(computed[:4])} are computed from other parameters (weight_norm, parametrize or "
+            "prune), and a recipe decays and packs parameters; remove that, or exclude these layers from sparsify"
+        )
+    return layers
+
+
+def take_over(recipe, takeover: bool) -> None:
+    """Of two recipes of a layer both would add the decay: a run that is over, or of another optimizer, ends here."""
+    others = {id(other): other for layer in recipe.layers.values() if (other := owner_of(layer)) is not None}
+    for other in others.values():
+        goes_on = other.optimizer is recipe.optimizer and other.step < other.phases.total_steps
+        if goes_on and not takeover:
+            raise Sparse24Error(
+                f"this model and optimizer have a recipe already, which is at step {other.step} of "
+                f"{other.phases.total_steps}; use that one, call its detach() first, or pass takeover=True to put this "
+                "one in its place"
+            )
+        other.detach()
+    for layer in recipe.layers.values():
+        set_owner(layer, recipe)
+
+
+def pack_moved(layers: Layers, step: int, optimizer: torch.optim.Optimizer, *, tell: bool) -> bool:
+    """Pack the layers whose weights were written since they were packed; returns whether it has said so.
+
+    Weights in shared memory are packed without a word: other processes train them, and leave no trace.
+    """
+    moved = {name: layer for name, layer in layers.items() if layer.weight_has_changed()}
+    for layer in moved.values():
+        layer.pack_written()
+    if not tell or all(layer.shares_memory() for layer in moved.values()):
+        return False
+    warnings.warn(
+        f"the weights of {', '.join(list(moved)[:4])} ({len(moved)} sparse layers) were written after step {step} of "
+        f"{type(optimizer).__name__}, whose step() this recipe counts, by something that it does not hear of. They are "
+        "packed anew, now and whenever this is seen, under the masks of that step. If another optimizer trains them, "
+        "its steps are not counted and get no decay: make the recipe with it. If you write them yourself, call "
+        "sparse24.refresh(model) afterwards, which compiled models need",
+        Sparse24Warning,
+        stacklevel=7,
+    )
+    return True
+
+
+def tell_frozen(layers: Layers) -> None:
+    """A recipe over frozen layers is right under adapters, and a mistake otherwise."""
+    warnings.warn(
+        f"the weights of all {len(layers)} sparse layers are frozen: their masks and their phase stay, and nothing "
+        "decays. If they should be trained, requires_grad_() them before the recipe is made",
+        Sparse24Warning,
+        stacklevel=3,
+    )
