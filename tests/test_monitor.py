@@ -129,3 +129,72 @@ def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
         wider.block_flips.load_state_dict(
             recipe.block_flips.state_dict(), [layer.mask for layer in wider.layers.values()]
         )
+
+
+# -- thresholds, just below and just above ----------------------------------------------------------------------------
+
+
+def events_of(rates, progress, size=1_000_000):
+    """Kinds of events of one layer whose flip rates are `rates`, each at the `progress` beside it."""
+    monitor = FlipMonitor(["a"], [size])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i, (rate, done) in enumerate(zip(rates, progress, strict=True)):
+            monitor.push(torch.tensor([round(rate * size)]), i + 1, 1, done)
+        monitor.rate()
+    return [event["kind"] for event in monitor.events]
+
+
+@pytest.mark.parametrize(
+    "rate, progress, events",
+    [
+        (0.101, 0.51, ["explosion"]),
+        (0.099, 0.51, []),  # not high
+        (0.101, 0.49, []),  # early
+    ],
+)
+def test_explosion_begins_at_its_rate_and_its_part_of_the_run(rate, progress, events):
+    assert events_of([rate] * 5, [0.0] * 4 + [progress]) == events
+    assert events_of([rate] * 4, [progress] * 4) == []  # too few to tell
+
+
+def test_a_rate_that_has_fallen_from_its_peak_is_no_explosion():
+    peak = 0.4
+    assert events_of([peak] + [0.89 * peak] * 5, [0.0] * 5 + [0.9]) == []
+    assert events_of([peak] + [0.91 * peak] * 5, [0.0] * 5 + [0.9]) == ["explosion"]
+
+
+@pytest.mark.parametrize(
+    "rate, progress, events",
+    [
+        (0.24e-4, 0.39, ["frozen"]),
+        (0.26e-4, 0.39, []),  # moves
+        (0.24e-4, 0.41, []),  # late: masks may settle
+    ],
+)
+def test_frozen_is_below_its_rate_in_the_first_part_of_the_run(rate, progress, events):
+    assert events_of([rate] * 5, [0.5] * 4 + [progress]) == events
+
+
+def test_peaks_and_reports_come_back_with_the_state():
+    """A peak of before still counts after loading, and what was told is not told again."""
+    first = FlipMonitor(["a"], [1000])
+    first.push(torch.tensor([400]), 1, 1, 0.1)
+    again = FlipMonitor(["a"], [1000])
+    again.load_state_dict(first.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(2, 8):
+            again.push(torch.tensor([300]), step, 1, 0.9)
+        assert again.rate() == 0.3 and not again.events
+    told = FlipMonitor(["a"], [1000])
+    with pytest.warns(Sparse24Warning, match="do not settle"):
+        for step in range(1, 7):
+            told.push(torch.tensor([300]), step, 1, 0.9)
+        told.rate()
+    again = FlipMonitor(["a"], [1000])
+    again.load_state_dict(told.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.push(torch.tensor([300]), 7, 1, 0.9)
+        assert again.rate() == 0.3 and not again.events

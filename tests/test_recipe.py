@@ -189,6 +189,23 @@ def test_decay_schedules(schedule, halfway):
     assert recipe.metrics()["decay"] == pytest.approx(4.0 * halfway)
 
 
+@pytest.mark.parametrize("schedule, halfway", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
+def test_decay_schedules_run_over_the_sparse_steps_alone(schedule, halfway):
+    model, optimizer, recipe = make(decay=2.0, decay_schedule=schedule, dense_fraction=0.5, total_steps=16)
+    run(model, optimizer, 4)
+    assert recipe.current_decay == pytest.approx(2.0 * halfway)
+    run(model, optimizer, 4, first=4)
+    assert recipe.current_decay == 0.0 and recipe.phase == "dense"
+
+
+def test_a_decay_that_was_set_comes_back_with_the_state():
+    *_, recipe = make(decay=2.0)
+    recipe.decay = 0.5
+    *_, again = make(decay=2.0)
+    again.load_state_dict(recipe.state_dict())
+    assert again.decay == again.current_decay == 0.5
+
+
 # -- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +222,7 @@ def test_decay_schedules(schedule, halfway):
         (dict(total_steps=0), "total_steps must be the number of optimizer steps"),
         (dict(dense_fraction=1.5), "dense_fraction must lie in"),
         (dict(dense_fraction=math.nan), "dense_fraction must lie in"),
-        (dict(method="magic"), "method must be one of fst, ste, sr-ste, step, s-ste, dense, got 'magic'"),
+        (dict(method="magic"), "method must be one of fst, ste, sr-ste, step, s-ste, mvue, dense, got 'magic'"),
         (dict(decay_schedule="exp"), "decay_schedule must be one of"),
         (dict(dense_at="middle"), "dense_at must be one of"),
         (dict(check_ranks_every=-1), "check_ranks_every must be an integer, 0 or more"),

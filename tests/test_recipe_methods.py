@@ -135,3 +135,18 @@ def test_dense_method_trains_dense_and_only_watches_the_masks():
     assert torch.equal(plain.fc1.weight, model.fc1.weight)
     assert recipe.metrics()["flip_rate"] > 0 and recipe.phase == "dense"
     assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), model.fc1.mask)
+
+
+def test_sr_ste_decays_each_group_at_its_own_learning_rate():
+    model = MLP()
+    sparse24.sparsify(model)
+    groups = [{"params": [model.fc1.weight], "lr": 0.5}, {"params": [model.fc2.weight], "lr": 0.1}]
+    optimizer = torch.optim.SGD(groups)
+    sparse24.Recipe(model, optimizer, total_steps=4, method="sr-ste", decay=0.2)
+    expected = []
+    for layer, lr in ((model.fc1, 0.5), (model.fc2, 0.1)):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        weight = layer.weight.detach()
+        expected.append(torch.where(kept(layer), weight, weight * (1 - lr * 0.2)))
+    optimizer.step()
+    torch.testing.assert_close([model.fc1.weight.detach(), model.fc2.weight.detach()], expected)

@@ -1,6 +1,7 @@
 """Differentiable functions on packed weights: which product runs where, and what backward keeps."""
 
 from .activation import activation, gated_activation
+from .dense import dense_linear
 from .feed_forward import gated_mlp, mlp
 from .linear import sparse_linear
 from .operands import PackedWeight, check_no_transform, pruned_operand
@@ -9,6 +10,7 @@ __all__ = [
     "PackedWeight",
     "activation",
     "check_no_transform",
+    "dense_linear",
     "gated_activation",
     "gated_mlp",
     "mlp",

@@ -19,8 +19,9 @@ class SparseConv1D(SparseLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         self.look_in_forward()
-        if state_of(self).phase == DENSE:
-            return super().forward(x)
+        state = state_of(self)
+        if state.phase == DENSE:
+            return self._dense_forward(x, self.weight.t(), self.bias) if state.dense_mvue else super().forward(x)
         return self._sparse_forward(x, self.weight.t(), self.bias)
 
     def __repr__(self) -> str:

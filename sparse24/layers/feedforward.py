@@ -128,7 +128,8 @@ def _feed_forward(block: nn.Module, kind: str, layers: list[SparseLayer], x: Ten
     packed_down = _packed_forms(down, [down], decay)
     weights = tuple(up.as_kernel_sees(up._parameters["weight"]) for up in ups)
     down_weight = down.as_kernel_sees(down._parameters["weight"])
-    settings = dict(bias_down=bias_down, mvue=constants.mvue, rank=constants.rank, decay=decay)
+    operands = (state_of(ups[0]).mvue, constants.mvue)
+    settings = dict(bias_down=bias_down, mvue=operands, rank=constants.rank, decay=decay, training=block.training)
     if gated:
         return functional.gated_mlp(
             x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
@@ -168,10 +169,12 @@ def _is_unchanged(block: nn.Module, state: BlockState, layers: list[nn.Module | 
 def _layers_agree(layers: list[SparseLayer]) -> bool:
     """Whether all layers train the same way, with weights of their own."""
     *ups, down = layers
-    mvue, decays = state_of(down).mvue, down._buffers[DECAY] is not None
+    mvue, decays = state_of(ups[0]).mvue, down._buffers[DECAY] is not None
     for layer in layers:
         constants = state_of(layer)
-        if constants.phase != SPARSE or constants.mvue != mvue or layer._buffers[SOFT] is not None:
+        if constants.phase != SPARSE or layer._buffers[SOFT] is not None:
+            return False
+        if constants.mvue != mvue and layer is not down:
             return False
         if (layer._buffers[DECAY] is not None) != decays or "bias" not in layer._parameters:
             return False

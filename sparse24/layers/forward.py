@@ -105,6 +105,21 @@ _OTHER_WAYS = (
 )
 
 
+def dense_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., in_features] -> [..., out_features] by all of `weight` [out_features, in_features].
+
+    Where the layer prunes the gradient of a dense weight, errors are those of `sparse_forward`.
+    """
+    state = state_of(layer)
+    if not (state.dense_mvue and state.mvue and weight.requires_grad):
+        return F.linear(x, weight, bias)
+    check_input(x)
+    if x.is_nested:
+        return _on_values(lambda values: dense_forward(layer, values, weight, bias), x)
+    x, bias = _cast(x, weight, bias)
+    return functional.dense_linear(x, weight, bias, mvue=state.mvue, rank=state.rank, training=layer.training)
+
+
 def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient.
 
@@ -144,6 +159,7 @@ def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
         rank=state.rank,
         mask=bits,
         decay=decay,
+        training=layer.training,
     )
 
 

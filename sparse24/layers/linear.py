@@ -44,8 +44,9 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         self.look_in_forward()
-        if state_of(self).phase == DENSE:
-            return super().forward(input)
+        state = state_of(self)
+        if state.phase == DENSE:
+            return self._dense_forward(input, self.weight, self.bias) if state.dense_mvue else super().forward(input)
         return self._sparse_forward(input, self.weight, self.bias)
 
     def extra_repr(self) -> str:

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import ops
 from ..errors import Sparse24Error
+from ..functional import pruned_operand
 from ..functional.soft import soft_scale
 from . import copies, packing
-from .forward import sparse_forward
+from .forward import dense_forward, sparse_forward
 from .packing import packed_dtype
 from .replacements import watch_replacements
 from .state import (
@@ -108,24 +109,31 @@ class SparseLayer:
 
     # -- what a recipe asks for -------------------------------------------------------------------------------------
 
-    def train_as(self, *, mvue: bool | None = None, rank: int | None = None, soft: bool = False) -> None:
+    def train_as(
+        self, *, mvue: bool | None = None, rank: int | None = None, soft: bool = False, dense_mvue: bool = False
+    ) -> None:
         """Begin a training: no decay in backward, a mask that belongs to the weight until `keep_mask` says otherwise.
 
         mvue  as the constant; None leaves it as it is
         rank  as the constant; None leaves it as it is
         soft  S-STE: the layer multiplies with its soft-thresholded weight, at the scale that fits the weight now
+        dense_mvue  as the constant
         """
         if mvue is not None:
             self.set_mvue(mvue)
         if rank is not None:
             self._set_rank(rank)
-        state_of(self).mask_is_state, state_of(self).watch = False, None
+        state = state_of(self)
+        state.mask_is_state, state.watch, state.dense_mvue = False, None, dense_mvue
         self.set_decay(None)
         self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
 
-    def set_mvue(self, mvue: bool) -> None:
-        """Prune output gradients for the weight gradient, or not; may change between two steps of a training."""
-        check_switch("mvue", mvue)
+    def set_mvue(self, mvue: bool | str) -> None:
+        """Prune an operand of the weight gradient, or none; may change between two steps of a training.
+
+        mvue  True or "output": the output's gradient; "input": the layer's input; False
+        """
+        pruned_operand(mvue)
         state_of(self).mvue = mvue
 
     def set_soft_scale(self, scale: Tensor | None) -> None:
@@ -357,6 +365,10 @@ class SparseLayer:
         copies.watch_origin(self)
 
     # -- forward ----------------------------------------------------------------------------------------------------
+
+    def _dense_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The plain dense layer; with `dense_mvue` its weight gradient is a 2:4 product all the same."""
+        return dense_forward(self, x, weight, bias)
 
     def _sparse_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x [..., in_features] -> [..., out_features]; `weight` [out_features, in_features] receives the gradient."""

@@ -38,6 +38,7 @@ class LayerState:
     compute_dtype  of packed values; None: see `packed_dtype`
     mask_is_state  training has advanced the mask: loading weights keeps it
     soft_scale     set: the layer is S-STE's, and this is the scale of its thresholded weight
+    dense_mvue     in the dense phase prune output gradients for the weight gradient too (`method="mvue"`)
     packed_weight  the Parameter that was packed last; COMPUTED; None: a shard of FSDP2, which forward does not see
     stamp          its address and version then, for the alarm in forward
     watch          what to look at before the next forward pass; see `copies`
@@ -54,6 +55,7 @@ class LayerState:
     phase: str = SPARSE
     mask_is_state: bool = False
     soft_scale: Tensor | None = None
+    dense_mvue: bool = False
     packed_weight: nn.Parameter | str | None = None
     stamp: tuple[int, int] | None = None
     watch: Any = None
@@ -66,7 +68,7 @@ class LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""
         scale = None if self.soft_scale is None else self.soft_scale.clone()
         constants = (self.mvue, self.rank, self.lean, self.compute_dtype, self.phase, self.mask_is_state)
-        return LayerState(*constants, soft_scale=scale, copied_from=origin)
+        return LayerState(*constants, soft_scale=scale, dense_mvue=self.dense_mvue, copied_from=origin)
 
 
 def state_of(layer: nn.Module) -> LayerState:

@@ -122,6 +122,3 @@ class _Mover:
         # The recipe does not come along with a copied optimizer; nor do the hooks of torch.
         copied = memo.get(id(self._owner()))
         return None if copied is None else getattr(type(copied), self._name).__get__(copied)
-
-    def __reduce__(self):
-        return getattr, (self._owner(), self._name) if self._own is None else (self._own, "__call__")

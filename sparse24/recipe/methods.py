@@ -7,6 +7,8 @@ step    dense first, until Adam's second moment has settled; then that is frozen
         (arXiv 2302.01172)
 s-ste   soft threshold instead of a mask (arXiv 2409.09099): row-wise 2:4, scaled once, no decay, no dense phase; its
         input gradient is a dense product (sparse24/functional/soft.py)
+mvue    dense weights, sparse weight gradients: no mask, no decay, no phase. Unbiased at every step, so it fits the
+        fine-tuning of any pretrained model; its noise acts like a smaller batch
 dense   trains dense and only looks: masks are searched, so that flip rates can be compared, and not applied
 """
 
@@ -28,7 +30,8 @@ class Method:
     dense_at: str  # "start", "end" or "none": where the dense fraction of the steps lies unless told otherwise
     soft: bool = False
     freezes_second_moment: bool = False
-    probes: bool = False
+    probes: bool = False  # masks are searched and not applied
+    gradients_only: bool = False  # dense weights, no masks at all
 
 
 METHODS = {
@@ -39,9 +42,21 @@ METHODS = {
         Method("sr-ste", decay_on="weight", dense_at="end"),
         Method("step", decay_on=None, dense_at="start", freezes_second_moment=True),
         Method("s-ste", decay_on=None, dense_at="none", soft=True),
+        Method("mvue", decay_on=None, dense_at="none", gradients_only=True),
         Method("dense", decay_on=None, dense_at="none", probes=True),
     )
 }
+
+
+MVUE = (True, False, None, "output", "input", "auto")
+
+
+def check_mvue(mvue, method: Method) -> None:
+    """Raises Sparse24Error for what no method takes, or this one does not."""
+    if not any(mvue is choice or (isinstance(mvue, str) and mvue == choice) for choice in MVUE):
+        raise Sparse24Error(f'mvue must be True, False, None, "output", "input" or "auto", got {mvue!r}')
+    if mvue in ("input", "auto") and method.soft:
+        raise Sparse24Error(f'mvue={mvue!r} is not available with method={method.name!r}; use mvue="output" or False')
 
 
 def get_method(name: str) -> Method:

@@ -163,8 +163,12 @@ class FlipMonitor:
         self._reported.add(kind)
         shown = ", ".join(layers[:8]) + (f" and {len(layers) - 8} more" if len(layers) > 8 else "")
         event = {"kind": kind, "step": step, "layers": layers, "message": f"step {step}: {what} ({shown})"}
-        self.events.append(event)
         warnings.warn(event["message"] + "; see sparse24.tune_decay", Sparse24Warning, stacklevel=2)
+        self.note(event)
+
+    def note(self, event: dict) -> None:
+        """Keep an event, with the keys kind, step, layers and message, and tell the listeners."""
+        self.events.append(event)
         for listener in self.listeners:
             listener(event)
 

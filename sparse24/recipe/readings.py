@@ -66,7 +66,7 @@ class Readings:
 
     @property
     def events(self) -> list[dict]:
-        """What the flip-rate monitor has noticed: exploding and frozen masks, with the names of the layers."""
+        """What was noticed: exploding and frozen masks, changes by mvue="auto"; with the names of the layers."""
         return self.monitor.events
 
     def on_event(self, listener: Callable[[dict], None]) -> None:

@@ -22,6 +22,7 @@ from . import methods, state
 from .capture import Capture
 from .decay import MaskedDecay
 from .hooks import StepHooks
+from .noise import NoiseWatch
 from .optimizers import chain_of
 from .phases import PLACES, Phases, check_decay, positive
 from .presets import filled
@@ -44,9 +45,11 @@ class Recipe(Readings):
     mask_interval  optimizer steps between two searches of the masks. Default 40
     dense_fraction part of the steps that is dense (the last ones, for the paper's method); 0 leaves a 2:4 model.
                    Default 1/6
-    mvue           weight gradients from output gradients pruned to 2:4 without bias; None: as the layers were converted
-    method         "fst" (default), "ste", "sr-ste", "step", "s-ste", or "dense": see sparse24/recipe/methods.py
-    preset         "paper" or "equal-time": what the settings are that are left out; see sparse24/recipe/presets.py
+    mvue           weight gradients from output gradients pruned to 2:4 without bias (True, "output") or not (False);
+                   None: as the layers were converted. "input" prunes the layer's input instead, "auto" in each layer
+                   the operand that adds less noise, measured in training, and says so in `events`
+    method         "fst" (default), "ste", "sr-ste", "step", "s-ste", "mvue" or "dense": see sparse24/recipe/methods.py
+    preset         "paper", "equal-time" or "fine-tune": what settings are that are left out; sparse24/recipe/presets.py
     decay_schedule "constant" (default), "linear" (rising from 0) or "cosine" (falling to 0), over the sparse steps
     dense_at       "end", "start", "none", or "auto" (default): where the method has its dense steps
     track_blocks   count flips of every 4x4 block too, for `plot_flips_against_gap`
@@ -80,7 +83,7 @@ class Recipe(Readings):
         decay: float | None = None,
         mask_interval: int | None = None,
         dense_fraction: float | None = None,
-        mvue: bool | None = None,
+        mvue: bool | str | None = None,
         method: str | None = None,
         *,
         preset: str = "paper",
@@ -97,6 +100,7 @@ class Recipe(Readings):
         self._sharded = sharding.sharded_modules(model)
         sharding.reshard(self._sharded)
         self.method = methods.get_method(settings.method)
+        methods.check_mvue(settings.mvue, self.method)
         if settings.dense_at not in PLACES:
             raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {settings.dense_at!r}")
         place = self.method.dense_at if settings.dense_at == "auto" else settings.dense_at
@@ -116,7 +120,7 @@ class Recipe(Readings):
             micro_batches=micro_batches,
         )
         self._search = MaskSearch(
-            trained,
+            {} if self.method.gradients_only else trained,
             settings.mask_interval,
             applied=not self.method.probes,
             sharded=self._sharded,
@@ -135,10 +139,12 @@ class Recipe(Readings):
         self._capture = Capture(self._steps, self._decay)
         self._has_told = False
         take_over(self, takeover)
-        rank = distributed_rank()
+        rank, mvue = distributed_rank(), True if settings.mvue in ("output", "auto") else settings.mvue
         for layer in self.layers.values():
             if layer.weight.requires_grad:
-                layer.train_as(mvue=settings.mvue, rank=rank, soft=self.method.soft)
+                layer.train_as(mvue=mvue, rank=rank, soft=self.method.soft, dense_mvue=self.method.gradients_only)
+        if settings.mvue == "auto":
+            self._steps.noise = NoiseWatch(trained, self._search.interval)
         self._steps.go_to(0, search=True)
         self._hooks = StepHooks(chain, self._steps, self._capture, keep=self)
         self._decay.write(self.current_decay)
@@ -187,6 +193,8 @@ class Recipe(Readings):
         for layer in self.layers.values():
             forget_owner(layer)
         self._decay.leave()
+        if self._steps.noise is not None:
+            self._steps.noise.leave()
 
     # -- whole steps in a CUDA graph ------------------------------------------------------------------------------
 

@@ -119,7 +119,9 @@ class MaskSearch:
     # -- gaps between the best and the second-best pattern ------------------------------------------------------------
 
     def gap_quantiles(self) -> dict[str, float]:
-        """gap_q10, gap_q50, gap_q90 of the weights at the last search."""
+        """gap_q10, gap_q50, gap_q90 of the weights at the last search; nothing where no mask is searched."""
+        if not self.layers:
+            return {}
         if self._gaps is None or self._gaps[0] != self.last:
             self._gaps = (self.last, self.gaps_by(monitor.gap_quantiles))
         return self._gaps[1]

@@ -9,6 +9,7 @@ from ..layers import packing, sharding
 from ..layers.modules import DENSE, SPARSE, SparseLayer
 from .decay import MaskedDecay, unique_weights
 from .methods import FrozenSecondMoment, Method
+from .noise import NoiseWatch
 from .phases import Phases
 from .ranks import check_ranks
 from .search import MaskSearch
@@ -37,6 +38,7 @@ class Steps:
         self.search, self.decay, self.sharded, self.check_every = search, decay, sharded, check_every
         self.taken = 0
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
+        self.noise: NoiseWatch | None = None  # of mvue="auto"
         self._entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
 
@@ -46,7 +48,7 @@ class Steps:
         return self.phase_at(self.taken)
 
     def phase_at(self, step: int) -> str:
-        return DENSE if self.method.probes else self.phases.at(step)
+        return DENSE if self.method.probes or self.method.gradients_only else self.phases.at(step)
 
     def progress(self, step: int) -> float:
         """Part of the sparse steps that is done after `step` steps; not clamped."""
@@ -100,6 +102,8 @@ class Steps:
                 layer.keep_mask()
         if self.check_every and step % self.check_every == 0:
             check_ranks(self.layers)
+        if self.noise is not None and (event := self.noise.after_step(step)) is not None:
+            self.search.monitor.note(event)
         self.taken = step
         self.decay.write(self.current_decay)
         self._unfinished = None
