@@ -185,7 +185,7 @@ def test_old_checkpoints_go_only_when_the_new_one_is_there(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
     assert sorted(tmp_path.iterdir()) == checkpoints(tmp_path)
     with pytest.raises(Sparse24Error, match="step-00000003 exists already"):
-        recipe.step -= 1
+        recipe.start_at(3)
         save_checkpoint(tmp_path, model, optimizer, recipe)
 
 

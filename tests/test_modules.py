@@ -428,16 +428,18 @@ def test_reset_parameters_packs_the_new_weight():
     assert_packed_is_current(layer)
 
 
-def test_weight_written_by_hand_raises_the_alarm_once_and_refresh_cures_it():
+def test_weight_written_by_hand_is_packed_by_the_next_forward_and_told_of_once():
     layer, x = sparse_linear(), torch.randn(2, 16)
     with torch.no_grad():
         layer.weight.mul_(2)
-    with pytest.warns(Sparse24Warning, match="changed since it was packed.*refresh"):
+    with pytest.warns(Sparse24Warning, match="written since it was packed.*refresh"):
         layer(x)
-    assert not sparse24.verify(nn.Sequential(layer))
-    sparse24.refresh(nn.Sequential(layer))
+    assert_packed_is_current(layer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        layer(x)
+        with torch.no_grad():
+            layer.weight.mul_(2)
         layer(x)
     assert_packed_is_current(layer)
 

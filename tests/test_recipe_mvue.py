@@ -143,7 +143,7 @@ def test_auto_takes_the_quieter_operand_and_says_so(method):
     heard = []
     recipe.on_event(heard.append)
     assert model.fc1.mvue == model.fc2.mvue == "output"
-    run(model, optimizer, 6)
+    run(model, optimizer, 7)
     assert model.fc2.mvue == "input"
     assert [event["kind"] for event in heard] == ["mvue"] * len(heard) and "fc2" in heard[0]["layers"]
     assert recipe.events == heard and "fc2 input (" in heard[0]["message"]

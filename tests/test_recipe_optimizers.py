@@ -263,3 +263,49 @@ def test_infinite_gradients_survive_the_pruning():
     model, optimizer, recipe = make()
     model(torch.randn(8, 16)).backward(torch.full((8, 16), math.inf))
     assert not model.fc1.weight.grad.isfinite().all() and not model.fc2.weight.grad.isfinite().all()
+
+
+# -- Muon -------------------------------------------------------------------------------------------------------------
+
+
+def muon_pair(model, lr):
+    """Muon for the matrices, and an optimizer for the rest."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    return [torch.optim.Muon(matrices, lr, 0.0), torch.optim.SGD([p for p in model.parameters() if p.dim() < 2], lr)]
+
+
+@pytest.mark.fault(70)
+def test_muon_gets_the_decay_beside_its_update():
+    """Inside the gradient it would be orthogonalised. With a gradient of 0 the update is 0, and the decay is left."""
+    model = MLP()
+    sparse24.sparsify(model)
+    muon, _ = muon_pair(model, 0.5)
+    recipe = Recipe(model, muon, total_steps=4, decay=0.2)
+    assert Recipe(model, muon, total_steps=4, takeover=True).decay == 1.0
+    recipe = Recipe(model, muon, total_steps=4, decay=0.2, takeover=True)
+    expected = {}
+    for name, layer in recipe.layers.items():
+        layer.weight.grad = torch.zeros_like(layer.weight)
+        weight = layer.weight.detach()
+        expected[name] = torch.where(kept(layer), weight, weight * (1 - 0.5 * 0.2))
+    muon.step()
+    for name, layer in recipe.layers.items():
+        torch.testing.assert_close(layer.weight.detach(), expected[name])
+        assert not layer.weight.grad.any()
+
+
+@pytest.mark.fault(70)
+def test_muon_trains_and_refuses_what_puts_the_decay_into_gradients():
+    model = MLP()
+    sparse24.sparsify(model)
+    optimizers = muon_pair(model, 0.02)
+    with pytest.raises(sparse24.Sparse24Error, match="where a recipe with Muon has none; leave decay_in='step'"):
+        Recipe(model, optimizers, total_steps=12, decay_in="backward")
+    recipe = Recipe(model, optimizers, total_steps=12, mask_interval=4, dense_fraction=0.25)
+    for step in range(12):
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+        (model(x) - x.flip(-1)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert recipe.step == 12 and recipe.phase == "dense"

@@ -26,12 +26,12 @@ class Capture:
     def allowed(self) -> Iterator[None]:
         """See `Recipe.capturing`."""
         method = self.steps.method
-        if method.decay_on == "weight" or method.freezes_second_moment:
+        if self.decay.on == "weight" or method.freezes_second_moment:
             raise Sparse24Error(
                 f"a step of method={method.name!r} cannot be captured in a CUDA graph; capture forward and "
                 "backward only"
             )
-        if self.decay.value and method.decay_on and self.decay.schedule != "constant" and self.decay.decay_in == "step":
+        if self.decay.value and self.decay.on and self.decay.schedule != "constant" and self.decay.decay_in == "step":
             raise Sparse24Error(
                 f"decay_schedule={self.decay.schedule!r} changes the decay at each step, and a captured step keeps the "
                 "one that it was captured with; use decay_schedule='constant' or decay_in='backward', or capture "

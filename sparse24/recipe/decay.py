@@ -1,6 +1,10 @@
 """Masked decay: how strong it is at a step, where it is added, and the adding.
 
-gradient += decay * (1 - mask) * weight        or, for SR-STE:        weight -= lr * decay * (1 - mask) * weight
+    gradient += decay * (1 - mask) * weight        or        weight -= lr * decay * (1 - mask) * weight
+
+The second is the form of SR-STE, and the one for Muon. Adam divides the gradient, with the decay in it, by the root of
+its second moment, entry by entry. Muon's update has no scale at all, so what a decay in its gradient does depends on
+the units of the loss. Beside the update, where Muon's own weight decay is, it has no unit: about 1, not 6e-5.
 """
 
 from __future__ import annotations
@@ -17,6 +21,13 @@ from .phases import SCHEDULES, check_decay, positive, scheduled_decay
 
 #: where the decay is added to a gradient
 DECAY_IN = ("step", "backward")
+#: the decay with Muon where none is given; in small runs 0.3 to 3 brought mu into its range
+MUON_DECAY = 1.0
+
+
+def orthogonalizes(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is one of the Muon family, told by the names of its classes."""
+    return any("muon" in cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 
 def unique_weights(layers: dict[str, SparseLayer]) -> list[SparseLayer]:
@@ -28,6 +39,7 @@ class MaskedDecay:
     """The decay of a recipe's layers.
 
     layers         those that are trained
+    on             "gradient", "weight" or None: what the decay is added to
     value          the factor before its schedule; `schedule` and the settings as in `Recipe`
     decay_in       "step": added by `add`, to final gradients or to weights. "backward": backward adds it, multiplied by
                    the float32 [1] that `write` fills and all layers of a device share
@@ -39,13 +51,14 @@ class MaskedDecay:
         method: Method,
         value: float,
         *,
+        on: str | None,
         schedule: str,
         decay_in: str,
         micro_batches: int,
     ):
         if schedule not in SCHEDULES:
             raise Sparse24Error(f"decay_schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        self.layers, self.method = layers, method
+        self.layers, self.method, self.on = layers, method, on
         self.schedule, self.decay_in = schedule, decay_in
         self.micro_batches = positive("micro_batches", micro_batches)
         self.value = check_decay(value)
@@ -57,10 +70,10 @@ class MaskedDecay:
             raise Sparse24Error(f"decay_in must be one of {', '.join(DECAY_IN)}, got {self.decay_in!r}")
         if self.decay_in == "step":
             return
-        if self.method.decay_on != "gradient":
+        if self.on != "gradient":
+            whose = f"method={self.method.name!r}" if self.method.decay_on != "gradient" else "a recipe with Muon"
             raise Sparse24Error(
-                f"decay_in='backward' adds the decay to gradients, where method={self.method.name!r} has none; leave "
-                "decay_in='step'"
+                f"decay_in='backward' adds the decay to gradients, where {whose} has none; leave decay_in='step'"
             )
         if len(unique_weights(self.layers)) < len(self.layers):
             raise Sparse24Error(
@@ -70,7 +83,7 @@ class MaskedDecay:
 
     def current(self, progress: float) -> float:
         """The factor at `progress` in [0, 1] of the sparse steps; 0 for methods without decay."""
-        return scheduled_decay(self.value, self.schedule, progress) if self.method.decay_on else 0.0
+        return scheduled_decay(self.value, self.schedule, progress) if self.on else 0.0
 
     # -- in the optimizer's step ------------------------------------------------------------------------------------
 
@@ -83,7 +96,7 @@ class MaskedDecay:
         if factor == 0:
             return
         trained = [layer for layer in unique_weights(self.layers) if layer.weight.grad is not None]
-        if self.method.decay_on == "gradient":
+        if self.on == "gradient":
             # A fused optimizer un-scales inside its kernel: what is added before must be scaled too.
             gradients = [layer.weight.grad for layer in trained]
             _add_to(gradients, trained, factor, getattr(optimizer, "grad_scale", None))

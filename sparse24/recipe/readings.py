@@ -42,6 +42,14 @@ class Readings:
         return self._decay.decay_in
 
     @property
+    def decay_schedule(self) -> str:
+        return self._decay.schedule
+
+    @property
+    def micro_batches(self) -> int:
+        return self._decay.micro_batches
+
+    @property
     def mask_interval(self) -> int:
         return self._search.interval
 

@@ -4,7 +4,7 @@
 
 The bracket is one call of `optimizer.step()`; the recipe hooks in before and after it, so the training loop stays as it
 was. Nothing counts in forward: accumulation, evaluation and skipped steps change nothing here. Each part has a file:
-hooks.py (order), decay.py, search.py (masks), steps.py (count and phases), capture.py (CUDA graphs), state.py.
+assembly.py makes them; hooks.py (order), steps.py (count, phases), search.py (masks), decay.py, capture.py, state.py.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import sharding
-from ..layers.modules import distributed_rank
 from ..layers.owners import forget_owner
-from . import methods, state
+from . import state
+from .assembly import assemble, begin
 from .capture import Capture
-from .decay import MaskedDecay
 from .hooks import StepHooks
-from .noise import NoiseWatch
 from .optimizers import chain_of
-from .phases import PLACES, Phases, check_decay, positive
+from .phases import check_decay, positive
 from .presets import filled
 from .readings import Readings
-from .search import MaskSearch
-from .steps import Steps
 from .takeover import pack_moved, take_over, tell_frozen, trainable_layers
 
 
@@ -41,7 +37,8 @@ class Recipe(Readings):
                    8-bit ones work, and SAM, Lookahead and Schedule-Free around or in place of them. Of a list, the one
                    that holds the sparse weights is taken
     total_steps    optimizer steps of the whole run
-    decay          masked decay, added to gradients as decay * (1 - mask) * weight; see `tune_decay`. Default 6e-5
+    decay          masked decay, added to gradients as decay * (1 - mask) * weight; see `tune_decay`. Default 6e-5;
+                   with Muon it goes beside the update, as lr * decay * (1 - mask) * weight, and the default is 1
     mask_interval  optimizer steps between two searches of the masks. Default 40
     dense_fraction part of the steps that is dense (the last ones, for the paper's method); 0 leaves a 2:4 model.
                    Default 1/6
@@ -95,57 +92,21 @@ class Recipe(Readings):
         micro_batches: int = 1,
         takeover: bool = False,
     ):
-        settings = filled(preset, locals())
+        others = locals()
+        settings = filled(preset, others)
         self.layers = trainable_layers(model)
-        self._sharded = sharding.sharded_modules(model)
-        sharding.reshard(self._sharded)
-        self.method = methods.get_method(settings.method)
-        methods.check_mvue(settings.mvue, self.method)
-        if settings.dense_at not in PLACES:
-            raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {settings.dense_at!r}")
-        place = self.method.dense_at if settings.dense_at == "auto" else settings.dense_at
+        sharded = sharding.sharded_modules(model)
+        sharding.reshard(sharded)
         trained = {name: layer for name, layer in self.layers.items() if layer.weight.requires_grad}
-        fraction, place = (settings.dense_fraction, place) if trained else (0.0, "none")
-        self.phases = Phases.plan(total_steps, fraction, place)
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
-        if self.method.freezes_second_moment:
-            methods.FrozenSecondMoment.check(self.optimizer, [])
-        self._decay = MaskedDecay(
-            trained,
-            self.method,
-            settings.decay,
-            schedule=settings.decay_schedule,
-            decay_in=decay_in,
-            micro_batches=micro_batches,
-        )
-        self._search = MaskSearch(
-            {} if self.method.gradients_only else trained,
-            settings.mask_interval,
-            applied=not self.method.probes,
-            sharded=self._sharded,
-            track_blocks=track_blocks,
-        )
-        self._steps = Steps(
-            trained,
-            self.optimizer,
-            self.method,
-            self.phases,
-            self._search,
-            self._decay,
-            sharded=self._sharded,
-            check_every=positive("check_ranks_every", check_ranks_every, least=0),
-        )
+        self._steps = assemble(trained, self.optimizer, total_steps, settings, others, sharded)
+        self.method, self.phases = self._steps.method, self._steps.phases
+        self._search, self._decay = self._steps.search, self._steps.decay
         self._capture = Capture(self._steps, self._decay)
         self._has_told = False
         take_over(self, takeover)
-        rank, mvue = distributed_rank(), True if settings.mvue in ("output", "auto") else settings.mvue
-        for layer in self.layers.values():
-            if layer.weight.requires_grad:
-                layer.train_as(mvue=mvue, rank=rank, soft=self.method.soft, dense_mvue=self.method.gradients_only)
-        if settings.mvue == "auto":
-            self._steps.noise = NoiseWatch(trained, self._search.interval)
-        self._steps.go_to(0, search=True)
+        begin(self._steps, settings)
         self._hooks = StepHooks(chain, self._steps, self._capture, keep=self)
         self._decay.write(self.current_decay)
         if not trained:

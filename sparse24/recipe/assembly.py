@@ -1,0 +1,82 @@
+"""From a recipe's settings to its parts: phases, search, decay and the count of steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..errors import Sparse24Error
+from ..layers.modules import SparseLayer, distributed_rank
+from .decay import MUON_DECAY, MaskedDecay, orthogonalizes
+from .methods import FrozenSecondMoment, Method, check_mvue, get_method
+from .noise import NoiseWatch
+from .phases import PLACES, Phases, positive
+from .presets import Preset
+from .search import MaskSearch
+from .steps import Steps
+
+
+def assemble(
+    layers: dict[str, SparseLayer],
+    optimizer: torch.optim.Optimizer,
+    total_steps: int,
+    settings: Preset,
+    others: dict,
+    sharded: list[nn.Module],
+) -> Steps:
+    """The steps of a recipe, with its search and decay; nothing of the layers changes yet.
+
+    layers  those that are trained
+    others  the settings of `Recipe` that no preset has, by name
+    """
+    method = get_method(settings.method)
+    check_mvue(settings.mvue, method)
+    if method.freezes_second_moment:
+        FrozenSecondMoment.check(optimizer, [])
+    beside = orthogonalizes(optimizer) and method.decay_on is not None
+    decay = MaskedDecay(
+        layers,
+        method,
+        MUON_DECAY if beside and others["decay"] is None else settings.decay,
+        on="weight" if beside else method.decay_on,
+        schedule=settings.decay_schedule,
+        decay_in=others["decay_in"],
+        micro_batches=others["micro_batches"],
+    )
+    search = MaskSearch(
+        {} if method.gradients_only else layers,
+        settings.mask_interval,
+        applied=not method.probes,
+        sharded=sharded,
+        track_blocks=others["track_blocks"],
+    )
+    return Steps(
+        layers,
+        optimizer,
+        method,
+        _phases(total_steps, settings, method, frozen=not layers),
+        search,
+        decay,
+        sharded=sharded,
+        check_every=positive("check_ranks_every", others["check_ranks_every"], least=0),
+    )
+
+
+def begin(steps: Steps, settings: Preset) -> None:
+    """Set the layers up for this training, and search their masks."""
+    mvue = True if settings.mvue in ("output", "auto") else settings.mvue
+    rank, method = distributed_rank(), steps.method
+    for layer in steps.layers.values():
+        layer.train_as(mvue=mvue, rank=rank, soft=method.soft, dense_mvue=method.gradients_only)
+    if settings.mvue == "auto":
+        steps.noise = NoiseWatch(steps.layers, steps.search.interval)
+    steps.go_to(0, search=True)
+
+
+def _phases(total_steps: int, settings: Preset, method: Method, *, frozen: bool) -> Phases:
+    if settings.dense_at not in PLACES:
+        raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {settings.dense_at!r}")
+    place = method.dense_at if settings.dense_at == "auto" else settings.dense_at
+    plan = Phases.plan(total_steps, settings.dense_fraction, place)
+    # What adapters are trained over is what they will run over.
+    return Phases.plan(total_steps, 0.0, "none") if frozen else plan
