@@ -418,7 +418,7 @@ def _load_and_go_on(rank, folder, wrap):
 @pytest.mark.fault(63)
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_distributed_checkpoint_resumes_bit_for_bit(on_two_ranks, wrap, tmp_path):
-    """With noise, at a step between two refreshes; each rank has its own generators back."""
+    """With noise, at a step between two mask searches; each rank has its own generators back."""
     for saved, whole, resumed in on_two_ranks(functools.partial(_save_and_go_on, folder=tmp_path, wrap=wrap)):
         assert whole == resumed != saved
 

@@ -111,7 +111,7 @@ def test_gap_quantiles_are_those_of_all_blocks_or_of_a_fair_sample():
 
 def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
     model, optimizer, recipe = make(lr=0.2, mask_interval=2, dense_fraction=0, track_blocks=True)
-    with pytest.raises(Sparse24Error, match="no refresh has been counted"):
+    with pytest.raises(Sparse24Error, match="no search has been counted"):
         recipe.plot_flips_against_gap(tmp_path / "gap.png")
     run(model, optimizer, 8)
     recipe.metrics()
@@ -122,7 +122,7 @@ def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
     settings = dict(mask_interval=2, dense_fraction=0, track_blocks=True)
     *_, again = make(model=copy.deepcopy(model), **settings)
     again.load_state_dict(recipe.state_dict())
-    assert again.block_flips.refreshes == 4
+    assert again.block_flips.searches == 4
     assert torch.equal(again.block_flips.counts, recipe.block_flips.counts)
     *_, wider = make(model=MLP(32, 64), **settings)
     with pytest.raises(Sparse24Error, match="of other layers"):

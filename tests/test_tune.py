@@ -156,7 +156,7 @@ def test_schedulers_iterators_and_functions_of_batches():
     [
         (dict(grid=()), "grid must hold at least one decay"),
         (dict(grid=(-1.0,)), "decay must be a finite number"),
-        (dict(mask_interval=40), "probe_step must be at least two refreshes"),
+        (dict(mask_interval=40), "probe_step must be at least two searches"),
         (dict(target=(0.9, 0.5)), "target must be two rising bounds"),
         (dict(loss=None), "does not return a scalar loss"),
     ],

@@ -294,8 +294,9 @@ class SparseLayer:
             state.packed_weight = COMPUTED
         else:
             state.packed_weight = None if packing.is_dtensor(weight) else weight  # forward sees no FSDP2 shard
-        state.stamp = packing.stamp(weight) if type(weight) is nn.Parameter else None
-        if state.stamp is not None and weight.device.type == "cpu" and weight.is_shared():
+        before, state.stamp = state.stamp, packing.stamp(weight) if type(weight) is nn.Parameter else None
+        moved = state.stamp is not None and (before is None or before[0] != state.stamp[0])
+        if moved and weight.device.type == "cpu" and weight.is_shared():
             state.stamp = packing.SHARED  # equal to that of no weight: it may have changed at any time
 
     # -- hooks: whatever changes the weight behind the recipe's back ------------------------------------------------

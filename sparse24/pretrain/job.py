@@ -161,7 +161,7 @@ def run_arm(
             trainer.run(stop)
     finally:
         draw(out, s)
-    if trainer.recipe and trainer.recipe.block_flips.refreshes:
+    if trainer.recipe and trainer.recipe.block_flips.searches:
         trainer.recipe.plot_flips_against_gap(out / "flips_against_gap.png")
     rows = metrics.read_rows(out / "metrics.csv", arm)
     return summary.arm_result(

@@ -46,7 +46,7 @@ def assemble(
     search = MaskSearch(
         {} if method.gradients_only else layers,
         settings.mask_interval,
-        applied=not method.probes,
+        applied=not method.watches,
         sharded=sharded,
         track_blocks=others["track_blocks"],
     )

@@ -16,23 +16,23 @@ from ..layers.packing import mask_bits
 class BlockFlips:
     """Counts, per 4x4 block of all layers, how many of its 16 elements have flipped since the counting began.
 
-    counts     int32 [blocks], layer after layer; None before the first refresh
-    refreshes  how many have been counted
+    counts     int32 [blocks], layer after layer; None before the first search
+    searches  how many have been counted
     """
 
     def __init__(self):
         self.counts: Tensor | None = None
-        self.refreshes = 0
+        self.searches = 0
 
     def add(self, before: list[Tensor], after: list[Tensor]) -> None:
-        """One refresh: uint8 masks of the modules before and after it."""
+        """One search: uint8 masks of the modules before and after it."""
         flips = _ones(_all_bits(before) ^ _all_bits(after))
         self.counts = flips if self.counts is None else self.counts.add_(flips)
-        self.refreshes += 1
+        self.searches += 1
 
     def state_dict(self) -> dict:
         """Plain numbers and tensors."""
-        return {"refreshes": self.refreshes, "counts": [] if self.counts is None else [self.counts.clone()]}
+        return {"refreshes": self.searches, "counts": [] if self.counts is None else [self.counts.clone()]}
 
     def check_state(self, state: dict, masks: list[Tensor]) -> None:
         """Raises Sparse24Error when saved counts are not of layers with these uint8 `masks`."""
@@ -44,7 +44,7 @@ class BlockFlips:
         """Take up saved counts; raises as `check_state`."""
         self.check_state(state, masks)
         counts = state["counts"]
-        self.refreshes = state["refreshes"]
+        self.searches = state["refreshes"]
         self.counts = counts[0].to(masks[0].device, copy=True) if counts else None
 
     def plot(self, gaps: list[Tensor], path) -> None:
@@ -53,7 +53,7 @@ class BlockFlips:
         from matplotlib.figure import Figure
 
         if self.counts is None:
-            raise Sparse24Error("no refresh has been counted yet; make the recipe with track_blocks=True and train")
+            raise Sparse24Error("no search has been counted yet; make the recipe with track_blocks=True and train")
         flips = self.counts.float().cpu()
         gap = torch.cat([g.flatten() for g in gaps]).float().cpu()
         axes = (figure := Figure(figsize=(6, 4))).add_subplot()
@@ -62,7 +62,7 @@ class BlockFlips:
         rows = torch.arange(-1, most + step, step).numpy()
         *_, image = axes.hist2d(gap.numpy(), flips.numpy(), bins=(60, rows), norm=LogNorm(vmin=1))
         axes.set(xlabel="gap between best and second-best pattern", ylabel="flips of a block")
-        axes.set_title(f"4x4 blocks, {self.refreshes} mask searches", loc="left", fontsize=10)
+        axes.set_title(f"4x4 blocks, {self.searches} mask searches", loc="left", fontsize=10)
         figure.colorbar(image, label="blocks")
         figure.savefig(path, dpi=120, bbox_inches="tight")
 

@@ -30,7 +30,7 @@ class Method:
     dense_at: str  # "start", "end" or "none": where the dense fraction of the steps lies unless told otherwise
     soft: bool = False
     freezes_second_moment: bool = False
-    probes: bool = False  # masks are searched and not applied
+    watches: bool = False  # masks are searched and not applied
     gradients_only: bool = False  # dense weights, no masks at all
 
 
@@ -43,7 +43,7 @@ METHODS = {
         Method("step", decay_on=None, dense_at="start", freezes_second_moment=True),
         Method("s-ste", decay_on=None, dense_at="none", soft=True),
         Method("mvue", decay_on=None, dense_at="none", gradients_only=True),
-        Method("dense", decay_on=None, dense_at="none", probes=True),
+        Method("dense", decay_on=None, dense_at="none", watches=True),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The flip rate: how much of the masks changes from one refresh to the next, per layer and over all.
+"""The flip rate: how much of the masks changes from one search to the next, per layer and over all.
 
     r = |mask_now - mask_before|_1 / D,   D = number of weights;   per optimizer step: r / steps between the two
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from .. import ops
 from ..errors import Sparse24Error, Sparse24Warning
 
-# An alarm needs this many refreshes of a layer, so that one noisy value never raises it.
-MIN_REFRESHES = 5
+# An alarm needs this many searches of a layer, so that one noisy value never raises it.
+MIN_SEARCHES = 5
 # Explosion: past this part of the sparse phase the rate should have peaked and be falling...
 EXPLOSION_PROGRESS = 0.5
 # ...and a rate that is both this near to its peak and this high (of 0.5 for unrelated masks) has not.
@@ -32,7 +32,7 @@ FROZEN_PROGRESS, FROZEN_RATE = 0.4, 1e-4 / 4
 
 class FlipMonitor:
     """Collects flips without stalling the device: counts are copied to the host behind the work that is queued, and
-    read there at the next refresh, or when somebody asks.
+    read there at the next search, or when somebody asks.
 
     names, sizes  the layers and their numbers of weights
     events        what was noticed: dicts with "kind" ("explosion" or "frozen"), "step", "layers", "message"
@@ -40,17 +40,17 @@ class FlipMonitor:
 
     def __init__(self, names: Iterable[str], sizes: Iterable[int]):
         self.names, self.sizes = list(names), list(sizes)
-        self.steps: list[int] = []  # optimizer steps taken at each refresh
-        self.intervals: list[int] = []  # optimizer steps since the refresh before
-        self.flips: list[list[int]] = []  # per refresh, per layer
+        self.steps: list[int] = []  # optimizer steps taken at each search
+        self.intervals: list[int] = []  # optimizer steps since the search before
+        self.flips: list[list[int]] = []  # per search, per layer
         self.events: list[dict] = []
         self.listeners: list[Callable[[dict], None]] = []
-        self._peaks = [0] * len(self.names)  # most flips of each layer at any refresh
+        self._peaks = [0] * len(self.names)  # most flips of each layer at any search
         self._waiting: tuple | None = None
         self._reported: set[str] = set()
 
     def push(self, flips: Tensor, step: int, interval: int, progress: float | None) -> None:
-        """A refresh after `step` steps, `interval` after the last; flips int64 [layers], on the device.
+        """A search after `step` steps, `interval` after the last; flips int64 [layers], on the device.
 
         progress  part of the sparse phase done, in [0, 1]: when to worry depends on it. None: never
         """
@@ -81,7 +81,7 @@ class FlipMonitor:
     # -- reading --------------------------------------------------------------------------------------------------
 
     def rate(self) -> float:
-        """Flip rate over all layers at the last refresh, 0 before the first."""
+        """Flip rate over all layers at the last search, 0 before the first."""
         self._drain()
         return sum(self.flips[-1]) / sum(self.sizes) if self.flips else 0.0
 
@@ -90,7 +90,7 @@ class FlipMonitor:
         return rate / self.intervals[-1] if self.intervals else 0.0
 
     def layer_rates(self, *, per_step: bool = False) -> dict[str, float]:
-        """Flip rate of each layer at the last refresh; `per_step` divides it by the optimizer steps since the one
+        """Flip rate of each layer at the last search; `per_step` divides it by the optimizer steps since the one
         before.
         """
         self._drain()
@@ -99,14 +99,14 @@ class FlipMonitor:
         return {name: n / size / steps for name, n, size in zip(self.names, flips, self.sizes, strict=True)}
 
     def history(self, *, per_step: bool = False) -> list[tuple[int, float]]:
-        """(step, flip rate over all layers) of every refresh; `per_step` as in `layer_rates`."""
+        """(step, flip rate over all layers) of every search; `per_step` as in `layer_rates`."""
         self._drain()
         total = sum(self.sizes)
         steps = self.intervals if per_step else [1] * len(self.intervals)
         return [(step, sum(flips) / total / n) for step, flips, n in zip(self.steps, self.flips, steps, strict=True)]
 
     def write_csv(self, path) -> None:
-        """One row a refresh: step, interval, flip rate over all, that per step, then the rate of each layer."""
+        """One row a search: step, interval, flip rate over all, that per step, then the rate of each layer."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "interval", "flip_rate", "flip_rate_per_step", *self.names])
@@ -115,8 +115,8 @@ class FlipMonitor:
                 writer.writerow([step, interval, rate, rate / interval, *layers])
 
     def write_tensorboard(self, writer, prefix: str = "sparse24") -> None:
-        """The last refresh to a `torch.utils.tensorboard.SummaryWriter`, at its step: the rate of each layer as a
-        scalar and all of them as a histogram. Nothing before the first refresh.
+        """The last search to a `torch.utils.tensorboard.SummaryWriter`, at its step: the rate of each layer as a
+        scalar and all of them as a histogram. Nothing before the first search.
         """
         self._drain()
         if not self.steps:
@@ -135,19 +135,19 @@ class FlipMonitor:
         for i, size in enumerate(self.sizes):
             axes.plot(self.steps, [flips[i] / size for flips in self.flips], color="tab:blue", alpha=0.2, linewidth=0.8)
         axes.plot(*zip(*self.history(), strict=True) if self.flips else ([], []), color="tab:blue", linewidth=2)
-        axes.set(xlabel="optimizer step", ylabel="flip rate per refresh", title="thin: layers, bold: all")
+        axes.set(xlabel="optimizer step", ylabel="flip rate per search", title="thin: layers, bold: all")
         axes.set_ylim(bottom=0)
         figure.savefig(path, dpi=120, bbox_inches="tight")
 
     # -- warnings -------------------------------------------------------------------------------------------------
 
     def _look(self, step: int, progress: float) -> None:
-        if len(self.flips) < MIN_REFRESHES:
+        if len(self.flips) < MIN_SEARCHES:
             return
         exploding, frozen = [], []
         for i, (name, size) in enumerate(zip(self.names, self.sizes, strict=True)):
             peak = self._peaks[i] / size
-            recent = sum(flips[i] for flips in self.flips[-MIN_REFRESHES:]) / (MIN_REFRESHES * size)
+            recent = sum(flips[i] for flips in self.flips[-MIN_SEARCHES:]) / (MIN_SEARCHES * size)
             if progress >= EXPLOSION_PROGRESS and recent >= max(EXPLOSION_RATE, EXPLOSION_OF_PEAK * peak):
                 exploding.append(name)
             if progress <= FROZEN_PROGRESS and peak < FROZEN_RATE:

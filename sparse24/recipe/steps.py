@@ -48,7 +48,7 @@ class Steps:
         return self.phase_at(self.taken)
 
     def phase_at(self, step: int) -> str:
-        return DENSE if self.method.probes or self.method.gradients_only else self.phases.at(step)
+        return DENSE if self.method.watches or self.method.gradients_only else self.phases.at(step)
 
     def progress(self, step: int) -> float:
         """Part of the sparse steps that is done after `step` steps; not clamped."""
@@ -93,9 +93,9 @@ class Steps:
         if phase != self._entered:
             self.taken = step
             self.enter(phase, search=True)
-        elif phase == SPARSE or self.method.probes:
+        elif phase == SPARSE or self.method.watches:
             if self.search.is_due(step):
-                self.search.again(step, None if self.method.probes else self.progress(step))
+                self.search.again(step, None if self.method.watches else self.progress(step))
             elif phase == SPARSE and not packed:
                 packing.pack(self.layers.values(), search=False)
             for layer in self.layers.values():
@@ -114,7 +114,7 @@ class Steps:
 
     def enter(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches masks if asked to."""
-        if search and (phase == SPARSE or self.method.probes):
+        if search and (phase == SPARSE or self.method.watches):
             self.search.begin(self.taken)
         elif phase == SPARSE:
             packing.pack(self.layers.values(), search=False)

@@ -1,9 +1,9 @@
-"""tune_decay: finding the decay factor by short probes inside the warm-up (arXiv 2404.01847).
+"""tune_decay: finding the decay factor by short runs inside the warm-up (arXiv 2404.01847).
 
 For each decay train only to a probe step and compare flip rates: mu = flip rate of the sparse run / flip rate of a
 dense run whose masks are only watched. A mu between 0.60 and 0.95 has been found to train well: above it masks
-oscillate more than a dense run's would, below it they are held too tightly. No decay suits every model, hence the
-probe.
+oscillate more than a dense run's would, below it they are held too tightly. No decay suits every model,
+hence the search.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from .recipe import Recipe
 
 GRID = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PREFERRED_MU = 0.8
-# The flip rate at the probe step is the mean over this many refreshes before it: one refresh is noisy.
+# The flip rate at the probe step is the mean over this many searches before it: one search is noisy.
 WINDOW = 3
-# An arm whose mu, at a refresh past half of its steps, is this far outside the target does not come back into it.
+# An arm whose mu, at a search past half of its steps, is this far outside the target does not come back into it.
 HOPELESS_BELOW, HOPELESS_ABOVE = 0.5, 2.0
 # GradScaler finds its scale in a few dozen steps; more skipped ones than this mean gradients that are never finite.
 MOST_SKIPPED = 100
@@ -36,14 +36,14 @@ DENSE_ARM = "dense"
 
 @dataclass
 class Arm:
-    """One probe.
+    """One short run.
 
     decay      None: the dense run
-    flip_rate  per refresh, the mean over the last few before the probe step
+    flip_rate  per search, the mean over the last few before the probe step
     mu         flip_rate over that of the dense run at the same steps
     loss       at the last step
     steps      taken; fewer than asked for when the arm was given up, and `note` says why
-    history    (step, flip rate) of each refresh
+    history    (step, flip rate) of each search
     """
 
     decay: float | None
@@ -56,7 +56,7 @@ class Arm:
     history: list[tuple[int, float]] = field(default_factory=list)
 
     def rate_at(self, step: int) -> float:
-        """Mean flip rate of the last refreshes up to `step`; 0 before the first."""
+        """Mean flip rate of the last searches up to `step`; 0 before the first."""
         rates = [rate for at, rate in self.history if at <= step][-WINDOW:]
         return sum(rates) / max(1, len(rates))
 
@@ -151,7 +151,7 @@ def tune_decay(
     say             called with one line of text an arm
 
     Arms that will not come back into `target` are given up past half of their steps. Raises Sparse24Error for an empty
-    grid, batches that can be read only once, a probe step before the first few refreshes, and a dense run whose masks
+    grid, batches that can be read only once, a probe step before the first few searches, and a dense run whose masks
     never change.
     """
     grid = sorted({check_decay(decay) for decay in grid})
@@ -162,7 +162,7 @@ def tune_decay(
         raise Sparse24Error(f"target must be two rising bounds of mu, got {target!r}")
     if probe_step < 2 * mask_interval:
         raise Sparse24Error(
-            f"probe_step must be at least two refreshes (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
+            f"probe_step must be at least two searches (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
         )
     if not callable(batches) and iter(batches) is batches:
         raise Sparse24Error(
@@ -170,7 +170,7 @@ def tune_decay(
             "that returns a new iterator"
         )
     say = say or (lambda line: None)
-    probe = _Probe(
+    runs = _Runs(
         make_model, make_optimizer, batches, loss or _default_loss, split or (lambda batch: (batch,)),
         make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step, mask_interval, clip, seed,
         sparsify_settings or {}, recipe_settings or {},
@@ -184,7 +184,7 @@ def tune_decay(
     def run(decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
         key = DENSE_ARM if decay is None else repr(decay)
         if key not in arms:
-            arms[key] = probe.run(decay, hopeless)
+            arms[key] = runs.train(decay, hopeless)
             _write(path, settings, arms)
         return arms[key]
 
@@ -219,7 +219,7 @@ def tune_decay(
 
 
 @dataclass
-class _Probe:
+class _Runs:
     make_model: Callable
     make_optimizer: Callable
     batches: Iterable | Callable
@@ -233,7 +233,7 @@ class _Probe:
     sparsify_settings: dict
     recipe_settings: dict
 
-    def run(self, decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
+    def train(self, decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
         """Train one arm to the probe step, or until its loss is not finite or it is `hopeless`."""
         torch.manual_seed(self.seed)
         model = self.make_model()
