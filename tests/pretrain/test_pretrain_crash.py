@@ -3,6 +3,7 @@
 Five times here; `make crash` does it a hundred times, at other moments each time.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -69,7 +70,8 @@ def test_runs_killed_at_random_moments_end_like_the_uninterrupted_one(small, tmp
         out = tmp_path / f"run{crash}"
         pid, wait = start(small(out=str(out), **wanted))
         time.sleep(length * moments.random())
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended before
+            os.kill(pid, signal.SIGKILL)
         status = wait()
         left = "finished" if status == 0 else what_is_left(out)
         where[left] = where.get(left, 0) + 1

@@ -12,7 +12,7 @@ from sparse24.pretrain.settings import differences, from_json, resolve
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"preset": "huge"}, "--preset must be one of tiny, 124m, 350m, got 'huge'"),
+        ({"preset": "huge"}, "--preset must be one of tiny, demo, 124m, 350m, got 'huge'"),
         ({"model": "bert"}, "--model must be one of gpt2, llama, got 'bert'"),
         ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, narrow, wide, got 'thin'"),
         ({"method": "magic"}, "--method must be one of fst, .*, got 'magic'"),
