@@ -121,7 +121,7 @@ def main() -> None:
     for name in args.arms:
         if time.perf_counter() - begin + 1.1 * longest > args.seconds:
             break
-        path = args.out / f"{name.replace(' ', '_').replace('/', '-')}.json"
+        path = args.out / f"{name.replace(' ', '_').replace('/', '-').replace('=', '-').replace(':', '-')}.json"
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:

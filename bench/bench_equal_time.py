@@ -1,0 +1,76 @@
+"""How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
+
+The dense layer, dense ones of less width, and 2:4 ones of more, forward and backward, in one loop on a hot chip. The 2:4
+side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn. The width of equal time lies on the line
+between the two widths measured around it.
+
+    python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES]
+"""
+
+from __future__ import annotations
+
+import torch
+
+from bench.common import arguments, chosen, header, open_table, time_hot
+from sparse24.benchmark import suite
+from sparse24.benchmark.models import ModelShape
+from sparse24.benchmark.step import Arm, between_us, feed_forward_arm
+
+LAYERS = [
+    suite.ffn_shape("2048 x 8192", 16384, 2048, 8192, gated=False),
+    suite.ffn_shape("4096 x 16384", 16384, 4096, 16384, gated=False),
+    suite.ffn_shape("llama-8B", 16384, 4096, 14336),
+]
+NARROW, WIDE = (0.5, 0.625, 0.75), (1.25, 1.5, 1.75)
+COLUMNS = ["layer", "side", "width", "us", "of dense"]
+
+
+def arm_of(shape: ModelShape, width: float, *, sparse: bool) -> Arm:
+    shape = shape.of(d_ff=round(shape.d_ff * width / 128) * 128)
+    return feed_forward_arm(shape, sparse=sparse, master=torch.bfloat16, compiled=not sparse, one_gate=True)
+
+
+def measure(shape: ModelShape) -> dict[tuple[str, float], float]:
+    """Microseconds of an optimizer step with one micro-batch, by side and width."""
+    suite.fresh()
+    arms = {("dense", width): arm_of(shape, width, sparse=False) for width in (1.0, *NARROW)}
+    arms |= {("2:4", width): arm_of(shape, width, sparse=True) for width in (1.0, *WIDE)}
+    calls = {}
+    for key, arm in arms.items():
+        arm.micro_batch()
+        calls[key] = arm.micro_batch
+        if key[0] == "2:4":
+            calls |= {(key, part): getattr(arm, part) for part in ("repack", "search", "decay")}
+    times = time_hot(calls, rounds=12, warm_seconds=2.0, calls=2)
+    steps = {}
+    for key in arms:
+        added = {part: times[key, part] for part in ("repack", "search", "decay")} if key[0] == "2:4" else None
+        steps[key] = times[key] + (between_us(added) if added else 0.0)
+    return steps
+
+
+def equal_width(points: list[tuple[float, float]], target: float) -> float:
+    """The width whose time is `target`, on the lines through (width, time); NaN outside."""
+    points = sorted(points)
+    for (w0, t0), (w1, t1) in zip(points, points[1:], strict=False):
+        if t0 <= target <= t1:
+            return w0 + (w1 - w0) * (target - t0) / (t1 - t0)
+    return float("nan")
+
+
+def main() -> None:
+    args = arguments(__doc__.splitlines()[0], select=True).parse_args()
+    print(header())
+    table = open_table(args, "equal_time", COLUMNS, key=3)
+    for shape in chosen(args, LAYERS, quick=("4096 x 16384",)):
+        steps = measure(shape)
+        dense = steps["dense", 1.0]
+        for (side, width), us in steps.items():
+            table.add(shape.name, side, width, us, us / dense)
+        wide = equal_width([(w, us) for (side, w), us in steps.items() if side == "2:4"], dense)
+        narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps["2:4", 1.0])
+        print(f"# {shape.name}: in dense's time 2:4 is {wide:.2f} as wide; in the time of 2:4 dense is {narrow:.2f}")
+
+
+if __name__ == "__main__":
+    main()
