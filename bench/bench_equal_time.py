@@ -1,8 +1,8 @@
 """How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
 
-The dense layer, dense ones of less width, and 2:4 ones of more, forward and backward, in one loop on a hot chip. The 2:4
-side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn. The width of equal time lies on the line
-between the two widths measured around it.
+The dense layer, dense ones of less width, and 2:4 ones of more, forward and backward, in one loop on a hot chip. The
+2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn. The width of equal time lies on the
+line between the two widths measured around it.
 
     python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES]
 """
