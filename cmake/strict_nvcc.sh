@@ -1,16 +1,25 @@
 #!/bin/sh
-# strict_nvcc.sh: runs the compiler command in its arguments; fails where ptxas reports C7510.
+# strict_nvcc.sh: runs the compiler command in its arguments; fails where ptxas reports C7510 or spilled registers.
 #
-# C7510 means that wgmma instructions are serialised: the kernel is right, and slower than a dense
-# one. ptxas only informs of it, so its output is read here.
+# C7510 means that wgmma instructions are serialised: the kernel is right, and slower than a dense one. Spills are told
+# of where the command has -Xptxas=-v, as for GEMM kernels: what is spilled in an epilogue is loaded again in every step
+# of the main loop. ptxas only informs of both, so its output is read here.
 log=$(mktemp "${TMPDIR:-/tmp}/strict_nvcc.XXXXXX") || exit 1
 trap 'rm -f "$log"' EXIT
 
 "$@" >"$log" 2>&1
 status=$?
-cat "$log" >&2
-if [ "$status" -eq 0 ] && grep -q C7510 "$log"; then
-  echo "error: ptxas serialised wgmma (C7510, above); restructure the kernel or lower its register use" >&2
+why=
+grep -q C7510 "$log" && why="ptxas serialised wgmma (C7510, above)"
+spills=$(grep -E '[1-9][0-9]* bytes spill (stores|loads)' "$log")
+[ -n "$spills" ] && why="ptxas spilled registers (${spills#"${spills%%[![:space:]]*}"})"
+if [ -n "$why" ] || [ "$status" -ne 0 ]; then
+  cat "$log" >&2
+else
+  grep -vE '^ptxas info|bytes stack frame' "$log" >&2
+fi
+if [ "$status" -eq 0 ] && [ -n "$why" ]; then
+  echo "error: $why; restructure the kernel or lower its register use" >&2
   # Without its object, a build repeated after this failure compiles the file again.
   previous=
   for argument in "$@"; do

@@ -218,9 +218,15 @@ def test_gemm_jobs_follow_cores_and_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "message, status, expected",
-    [("all is well", 0, 0), ("ptxas info : (C7510) Potential Performance Loss", 0, 1), ("error", 3, 3)],
+    [
+        ("all is well", 0, 0),
+        ("ptxas info : (C7510) Potential Performance Loss", 0, 1),
+        ("16 bytes stack frame, 8 bytes spill stores, 0 bytes spill loads", 0, 1),
+        ("0 bytes stack frame, 0 bytes spill stores, 12 bytes spill loads", 0, 1),
+        ("error", 3, 3),
+    ],
 )
-def test_serialised_wgmma_fails_the_build(tmp_path, message, status, expected):
+def test_serialised_wgmma_and_spills_fail_the_build(tmp_path, message, status, expected):
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\necho "{message}"\ntouch "$2"\nexit {status}\n')
     compiler.chmod(0o755)
@@ -229,3 +235,12 @@ def test_serialised_wgmma_fails_the_build(tmp_path, message, status, expected):
     assert done.returncode == expected
     assert message in done.stderr
     assert target.exists() == (expected != 1), "an object that is refused must not survive for the next build"
+
+
+def test_what_ptxas_tells_of_a_good_kernel_is_not_shown(tmp_path):
+    told = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "ptxas info    : Used 168 registers"\necho "    {told}"\necho note\n')
+    compiler.chmod(0o755)
+    done = run("sh", ROOT / "cmake" / "strict_nvcc.sh", compiler)
+    assert (done.returncode, done.stderr.strip()) == (0, "note")

@@ -56,17 +56,20 @@ GemmConfig config_of(const SparseGemmArgs& args, const Gpu& gpu) {
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-/// What the kernels ask beyond the public rules: row-major weights are read two elements at a time.
+/// What the kernels ask beyond the public rules: weights that are neighbours along n are read two
+/// at a time.
 void check_decay(const SparseGemmArgs& args) {
   const MaskedDecayTerm& decay = args.decay;
   if (decay.factor == nullptr) return;
   SP24_CHECK(args.k > 0, "a product of no tokens takes no decay; add it by masked_decay");
+  const bool n_cols = args.pass == GemmPass::kGradWeight;
+  const int64_t along_n = n_cols ? decay.col_stride : decay.row_stride,
+                lines = n_cols ? decay.row_stride : decay.col_stride;
   const uintptr_t pair = 2 * bytes_of(args.out_dtype);
   for (const void* weight : decay.weight) {
-    SP24_CHECK(decay.col_stride != 1 ||
-                   (decay.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % pair == 0),
-               "rows of decay.weight must be ", pair, "-byte aligned, got ", weight,
-               " with row_stride ", decay.row_stride);
+    SP24_CHECK(along_n != 1 || (lines % 2 == 0 && reinterpret_cast<uintptr_t>(weight) % pair == 0),
+               n_cols ? "rows" : "columns", " of decay.weight must be ", pair,
+               "-byte aligned, got ", weight, " with lines ", lines, " elements apart");
   }
 }
 

@@ -26,6 +26,9 @@ using namespace gpu_testing;
 
 namespace {
 
+constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
+                                GemmPass::kGradWeightOfInput};
+
 void test_products() {
   const Kernel kernel = chosen();
   const Variant variants[] = {{false, false, false}, {true, false, false}, {false, true, true},
@@ -35,11 +38,12 @@ void test_products() {
     problems.push_back({GemmPass::kForward, 264, tokens, 208, true});
     problems.push_back({GemmPass::kGradInput, 264, tokens, 212, true});
     problems.push_back({GemmPass::kGradWeight, 264, 136, tokens, true});
-    // Rows of out that end within a 16-byte unit: what padded rows are for (ops/gemm_padding.py).
+    // Rows of out that end within a 16-byte unit: what padded rows are for (ops/gemm/padding.py).
     problems.push_back({GemmPass::kForward, 268, tokens, 208, true});
     problems.push_back({GemmPass::kGradWeight, 264, 133, tokens, true});
+    problems.push_back({GemmPass::kGradWeightOfInput, 264, 133, tokens, true});
   }
-  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
+  for (const GemmPass pass : kPasses) {
     problems.push_back({pass, 2312, 1800, 192, true});  // more tiles than a wave: rings wrap
     problems.push_back({pass, 520, 264, 1024, false});
     problems.push_back({pass, 8, 8, 16, true});
@@ -68,7 +72,7 @@ constexpr int kTilesOfHelpers = 44, kTilesOfTwoWaves = 70;
 
 void test_every_config() {
   std::vector<Problem> problems;
-  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
+  for (const GemmPass pass : kPasses) {
     problems.push_back({pass, 8, 8, 64, true});          // one K tile for all
     problems.push_back({pass, 2312, 1800, 192, true});   // more tiles than fit at once
     problems.push_back({pass, 264, 136, 4112, true});    // stream-K: many lanes
@@ -94,24 +98,28 @@ void test_every_config() {
   }
 }
 
+void check_decays(const Problem& p, const Variant& v) {
+  const Operands o = make_operands(p);
+  const Device d(o);
+  const int rows = p.m_rows() ? p.m : p.n;  // of dW
+  for (const int first_rows : {rows, 64, 192}) {
+    if (first_rows > rows) continue;
+    for (const bool column_major : {false, true})
+      for (const Kernel& kernel : every_config(make_args(p, d, v)))
+        check_decay({p, v, first_rows, column_major}, o, d, kernel);
+  }
+}
+
 void test_decay() {
-  for (const bool integers : {true, false}) {
-    for (const Problem& p : {Problem{GemmPass::kGradWeight, 264, 136, 200, integers},
-                             Problem{GemmPass::kGradWeight, 520, 1032, 1024, integers},
-                             Problem{GemmPass::kGradWeight, 8, 8, 64, integers}}) {
-      const Operands o = make_operands(p);
-      const Device d(o);
-      for (const bool float_out : {false, true}) {
-        if (!float_out && !integers) continue;  // two roundings differ from one
-        for (const bool accumulate : {false, true}) {
-          const Variant v{false, accumulate, float_out};
-          for (const int first_rows : {p.m, 64, 192}) {
-            if (first_rows > p.m) continue;
-            for (const bool column_major : {false, true}) {
-              for (const Kernel& kernel : every_config(make_args(p, d, v)))
-                check_decay({p, v, first_rows, column_major}, o, d, kernel);
-            }
-          }
+  for (const GemmPass pass : {GemmPass::kGradWeight, GemmPass::kGradWeightOfInput}) {
+    for (const bool integers : {true, false}) {
+      for (const Problem& p :
+           {Problem{pass, 264, 136, 200, integers}, Problem{pass, 520, 1032, 1024, integers},
+            Problem{pass, 136, 264, 200, integers}, Problem{pass, 8, 8, 64, integers}}) {
+        for (const bool float_out : {false, true}) {
+          if (!float_out && !integers) continue;  // two roundings differ from one
+          for (const bool accumulate : {false, true})
+            check_decays(p, {false, accumulate, float_out});
         }
       }
     }
@@ -124,8 +132,8 @@ void test_decay() {
 /// initcheck does not see stores by TMA.
 void test_sanitize() {
   const Variant variants[] = {{true, false, false}, {true, true, true}, {false, true, false}};
-  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight}) {
-    const bool weight = pass == GemmPass::kGradWeight;
+  for (const GemmPass pass : kPasses) {
+    const bool weight = is_grad_weight(pass);
     const Problem problems[] = {{pass, 264, weight ? 296 : 279, weight ? 3203 : 3200, true},
                                 {pass, 8, kTilesOfHelpers * 256, 6016, true},
                                 {pass, 8, kTilesOfTwoWaves * 256, 2064, true}};
@@ -138,7 +146,7 @@ void test_sanitize() {
         for (const Kernel& kernel : first_walks(make_args(p, d, v))) {
           check_case(p, o, d, kernel, v);
           if (!weight) continue;
-          check_decay({p, v, p.m, false}, o, d, kernel);
+          check_decay({p, v, p.m_rows() ? p.m : p.n, false}, o, d, kernel);
           if (p.m > 64) check_decay({p, v, 64, true}, o, d, kernel);
         }
       }

@@ -141,14 +141,14 @@ class WarpgroupEpilogue {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < size(accumulators); ++i) accumulators(i) *= scale;
     }
-    add_terms(accumulators, row, column, m_rows, n_columns);
+    const bool adds_in_l2 = add_terms(accumulators, row, column, m_rows, n_columns);
 
     const Tensor whole = params_.tma.get_tma_tensor(make_shape(m_rows, n_columns));
     const Tensor boxes = local_tile(whole, Box{}, make_coord(m_box, _));
 
     CUTLASS_PRAGMA_UNROLL
     for (int chunk = 0; chunk < kChunks; ++chunk) {
-      float values[kChunkN / 8][2][2];  // [eight columns][row and row + 8][neighbouring columns]
+      Values values;
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < kChunkN / 8; ++j) {
         CUTLASS_PRAGMA_UNROLL
@@ -156,31 +156,7 @@ class WarpgroupEpilogue {
           values[j][i / 2][i % 2] = accumulators(chunk * kChunkN / 2 + j * 4 + i) + bias[i / 2];
         }
       }
-      char* buffer = shared_.staged[warpgroup][chunk % kBuffers];
-      if (chunk == 0 || chunk >= kBuffers) {
-        // The last store from this buffer has read it: one of the tile before, or of kBuffers ago.
-        if (at.is_first) {
-          if (chunk == 0) {
-            tma_store_wait<0>();
-          } else {
-            tma_store_wait<kBuffers - 1>();
-          }
-        }
-        synchronize_warpgroup(warpgroup);
-      }
-      stage(buffer, at, values);
-      tma_store_fence();
-      synchronize_warpgroup(warpgroup);
-      if (at.is_first) {
-        const Tensor box = boxes(_, _, n_tile * kChunks + chunk);
-        if constexpr (kWide) {
-          adds_in_l2() ? store_box(params_.tma_add, buffer, box)
-                       : store_box(params_.tma, buffer, box);
-        } else {
-          store_box(params_.tma, buffer, box);
-        }
-        tma_store_arrive();
-      }
+      store_chunk(chunk, values, at, warpgroup, boxes(_, _, n_tile * kChunks + chunk), adds_in_l2);
     }
   }
 
@@ -190,29 +166,54 @@ class WarpgroupEpilogue {
   }
 
  private:
-  using Values = float[kChunkN / 8][2][2];
+  using Values = float[kChunkN / 8][2][2];  // [eight columns][row and row + 8][its neighbours]
 
-  CUTLASS_DEVICE bool has_decay() const {
-    return kDecays && params_.args.decay.factor != nullptr && *params_.args.decay.factor != 0.0f;
-  }
-  CUTLASS_DEVICE bool adds_in_l2() const {
-    return kWide && params_.args.accumulate && !has_decay();
-  }
-
-  /// What is in memory to the sums: values of out, and decay.
-  template <typename Accumulators>
-  CUTLASS_DEVICE void add_terms(Accumulators& sums, int row, int column, int m_rows,
-                                int n_columns) const {
-    if (params_.args.accumulate && !adds_in_l2()) {
-      add_existing(sums, row, column, m_rows, n_columns);
+  /// One buffer filled and given to TMA.
+  template <typename GlobalBox>
+  CUTLASS_DEVICE void store_chunk(int chunk, const Values& values, const AccumulatorPlace& at,
+                                  int warpgroup, const GlobalBox& box, bool adds_in_l2) {
+    using namespace cute;
+    char* buffer = shared_.staged[warpgroup][chunk % kBuffers];
+    if (chunk == 0 || chunk >= kBuffers) {
+      // The last store from this buffer has read it: one of the tile before, or of kBuffers ago.
+      if (at.is_first) {
+        if (chunk == 0) {
+          tma_store_wait<0>();
+        } else {
+          tma_store_wait<kBuffers - 1>();
+        }
+      }
+      synchronize_warpgroup(warpgroup);
     }
+    stage(buffer, at, values);
+    tma_store_fence();
+    synchronize_warpgroup(warpgroup);
+    if (at.is_first) {
+      if constexpr (kWide) {
+        adds_in_l2 ? store_box(params_.tma_add, buffer, box) : store_box(params_.tma, buffer, box);
+      } else {
+        store_box(params_.tma, buffer, box);
+      }
+      tma_store_arrive();
+    }
+  }
+
+  /// What is in memory to the sums: values of out, and decay. Returns whether values of out are
+  /// left to L2, which adds what is stored.
+  template <typename Accumulators>
+  CUTLASS_DEVICE bool add_terms(Accumulators& sums, int row, int column, int m_rows,
+                                int n_columns) const {
+    const Arguments& args = params_.args;
+    const bool decays = kDecays && args.decay.factor != nullptr && *args.decay.factor != 0.0f;
+    const bool adds_in_l2 = kWide && args.accumulate && !decays;
+    if (args.accumulate && !adds_in_l2) add_existing(sums, row, column, m_rows, n_columns);
     if constexpr (kDecays) {
-      if (has_decay()) {
-        MaskedDecayAdder<Output, kTileN, kMContiguous>(params_.args.decay, row, column, m_rows,
-                                                       n_columns)
+      if (decays) {
+        MaskedDecayAdder<Output, kTileN, kMContiguous>(args.decay, row, column, m_rows, n_columns)
             .add_to(sums);
       }
     }
+    return adds_in_l2;
   }
 
   template <typename TmaCopy, typename GlobalBox>
@@ -231,12 +232,14 @@ class WarpgroupEpilogue {
   CUTLASS_DEVICE void add_existing(Accumulators& sums, int row, int column, int m_rows,
                                    int n_columns) const {
     using cutlass::arch::global_load;  // predicated, and kept in order
-    const Output* out = params_.args.out;
     const int64_t ld = params_.args.ld;
     constexpr int kBatch = kOctets / (kMContiguous || kWide ? 4 : 2);
     static_assert(kOctets % kBatch == 0);
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kOctets; first += kBatch) {
+      const int64_t n_first = column + first * 8;
+      const Output* out = computed_here(params_.args.out +
+                                        (kMContiguous ? n_first * ld + row : row * ld + n_first));
       Pair existing[kBatch][2];
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < kBatch; ++j) {
@@ -248,11 +251,11 @@ class WarpgroupEpilogue {
             CUTLASS_PRAGMA_UNROLL
             for (int i = 0; i < 2; ++i) {
               global_load<Output, sizeof(Output)>(existing[j][half].column[i],
-                                                  out + (n + i) * ld + m,
+                                                  out + (j * 8 + i) * ld + half * 8,
                                                   m < m_rows && n + i < n_columns);
             }
           } else {
-            global_load<Pair, sizeof(Pair)>(existing[j][half], out + m * ld + n,
+            global_load<Pair, sizeof(Pair)>(existing[j][half], out + half * 8 * ld + j * 8,
                                             m < m_rows && n < n_columns);
           }
         }

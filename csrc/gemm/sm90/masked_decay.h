@@ -16,6 +16,7 @@
 
 #include "cutlass/arch/memory.h"
 #include "cutlass/cutlass.h"
+#include "gemm/sm90/warpgroup.h"
 #include "sparse24/gemm.h"
 
 namespace sparse24::gemm::sm90 {
@@ -82,15 +83,16 @@ class MaskedDecayAdder {
     const int64_t along_m = kMContiguous ? term_.col_stride : term_.row_stride,
                   along_n = kMContiguous ? term_.row_stride : term_.col_stride;
     const int mask_width = (kMContiguous ? m_rows_ : n_columns_) / 4;
-    Place at = place(column_);
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kOctets; first += kBatch) {
-      if constexpr (kMContiguous) at = place(column_ + first * 8);
+      Place at = place(column_ + first * 8);
+      at.weight = computed_here(at.weight);
+      at.mask = computed_here(at.mask);
       Pair pairs[kBatch][2];
       uint16_t kept[kBatch][2];
       CUTLASS_PRAGMA_UNROLL
       for (int j = 0; j < kBatch; ++j) {
-        const int n = (kMContiguous ? j : first + j) * 8;
+        const int n = j * 8;
         CUTLASS_PRAGMA_UNROLL
         for (int half = 0; half < 2; ++half) {
           const bool inside = half * 8 < at.m_left && n < at.n_left;

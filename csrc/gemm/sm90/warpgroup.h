@@ -34,6 +34,14 @@ CUTLASS_DEVICE int thread_in_block() {
   return thread;
 }
 
+/// A pointer of which the compiler does not know where it comes from: addresses derived from it are
+/// computed after this place, and not together with those of all other batches, which would spill.
+template <typename T>
+CUTLASS_DEVICE const T* computed_here(const T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 /// Of both operands, in device memory; null: 1.
 struct Scales {
   const float* lhs = nullptr;

@@ -25,7 +25,7 @@ from ...errors import Sparse24Error
 from ...formats import GemmProblem
 
 #: of what the codes of configs stand for: raised when a kernel of the table is replaced or does something else
-KERNELS = 2
+KERNELS = 3
 #: names the cache file; empty: nothing is read or written
 CACHE_VARIABLE = "SPARSE24_GEMM_CACHE"
 
