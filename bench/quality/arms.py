@@ -12,7 +12,8 @@ class Arm:
 
     activation  "relu2" or "gelu"          wide      d_ff over 4 * width
     sparse      trained by a Recipe        method    of the Recipe
-    mvue        of the Recipe: output, input, auto, True, False
+    mvue        what weight gradients prune: output, input, auto, True, False as of the Recipe; "h": dy of up and h of
+                down, what "auto" settles on with squared ReLU
     dense       last part of the steps that is dense
     decay, interval, lr, seed              as ever
     """
@@ -22,7 +23,7 @@ class Arm:
     sparse: bool = False
     wide: float = 1.0
     method: str = "fst"
-    mvue: str = "auto"
+    mvue: str = "h"
     dense: float = 1 / 6
     decay: float = 6e-5
     interval: int = 40
@@ -51,4 +52,4 @@ def _value(key: str, text: str):
 
 
 def mvue_of(arm: Arm) -> bool | str:
-    return {"True": True, "False": False}.get(arm.mvue, arm.mvue)
+    return {"True": True, "False": False, "h": True}.get(arm.mvue, arm.mvue)

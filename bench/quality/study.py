@@ -62,6 +62,9 @@ def make(arm: Arm, steps: int) -> tuple[SmallGPT, torch.optim.Optimizer, sparse2
             model, optimizer, steps, decay=arm.decay, mask_interval=arm.interval, dense_fraction=arm.dense,
             mvue=mvue_of(arm), method=arm.method,
         )  # fmt: skip
+        if arm.mvue == "h":
+            for name, layer in recipe.layers.items():
+                layer.set_mvue("input" if name.endswith("down_proj") else "output")
     return model, optimizer, recipe
 
 
