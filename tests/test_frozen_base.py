@@ -7,6 +7,7 @@ from torch import nn
 
 import sparse24
 from sparse24.layers.modules import SparseLayer
+from sparse24.recipe import fingerprint_of_state
 
 
 def trained_base(interval=7, steps=10):
@@ -151,3 +152,25 @@ def test_lightnings_callback_takes_a_frozen_base(tmp_path):
     with torch.no_grad():
         expected = sum(module.loss(batch).item() for batch in loader(1)) / len(loader(1))
     assert result[0]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("phase", ["sparse", "dense"])
+def test_a_state_keeps_the_phase_of_frozen_layers(phase):
+    """One layer is frozen in its phase, the other is trained into the dense one; evaluation elsewhere has both."""
+    model = trained_base()
+    model.fc1.enter(phase)
+    model.fc1.weight.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    recipe = sparse24.Recipe(model, optimizer, total_steps=2, mask_interval=1, dense_fraction=0.5)
+    model(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    state = recipe.state_dict()
+    assert recipe.fingerprint() == fingerprint_of_state(state) and recipe.fingerprint().startswith(phase)
+    fresh = MLP()
+    fresh.load_state_dict(model.state_dict())
+    sparse24.load_masks(fresh, state)
+    assert (fresh.fc1.phase, fresh.fc2.phase) == (phase, "dense")
+    x = torch.randn(4, 16)
+    assert torch.equal(fresh(x), model(x))
+    with pytest.raises(sparse24.Sparse24Error, match="corrupt: its frozen layers"):
+        recipe.load_state_dict(state | {"frozen_layers": ["fc1"]})

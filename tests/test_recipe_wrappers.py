@@ -209,6 +209,13 @@ def test_weights_in_shared_memory_are_packed_whenever_they_run():
         layer.weight.data.mul_(3)
     loss_of(model)
     assert sparse24.verify(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    recipe = Recipe(model, optimizer, total_steps=20, mask_interval=100)
+    for step in range(3):
+        (loss_of(model, step) + loss_of(model, step + 1)).backward()  # two forward passes in one graph
+        optimizer.step()
+        optimizer.zero_grad()
+    assert recipe.step == 3 and sparse24.verify(model)
 
 
 @pytest.mark.fault(83)

@@ -38,12 +38,16 @@ def forget_owner(layer) -> None:
 
 def weights_moved(layer) -> None:
     """A forward pass has found that the weight of `layer` was written since it was packed: pack it, and say so once."""
+    if layer.shares_memory():  # other processes write it, and perhaps nobody has: packing would end graphs that live
+        if not layer.is_packed():
+            layer.pack_written()
+        return
     owner = owner_of(layer)
     if owner is not None:
         owner.weights_moved()
         return
     layer.pack_written()
-    if layer in _told or layer.shares_memory():
+    if layer in _told:
         return
     _told.add(layer)
     warnings.warn(

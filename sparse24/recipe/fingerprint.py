@@ -10,6 +10,8 @@ from torch import nn
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
 from ..layers.copies import fingerprint, fingerprint_of_layers, same_function
+from ..layers.modules import DENSE, SPARSE
+from .state import phases_of
 
 __all__ = ["fingerprint_of", "fingerprint_of_state", "same_function"]
 
@@ -28,4 +30,5 @@ def fingerprint_of(model: nn.Module) -> str:
 
 def fingerprint_of_state(state: dict) -> str:
     """The fingerprint of a saved `Recipe.state_dict()`."""
-    return fingerprint(state["phase"], list(state["masks"].values()), state["scales"])
+    phase = DENSE if set(phases_of(state).values()) == {DENSE} else SPARSE
+    return fingerprint(phase, list(state["masks"].values()), state["scales"])

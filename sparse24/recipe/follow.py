@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
-from ..layers.modules import SPARSE, SparseLayer
-from .state import check_state, renewed
+from ..layers.modules import SparseLayer
+from .state import check_state, phases_of, renewed
 
 
 def follow(copy: nn.Module, *, like: nn.Module) -> int:
@@ -67,9 +67,9 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     checked = check_state(recipe_state, {}, masks, override=True, shapes=None)
     layers = _layers_named(model, shapes, "the recipe state", {})
     scales = recipe_state["scales"] or [None] * len(layers)
+    phases = phases_of(recipe_state)
     for (name, mask), scale in zip(checked.items(), scales, strict=True):
-        phase = SPARSE if name in recipe_state.get("frozen_layers", ()) else recipe_state["phase"]
-        layers[name].take_state(phase, mask, scale)
+        layers[name].take_state(phases[name], mask, scale)
     return len(layers)
 
 

@@ -69,7 +69,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
     check_layers(layers)
     steps.finish_interrupted()
     scales = [layer.soft_scale for layer in layers.values() if layer.soft_scale is not None]
-    frozen = [name for name in layers if name not in steps.layers]
+    frozen = {name: layer.phase for name, layer in layers.items() if name not in steps.layers}
     return {
         "version": VERSION,
         "step": steps.taken,
@@ -126,6 +126,11 @@ def load(
         restore_rng(state["rng"], next(iter(layers.values())).weight.device)
 
 
+def phases_of(state: dict) -> dict[str, str]:
+    """name -> phase of each layer of a state: frozen ones have kept theirs."""
+    return dict.fromkeys(state["masks"], state["phase"]) | state.get("frozen_layers", {})
+
+
 def renewed(state: dict) -> dict:
     """A state under the keys of now, where an older version has written it."""
     if not isinstance(state, dict):
@@ -170,6 +175,13 @@ def check_state(
         )
     _check_monitor(state["monitor"])
     _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
+    frozen = state.get("frozen_layers", {})
+    if (
+        not isinstance(frozen, dict)
+        or not frozen.keys() <= state["masks"].keys()
+        or {*frozen.values()} - {SPARSE, DENSE}
+    ):
+        raise Sparse24Error("the recipe state is corrupt: its frozen layers are not layers with a phase")
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
     if shapes is not None:
         _check_tensors(state["frozen_moment"], "frozen_moment", shapes)

@@ -48,14 +48,11 @@ def take_over(recipe, takeover: bool) -> None:
 
 
 def pack_moved(layers: Layers, step: int, optimizer: torch.optim.Optimizer, *, tell: bool) -> bool:
-    """Pack the layers whose weights were written since they were packed; returns whether it has said so.
-
-    Weights in shared memory are packed without a word: other processes train them, and leave no trace.
-    """
-    moved = {name: layer for name, layer in layers.items() if layer.weight_has_changed()}
+    """Pack the layers whose weights were written since they were packed; returns whether it has said so."""
+    moved = {name: la for name, la in layers.items() if la.weight_has_changed() and not la.shares_memory()}
     for layer in moved.values():
         layer.pack_written()
-    if not tell or all(layer.shares_memory() for layer in moved.values()):
+    if not tell or not moved:
         return False
     warnings.warn(
         f"the weights of {', '.join(list(moved)[:4])} ({len(moved)} sparse layers) were written after step {step} of "
