@@ -175,18 +175,18 @@ def check_state(
         )
     _check_monitor(state["monitor"])
     _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
-    frozen = state.get("frozen_layers", {})
-    if (
-        not isinstance(frozen, dict)
-        or not frozen.keys() <= state["masks"].keys()
-        or {*frozen.values()} - {SPARSE, DENSE}
-    ):
-        raise Sparse24Error("the recipe state is corrupt: its frozen layers are not layers with a phase")
+    _check_frozen(state.get("frozen_layers", {}), state["masks"])
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
     if shapes is not None:
         _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
     _check_rng(state["rng"])
     return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
+
+
+def _check_frozen(frozen: dict, masks: dict) -> None:
+    known = isinstance(frozen, dict) and frozen.keys() <= masks.keys()
+    if not known or any(phase not in (SPARSE, DENSE) for phase in frozen.values()):
+        raise Sparse24Error("the recipe state is corrupt: its frozen layers are not layers with a phase")
 
 
 def _check_kinds(items: dict, name: str, kinds: tuple[type, ...]) -> None:
