@@ -1,0 +1,428 @@
+"""A model is trained, copied, averaged, saved, loaded, made dense and written to in random order; after each step every
+live copy computes what a plain masked-dense twin computes.
+
+SPARSE24_MACHINE_STEPS=200000 runs longer than the 2,000 steps of every day.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import pickle
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from plain_twin import LAYERS, Plan, Twin, as_good, make_net
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import sparse24
+from sparse24 import Sparse24Error, Sparse24Warning, ops
+from sparse24.convert import sparse_layers
+
+STEPS = int(os.environ.get("SPARSE24_MACHINE_STEPS", "2000"))
+STEPS_EACH = 50
+LR, DECAY = 0.1, 0.05
+X = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
+NEW_PROCESS = """
+import sys, torch, sparse24
+from plain_twin import make_net
+weights, state, x = torch.load(sys.argv[1], weights_only=True)
+model = make_net()
+model.load_state_dict(weights)
+sparse24.load_masks(model, state)
+torch.save(model(x), sys.argv[1])
+"""
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+class Live:
+    """A model and its twin. `origin`: the one that it was copied from, as long as it is there."""
+
+    def __init__(self, model, twin, origin=None, *, follows=False, mask_is_state=True):
+        self.model, self.twin, self.origin = model, twin, origin
+        self.follows = follows  # its weights are written: it runs under the masks that the origin has now
+        self.mask_is_state = mask_is_state
+        self.dense = False  # no layer of sparse24 is left in it
+
+    @property
+    def net(self):
+        return self.model.module if isinstance(self.model, AveragedModel) else self.model
+
+    def written(self):
+        """Weights have been put in: those of a copy run under the origin's masks."""
+        if self.origin is not None and not self.dense:
+            self.follows = True
+
+
+def saved_bytes(value) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def loaded(data: bytes):
+    return torch.load(io.BytesIO(data), weights_only=True)
+
+
+def half(averaged, now, count) -> None:
+    """An exponential average that pickles."""
+    torch._foreach_lerp_(averaged, now, 0.5)
+
+
+class Machine(RuleBasedStateMachine):
+    processes = 0  # real ones, of all runs
+
+    @initialize(
+        seed=seeds, interval=st.integers(1, 5), total=st.integers(4, 30), dense_fraction=st.sampled_from([0.0, 0.25])
+    )
+    def begin(self, seed, interval, total, dense_fraction):
+        torch.manual_seed(seed)
+        self.settings = dict(total=total, interval=interval, dense_fraction=dense_fraction)
+        net = make_net()
+        sparse24.sparsify(net, mvue=False, fuse=seed % 3 > 0)
+        self.copies: list[Live] = []
+        self.saves: list[tuple] = []
+        self.train_with_a_new_recipe(Live(net, Twin(net.state_dict())))
+
+    # -- the model in training --------------------------------------------------------------------------------------
+
+    def train_with_a_new_recipe(self, live: Live) -> None:
+        total, interval, fraction = self.settings["total"], self.settings["interval"], self.settings["dense_fraction"]
+        self.optimizer = torch.optim.SGD(live.net.parameters(), LR)
+        self.recipe = sparse24.Recipe(live.net, self.optimizer, total, DECAY, interval, fraction, mvue=False)
+        self.plan, self.main = Plan(total, fraction, interval), live
+        live.twin.search()
+        live.twin.phase, live.origin, live.follows, live.mask_is_state = self.plan.phase(), None, False, False
+
+    @rule(seed=seeds)
+    def train(self, seed):
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(seed))
+        nn.functional.mse_loss(self.main.net(x), x.flip(-1)).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.main.twin.train(x, LR, DECAY)
+        self.sync(self.main)
+        self.plan.finish_step(self.main.twin)
+        assert self.recipe.step == self.plan.step and self.recipe.phase == self.plan.phase()
+        self.main.mask_is_state |= self.plan.phase() == "sparse"
+
+    @rule()
+    def another_recipe(self):
+        self.recipe.detach()
+        self.train_with_a_new_recipe(self.main)
+
+    @rule(frozen=st.booleans())
+    def freeze_masks(self, frozen):
+        self.recipe.freeze_masks() if frozen else self.recipe.unfreeze_masks()
+        self.plan.frozen = frozen
+
+    @rule(seed=seeds)
+    def write_into_the_model(self, seed):
+        self.write(self.main, seed)
+        sparse24.refresh(self.main.net)
+
+    @rule()
+    def search_by_hand(self):
+        sparse24.refresh(self.main.net, search=True)
+        self.main.twin.search()
+
+    @rule(key=st.sampled_from(["masks", "step", "monitor"]))
+    def a_damaged_state_is_refused(self, key):
+        state = self.recipe.state_dict()
+        state.pop(key)
+        with pytest.raises(Sparse24Error, match=f"lacks {key}"):
+            self.recipe.load_state_dict(state)
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def keep(self, live: Live) -> None:
+        self.copies = [*self.copies[-3:], live]
+
+    def some(self, index: int) -> Live:
+        return [self.main, *self.copies][index % (1 + len(self.copies))]
+
+    def copied(self, index: int) -> Live:
+        return self.copies[index % len(self.copies)]
+
+    has_copies = precondition(lambda self: self.copies)
+    indices = st.integers(0, 11)
+
+    @rule(index=indices)
+    def snapshot(self, index):
+        live = self.some(index)
+        other = Live(copy.deepcopy(live.model), live.twin.copy(), live.origin or live, mask_is_state=live.mask_is_state)
+        if live.dense:
+            other.origin, other.dense = None, True
+        self.keep(other)
+
+    @rule(index=indices)
+    def pickled(self, index):
+        live = self.some(index)
+        other = Live(pickle.loads(pickle.dumps(live.model)), live.twin.copy(), mask_is_state=live.mask_is_state)
+        other.dense = live.dense
+        self.keep(other)
+
+    @rule()
+    def average(self):
+        averaged = AveragedModel(self.main.net, multi_avg_fn=half)
+        self.keep(Live(averaged, self.main.twin.copy(), self.main, mask_is_state=self.main.mask_is_state))
+
+    @has_copies
+    @rule(index=indices)
+    def update_average(self, index):
+        live = self.copied(index)
+        if not isinstance(live.model, AveragedModel) or live.origin is None:
+            return
+        first = int(live.model.n_averaged) == 0
+        live.model.update_parameters(live.origin.net)
+        for name, weight in live.origin.twin.weights.items():
+            live.twin.weights[name] = weight.clone() if first else live.twin.weights[name].lerp(weight, 0.5)
+        live.written()
+
+    @has_copies
+    @rule(index=indices, seed=seeds)
+    def write_into_a_copy(self, index, seed):
+        live = self.copied(index)
+        self.write(live, seed)
+        live.written()
+        if live.origin is None:
+            sparse24.refresh(live.model)
+
+    @has_copies
+    @rule(index=indices, seed=seeds, layer=st.sampled_from(LAYERS))
+    def replace_a_parameter_of_a_copy(self, index, seed, layer):
+        live = self.copied(index)
+        if live.dense:
+            return
+        weight = torch.randn(live.twin.weights[f"{layer}.weight"].shape, generator=torch.Generator().manual_seed(seed))
+        live.net.get_submodule(layer).weight = nn.Parameter(weight * 0.3)
+        live.twin.weights[f"{layer}.weight"] = weight * 0.3
+        if live.origin is not None:
+            live.twin.masks[layer] = live.origin.twin.masks[layer]  # this layer's: the others are not written
+            self.follow_now(live)
+        elif not live.mask_is_state:
+            live.twin.masks[layer] = Twin(live.twin.weights).masks[layer]
+
+    def follow_now(self, live: Live) -> None:
+        """One written layer among untouched ones: have the rest follow too, as the reference knows whole models."""
+        sparse24.follow(live.model, like=live.origin.net)
+        live.twin.follow(live.origin.twin)
+
+    @has_copies
+    @rule(index=indices)
+    def follow(self, index):
+        live = self.copied(index)
+        sparse24.follow(live.model, like=self.main.net)
+        live.twin.follow(self.main.twin)
+        live.mask_is_state, live.dense = True, False
+        if live.origin is not self.main:
+            live.origin, live.follows = None, False
+
+    @rule(index=indices)
+    def refresh(self, index):
+        sparse24.refresh(self.some(index).model)
+
+    @has_copies
+    @rule(index=indices)
+    def densify(self, index):
+        live = self.copied(index)
+        assert live.dense or len(sparse24.densify(live.model)) == len(LAYERS)
+        live.dense, live.origin, live.follows, live.twin.phase = True, None, False, "dense"
+
+    @has_copies
+    @rule(index=indices)
+    def sparsify_again(self, index):
+        live = self.copied(index)
+        if live.dense:
+            sparse24.sparsify(live.model, mvue=False)
+            live.dense, live.twin.phase, live.mask_is_state = False, "sparse", False
+            live.twin.search()
+
+    @has_copies
+    @rule(index=indices)
+    def go_on_with_a_copy(self, index):
+        """The copy is trained from here on; the model that it was copied from stays what it is."""
+        live = self.copied(index)
+        if live.dense or isinstance(live.model, AveragedModel):
+            return
+        self.copies = [other for other in self.copies if other is not live]
+        self.recipe.detach()
+        self.keep(self.main)
+        self.train_with_a_new_recipe(live)
+
+    # -- files and processes ----------------------------------------------------------------------------------------
+
+    @rule()
+    def save(self):
+        weights, state = saved_bytes(self.main.net.state_dict()), saved_bytes(self.recipe.state_dict())
+        entry = (weights, state, self.main.twin.copy(), copy.copy(self.plan), dict(self.settings))
+        self.saves = [*self.saves[-2:], entry]
+
+    has_saves = precondition(lambda self: self.saves)
+
+    @has_saves
+    @rule(index=indices, weights_first=st.booleans())
+    def resume(self, index, weights_first):
+        """In another process: nothing of the old one is left but its copies, which keep what they have."""
+        weights, state, twin, plan, self.settings = self.saves[index % len(self.saves)]
+        old = self.main
+        net = make_net()
+        sparse24.sparsify(net, mvue=False)
+        self.train_with_a_new_recipe(Live(net, twin.copy()))
+        self.plan = copy.copy(plan)
+        for load in ("weights", "recipe") if weights_first else ("recipe", "weights"):
+            self.recipe.load_state_dict(loaded(state)) if load == "recipe" else net.load_state_dict(loaded(weights))
+        self.main.twin, self.main.mask_is_state = twin.copy(), True
+        for live in self.copies:
+            if live.origin is old:
+                live.origin, live.follows = None, False
+        del old
+        gc.collect()
+
+    @has_saves
+    @rule(index=indices, order=st.sampled_from(["dense", "masks first", "weights first"]))
+    def evaluate(self, index, order):
+        weights, state, twin, *_ = self.saves[index % len(self.saves)]
+        net = make_net()
+        if order != "dense":
+            sparse24.sparsify(net, mvue=False)
+        if order == "masks first":
+            sparse24.load_masks(net, loaded(state))
+        net.load_state_dict(loaded(weights))
+        if order == "weights first":
+            self.told_before_masks_come(net, twin)
+        if order != "masks first":
+            sparse24.load_masks(net, loaded(state))
+        self.keep(Live(net, twin.copy()))
+
+    def told_before_masks_come(self, net, twin: Twin) -> None:
+        """Weights alone: masks are searched in them, and the next forward says so where these are others."""
+        searched = Twin(twin.weights)
+        differs = twin.phase == "dense" or not all(torch.equal(searched.masks[n], twin.masks[n]) for n in LAYERS)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with torch.no_grad():
+                net(X)
+        assert differs == any("load_masks" in str(w.message) for w in caught), (twin.phase, differs, caught)
+
+    @has_saves
+    @has_copies
+    @rule(index=indices, which=indices)
+    def load_into_a_copy(self, index, which):
+        weights, state, twin, *_ = self.saves[which % len(self.saves)]
+        live = self.copied(index)
+        if live.dense:
+            return
+        live.net.load_state_dict(loaded(weights))
+        sparse24.load_masks(live.model, loaded(state))
+        live.twin, live.origin, live.follows, live.mask_is_state = twin.copy(), None, False, True
+
+    @has_copies
+    @rule(index=indices)
+    def load_the_models_weights_into_a_copy(self, index):
+        live = self.copied(index)
+        if live.dense or live.origin is not self.main:
+            return
+        live.net.load_state_dict(self.main.net.state_dict())
+        live.twin, live.follows = self.main.twin.copy(), False
+
+    @has_saves
+    @rule(index=indices)
+    def evaluate_in_a_real_process(self, index):
+        if Machine.processes >= max(3, STEPS // 2000):  # seconds each
+            return
+        Machine.processes += 1
+        weights, state, twin, *_ = self.saves[index % len(self.saves)]
+        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sparse24-machine-{os.getpid()}.pt"
+        torch.save((loaded(weights), loaded(state), X), path)
+        here = Path(__file__).parent
+        environment = dict(os.environ, PYTHONPATH=f"{here}:{here.parent}", OMP_NUM_THREADS="1")
+        subprocess.run([sys.executable, "-c", NEW_PROCESS, str(path)], check=True, env=environment)
+        torch.testing.assert_close(torch.load(path, weights_only=True), twin(X), rtol=1e-4, atol=1e-5)
+        path.unlink()
+
+    # -- what holds -------------------------------------------------------------------------------------------------
+
+    @rule(index=indices)
+    def move(self, index):
+        self.some(index).net.double().float()
+
+    @rule(index=indices, seed=seeds)
+    def lent_weights(self, index, seed):
+        live, g = self.some(index), torch.Generator().manual_seed(seed)
+        lent = {n: 0.3 * torch.randn(w.shape, generator=g) for n, w in live.twin.weights.items()}
+        self.follow_if_it_should(live)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                torch.func.functional_call(live.net, lent, X), live.twin(X, lent), rtol=1e-4, atol=1e-5
+            )
+
+    def write(self, live: Live, seed: int) -> None:
+        g = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in live.net.named_parameters():
+                noise = 0.05 * torch.randn(parameter.shape, generator=g)
+                parameter.add_(noise)
+                live.twin.weights[name] = live.twin.weights[name] + noise
+
+    def sync(self, live: Live) -> None:
+        """The weights are as they should be; take their last bits over, or rounding would add up."""
+        for name, weight in live.net.state_dict().items():
+            torch.testing.assert_close(weight, live.twin.weights[name], rtol=1e-4, atol=1e-5)
+            live.twin.weights[name] = weight.clone()
+
+    def follow_if_it_should(self, live: Live) -> None:
+        if live.follows and live.origin is not None:
+            live.twin.follow(live.origin.twin)
+
+    @invariant()
+    def every_copy_computes_what_its_twin_computes(self):
+        if not hasattr(self, "main"):
+            return
+        for live in (self.main, *self.copies):
+            self.sync(live)
+            self.follow_if_it_should(live)
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("error", Sparse24Warning)
+                warnings.filterwarnings("ignore", message=".*flip rate", category=Sparse24Warning)
+                out = live.model(X)
+            if not live.dense:
+                self.adopt_ties(live)
+            torch.testing.assert_close(out, live.twin(X), rtol=1e-4, atol=1e-5)
+
+    def adopt_ties(self, live: Live) -> None:
+        """Two patterns may keep the same to the last bit; the model's choice then is as good as the twin's."""
+        for name, layer in sparse_layers(live.net).items():
+            mask = ops.unpack_mask(layer.mask.view(torch.uint16))
+            if not torch.equal(mask, live.twin.masks[name]):
+                weight = live.twin.weights[f"{name}.weight"]
+                if as_good(mask, weight) and as_good(live.twin.masks[name], weight):
+                    live.twin.masks[name] = mask
+
+
+@pytest.mark.fault(79, 80)
+def test_every_copy_computes_what_its_plain_twin_computes():
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=max(1, STEPS // STEPS_EACH), stateful_step_count=STEPS_EACH, deadline=None, database=None,
+            suppress_health_check=list(HealthCheck), print_blob=True,
+        ),
+    )  # fmt: skip
