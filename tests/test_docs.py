@@ -1,7 +1,9 @@
 """The documentation holds: its Python snippets run, its commands and options exist, its links lead to files.
 
 Snippets of a page share one namespace and run in order, on the CPU, in an empty folder. A ```python block inside an
-HTML comment is run too and not shown: it makes the tiny model and data that the visible ones work on.
+HTML comment is run too and not shown: it makes the tiny model and data that the visible ones work on. One after
+`<!-- needs: library -->` is a test of its own, skipped where the library is not installed; it runs after the unmarked
+ones above it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -24,10 +27,11 @@ NEEDS = {
     "docs/flip-rate.md": ("matplotlib", "tensorboard"),
     "docs/huggingface.md": ("transformers", "accelerate"),
     "docs/lightning.md": ("lightning",),
+    "docs/other-libraries.md": ("transformers",),
     "docs/tuning-the-decay.md": ("matplotlib",),
 }
 
-SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r"^(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python -m sparse24|make) [^`\n]*)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -37,10 +41,26 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def snippets(page: Path) -> list[tuple[int, str]]:
-    """(line of the first line of code, code) of each Python block."""
+class Snippet(NamedTuple):
+    line: int  # of the first line of code
+    code: str
+    needs: tuple[str, ...]  # libraries that a marker above it names
+
+
+def snippets(page: Path) -> list[Snippet]:
     text = page.read_text(encoding="utf-8")
-    return [(text.count("\n", 0, found.start(1)), found[1]) for found in SNIPPET.finditer(text)]
+    return [
+        Snippet(text.count("\n", 0, found.start(2)), found[2], tuple(re.findall(r"\w+", found[1] or "")))
+        for found in SNIPPET.finditer(text)
+    ]
+
+
+def run(page: Path, chosen: list[Snippet]) -> dict:
+    namespace = {"__name__": "__main__"}
+    for snippet in chosen:
+        # Empty lines in front: a traceback then names the line of the page.
+        exec(compile("\n" * snippet.line + snippet.code, str(page), "exec"), namespace)
+    return namespace
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -68,10 +88,17 @@ def elsewhere(tmp_path, monkeypatch):
 def test_snippets_of_a_page_run_in_order(page, elsewhere):
     for package in NEEDS.get(name_of(page), ()):
         pytest.importorskip(package)
-    namespace = {"__name__": "__main__"}
-    for line, code in snippets(page):
-        # Empty lines in front: a traceback then names the line of the page.
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    run(page, [snippet for snippet in snippets(page) if not snippet.needs])
+
+
+MARKED = [(page, snippet) for page in PAGES for snippet in snippets(page) if snippet.needs]
+
+
+@pytest.mark.parametrize("page, marked", MARKED, ids=[f"{name_of(page)}:{s.line} {s.needs[0]}" for page, s in MARKED])
+def test_snippets_with_other_libraries_run(page, marked, elsewhere):
+    for package in (*NEEDS.get(name_of(page), ()), *marked.needs):
+        pytest.importorskip(package)
+    run(page, [s for s in snippets(page) if not s.needs and s.line < marked.line] + [marked])
 
 
 @pytest.mark.gpu
@@ -79,9 +106,7 @@ def test_quick_start_captures_a_step_where_there_is_a_gpu(elsewhere):
     """Without one its page leaves the CUDA graph out."""
     page = ROOT / "docs" / "quickstart.md"
     pytest.importorskip("transformers")
-    namespace = {"__name__": "__main__"}
-    for line, code in snippets(page):
-        exec(compile("\n" * line + code, str(page), "exec"), namespace)
+    namespace = run(page, snippets(page))
     assert namespace["ffn_recipe"].step == 103
 
 

@@ -99,6 +99,7 @@ class Machine(RuleBasedStateMachine):
         sparse24.sparsify(net, mvue=False, fuse=seed % 3 > 0)
         self.copies: list[Live] = []
         self.saves: list[tuple] = []
+        self.forward_as = "eval"
         self.train_with_a_new_recipe(Live(net, Twin(net.state_dict())))
 
     # -- the model in training --------------------------------------------------------------------------------------
@@ -137,6 +138,10 @@ class Machine(RuleBasedStateMachine):
     def write_into_the_model(self, seed):
         self.write(self.main, seed)
         sparse24.refresh(self.main.net)
+
+    @rule(mode=st.sampled_from(["eval", "train", "train with grad"]))
+    def forward_from_here_on(self, mode):
+        self.forward_as = mode
 
     @rule()
     def search_by_hand(self):
@@ -399,13 +404,14 @@ class Machine(RuleBasedStateMachine):
         for live in (self.main, *self.copies):
             self.sync(live)
             self.follow_if_it_should(live)
-            with torch.no_grad(), warnings.catch_warnings():
+            live.model.train(self.forward_as != "eval")  # averages are evaluated in any of these
+            with torch.set_grad_enabled(self.forward_as == "train with grad"), warnings.catch_warnings():
                 warnings.simplefilter("error", Sparse24Warning)
                 warnings.filterwarnings("ignore", message=".*flip rate", category=Sparse24Warning)
                 out = live.model(X)
             if not live.dense:
                 self.adopt_ties(live)
-            torch.testing.assert_close(out, live.twin(X), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(out.detach(), live.twin(X), rtol=1e-4, atol=1e-5)
 
     def adopt_ties(self, live: Live) -> None:
         """Two patterns may keep the same to the last bit; the model's choice then is as good as the twin's."""

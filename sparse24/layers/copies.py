@@ -118,8 +118,8 @@ def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     if has_substituted_weight(layer):
         return
     written = layer.weight_has_changed()
-    if written and forward and layer.training and torch.is_grad_enabled() and layer.weight.requires_grad:
-        watch.origin = None  # trained by itself: a model of its own from here on
+    if written and forward and layer.weight.grad is not None:
+        watch.origin = None  # trained by itself: a model of its own from here on. Averages have no gradients
         return
     now = _moment(origin)
     if now == watch.seen and not written:
