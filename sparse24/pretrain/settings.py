@@ -18,6 +18,8 @@ from typing import Any
 
 from ..errors import Sparse24Error
 from ..files import read_json
+from ..recipe.methods import METHODS
+from ..recipe.presets import PRESETS as RECIPES
 
 ARMS = ("dense", "sparse", "half", "narrow", "wide")  # what the feed-forward layers are
 ACTIVATIONS = {
@@ -27,7 +29,6 @@ ACTIVATIONS = {
     "silu": "silu",
     "relu": "relu",
 }  # transformers'
-METHODS = ("fst", "ste", "sr-ste", "step", "s-ste")
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEDULES = ("constant", "linear", "cosine")
 PLACES = ("auto", "start", "end", "none")
@@ -60,12 +61,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         eval_tokens=524_288, save_interval=500,
     ),
 }  # fmt: skip
-
-
-# the paper's recipe, but for what the presets have of it
-RECIPE: dict[str, Any] = dict(
-    decay_schedule="constant", dense_fraction=1 / 6, dense_at="auto", mvue=True, method="fst"
-)  # fmt: skip
 
 
 def option(default: Any, text: str, *, free: bool = False) -> Any:
@@ -133,7 +128,10 @@ class Settings:
         None, "Where: end, start, none, or auto (as the method has it; the paper's: end). Default: auto."
     )
     mvue: bool | None = option(None, "2:4 pruning of the output gradient, without bias. Default: yes.")
-    method: str | None = option(None, "fst, ste, sr-ste, step or s-ste. Default: fst.")
+    method: str | None = option(None, "fst, ste, sr-ste, step, s-ste or mvue. Default: fst.")
+    recipe: str | None = option(
+        None, "Named settings of the recipe: paper, equal-time or fine-tune. Options given beside it come first."
+    )
     backend: str = option("sparse", "sparse, or auto: only layers that a GPU should train faster than dense.")
     # optimization
     steps: int | None = option(None, "Optimizer steps.")
@@ -192,7 +190,10 @@ def resolve(settings: Settings) -> Settings:
     """
     require_choice("--preset", settings.preset, PRESETS)
     require_choice("--device", settings.device.split(":")[0], ("auto", "cpu", "cuda"))
-    filled = {k: v for k, v in (RECIPE | PRESETS[settings.preset]).items() if getattr(settings, k) is None}
+    require_choice("--recipe", settings.recipe, (None, *RECIPES))
+    values = recipe_values("paper") | PRESETS[settings.preset]
+    values |= recipe_values(settings.recipe) if settings.recipe else {}
+    filled = {k: v for k, v in values.items() if getattr(settings, k) is None}
     if "micro_batch" in filled and settings.batch:  # the preset's may not divide the batch that was asked for
         filled["micro_batch"] = math.gcd(filled["micro_batch"], settings.batch)
     if "steps" not in filled and "warmup" in filled:
@@ -214,6 +215,12 @@ def resolve(settings: Settings) -> Settings:
     for settings in s.runs.values():
         check(settings)
     return s
+
+
+def recipe_values(name: str) -> dict[str, Any]:
+    """The settings that a named recipe decides; gradients are pruned where it leaves that open."""
+    values = vars(RECIPES[name])
+    return values | {"mvue": True if values["mvue"] is None else values["mvue"]}
 
 
 def rates(lr: float | tuple[float, ...] | str) -> float | tuple[float, ...]:
@@ -276,6 +283,8 @@ def check_ranges(s: Settings) -> None:
     rule = rule_on(s)
     ratio = s.time_ratio is None or 0 < s.time_ratio < math.inf
     rule("time_ratio", ratio, "must be finite and above 0", "leave it out for the cost model's")
+    known = s.time_ratio is not None or s.method != "mvue" or not {"sparse", "wide"} & set(s.kinds)
+    rule("time_ratio", known, "must be given for --method mvue, of which the cost model knows nothing", "measure it")
     for name in COUNTS:
         rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("samples", "sample_tokens", "seed", "warmup"):

@@ -120,7 +120,7 @@ class Trainer:
             self.recipe = Recipe(
                 self.model, self.optimizer, total_steps=s.steps, decay=s.decay, mask_interval=s.mask_interval,
                 dense_fraction=s.dense_fraction, mvue=s.mvue, method=s.method, decay_schedule=s.decay_schedule,
-                dense_at=s.dense_at, track_blocks=True,
+                dense_at=s.dense_at, track_blocks=True, preset=s.recipe or "paper",
             )  # fmt: skip
         else:
             with contextlib.suppress(Sparse24Error):  # of a model whose widths no mask fits there is nothing to see

@@ -162,3 +162,25 @@ def test_one_rate_is_a_number_and_arms_keep_their_plain_names(small):
     several = resolve(small(lr="3e-3,1e-2,3e-3", compare=True))
     assert list(several.runs) == ["dense@0.003", "dense@0.01", "sparse@0.003", "sparse@0.01"]
     assert several.runs["dense@0.01"].min_lr == pytest.approx(1e-3)
+
+
+def test_a_named_recipe_fills_what_is_left_out(small):
+    from sparse24.recipe.presets import PRESETS as RECIPES
+
+    given = dict(mask_interval=None, decay=None)
+    s = resolve(small(recipe="equal-time", **given))
+    recipe = RECIPES["equal-time"]
+    assert (s.dense_fraction, s.decay, s.mask_interval) == (recipe.dense_fraction, recipe.decay, recipe.mask_interval)
+    assert resolve(small(recipe="equal-time", dense_fraction=0.25)).dense_fraction == 0.25
+    plain = resolve(small(**given))  # the preset's sizes come with a decay and an interval of their own
+    assert (plain.dense_fraction, plain.decay, plain.mask_interval) == (1 / 6, 6e-4, 10)
+    with pytest.raises(Sparse24Error, match="--recipe must be one of paper, equal-time, fine-tune, got 'best'"):
+        resolve(small(recipe="best"))
+    with pytest.raises(Sparse24Error, match="--time-ratio must be given for --method mvue"):
+        resolve(small(recipe="fine-tune"))
+
+
+@pytest.mark.parametrize("changes", [dict(recipe="equal-time"), dict(recipe="fine-tune", time_ratio=1.13)], ids=str)
+def test_named_recipes_train(small, quiet, changes):
+    result = pretrain(small(eval_interval=12, **changes), quiet)["arms"]["sparse"]
+    assert result["valid_loss"] < result["first_valid_loss"]
