@@ -46,9 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # What `make demo` trains: three arms in some minutes on two CPU cores.
     "demo": dict(
-        layers=4, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=400, lr=4e-3,
-        warmup=40, init_std=0.04, activation="relu2", decay=2e-3, mask_interval=10, dense_fraction=1 / 3,
-        eval_interval=50, eval_tokens=65_536, save_interval=100,
+        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=800, lr=4e-3,
+        warmup=60, init_std=0.04, activation="relu2", decay=1e-3, mask_interval=10, dense_fraction=1 / 3,
+        eval_interval=100, eval_tokens=32_768, save_interval=200,
     ),
     "124m": dict(
         layers=12, width=768, heads=12, ctx=1024, vocab_size=50_304, batch=64, micro_batch=32, steps=2000, lr=6e-4,
