@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import BLOCK, DTYPE_CODE, HALF_DTYPES, META_BLOCK, as_major, mask_as_uint16, metadata_bytes
+from ..formats import BLOCK, DTYPE_CODE, FORMATS, HALF_DTYPES, META_BLOCK, as_major, mask_as_uint16, metadata_bytes
 from ._common import (
     call_without_grad,
     check_mask,
@@ -43,15 +43,17 @@ def packed_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
 def empty_packed(rows: int, cols: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Uninitialised packed (rows, cols/2), E, packed_t (rows/2, cols), E_t for a (rows, cols) weight.
 
+    Of 8-bit dtypes packed_t is (cols, rows/2), and E and E_t have the order of 8 bits.
+
     Raises Sparse24Error for extents that are not multiples of 4 from 0 on, Sparse24DtypeError for a wrong Python type.
     """
     if rows < 0 or cols < 0 or rows % BLOCK or cols % BLOCK:
         raise Sparse24Error(f"rows and cols must be multiples of {BLOCK}, 0 or more, got {rows} and {cols}")
     return (
         torch.empty((rows, cols // 2), dtype=dtype, device=device),
-        torch.empty(metadata_bytes(rows, cols), dtype=torch.uint8, device=device),
-        torch.empty((rows // 2, cols), dtype=dtype, device=device),
-        torch.empty(metadata_bytes(cols, rows), dtype=torch.uint8, device=device),
+        torch.empty(metadata_bytes(rows, cols, dtype), dtype=torch.uint8, device=device),
+        torch.empty((rows // 2, cols) if FORMATS[dtype].mn_major else (cols, rows // 2), dtype=dtype, device=device),
+        torch.empty(metadata_bytes(cols, rows, dtype), dtype=torch.uint8, device=device),
     )
 
 

@@ -1,0 +1,27 @@
+"""8-bit operands: matrices cast by a scale, weights and gradients packed from them, and their products.
+
+A scale is one float32 on the tensor's device, a power of two, with x ~= scale * x8. It is known before a pass runs, so
+that a pass casts in the same read that does its other work, and notes the largest magnitude for the next scale.
+Everything is K-major: the tensor cores read 8-bit operands along k only.
+"""
+
+from .activations import activation_quantize
+from .casts import quantize, scale_of
+from .gradients import activation_backward_quantize, mvue_quantize
+from .operands import E4M3
+from .products import grad_weight_float8_, sparse_mm_float8
+from .weights import decompress_float8, empty_packed_float8, pack_float8_
+
+__all__ = [
+    "E4M3",
+    "activation_backward_quantize",
+    "activation_quantize",
+    "decompress_float8",
+    "empty_packed_float8",
+    "grad_weight_float8_",
+    "mvue_quantize",
+    "pack_float8_",
+    "quantize",
+    "scale_of",
+    "sparse_mm_float8",
+]

@@ -1,0 +1,68 @@
+"""Activations that leave in e4m3."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...formats import as_major
+from ...reference import float8 as reference
+from ...reference import gated_activation
+from .._common import define_op, where
+from ..activation import KINDS
+from .operands import check_counts, check_matrix, empty_float8, matrix, note, output
+
+
+def _activation_quantize(
+    gate_up, kind, gated, scale, keep_h, transposed, amax, counts
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_matrix(gate_up, scale)
+    check_counts(gate_up, counts)
+    h = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1)))
+    out = empty_float8(h, *h.shape, True, transposed)
+    library, *place = where(gate_up)
+    if library is None:
+        h = gated_activation(gate_up, kind, gated)
+        note(amax, h, counts, scale)
+        x8 = reference.to_float8(h, scale)
+        return h if keep_h else h.new_empty(0), x8, reference.transpose_padded(x8) if transposed else out[1]
+    gate_up = as_major(gate_up)
+    to = (h.data_ptr() if keep_h else 0, *matrix(h)[1:])
+    library.activation_forward_outputs(
+        KINDS[kind], gated, matrix(gate_up), to, output(*out, scale, amax, counts), None, *place
+    )
+    return h if keep_h else h.new_empty(0), *out
+
+
+def _activation_quantize_fake(gate_up, kind, gated, scale, keep_h, transposed, amax, counts):
+    check_matrix(gate_up, scale)
+    check_counts(gate_up, counts)
+    shape = (gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1))
+    return gate_up.new_empty(shape if keep_h else (0,)), *empty_float8(gate_up, *shape, True, transposed)
+
+
+_op_activation_quantize = define_op(
+    "activation_quantize",
+    "(Tensor gate_up, str kind, bool gated, Tensor scale, bool keep_h, bool transposed, Tensor(a!)? amax, "
+    "Tensor(b!)? counts) -> (Tensor, Tensor, Tensor)",
+    _activation_quantize,
+    _activation_quantize_fake,
+)
+
+
+def activation_quantize(
+    gate_up: Tensor,
+    kind: str,
+    scale: Tensor,
+    *,
+    gated: bool,
+    keep_h: bool,
+    transposed: bool,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = act(gate) * up, or act(gate_up), as (h, h8, h8_t) from one read; h is empty without `keep_h`.
+
+    gate_up (tokens, 2*d_ff or d_ff); kinds as `gated_activation`; scale, h8, h8_t, amax and counts as in
+    `quantize`, of h.
+    """
+    return _op_activation_quantize(gate_up, kind, gated, scale, keep_h, transposed, amax, counts)

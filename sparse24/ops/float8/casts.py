@@ -1,0 +1,69 @@
+"""Casts to e4m3 by a scale that is known, and scales from the largest magnitude."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...formats import as_major
+from ...reference import float8 as reference
+from .._common import define_op, where
+from .operands import check_counts, check_matrix, empty_float8, matrix, note, output
+
+
+def _quantize(
+    x: Tensor, scale: Tensor, rows: bool, transposed: bool, amax: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    check_matrix(x, scale)
+    check_counts(x, counts)
+    out = empty_float8(x, *x.shape, rows, transposed)
+    library, *place = where(x)
+    if library is None:
+        x8 = reference.to_float8(x, scale)
+        note(amax, x, counts, scale)
+        return x8 if rows else out[0], reference.transpose_padded(x8) if transposed else out[1]
+    x = as_major(x)
+    library.quantize(matrix(x), output(*out, scale, amax, counts), *place)
+    return out
+
+
+def _quantize_fake(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
+    check_matrix(x, scale)
+    check_counts(x, counts)
+    return empty_float8(x, *x.shape, rows, transposed)
+
+
+_op_quantize = define_op(
+    "quantize",
+    "(Tensor x, Tensor scale, bool rows, bool transposed, Tensor(a!)? amax, Tensor(b!)? counts) -> (Tensor, Tensor)",
+    _quantize,
+    _quantize_fake,
+)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    *,
+    rows: bool = True,
+    transposed: bool = False,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x / scale in e4m3, and its transpose, from one read: (x8, x8_t).
+
+    x       (tokens, features) fp32, bf16 or fp16, row- or column-major (other strides are copied)
+    scale   one float32, a power of two, on x's device
+    x8      (tokens, features); empty without `rows`
+    x8_t    (features, tokens padded to 32), zeros past the end; empty without `transposed`
+    amax    one float32, raised to the largest finite |x|
+    counts  three int64, added to: finite values that are clipped, values that become zero, all values
+
+    To nearest even; finite values beyond 448 become 448, Inf and NaN become NaN. Raises Sparse24Error for an x that is
+    not 2-D or tensors on two devices, Sparse24DtypeError for a dtype or a scale of another kind.
+    """
+    return _op_quantize(x, scale, rows, transposed, amax, counts)
+
+
+def scale_of(amax: Tensor, margin: float = 2.0) -> Tensor:
+    """The smallest power of two by which amax * margin fits into e4m3; 1 for an amax of 0. fp32, of amax's shape."""
+    return reference.scale_of(amax, margin)

@@ -1,0 +1,135 @@
+"""MVUE with casts from the same read: of a gradient, and of an activation's gradient that is never stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...formats import DTYPE_CODE, as_major, metadata_bytes, padded_tokens
+from ...reference import float8 as reference
+from ...reference import gated_activation_backward
+from .._common import define_op, where
+from ..activation import KINDS
+from ..mvue import check_seed, empty_tile_sums
+from .operands import E4M3, check_counts, check_matrix, empty_float8, matrix, note, output, pointer
+
+
+def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
+    tokens, features = dy.shape
+    dtype = E4M3 if float8 else dy.dtype
+    padded = padded_tokens(tokens, dtype)
+    shape = (features, padded // 2) if float8 else (padded // 2, features)
+    E = dy.new_empty(metadata_bytes(features, padded, dtype), dtype=torch.uint8)
+    return dy.new_empty(shape, dtype=dtype), E
+
+
+def _mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor) -> tuple[int, ...]:
+    of_packed = scale if packed.dtype == E4M3 else None
+    return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), pointer(of_packed)
+
+
+def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
+    if float8:
+        return reference.mvue_compress_float8(dy, seed, scale, E4M3)
+    return torch.ops.sparse24.mvue_compress.default(dy, seed)
+
+
+def _check_mvue(dy: Tensor, seed: Tensor, scale: Tensor, counts: Tensor | None) -> None:
+    check_matrix(dy, scale)
+    check_counts(dy, counts)
+    check_seed(seed, dy)
+
+
+def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_mvue(dy, seed, scale, counts)
+    library, *place = where(dy)
+    if library is None:
+        packed, E = _mvue_by_reference(dy, seed, scale, float8)
+        note(amax, dy, counts, scale)
+        sums = dy.sum(0, dtype=torch.float32) if bias_grad else dy.new_empty(0, dtype=torch.float32)
+        return packed, E, reference.to_float8(dy, scale), sums
+    dy = as_major(dy)
+    packed, E = _empty_mvue(dy, float8)
+    dy8, none = empty_float8(dy, *dy.shape, True, False)
+    sums = empty_tile_sums(dy) if bias_grad else None
+    fields = _mvue_fields(seed, packed, E, scale)
+    library.mvue_pack(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
+    return packed, E, dy8, dy.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
+
+
+def _mvue_quantize_fake(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_mvue(dy, seed, scale, counts)
+    bias = dy.new_empty(dy.shape[1] if bias_grad else 0, dtype=torch.float32)
+    return *_empty_mvue(dy, float8), dy.new_empty(dy.shape, dtype=E4M3), bias
+
+
+_op_mvue_quantize = define_op(
+    "mvue_quantize",
+    "(Tensor dy, Tensor seed, Tensor scale, bool float8, bool bias_grad, Tensor(a!)? amax, "
+    "Tensor(b!)? counts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _mvue_quantize,
+    _mvue_quantize_fake,
+)
+
+
+def mvue_quantize(
+    dy: Tensor,
+    seed: Tensor,
+    scale: Tensor,
+    *,
+    float8: bool,
+    bias_grad: bool = False,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy in e4m3 and its MVUE form for the weight gradient, from one read: (packed, E, dy8, bias_grad).
+
+    dy      (tokens, features)                     seed, bias_grad  as in `mvue_compress`
+    float8  packed is e4m3, (features, tokens padded to 32 / 2), rounded at random without bias; else as `mvue_compress`
+    scale   of dy8, and of packed where that is 8 bits: kept values reach at most twice the largest |dy|, which the
+            margin of 2 in `scale_of` leaves room for
+    dy8     (tokens, features)                     amax, counts  as in `quantize`, of dy
+    """
+    return _op_mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts)
+
+
+def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):
+    _check_mvue(gate_up, seed, scale, counts)
+    library, *place = where(gate_up)
+    if library is None:
+        d_gate_up = gated_activation_backward(dh, gate_up, kind, gated)[0]
+        return _mvue_quantize(d_gate_up, seed, scale, float8, bias_grad, amax, counts)
+    dh, gate_up = as_major(dh), as_major(gate_up)
+    packed, E = _empty_mvue(gate_up, float8)
+    d_gate_up8, none = empty_float8(gate_up, *gate_up.shape, True, False)
+    sums = empty_tile_sums(gate_up) if bias_grad else None
+    not_stored = (0, DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)
+    library.activation_backward_outputs(
+        KINDS[kind], gated, matrix(dh), matrix(gate_up), not_stored, None,
+        output(d_gate_up8, none, scale, amax, counts), _mvue_fields(seed, packed, E, scale), pointer(sums), *place,
+    )  # fmt: skip
+    return packed, E, d_gate_up8, gate_up.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
+
+
+def _activation_backward_quantize_fake(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):
+    return _mvue_quantize_fake(gate_up, seed, scale, float8, bias_grad, amax, counts)
+
+
+_op_activation_backward_quantize = define_op(
+    "activation_backward_quantize",
+    "(Tensor dh, Tensor gate_up, str kind, bool gated, Tensor seed, Tensor scale, bool float8, bool bias_grad, "
+    "Tensor(a!)? amax, Tensor(b!)? counts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _activation_backward_quantize,
+    _activation_backward_quantize_fake,
+)
+
+
+def activation_backward_quantize(
+    dh: Tensor, gate_up: Tensor, kind: str, seed: Tensor, scale: Tensor, *, gated: bool, float8: bool,
+    bias_grad: bool = False, amax: Tensor | None = None, counts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The activation's gradient, never stored itself: its MVUE form and its e4m3 form, (packed, E, d8, bias_grad).
+
+    dh (tokens, d_ff), gate_up as in forward; the rest as in `mvue_quantize`, of d_gate_up.
+    """
+    return _op_activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts)

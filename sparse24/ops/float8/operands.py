@@ -1,0 +1,71 @@
+"""8-bit matrices as the binding takes them, and the rules on scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import Sparse24DtypeError, Sparse24Error
+from ...formats import DTYPE_CODE, padded_tokens
+from ...reference import float8 as reference
+from .._common import check_same_device, check_weight_dtype
+
+E4M3 = torch.float8_e4m3fn
+
+
+def pointer(t: Tensor | None) -> int:
+    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+
+
+def matrix(t: Tensor) -> tuple[int, ...]:
+    """A 2-D tensor as the binding takes matrices."""
+    return t.data_ptr(), DTYPE_CODE[t.dtype], *t.shape, *t.stride()
+
+
+def output(
+    x8: Tensor, x8_t: Tensor, scale: Tensor, amax: Tensor | None, counts: Tensor | None = None
+) -> tuple[int, ...]:
+    """What a pass writes in e4m3, as the binding takes it. The pass counts what is clipped and flushed; of how many,
+    here.
+    """
+    lds = (x8.stride(0) if x8.numel() else 0, x8_t.stride(0) if x8_t.numel() else 0)
+    if counts is not None:
+        counts[2].add_(max(x8.numel(), x8_t.numel()))
+    return pointer(x8), lds[0], pointer(x8_t), lds[1], scale.data_ptr(), pointer(amax), pointer(counts)
+
+
+def empty_float8(like: Tensor, tokens: int, features: int, rows: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    padded = padded_tokens(tokens, E4M3)
+    return (
+        like.new_empty((tokens, features) if rows else (0,), dtype=E4M3),
+        like.new_empty((features, padded) if transposed else (0,), dtype=E4M3),
+    )
+
+
+def check_scale(like: Tensor, name: str, scale: Tensor) -> None:
+    if scale.dtype != torch.float32 or scale.numel() != 1:
+        raise Sparse24DtypeError(f"{name} must be one float32, got {scale.dtype} of shape {tuple(scale.shape)}")
+    check_same_device(like, "x", **{name: scale})
+
+
+def note(amax: Tensor | None, x: Tensor, counts: Tensor | None = None, scale: Tensor | None = None) -> None:
+    """What a pass notes of x, by the reference."""
+    if amax is not None:
+        torch.maximum(amax, reference.amax(x), out=amax)
+    if counts is not None:
+        counts += reference.cast_counts(x, scale)
+
+
+def check_counts(like: Tensor, counts: Tensor | None) -> None:
+    if counts is None:
+        return
+    if counts.dtype != torch.int64 or tuple(counts.shape) != (3,) or not counts.is_contiguous():
+        raise Sparse24DtypeError(f"counts must be three int64, got {counts.dtype} of shape {tuple(counts.shape)}")
+    check_same_device(like, "x", counts=counts)
+
+
+def check_matrix(x: Tensor, scale: Tensor) -> None:
+    if x.dim() != 2:
+        raise Sparse24Error(f"x must be 2-D, (tokens, features), got shape {tuple(x.shape)}; flatten it first")
+    check_weight_dtype(x, "x")
+    check_scale(x, "scale", scale)

@@ -1,0 +1,126 @@
+"""Products of 8-bit operands: forward and input gradient are one, the weight gradient another."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ... import _library
+from ...errors import Sparse24DtypeError, Sparse24Error
+from ...formats import DTYPE_CODE, FORWARD, GRAD_WEIGHT, metadata_bytes
+from .._common import check_same_device, define_op, where
+from .operands import E4M3, pointer
+from .weights import decompress_dense
+
+#: sums of 8-bit products: the tensor cores keep some 14 bits of them; "promoted" adds every 256 k in fp32
+ACCUMULATIONS = {"auto": 0, "fast": 1, "promoted": 2}
+
+
+@lru_cache(maxsize=4096)
+def _plan(problem: tuple[int, ...], accumulation: int, index: int) -> tuple[int, int]:
+    """(config, bytes of workspace) of a product (pass, m, n, k, format, out dtype)."""
+    library = _library.binding()
+    config = library.sparse_gemm_configs(*problem, _library.CUDA, index, accumulation)[0]
+    return config, library.sparse_gemm_workspace_bytes(*problem, config, _library.CUDA, index, accumulation)
+
+
+def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumulate=False, accumulation=0) -> bool:
+    """The product on the GPU's tensor cores; False, and nothing done, where they do not take it."""
+    library, backend, index, stream = where(out)
+    if backend != _library.CUDA:
+        return False
+    questions = (*problem, rhs.stride(0), out.stride(0), backend, index, accumulation)
+    if why := library.sparse_gemm_unsupported(*questions):
+        _library.warn_once(f"an 8-bit product multiplies densely over the decompressed operand: {why}")
+        return False
+    config, scratch_bytes = _plan(problem, accumulation, index)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
+    values, E = lhs
+    library.sparse_gemm(
+        *problem, values.data_ptr(), E.data_ptr(), rhs.data_ptr(), rhs.stride(0), out.data_ptr(), out.stride(0),
+        pointer(bias), accumulate, pointer(scratch), config, backend, index, stream,
+        scales=(lhs_scale.data_ptr(), rhs_scale.data_ptr()), accumulation=accumulation,
+    )  # fmt: skip
+    return True
+
+
+def _check_product(packed: Tensor, E: Tensor, m: int, k: int, x8: Tensor, name: str) -> None:
+    if tuple(packed.shape) != (m, k // 2) or packed.dtype != E4M3 or not packed.is_contiguous():
+        raise Sparse24Error(f"{name} must be contiguous e4m3 of shape {(m, k // 2)}, got {tuple(packed.shape)}")
+    if tuple(E.shape) != (metadata_bytes(m, k, E4M3),) or not E.is_contiguous():
+        raise Sparse24Error(f"E of {name} must have {metadata_bytes(m, k, E4M3)} bytes, got {tuple(E.shape)}")
+    if x8.dim() != 2 or x8.dtype != E4M3 or x8.stride(1) != 1:
+        raise Sparse24DtypeError(f"the dense operand must be 2-D e4m3 with rows as they lie in memory, got {x8.dtype}")
+    check_same_device(x8, "the dense operand", **{name: packed, f"E of {name}": E})
+
+
+def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
+    tokens, k = x8.shape
+    _check_product(packed, E, out_features, k, x8, "packed")
+    on_gpu = x8.device.type == "cuda"
+    y = x8.new_empty((tokens, out_features), dtype=torch.bfloat16 if on_gpu else out_dtype)
+    if y.numel() == 0:
+        return y.to(out_dtype)
+    problem = (FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
+    bias = None if bias is None else bias.to(y.dtype).contiguous()
+    if not _launch(problem, (packed, E), scale, x8, x_scale, y, bias=bias, accumulation=accumulation):
+        w = decompress_dense(packed, E, scale, out_features, k, torch.float32)
+        product = (x8.float() * x_scale) @ w.T
+        y.copy_(product if bias is None else product + bias)
+    return y.to(out_dtype)
+
+
+_op_sparse_mm_float8 = define_op(
+    "sparse_mm_float8",
+    "(Tensor x8, Tensor x_scale, Tensor packed, Tensor E, Tensor scale, int out_features, Tensor? bias, "
+    "ScalarType out_dtype, int accumulation) -> Tensor",
+    _sparse_mm_float8,
+    lambda x8, x_scale, packed, E, scale, m, bias, out_dtype, accumulation: x8.new_empty(
+        (x8.shape[0], m), dtype=out_dtype
+    ),
+)
+
+
+def sparse_mm_float8(
+    x8: Tensor, x_scale: Tensor, packed: Tensor, E: Tensor, scale: Tensor, out_features: int, *,
+    bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "auto",
+) -> Tensor:  # fmt: skip
+    """y = x W^T + bias for 8-bit x and W, W 2:4 sparse: forward, and with (packed_t, E_t) the input gradient.
+
+    x8 (tokens, k), x_scale    from `quantize`            packed (out_features, k/2), E, scale   from `pack_float8_`
+    out_dtype     of y; the GPU's kernels write bfloat16, other dtypes are cast from it
+    accumulation  "fast", "promoted" (sums of 256 k are added in fp32: for sums of one sign), or "auto"
+    """
+    code = ACCUMULATIONS[accumulation]
+    return _op_sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, code)
+
+
+def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> None:
+    (m, n), k = out.shape, x8_t.shape[1]
+    _check_product(packed, E, m, k, x8_t, "packed_dy")
+    if out.numel() == 0:
+        return
+    problem = (GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(out.dtype, 0))
+    fits = out.is_contiguous() and out.dtype in (torch.bfloat16, torch.float32) and k > 0
+    if fits and _launch(problem, (packed, E), scale, x8_t, x_scale, out, accumulate=accumulate):
+        return
+    product = decompress_dense(packed, E, scale, m, k, torch.float32) @ (x8_t.float() * x_scale).T
+    out.add_(product) if accumulate else out.copy_(product)
+
+
+_op_grad_weight_float8_ = define_op(
+    "grad_weight_float8_",
+    "(Tensor packed, Tensor E, Tensor scale, Tensor x8_t, Tensor x_scale, Tensor(a!) out, bool accumulate) -> ()",
+    _grad_weight_float8,
+    lambda packed, E, scale, x8_t, x_scale, out, accumulate: None,
+)
+
+
+def grad_weight_float8_(packed, E, scale, x8_t, x_scale, out: Tensor, accumulate: bool = False) -> None:
+    """out (m, n) = or += the weight gradient MVUE(dy)^T x of 8-bit operands; sums are promoted to fp32.
+
+    packed (m, padded/2), E, scale  from `mvue_quantize`      x8_t (n, padded), x_scale  from `quantize`
+    """
+    _op_grad_weight_float8_(packed, E, scale, x8_t, x_scale, out, accumulate)
