@@ -16,7 +16,7 @@ from torch import nn
 from .. import ops
 from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers import DTYPES, SparseLayer, check_switch, mask_of, sharding
+from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding
 from . import cost_model, structure
 from .candidates import ALREADY_SPARSE, candidates, linear_names, patterns, some, weight_owners, why_not
 from .choice import choose_function
@@ -41,6 +41,7 @@ def sparsify(
     allow_tied: bool = False,
     fuse: bool = True,
     lean: bool = False,
+    precision: str | None = None,
 ) -> SparsifyReport:
     """Make the linear layers of a model's FFNs 2:4 sparse, in place.
 
@@ -58,6 +59,8 @@ def sparsify(
     lean        memory before speed: one packed form of each weight, not two (1.125 bytes a weight less, for a pass over
                 the weight in each backward), and in fused blocks h, what enters the down product, is made again in
                 backward instead of kept (one activation of tokens x d_ff less)
+    precision   None: 16-bit products. "fp8-hybrid": forward and input gradient in float8_e4m3fn, the weight gradient in
+                16 bits. "fp8": all three (docs/fp8.md). Layers whose sizes are not multiples of 32 stay dense
     fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (layers/feedforward.py)
 
     Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest
@@ -65,11 +68,15 @@ def sparsify(
     then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
     """
     _check_settings(model, backend, dtype, tokens, micro_batches, mvue)
+    if precision is not None:
+        float8.check_settings(precision, lean, dtype)
     report = SparsifyReport()
     unavailable = _why_unavailable(model)
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
-    training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue)
+    training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
+    if precision is not None:
+        todo = _fitting_float8(todo, report)
     if unavailable and report.skipped and backend == "auto":
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=2)
     elif not todo and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
@@ -78,7 +85,9 @@ def sparsify(
             f"no layer of {type(model).__name__} can be made 2:4 ({why}). Name layers yourself, as in "
             f'include=("*mlp*",); linear layers here: {some(linear_names(model))}'
         )
-    report.fused = convert(model, todo, fuse_blocks=fuse, mvue=mvue, compute_dtype=dtype, lean=lean)
+    report.fused = convert(
+        model, todo, fuse_blocks=fuse, mvue=mvue, compute_dtype=dtype, lean=lean, precision=precision
+    )
     report.converted = list(todo)
     return report
 
@@ -111,6 +120,16 @@ def _choose(
                 continue
         report.skipped.append(Skipped(name, reason))
     return todo
+
+
+def _fitting_float8(todo: dict[str, nn.Module], report: SparsifyReport) -> dict[str, nn.Module]:
+    """Those of the layers whose sizes 8-bit products take; the report gets the others."""
+    reasons = {name: float8.why_not_float8(*structure.features(module)[::-1]) for name, module in todo.items()}
+    for name, reason in reasons.items():
+        if reason:
+            report.skipped.append(Skipped(name, reason))
+            del report.reasons[name], report.shapes[name]
+    return {name: module for name, module in todo.items() if not reasons[name]}
 
 
 def refresh(model: nn.Module, *, search: bool = False) -> int:

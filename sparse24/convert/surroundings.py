@@ -6,7 +6,7 @@ from torch import nn
 
 from ..layers import SparseLayer
 from ..layers.feedforward import FusedFeedForward
-from ..layers.state import HOLDER, LAYER_BUFFERS, PACKED_BUFFERS, is_ours
+from ..layers.state import HOLDER, is_ours
 
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 _ACTIVATION, _NESTED = f"{HOLDER}_activation", f"{HOLDER}_nested"
@@ -41,7 +41,7 @@ def _write_ddp_ignores(module: nn.Module) -> None:
         f"{name}.{buffer}" if name else buffer
         for name, layer in module.named_modules()
         if isinstance(layer, (SparseLayer, FusedFeedForward))
-        for buffer in (LAYER_BUFFERS if isinstance(layer, SparseLayer) else PACKED_BUFFERS)
+        for buffer in filter(is_ours, layer._buffers)
     ]
     before = module.__dict__.get(DDP_IGNORES, ())  # the module's own: wrappers pass on their model's
     others = [name for name in before if not is_ours(name.rsplit(".", 1)[-1])]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import Sparse24Error
 from ..formats import META_BLOCK
-from . import shared_packing
+from . import float8, shared_packing
 from .activations import ACTIVATIONS
 from .forward import check_input, check_weight_is_packed, has_substituted_weight
 from .forward_source import form_kind, read_forward
@@ -120,6 +120,8 @@ class FusedFeedForward:
 def _feed_forward(block: nn.Module, kind: str, layers: list[SparseLayer], x: Tensor) -> Tensor:
     *ups, down = layers
     gated, constants = len(ups) == 2, state_of(down)
+    if constants.precision is not None:
+        return float8.block_forward(block, kind, layers, x)
     bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
     if bias_up is not None and gated:
         bias_up = torch.cat([up._parameters["bias"] for up in ups])
@@ -169,12 +171,14 @@ def _is_unchanged(block: nn.Module, state: BlockState, layers: list[nn.Module | 
 def _layers_agree(layers: list[SparseLayer]) -> bool:
     """Whether all layers train the same way, with weights of their own."""
     *ups, down = layers
-    mvue, decays = state_of(ups[0]).mvue, down._buffers[DECAY] is not None
+    mvue, precision, decays = state_of(ups[0]).mvue, state_of(down).precision, down._buffers[DECAY] is not None
     for layer in layers:
         constants = state_of(layer)
         if constants.phase != SPARSE or layer._buffers[SOFT] is not None:
             return False
-        if constants.mvue != mvue and layer is not down:
+        if constants.mvue != mvue and (layer is not down or precision is not None):
+            return False
+        if constants.precision != precision:
             return False
         if (layer._buffers[DECAY] is not None) != decays or "bias" not in layer._parameters:
             return False
@@ -192,7 +196,7 @@ def _input_fits(layers: list[SparseLayer], x: Tensor) -> bool:
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
     for layer in layers:
-        if layer._buffers[PACKED].dtype not in (dtype, torch.float32):
+        if state_of(layer).precision is None and layer._buffers[PACKED].dtype not in (dtype, torch.float32):
             return False
         if not autocast and dtype != layer._parameters["weight"].dtype:
             return False  # the layers themselves say what does not fit
@@ -263,10 +267,12 @@ def link(block: nn.Module) -> None:
         return
     gate, up = ups = tuple(block._modules.get(name) for name in state.layers[:2])
     if shared_packing.is_shared(block, gate, up, state.halves):
+        shared_packing.join(block, gate, up, state.halves)
         return
     state.halves = shared_packing.share(block, gate, up)  # None: forward falls back to the layers
     if state.halves is not None:
         shared_packing.watch(block, ups, link)
+        shared_packing.pack_by_one_scale(ups)
 
 
 def ffn_layers(block: FusedFeedForward) -> tuple[nn.Module, ...]:

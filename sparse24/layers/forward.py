@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear
-from . import packing
+from . import float8, packing
 from .owners import weights_moved
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
 
@@ -136,6 +136,8 @@ def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
     if has_substituted_weight(layer):
         functional.check_no_transform(x)
         forms = packing.pack_substitute(layer, weight, packing.packed_dtype(weight, state.compute_dtype))
+    if state.precision is not None:
+        return float8.linear_forward(layer, x, weight, bias, forms)
     packed, metadata, soft = forms[PACKED], forms[METADATA].reshape(-1), forms[SOFT]
     # Packed float32 values, a CPU's, serve every dtype; 16-bit ones serve their own.
     fits = packed.dtype == x.dtype or packed.dtype in (torch.float32, torch.float64)

@@ -55,11 +55,12 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
         *,
         mvue: bool = True,
         compute_dtype: torch.dtype | None = None,
+        precision: str | None = None,
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise Sparse24Error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-        options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype)
+        options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype, precision=precision)
         self.activation = activation
         self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)
         self.up_proj = SparseLinear(d_model, d_ff, bias, **options)

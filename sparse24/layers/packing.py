@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import ops
 from ..functional.soft import row_mask, soft_threshold
+from . import float8
 from .state import MASK, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
 
 # layer -> (a feed-forward block that has the layer's packed forms in a buffer of its own, what restores that when the
@@ -92,9 +93,9 @@ def pack(layers: Iterable, *, search: bool) -> None:
         else:
             # One launch for many weights; but a sharded one is gathered, packed and forgotten before the next.
             alone = layer if is_dtensor(layer.weight) else None
-            groups[layer.weight.device, layer.weight.dtype, alone].append(layer)
-    for group in groups.values():
-        run = ops.prune_compress_ if search else ops.compress_
+            groups[layer.weight.device, layer.weight.dtype, alone, float8.has_float8(layer)].append(layer)
+    for (*_, eight_bits), group in groups.items():
+        run = _pack_float8(group, search) if eight_bits else ops.prune_compress_ if search else ops.compress_
         weights, masks = [full_weight(layer) for layer in group], [mask_bits(mask_of(layer)) for layer in group]
         _run(run, weights, masks, group)
         for layer in group:
@@ -103,16 +104,38 @@ def pack(layers: Iterable, *, search: bool) -> None:
 
 
 def _run(run, weights: list[Tensor], masks: list[Tensor], layers: list) -> None:
-    """`run` into the buffers of the layers. E of gate and up of a fused block lies in pieces: it goes by a copy."""
+    """`run` into the buffers of the layers. What lies in pieces inside the buffer of a fused block goes by a copy: E of
+    gate and up, and their packed_t where that is K-major.
+    """
     outputs = [[layer._buffers[name] for layer in layers] for name in PACKED_BUFFERS]
-    pieces = [(i, E) for i, E in enumerate(outputs[1]) if E.dim() == 2]
-    for i, E in pieces:
-        outputs[1][i] = E.new_empty(E.numel())
+    pieces = []
+    for form, flat in zip(outputs, (False, True, False, True), strict=True):
+        for i, t in enumerate(form):
+            if (flat and t.dim() == 2) or not t.is_contiguous():
+                form[i] = t.new_empty(t.numel() if flat else t.shape)
+                pieces.append((t, form[i].view(t.shape)))
     run(weights, masks, *outputs)
     if pieces:
         words = torch.int64  # eight bytes at a time
-        made = [outputs[1][i].view(E.shape).view(words) for i, E in pieces]
-        torch._foreach_copy_([E.view(words) for _, E in pieces], made)
+        torch._foreach_copy_([t.view(words) for t, _ in pieces], [made.view(words) for _, made in pieces])
+
+
+def set_weight_scale(layer) -> list:
+    """Make the scale of a layer's weight from the weight; the other layers that have it too, which are to be packed."""
+    partner = float8.scale_partner(layer)
+    layers = [layer] if partner is None else [layer, partner]
+    float8.set_weight_scale(layers, [full_weight(one) for one in layers])
+    return layers[1:]
+
+
+def _pack_float8(layers: list, search: bool) -> Callable:
+    """What packs the layers in 8 bits, by their weights' scales."""
+    casts = [float8.weight_cast(layer) for layer in layers]
+
+    def run(weights: list[Tensor], masks: list[Tensor], *forms: list[Tensor]) -> None:
+        ops.float8.pack_float8_(search, weights, masks, forms, [c.scale for c in casts], [c.amax for c in casts])
+
+    return run
 
 
 def _restore_blocks(layers: Iterable) -> None:
@@ -151,6 +174,8 @@ def pack_substitute(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tens
     Raises Sparse24Error for a weight of another shape or on another device than the mask.
     """
     weight, mask, soft, state = weight.detach(), mask_bits(layer._buffers[MASK]), None, state_of(layer)
+    if state.precision is not None:
+        return _pack_substitute_float8(weight, mask) | {SOFT: None}
     if state.soft_scale is not None:
         mask, soft = row_mask(weight), soft_threshold(weight) * state.soft_scale.to(weight)
     packed = ops.compress(weight if soft is None else soft, mask, dtype)
@@ -158,6 +183,13 @@ def pack_substitute(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tens
     if state.lean:
         forms |= {name: forms[name].new_empty(0) for name in TRANSPOSED_BUFFERS}
     return forms | {SOFT: soft}
+
+
+def _pack_substitute_float8(weight: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    amax = weight.abs().amax().float().reshape(1)
+    scale, forms = ops.float8.scale_of(amax), ops.empty_packed(*weight.shape, ops.float8.E4M3, weight.device)
+    ops.float8.pack_float8_(False, [weight], [mask], [[t] for t in forms], [scale], [amax])
+    return dict(zip(PACKED_BUFFERS, forms, strict=True)) | {float8.SCALE_BUFFERS["w"]: scale}
 
 
 @torch.no_grad()

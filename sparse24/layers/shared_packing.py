@@ -1,23 +1,37 @@
 """One buffer for gate and up of a fused block, so that one product reads both and nothing is held twice.
 
 The packed forms of the two layers are halves of the block's. Only E of the forward product lies interleaved: it orders
-columns by 64 first and rows within, so of each 64 columns the two layers have a piece.
+columns by 64 first and rows within, so of each 64 columns the two layers have a piece. And E_t of 8-bit forms has
+blocks of 128 columns: where the border between gate and up lies inside one, it is put together after each packing.
 """
 
 from __future__ import annotations
 
 import weakref
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..formats import META_BLOCK
-from . import packing
+from ..formats import FORMATS, META_BLOCK, metadata_bytes, metadata_order
+from . import float8, packing
 from .sparse_layer import SparseLayer
 from .state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, TRANSPOSED_BUFFERS, state_of
 
-#: (the block's packed values, the buffers of gate, the buffers of up)
-Halves = tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]
+
+class Halves(NamedTuple):
+    """What `share` has made of a block's buffers.
+
+    packed    the block's packed values
+    of_layers the buffers of gate and of up
+    order     int64: where each eight bytes of the block's E_t are in gate's and up's, one after the other; None where
+              these are halves of it
+    """
+
+    packed: Tensor
+    of_layers: tuple[dict[str, Tensor], dict[str, Tensor]]
+    order: Tensor | None
 
 
 def share(block: nn.Module, gate: nn.Module, up: nn.Module) -> Halves | None:
@@ -31,18 +45,40 @@ def share(block: nn.Module, gate: nn.Module, up: nn.Module) -> Halves | None:
     whole = ops.empty_packed(2 * rows, cols, packed.dtype, packed.device)
     for name, tensor in zip(PACKED_BUFFERS, whole, strict=True):
         buffers[name] = tensor.new_empty(0) if lean and name in TRANSPOSED_BUFFERS else tensor
-    pieces = buffers[METADATA].view(-(-cols // META_BLOCK), 2, -1)
+    form = FORMATS[packed.dtype]
+    pieces = buffers[METADATA].view(-(-cols // form.meta_tile_k), 2, -1)
+    order = None if lean or rows % form.meta_tile_k == 0 else _order(cols, rows, packed.dtype).to(packed.device)
+    names = (PACKED,) if lean else (PACKED, PACKED_T) if order is not None else (PACKED, PACKED_T, METADATA_T)
     halves = []
     for index, layer in enumerate((gate, up)):
-        for name in (PACKED,) if lean else (PACKED, PACKED_T, METADATA_T):
-            half = buffers[name].chunk(2)[index]
+        for name in names:
+            along = 1 if name == PACKED_T and not form.mn_major else 0
+            half = buffers[name].chunk(2, along)[index]
             half.copy_(layer._buffers[name])
             layer._buffers[name] = half
         piece = pieces[:, index]
         piece.copy_(layer.flat_E().view(piece.shape))
         layer._buffers[METADATA] = piece
         halves.append({name: layer._buffers[name] for name in PACKED_BUFFERS})
-    return buffers[PACKED], *halves
+    if form.scaled:
+        float8.share_weight_scale(gate, up)
+    return Halves(buffers[PACKED], tuple(halves), order)
+
+
+def _order(m: int, k: int, dtype: torch.dtype) -> Tensor:
+    """`Halves.order` for E_t of two weights (k, m), by words of 64 columns; k is a multiple of 64."""
+    of_one, of_both = (metadata_order(m, columns, dtype)[:, ::8] // 8 for columns in (k, 2 * k))
+    of_one = of_one[:, : k // META_BLOCK]
+    order = torch.empty(of_both.numel(), dtype=torch.int64)
+    order[of_both.flatten()] = torch.cat([of_one, of_one + metadata_bytes(m, k, dtype) // 8], 1).flatten()
+    return order
+
+
+def join(block: nn.Module, gate: nn.Module, up: nn.Module, halves: Halves) -> None:
+    """After gate or up was packed: E_t of the block, where it does not consist of theirs."""
+    if halves.order is not None:
+        words = torch.cat([layer._buffers[METADATA_T] for layer in (gate, up)]).view(torch.int64)
+        torch.index_select(words, 0, halves.order, out=block._buffers[METADATA_T].view(torch.int64))
 
 
 def can_share(gate: nn.Module, up: nn.Module) -> bool:
@@ -54,13 +90,19 @@ def can_share(gate: nn.Module, up: nn.Module) -> bool:
 
 def is_shared(block: nn.Module, gate: nn.Module, up: nn.Module, halves: Halves | None) -> bool:
     """Whether the layers' packed forms are still the halves that `share` gave them: this runs after each step."""
-    if halves is None or block._buffers[PACKED] is not halves[0]:
+    if halves is None or block._buffers[PACKED] is not halves.packed:
         return False
     return all(
         layer._buffers.get(name) is half
-        for layer, own in zip((gate, up), halves[1:], strict=True)
+        for layer, own in zip((gate, up), halves.of_layers, strict=True)
         for name, half in own.items()
     )
+
+
+def pack_by_one_scale(layers: tuple[nn.Module, ...]) -> None:
+    """Pack the halves of an 8-bit operand anew, by the scale that `share` has given both."""
+    if float8.has_float8(layers[0]):
+        packing.pack(layers, search=False)
 
 
 def watch(block: nn.Module, layers: tuple[nn.Module, ...], restore) -> None:
@@ -77,4 +119,5 @@ def unwatch(layers: tuple[nn.Module, ...]) -> None:
 
 def _form(layer: SparseLayer) -> tuple:
     packed = layer._buffers[PACKED]
-    return packed.shape, packed.dtype, packed.device, state_of(layer).lean
+    state = state_of(layer)
+    return packed.shape, packed.dtype, packed.device, state.lean, state.precision

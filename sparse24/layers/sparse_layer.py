@@ -16,7 +16,7 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
-from . import copies, packing
+from . import copies, float8, packing
 from .forward import dense_forward, sparse_forward
 from .packing import packed_dtype
 from .replacements import watch_replacements
@@ -124,6 +124,11 @@ class SparseLayer:
         if rank is not None:
             self._set_rank(rank)
         state = state_of(self)
+        if state.precision is not None and (soft or dense_mvue):
+            raise Sparse24Error(
+                f"this layer has precision={state.precision!r}, and methods 's-ste' and 'mvue' multiply in 16 bits; "
+                "convert it without precision, or take another method"
+            )
         state.mask_is_state, state.watch, state.dense_mvue = False, None, dense_mvue
         self.set_decay(None)
         self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
@@ -133,7 +138,11 @@ class SparseLayer:
 
         mvue  True or "output": the output's gradient; "input": the layer's input; False
         """
-        pruned_operand(mvue)
+        if pruned_operand(mvue) == "input" and state_of(self).precision is not None:
+            raise Sparse24Error(
+                f"mvue='input' is for 16-bit products, and this layer has precision={state_of(self).precision!r}; "
+                "use mvue='output', or convert it without precision"
+            )
         state_of(self).mvue = mvue
 
     def set_soft_scale(self, scale: Tensor | None) -> None:
@@ -145,6 +154,11 @@ class SparseLayer:
 
     def set_decay(self, factor: Tensor | None) -> None:
         """What backward multiplies masked decay by: float32 [1], shared and written by its owner; None: no decay."""
+        if factor is not None and state_of(self).precision is not None:
+            raise Sparse24Error(
+                "decay_in='backward' is for 16-bit products, and this layer has precision="
+                f"{state_of(self).precision!r}; use decay_in='step'"
+            )
         self._buffers[DECAY] = factor
 
     def enter(self, phase: str) -> None:
@@ -236,10 +250,22 @@ class SparseLayer:
 
     # -- life cycle -------------------------------------------------------------------------------------------------
 
-    def _init_sparse(self, *, mvue: bool = True, compute_dtype: torch.dtype | None = None, lean: bool = False) -> None:
+    def _init_sparse(
+        self,
+        *,
+        mvue: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        lean: bool = False,
+        precision: str | None = None,
+    ) -> None:
+        if precision is not None:
+            float8.check_settings(precision, lean, compute_dtype)
+            if why := float8.why_not_float8(*self.kernel_weight().shape):
+                raise Sparse24Error(f"precision={precision!r}: {why}; leave precision out for this layer")
+            compute_dtype = ops.float8.E4M3
         watch_replacements()
-        self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype)
-        add_buffers(self, LAYER_BUFFERS)
+        self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision)
+        add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
 
     def _drop_sparse(self) -> None:
@@ -273,6 +299,8 @@ class SparseLayer:
             buffers[MASK] = packing.empty_mask(rows, cols, device)
         elif mask.device != device:
             buffers[MASK] = mask.to(device)
+        if state.precision is not None and buffers[float8.CAST_BUFFERS[0]] is None:
+            float8.add_casts(self, device)
         packed = buffers[PACKED]
         if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
             for name, tensor in zip(PACKED_BUFFERS, ops.empty_packed(rows, cols, dtype, device), strict=True):
@@ -283,6 +311,8 @@ class SparseLayer:
     def _repack(self, *, search: bool = False) -> None:
         """After the weight has changed behind the recipe's back: fit the buffers, pack, and search a missing mask."""
         search |= self._fit_buffers()
+        if state_of(self).precision is not None and not self.weight.is_meta:
+            packing.pack(packing.set_weight_scale(self), search=False)
         packing.pack([self], search=search)
 
     def note_packed(self, *, searched: bool = False) -> None:
@@ -305,13 +335,14 @@ class SparseLayer:
         # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
         # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
         self.look(forward=False)  # moving a copy must not hide that its weight was written
-        buffers = {name: self._buffers[name] for name in LAYER_BUFFERS}
-        self._buffers.update(dict.fromkeys(LAYER_BUFFERS))
+        casts = float8.ALL_BUFFERS if state_of(self).precision else ()
+        buffers = {name: self._buffers[name] for name in (*LAYER_BUFFERS, *casts)}
+        self._buffers.update(dict.fromkeys(buffers))
         try:
             super()._apply(fn, recurse)
         finally:
             self._buffers.update(buffers)
-        for name in (SOFT, DECAY):
+        for name in (SOFT, DECAY, *casts):
             if self._buffers[name] is not None:
                 self._buffers[name] = self._buffers[name].to(self.weight.device)
         self._repack()

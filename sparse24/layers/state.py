@@ -46,6 +46,9 @@ class LayerState:
     packs          packings so far, as well
     fingerprint    of phase and masks, with its generation
     copied_from    of a copy, until it is packed
+    precision      None: 16-bit products; "fp8-hybrid", "fp8": see `float8`
+    scales_known   a step has told how tensors are cast; until then each cast looks at its tensor
+    scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     """
 
     mvue: bool
@@ -63,12 +66,17 @@ class LayerState:
     packs: int = 0
     fingerprint: tuple[int, str] | None = None
     copied_from: Any = None
+    precision: str | None = None
+    scales_known: bool = False
+    scale_partner: Any = None
 
     def for_copy(self, origin) -> LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""
         scale = None if self.soft_scale is None else self.soft_scale.clone()
         constants = (self.mvue, self.rank, self.lean, self.compute_dtype, self.phase, self.mask_is_state)
-        return LayerState(*constants, soft_scale=scale, dense_mvue=self.dense_mvue, copied_from=origin)
+        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision)
+        # scales_known stays False: a copy may be used long after the step that told them.
+        return LayerState(*constants, soft_scale=scale, copied_from=origin, **settings)
 
 
 def state_of(layer: nn.Module) -> LayerState:

@@ -1,0 +1,221 @@
+"""What a layer of precision "fp8" or "fp8-hybrid" has beside others: scales, and the plans of its products.
+
+Three tensors of a layer are cast: its input, its weight, and its output's gradient. Each has a scale, by which this
+step casts, and an amax, which the passes of this step raise. `update_scales` makes the next scales of them, once a
+step. Before the first update nothing is known, and scales are made from the tensors themselves, by one more read.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Sparse24Error
+from ..functional.float8 import Cast, FeedForwardPlan, Float8Weight, LinearPlan, float8_feed_forward, float8_linear
+from ..ops.float8 import E4M3, scale_of
+from .state import HOLDER, METADATA, METADATA_T, PACKED, PACKED_T, state_of
+
+PRECISIONS = ("fp8-hybrid", "fp8")
+STEP = 32  # features come in multiples of this: whole 16 bytes of packed values along k, both ways
+
+SLOTS = ("x", "w", "dy")
+SCALE_BUFFERS = {slot: f"{HOLDER}_{slot}_scale" for slot in SLOTS}
+AMAX_BUFFERS = {slot: f"{HOLDER}_{slot}_amax" for slot in SLOTS}
+CAST_BUFFERS = (*SCALE_BUFFERS.values(), *AMAX_BUFFERS.values())
+#: int64 [3]: values that the casts of this step have clipped, flushed to zero, and seen; None where nobody asks
+COUNTS_BUFFER = f"{HOLDER}_cast_counts"
+ALL_BUFFERS = (*CAST_BUFFERS, COUNTS_BUFFER)
+
+
+def check_precision(precision: str | None) -> None:
+    if precision is not None and precision not in PRECISIONS:
+        raise Sparse24Error(f"precision must be None, {' or '.join(map(repr, PRECISIONS))}, got {precision!r}")
+
+
+def check_settings(precision: str, lean: bool, compute_dtype: torch.dtype | None) -> None:
+    """The rules on what goes with 8-bit products."""
+    check_precision(precision)
+    if lean:
+        raise Sparse24Error(
+            f"lean=True packs the second direction anew from 16 bits; with precision={precision!r} leave it out: "
+            "8-bit packed forms are smaller (1.25 bytes a weight)"
+        )
+    if compute_dtype not in (None, torch.bfloat16):
+        raise Sparse24Error(
+            f"precision={precision!r} packs float8_e4m3fn and computes the rest in bfloat16, got dtype="
+            f"{compute_dtype}; leave it out"
+        )
+
+
+def why_not_float8(out_features: int, in_features: int) -> str:
+    """Why a layer's products cannot be 8-bit ones; "" if they can."""
+    if in_features % STEP or out_features % STEP:
+        return f"{out_features} x {in_features} is not a multiple of {STEP} both ways, as 8-bit products want it"
+    return ""
+
+
+def add_casts(layer: nn.Module, device: torch.device) -> None:
+    """Scales of 1 and amaxes of 0; they count from the first `update_scales` on."""
+    for slot in SLOTS:
+        layer._buffers[SCALE_BUFFERS[slot]] = torch.ones(1, dtype=torch.float32, device=device)
+        layer._buffers[AMAX_BUFFERS[slot]] = torch.zeros(1, dtype=torch.float32, device=device)
+
+
+def has_float8(layer: nn.Module) -> bool:
+    return state_of(layer).precision is not None
+
+
+def weight_cast(layer: nn.Module) -> Cast:
+    return Cast(layer._buffers[SCALE_BUFFERS["w"]], layer._buffers[AMAX_BUFFERS["w"]])
+
+
+def _cast(layer: nn.Module, slot: str) -> Cast:
+    # Evaluation casts as training does, and leaves the training's amaxes alone.
+    buffers, notes = layer._buffers, torch.is_grad_enabled()
+    amax, counts = (buffers[AMAX_BUFFERS[slot]], buffers[COUNTS_BUFFER]) if notes else (None, None)
+    return Cast(buffers[SCALE_BUFFERS[slot]], amax, not state_of(layer).scales_known, counts)
+
+
+def _weight(buffers: dict[str, Tensor], scale: Tensor) -> Float8Weight:
+    forms = (buffers[PACKED], buffers[METADATA].reshape(-1), buffers[PACKED_T], buffers[METADATA_T])
+    return Float8Weight(*forms, scale)
+
+
+def _prunes(layer: nn.Module) -> tuple[bool, bool]:
+    """(all three products in 8 bits, output gradients pruned)."""
+    state = state_of(layer)
+    return state.precision == "fp8" and bool(state.mvue), bool(state.mvue)
+
+
+def linear_forward(
+    layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, forms: dict[str, Tensor]
+) -> Tensor:
+    """y = x W^T + bias; `forms` are the layer's buffers, or those of a weight in place of its own."""
+    packed = _weight(forms, forms[SCALE_BUFFERS["w"]])
+    plan = LinearPlan(packed, _cast(layer, "x"), _cast(layer, "dy"), *_prunes(layer), state_of(layer).rank)
+    return float8_linear(x, weight, bias, plan)
+
+
+def block_forward(block: nn.Module, kind: str, layers: list[nn.Module], x: Tensor) -> Tensor:
+    """A whole feed-forward layer: h is cast as the down layer's x, the gradient of gate_up as gate's dy."""
+    *ups, down = layers
+    gated = len(ups) == 2
+    forms = (block if gated else ups[0])._buffers
+    plan = FeedForwardPlan(
+        _weight(forms, weight_cast(ups[0]).scale), _weight(down._buffers, weight_cast(down).scale),
+        _cast(ups[0], "x"), _cast(down, "x"), _cast(down, "dy"), _cast(ups[0], "dy"),
+        kind, gated, *_prunes(down), state_of(down).rank,
+    )  # fmt: skip
+    bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
+    if bias_up is not None and gated:
+        bias_up = torch.cat([up._parameters["bias"] for up in ups])
+    weights = tuple(up.as_kernel_sees(up._parameters["weight"]) for up in ups)
+    down_weight = down.as_kernel_sees(down._parameters["weight"])
+    return float8_feed_forward(x, weights, down_weight, plan, bias_up=bias_up, bias_down=bias_down)
+
+
+@torch.no_grad()
+def update_scales(layers: Iterable[nn.Module], all_reduce_max: Callable[[Tensor], None] | None = None) -> list[Tensor]:
+    """The next step's scales from this step's amaxes, in place, for all layers at once; nothing waits for the device.
+
+    all_reduce_max  called with the fp32 tensor of all amaxes, to make it that of all ranks
+
+    Call it after an optimizer step, before packing. A tensor that was not cast keeps its scale. Returns, for each
+    device, whether each cast was clipped: its amax was beyond its scale. Bool, one for each scale.
+    """
+    pairs: dict[torch.device, dict[int, tuple[Tensor, Tensor]]] = {}
+    for layer in filter(has_float8, layers):
+        for slot in SLOTS:  # gate and up of a fused block share those of their weight
+            scale, amax = layer._buffers[SCALE_BUFFERS[slot]], layer._buffers[AMAX_BUFFERS[slot]]
+            pairs.setdefault(scale.device, {})[id(scale)] = (scale, amax)
+        state_of(layer).scales_known = True
+    return [_update(*map(list, zip(*of.values(), strict=True)), all_reduce_max) for of in pairs.values()]
+
+
+def _update(scales: list[Tensor], amaxes: list[Tensor], all_reduce_max) -> Tensor:
+    before, largest = torch.cat(scales), torch.cat(amaxes)
+    if all_reduce_max is not None:
+        all_reduce_max(largest)
+    new = torch.where(largest > 0, scale_of(largest), before)
+    torch._foreach_copy_(scales, list(new.split(1)))
+    torch._foreach_zero_(amaxes)
+    return largest > torch.finfo(E4M3).max * before
+
+
+def forget_scales(layers: Iterable[nn.Module]) -> None:
+    """The next casts look at their tensors first, as those of a new training do. Weights' scales are another matter."""
+    for layer in filter(has_float8, layers):
+        state_of(layer).scales_known = False
+        for slot in ("x", "dy"):
+            layer._buffers[AMAX_BUFFERS[slot]].zero_()
+
+
+def count_casts(layers: Iterable[nn.Module], on: bool) -> None:
+    """Let casts count what they clip and flush, from here on, or no more."""
+    for layer in filter(has_float8, layers):
+        device = layer._buffers[SCALE_BUFFERS["x"]].device
+        layer._buffers[COUNTS_BUFFER] = torch.zeros(3, dtype=torch.int64, device=device) if on else None
+
+
+def take_counts(layers: Iterable[nn.Module]) -> list[Tensor]:
+    """What the layers have counted since this was called last, int64 [3] for each device."""
+    counts: dict[torch.device, list[Tensor]] = {}
+    for layer in filter(has_float8, layers):
+        if (count := layer._buffers[COUNTS_BUFFER]) is not None:
+            counts.setdefault(count.device, []).append(count)
+    taken = [torch.stack(parts).sum(0) for parts in counts.values()]
+    for parts in counts.values():
+        torch._foreach_zero_(parts)
+    return taken
+
+
+def set_weight_scale(layers: list[nn.Module], weights: list[Tensor]) -> None:
+    """The one scale of `layers` from their weights themselves, where no step has told it."""
+    scale, amax, *_ = weight_cast(layers[0])
+    magnitudes = [w.detach().abs().amax().float().reshape(1).nan_to_num(0, 0, 0) for w in weights]
+    scale.copy_(scale_of(torch.cat(magnitudes).amax(0, keepdim=True)))
+    amax.zero_()
+
+
+def share_weight_scale(gate: nn.Module, up: nn.Module) -> None:
+    """Give two layers whose weights are one operand one scale and one amax. Both are to be packed anew."""
+    scale = torch.maximum(weight_cast(gate).scale, weight_cast(up).scale)
+    weight_cast(gate).scale.copy_(scale)
+    for name in (SCALE_BUFFERS["w"], AMAX_BUFFERS["w"]):
+        up._buffers[name] = gate._buffers[name]
+    state_of(gate).scale_partner, state_of(up).scale_partner = weakref.ref(up), weakref.ref(gate)
+
+
+def scale_partner(layer: nn.Module) -> nn.Module | None:
+    """The layer that has its weight's scale too, and so is packed anew where that changes."""
+    known = state_of(layer).scale_partner
+    partner = None if known is None else known()
+    if partner is None or HOLDER not in partner.__dict__:
+        return None
+    name = SCALE_BUFFERS["w"]
+    return partner if partner._buffers.get(name) is layer._buffers[name] else None
+
+
+def scale_state(layer: nn.Module) -> Tensor:
+    """What of it must survive a checkpoint: scales and amaxes, float32 [6], and whether they are known, [1]."""
+    known = torch.tensor([float(state_of(layer).scales_known)])
+    return torch.cat([*(layer._buffers[name].cpu() for name in CAST_BUFFERS), known])
+
+
+def is_scale_state(state: object) -> bool:
+    """Whether it is what `scale_state` returns: positive scales, no negative amax, and known or not."""
+    count = len(CAST_BUFFERS)
+    if not isinstance(state, Tensor) or state.dtype != torch.float32 or tuple(state.shape) != (count + 1,):
+        return False
+    scales, amaxes = state[: count // 2], state[count // 2 : count]
+    return bool(state.isfinite().all() and (scales > 0).all() and (amaxes >= 0).all())
+
+
+def load_scale_state(layer: nn.Module, state: Tensor) -> None:
+    """Take up what `is_scale_state` is true of; the layer is to be packed anew."""
+    for name, value in zip(CAST_BUFFERS, state[:-1].tolist(), strict=True):
+        layer._buffers[name].fill_(value)
+    state_of(layer).scales_known = bool(state[-1])
