@@ -12,6 +12,7 @@ from .methods import FrozenSecondMoment, Method, check_mvue, get_method
 from .noise import NoiseWatch
 from .phases import PLACES, Phases, positive
 from .presets import Preset
+from .scaling import CastScales
 from .search import MaskSearch
 from .steps import Steps
 
@@ -22,6 +23,7 @@ def assemble(
     total_steps: int,
     settings: Preset,
     others: dict,
+    scales: CastScales,
     sharded: list[nn.Module],
 ) -> Steps:
     """The steps of a recipe, with its search and decay; nothing of the layers changes yet.
@@ -57,6 +59,7 @@ def assemble(
         _phases(total_steps, settings, method, frozen=not layers),
         search,
         decay,
+        scales,
         sharded=sharded,
         check_every=positive("check_ranks_every", others["check_ranks_every"], least=0),
     )
@@ -69,7 +72,8 @@ def begin(steps: Steps, settings: Preset) -> None:
     for layer in steps.layers.values():
         layer.train_as(mvue=mvue, rank=rank, soft=method.soft, dense_mvue=method.gradients_only)
     if settings.mvue == "auto":
-        steps.noise = NoiseWatch(steps.layers, steps.search.interval)
+        of_16_bits = {name: layer for name, layer in steps.layers.items() if name not in steps.scales.layers}
+        steps.noise = NoiseWatch(of_16_bits, steps.search.interval)
     steps.go_to(0, search=True)
 
 

@@ -57,6 +57,7 @@ class Capture:
     def record(self) -> None:
         """After the optimizer's step inside a capture: what each replay is to do."""
         if self.steps.phase == SPARSE:
+            self.steps.scales.advance()
             packing.pack(self.steps.layers.values(), search=False)
         self._held = self._next()
 

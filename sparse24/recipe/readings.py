@@ -88,6 +88,9 @@ class Readings:
         decay      the factor that the next step uses       phase     0 sparse, 1 dense
         mask_age   steps since the masks were searched      step      optimizer steps taken
         gap_q10, gap_q50, gap_q90  quantiles over 4x4 blocks of the magnitude between the best and the next pattern
+        Of 8-bit layers, in the last step:
+        casts_clipped    part of the casts of which some value was beyond the scale of the step before
+        values_clipped, values_flushed  with count_casts: parts of the values that were; that became zero
         """
         check_layers(self.layers)
         return {
@@ -98,6 +101,7 @@ class Readings:
             "mask_age": float(self.step - self.last_search),
             "step": float(self.step),
             **self._search.gap_quantiles(),
+            **self._steps.scales.metrics(),
         }
 
     def fingerprint(self) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error
-from ..layers import sharding
+from ..layers import check_switch, sharding
 from ..layers.owners import forget_owner
 from . import state
 from .assembly import assemble, begin
@@ -25,6 +25,7 @@ from .optimizers import chain_of
 from .phases import check_decay, positive
 from .presets import filled
 from .readings import Readings
+from .scaling import CastScales
 from .takeover import pack_moved, take_over, tell_frozen, trainable_layers
 
 
@@ -55,6 +56,7 @@ class Recipe(Readings):
                    decay / micro_batches, inside the product that makes a weight gradient where that is a sparse one;
                    the step saves a pass over gradients and weights
     micro_batches  backward calls of an optimizer step, for decay_in="backward"; a step of fewer gets less decay
+    count_casts    let 8-bit casts count what they clip and flush to zero, for `metrics`; costs a few per cent of them
     takeover       end a recipe of this model and optimizer that is still in use: a trainer that starts its run anew
 
     decay_in="backward" is for training where nothing clips or scales gradients. The order is un-scale -> clip -> decay,
@@ -91,6 +93,7 @@ class Recipe(Readings):
         decay_in: str = "step",
         micro_batches: int = 1,
         takeover: bool = False,
+        count_casts: bool = False,
     ):
         others = locals()
         settings = filled(preset, others)
@@ -100,7 +103,9 @@ class Recipe(Readings):
         trained = {name: layer for name, layer in self.layers.items() if layer.weight.requires_grad}
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
-        self._steps = assemble(trained, self.optimizer, total_steps, settings, others, sharded)
+        check_switch("count_casts", count_casts)
+        scales = CastScales(self.layers, count_casts)
+        self._steps = assemble(trained, self.optimizer, total_steps, settings, others, scales, sharded)
         self.method, self.phases = self._steps.method, self._steps.phases
         self._search, self._decay = self._steps.search, self._steps.decay
         self._capture = Capture(self._steps, self._decay)
@@ -154,6 +159,7 @@ class Recipe(Readings):
         for layer in self.layers.values():
             forget_owner(layer)
         self._decay.leave()
+        self._steps.scales.leave()
         if self._steps.noise is not None:
             self._steps.noise.leave()
 

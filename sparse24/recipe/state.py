@@ -81,6 +81,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
         "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
         "rng": rng_state(next(iter(layers.values())).weight.device),
         **search.state_dict(),
+        **({"casts": steps.scales.state_dict()} if steps.scales.layers else {}),
         **({"frozen_layers": frozen} if frozen else {}),
     }
 
@@ -107,6 +108,8 @@ def load(
             f"the state was saved in the {state['phase']} phase, but step {state['step']} of this recipe is "
             f"{planned}; make the recipe with the same settings, or pass override=True to follow this recipe"
         )
+    casts = state.get("casts", {})
+    steps.scales.check_state(casts)
     search.check_state(state, [masks[name] for name in search.layers])
     for name, layer in layers.items():
         layer.take_mask(masks[name])
@@ -120,6 +123,8 @@ def load(
     steps.go_to(state["step"], search=planned != state["phase"])
     if steps.frozen_moment is not None and state["frozen_moment"]:
         steps.frozen_moment = FrozenSecondMoment(steps.optimizer, steps.weights(), state["frozen_moment"])
+    if steps.scales.load_state_dict(casts):
+        steps.repack()
     packing.pack([layer for name, layer in layers.items() if name not in steps.layers], search=False)
     decay.write(steps.current_decay)
     if rng:

@@ -12,6 +12,7 @@ from .methods import FrozenSecondMoment, Method
 from .noise import NoiseWatch
 from .phases import Phases
 from .ranks import check_ranks
+from .scaling import CastScales
 from .search import MaskSearch
 
 
@@ -30,12 +31,14 @@ class Steps:
         phases: Phases,
         search: MaskSearch,
         decay: MaskedDecay,
+        scales: CastScales,
         *,
         sharded: list[nn.Module],
         check_every: int = 0,
     ):
         self.layers, self.optimizer, self.method, self.phases = layers, optimizer, method, phases
-        self.search, self.decay, self.sharded, self.check_every = search, decay, sharded, check_every
+        self.search, self.decay, self.scales = search, decay, scales
+        self.sharded, self.check_every = sharded, check_every
         self.taken = 0
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
         self.noise: NoiseWatch | None = None  # of mvue="auto"
@@ -94,6 +97,8 @@ class Steps:
             self.taken = step
             self.enter(phase, search=True)
         elif phase == SPARSE or self.method.watches:
+            if phase == SPARSE and not packed:
+                self.scales.advance(step)
             if self.search.is_due(step):
                 self.search.again(step, None if self.method.watches else self.progress(step))
             elif phase == SPARSE and not packed:
@@ -114,6 +119,8 @@ class Steps:
 
     def enter(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches masks if asked to."""
+        if phase == SPARSE:
+            self.scales.begin()
         if search and (phase == SPARSE or self.method.watches):
             self.search.begin(self.taken)
         elif phase == SPARSE:
