@@ -30,6 +30,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }  # transformers'
 DTYPES = ("float32", "bfloat16", "float16")
+PRECISIONS = (None, "fp8-hybrid", "fp8")
 SCHEDULES = ("constant", "linear", "cosine")
 PLACES = ("auto", "start", "end", "none")
 COUNTS = (
@@ -131,6 +132,9 @@ class Settings:
     method: str | None = option(None, "fst, ste, sr-ste, step, s-ste or mvue. Default: fst.")
     recipe: str | None = option(
         None, "Named settings of the recipe: paper, equal-time or fine-tune. Options given beside it come first."
+    )
+    precision: str | None = option(
+        None, "fp8-hybrid (8-bit products but for the weight gradient) or fp8 (all). Default: 16 bits."
     )
     backend: str = option("sparse", "sparse, or auto: only layers that a GPU should train faster than dense.")
     # optimization
@@ -276,6 +280,11 @@ def check_choices(s: Settings) -> None:
     for kind in s.kinds:
         require_choice("--ffn", kind, ARMS)
     require_choice("--activation", s.activation, (None, *ACTIVATIONS))
+    require(
+        s.precision in PRECISIONS, "precision", "must be fp8-hybrid or fp8", s.precision, "leave it out for 16 bits"
+    )
+    half = s.precision is not None and s.dtype == "float16"
+    rule_on(s)("dtype", not half, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
 
 
 def check_ranges(s: Settings) -> None:

@@ -54,9 +54,14 @@ def learning_rate(step: int, s: Settings) -> float:
 
 def sparsify_settings(s: Settings) -> dict[str, Any]:
     """What `sparse24.sparsify` is told of a run; on a GPU, the dtype of autocast for the packed values."""
-    packed = getattr(torch, s.dtype) if s.device.startswith("cuda") and s.dtype != "float32" else None
-    calls = s.batch // s.micro_batch
-    return {"backend": s.backend, "dtype": packed, "tokens": s.micro_batch * s.ctx, "micro_batches": calls}
+    in_16_bits = s.device.startswith("cuda") and s.dtype != "float32" and s.precision is None
+    return {
+        "backend": s.backend,
+        "precision": s.precision,
+        "dtype": getattr(torch, s.dtype) if in_16_bits else None,
+        "tokens": s.micro_batch * s.ctx,
+        "micro_batches": s.batch // s.micro_batch,
+    }
 
 
 class StepClock:

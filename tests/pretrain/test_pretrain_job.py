@@ -176,7 +176,10 @@ def test_accumulated_micro_batches_train_like_one_batch(small, quiet, tmp_path):
     assert losses[1] == pytest.approx(losses[4], rel=1e-4)
 
 
-VARIANTS = ({"model": "llama"}, {"dtype": "bfloat16"}, {"method": "ste"}, {"mvue": False, "decay": 0.0})
+VARIANTS = (
+    {"model": "llama"}, {"dtype": "bfloat16"}, {"method": "ste"}, {"mvue": False, "decay": 0.0},
+    {"precision": "fp8-hybrid", "model": "llama"}, {"precision": "fp8"},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

@@ -18,6 +18,8 @@ from sparse24.pretrain.settings import differences, from_json, resolve
         ({"method": "magic"}, "--method must be one of fst, .*, got 'magic'"),
         ({"decay_schedule": "step"}, "--decay-schedule must be one of constant, linear, cosine, got 'step'"),
         ({"dense_at": "middle"}, "--dense-at must be one of auto, start, end, none, got 'middle'"),
+        ({"precision": "fp4"}, "--precision must be fp8-hybrid or fp8, got fp4; leave it out for 16 bits"),
+        ({"precision": "fp8", "dtype": "float16"}, "--dtype cannot go with --precision fp8, got float16"),
         ({"dtype": "int8"}, "--dtype must be one of .*, got 'int8'"),
         ({"tokenizer": "words"}, "--tokenizer must be one of bpe, bytes"),
         ({"device": "tpu"}, "--device must be one of auto, cpu, cuda"),
