@@ -14,8 +14,9 @@ from torch import nn
 
 from .. import ops
 from ..convert import sparse_layers, sparsify
-from ..layers import packing
+from ..layers import float8, packing
 from ..recipe import Recipe
+from . import float8_dense
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
 
 #: dense bf16 tensor-core peak by a part of the GPU's name, FLOP/s (NVIDIA data sheets, without sparsity)
@@ -46,6 +47,8 @@ class Arm:
     sparse    convert its feed-forward layers
     master    torch.bfloat16: weights and gradients in bf16; torch.float32: fp32 weights under bf16 autocast
     compiled  torch.compile, for either side
+    precision  of the 2:4 layers, as `sparsify` takes it
+    fp8_dense  the layers that stay dense train in FP8: a variant of `float8_dense`
     """
 
     def __init__(
@@ -57,10 +60,14 @@ class Arm:
         master: torch.dtype,
         device: str = "cuda",
         lean: bool = False,
+        precision: str | None = None,
+        fp8_dense: str | None = None,
     ):
         self.root = nn.ModuleDict({"part": module})
         if sparse:
-            sparsify(self.root, backend="sparse", lean=lean)
+            sparsify(self.root, backend="sparse", lean=lean, precision=precision)
+        if fp8_dense:
+            float8_dense.convert(self.root, fp8_dense)
         self.module = self.root["part"]
         self.layers = list(sparse_layers(self.root).values())
         self.inputs, self.context = inputs, mixed_precision(master, device)
@@ -115,9 +122,11 @@ class Arm:
     # -- what a step adds to the 2:4 side ---------------------------------------------------------------------------
 
     def repack(self) -> None:
+        float8.update_scales(self.layers)
         packing.pack(self.layers, search=False)
 
     def search(self) -> None:
+        float8.update_scales(self.layers)
         packing.pack(self.layers, search=True)
 
     def decay(self) -> None:
@@ -143,25 +152,32 @@ def feed_forward_arm(
     device: str = "cuda",
     one_gate: bool = False,
     lean: bool = False,
+    precision: str | None = None,
+    fp8_dense: str | None = None,
 ) -> Arm:
     """One feed-forward layer. one_gate: the dense side with gate and up as one layer, which is the faster way."""
     with torch.device(device):
         gated = shape.gated and one_gate and not sparse
         module = (DenseGatedMLP(shape.d_model, shape.d_ff) if gated else feed_forward(shape)).to(master)
     x = torch.randn(shape.tokens, shape.d_model, device=device, dtype=torch.bfloat16, requires_grad=True)
-    arm = Arm(module, (x,), sparse=sparse, master=master, device=device, lean=lean)
+    arms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense)
+    arm = Arm(module, (x,), sparse=sparse, master=master, device=device, **arms)
     if compiled:
         arm.module.compile(dynamic=False)
     return arm
 
 
-def block_arm(shape: ModelShape, *, sparse: bool, master: torch.dtype, compiled: bool, device: str = "cuda") -> Arm:
-    """One block: attention and feed-forward layer. Under autocast its residual stream is fp32."""
+def block_arm(
+    shape: ModelShape, *, sparse: bool, master: torch.dtype, compiled: bool, device: str = "cuda", **precision
+) -> Arm:
+    """One block: attention and feed-forward layer. Under autocast its residual stream is fp32. precision, fp8_dense as
+    of `Arm`.
+    """
     with torch.device(device):
         stack = Decoder(shape.of(layers=1, vocab=0)).to(master)
     x = torch.randn(shape.batch, shape.length, shape.d_model, device=device, dtype=master, requires_grad=True)
     module: Block = stack.blocks[0]
-    arm = Arm(module, (x, stack.table), sparse=sparse, master=master, device=device)
+    arm = Arm(module, (x, stack.table), sparse=sparse, master=master, device=device, **precision)
     if compiled:
         arm.module.compile(dynamic=False)
     return arm
@@ -183,6 +199,8 @@ class Trainer(Arm):
         compiled: bool = True,
         device: str = "cuda",
         decay_in: str = "step",
+        precision: str | None = None,
+        fp8_dense: str | None = None,
     ):
         with torch.device(device):
             model = Decoder(shape).to(master)
@@ -191,7 +209,8 @@ class Trainer(Arm):
         else:
             size = (shape.batch, shape.length, shape.d_model)
             batch = torch.randn(size, device=device, dtype=master, requires_grad=True)
-        super().__init__(model, (batch,), sparse=sparse, master=master, device=device)
+        precisions = dict(precision=precision, fp8_dense=fp8_dense)
+        super().__init__(model, (batch,), sparse=sparse, master=master, device=device, **precisions)
         self.micro_batches = micro_batches
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         settings = dict(decay=DECAY, dense_fraction=0, decay_in=decay_in, micro_batches=micro_batches)
