@@ -96,7 +96,7 @@ def test_temporary_names_cannot_be_guessed(tmp_path):
     assert len(names) == 20 and all(len(name.split("-")[-1]) >= 16 for name in names)
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(94)
 def test_emptying_a_link_empties_what_it_points_to_and_keeps_the_link(tmp_path):
     disk, folder = tmp_path / "disk", tmp_path / "folder"
     (disk / "step-1").mkdir(parents=True)
@@ -198,7 +198,7 @@ def holder(tmp_path):
     process.wait()
 
 
-@pytest.mark.fault(91)
+@pytest.mark.fault(93)
 def test_a_folder_in_use_names_the_process(tmp_path, holder):
     pid = f"process {holder.pid} on {socket.gethostname()}"
     with pytest.raises(Sparse24Error, match=rf"is in use by {pid}; .*\(kill {holder.pid}\), or name"):
@@ -207,7 +207,7 @@ def test_a_folder_in_use_names_the_process(tmp_path, holder):
     assert holder.poll() is None and (tmp_path / LOCK).exists()
 
 
-@pytest.mark.fault(91)
+@pytest.mark.fault(93)
 def test_the_lock_of_a_killed_process_locks_nothing(tmp_path, holder):
     holder.send_signal(signal.SIGKILL)
     holder.wait()

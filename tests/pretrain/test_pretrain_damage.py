@@ -30,7 +30,7 @@ def stopped_run(small, quiet, tmp_path):
 # ---- one process a folder ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(91)
+@pytest.mark.fault(93)
 def test_a_second_process_is_refused_with_the_pid_and_the_first_goes_on(small, quiet, tmp_path):
     lines = []
 
@@ -68,7 +68,7 @@ def test_a_folder_that_was_taken_while_this_one_started_is_refused(small, quiet,
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
 
 
-@pytest.mark.fault(91)
+@pytest.mark.fault(93)
 def test_the_lock_of_a_killed_run_hinders_nobody(small, quiet, stopped_run):
     (stopped_run / LOCK).write_text(f"{os.getppid()} elsewhere\n")
     assert pretrain(small(ffn=("dense",), resume=True), quiet)["arms"]["dense"]["steps"] == 12
@@ -77,7 +77,7 @@ def test_the_lock_of_a_killed_run_hinders_nobody(small, quiet, stopped_run):
 # ---- links and old runs --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(94)
 def test_overwrite_replaces_a_run_whose_checkpoints_lie_on_another_disk(small, quiet, tmp_path):
     out, disk = tmp_path / "run", tmp_path / "disk"
     disk.mkdir()
@@ -104,7 +104,7 @@ def test_overwrite_that_cannot_remove_says_so(small, quiet, stopped_run, monkeyp
         pretrain(small(ffn=("dense",), seed=1, overwrite=True), quiet)
 
 
-@pytest.mark.fault(92)
+@pytest.mark.fault(94)
 def test_planted_links_are_replaced_not_followed(small, quiet, tmp_path):
     out, mine = tmp_path / "run", tmp_path / "mine"
     out.mkdir()
