@@ -279,3 +279,35 @@ def test_weights_arrive_by_one_rule(door, trained):
         searched = ops.transposable_mask(layer.kernel_weight()).view(torch.uint8)
         assert torch.equal(layer.mask, before[name] if trained else searched)
     assert sparse24.verify(model)
+
+
+@pytest.mark.fault(79)
+def test_a_snapshot_taken_by_loading_keeps_its_masks_whether_they_were_equal_before_or_not():
+    for steps_between in (0, 3):  # the copy's masks are those of the weights already, or other ones
+        model, optimizer, _ = make(mask_interval=2)
+        run(model, optimizer, 2)
+        best = copy.deepcopy(model)
+        run(model, optimizer, steps_between, first=2)
+        best.load_state_dict(model.state_dict())
+        twin = masked_twin(best, model)
+        run(model, optimizer, 6, first=2 + steps_between)
+        assert_same(best, twin)
+
+
+@pytest.mark.fault(79)
+def test_a_copy_that_was_given_other_weights_and_masks_follows_its_origin_no_more():
+    model, optimizer, recipe = make(mask_interval=2)
+    run(model, optimizer, 2)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(recipe.state_dict())
+    held = copy.deepcopy(model)
+    run(model, optimizer, 4, first=2)
+    held.load_state_dict(weights)
+    sparse24.load_masks(held, state)
+    twin = masked_twin(held, held)
+    run(model, optimizer, 2, first=6)
+    assert_same(held, twin)
+    with torch.no_grad():
+        held.fc1.weight.add_(0.01)
+    sparse24.refresh(held)
+    assert torch.equal(held.fc1.mask, state["masks"]["fc1"])
+    assert_same(held, masked_twin(held, held))

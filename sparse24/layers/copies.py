@@ -100,6 +100,18 @@ def note_written(layer) -> None:
         watch.is_average, watch.seen = True, (-1, -1)
 
 
+def settle(layer, like=None) -> None:
+    """Masks have been given to a layer by hand: it follows nobody any more, unless `like` is what it is a copy of."""
+    followed = _followed(layer)
+    if followed is None:
+        return
+    watch = state_of(layer).watch
+    if followed is like:
+        watch.seen = _moment(followed)
+    else:
+        watch.origin = None
+
+
 def _followed(layer):
     """The layer that this one is a copy of, as far as it is still there."""
     watch = state_of(layer).watch
@@ -193,12 +205,15 @@ def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
     state = state_of(layer)
     if state.watch is not None:
         state.watch.arrival = None
-    if not isinstance(saved, str) or layer.fingerprint() in (None, saved):
+    if not isinstance(saved, str) or (mine := layer.fingerprint()) is None:
         return
     origin = _followed(layer)
-    if origin is not None and origin.fingerprint() == saved:
+    if origin is not None and saved in (mine, origin.fingerprint()):  # weights and masks of one moment: a snapshot
         state.watch.seen, state.watch.is_average = _moment(origin), None
-        _take_state_of(layer, origin)
+        if saved != mine:
+            _take_state_of(layer, origin)
+        return
+    if saved == mine:
         return
     state.watch = state.watch or Watch()
     state.watch.arrival = Arrival(name, saved, call)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
+from ..layers.copies import settle
 from ..layers.modules import SparseLayer
 from .state import check_state, phases_of, renewed
 
@@ -41,6 +42,7 @@ def follow(copy: nn.Module, *, like: nn.Module) -> int:
     for name, layer in mine.items():
         other = theirs[name]
         layer.take_state(other.phase, other.mask, other.soft_scale)
+        settle(layer, like=other)
     return len(mine)
 
 
@@ -70,6 +72,7 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     phases = phases_of(recipe_state)
     for (name, mask), scale in zip(checked.items(), scales, strict=True):
         layers[name].take_state(phases[name], mask, scale)
+        settle(layers[name])
     return len(layers)
 
 
