@@ -274,3 +274,50 @@ def test_a_gated_module_built_by_hand():
     y = module(torch.randn(2, 32, 64))
     y.sum().backward()
     assert relative(y.detach(), masked_twin(module)(torch.zeros(1, 1, 64)).expand_as(y) + y.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("precision", MODES)
+def test_verify_tells_packed_values_that_are_not_those_of_the_weight(precision):
+    module = block(Gated, precision)
+    optimizer, _ = train(module, 20, precision)
+    step(module, optimizer, 0)
+    assert sparse24.verify(module)
+    with torch.no_grad():
+        module.down_proj.weight.mul_(1.5)
+    assert any("8 bits" in problem for _, problem in sparse24.verify(module).problems)
+    sparse24.refresh(module)
+    assert sparse24.verify(module)
+    module.packed.view(torch.uint8)[0, 0] ^= 1
+    assert not sparse24.verify(module)
+
+
+@pytest.mark.parametrize("precision", MODES)
+def test_others_follow_a_model_and_its_dense_weights_are_its_own(precision):
+    module = block(Gated, precision)
+    optimizer, _ = train(module, 20, precision)
+    step(module, optimizer, 0)
+    twin = Gated()
+    twin.load_state_dict(module.state_dict())
+    sparse24.follow(twin, like=module)
+    assert state_of(twin.down_proj).precision == precision
+    assert torch.equal(twin.gate_proj.mask, module.gate_proj.mask)
+    x = torch.randn(2, 32, 64)
+    assert relative(twin(x).detach(), module(x).detach()) < 0.02
+    assert all(p.dtype == torch.float32 for p in module.state_dict().values())
+    sparse24.densify(module)
+    assert type(module.down_proj) is nn.Linear and not list(module.buffers())
+
+
+def test_a_weight_put_in_place_of_the_layers_own():
+    linear = SparseLinear(64, 64, precision="fp8")
+    x, other = torch.randn(32, 64), 3 * torch.randn(64, 64)
+    y = torch.func.functional_call(linear, {"weight": other}, (x,))
+    masked = torch.where(ops.unpack_mask(linear.mask.view(torch.uint16)), other, 0)
+    assert relative(y.detach(), nn.functional.linear(x, masked, linear.bias).detach()) < 0.06
+
+
+def test_the_report_and_the_layers_say_their_precision():
+    root = nn.ModuleDict({"mlp": Gated()})
+    report = sparse24.sparsify(root, precision="fp8")
+    assert "fp8" in str(report) and "precision=fp8" in repr(root["mlp"].down_proj)
+    assert "precision" not in repr(SparseLinear(64, 64))

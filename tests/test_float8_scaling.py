@@ -70,6 +70,24 @@ def test_tensors_of_zeros_keep_their_scale():
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_gradients_behind_a_weight_of_zeros_are_clipped_once_and_not_rounded_to_zero():
+    torch.manual_seed(0)
+    model = SparseGatedMLP(64, 128, precision="fp8")
+    nn.init.zeros_(model.down_proj.weight)
+    sparse24.refresh(model, search=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Recipe(model, optimizer, total_steps=20, decay=0.0, dense_fraction=0)
+    x, dy = torch.randn(2, 48, 64), 1e-3 * torch.randn(2, 48, 64)
+    grads = []
+    for _ in range(4):
+        model(x).backward(dy)
+        grads.append(model.up_proj.weight.grad.abs().max().item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert grads[0] == 0 and all(0 < grad < 1 for grad in grads[2:])
+    assert scale(model.gate_proj, "dy") < 1e-4
+
+
 def test_micro_batches_join_their_largest_magnitudes():
     model, optimizer, _ = make()
     step(model, optimizer)

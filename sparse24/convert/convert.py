@@ -70,7 +70,7 @@ def sparsify(
     _check_settings(model, backend, dtype, tokens, micro_batches, mvue)
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
-    report = SparsifyReport()
+    report = SparsifyReport(precision=precision)
     unavailable = _why_unavailable(model)
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)

@@ -21,6 +21,7 @@ class SparsifyReport:
     skipped    (name, reason) of those that were looked at and stay as they are
     reasons    name -> why this layer trains 2:4
     shapes     name -> (out_features, in_features)
+    precision  of the products of converted layers; None: 16 bits
     fused      name of a block whose layers were converted -> "" if it runs as one function, else why it does not
     """
 
@@ -29,13 +30,15 @@ class SparsifyReport:
     reasons: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
+    precision: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.converted)
 
     def __str__(self) -> str:
+        kind = "2:4" if self.precision is None else f"2:4 {self.precision}"
         rows = [
-            (name, f"{self.shapes[name][0]} x {self.shapes[name][1]}", "2:4", self.reasons[name])
+            (name, f"{self.shapes[name][0]} x {self.shapes[name][1]}", kind, self.reasons[name])
             for name in self.converted
         ]
         rows += [(name, "", "dense", reason) for name, reason in self.skipped]

@@ -26,4 +26,5 @@ class SparseConv1D(SparseLayer, Conv1D):
 
     def __repr__(self) -> str:
         state = state_of(self)
-        return f"SparseConv1D(nf={self.nf}, nx={self.nx}, 2:4, phase={state.phase}, mvue={state.mvue})"
+        precision = "" if state.precision is None else f", precision={state.precision}"
+        return f"SparseConv1D(nf={self.nf}, nx={self.nx}, 2:4, phase={state.phase}, mvue={state.mvue}{precision})"

@@ -53,4 +53,5 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     def extra_repr(self) -> str:
         state = state_of(self)
-        return f"{super().extra_repr()}, 2:4, phase={state.phase}, mvue={state.mvue}"
+        precision = "" if state.precision is None else f", precision={state.precision}"
+        return f"{super().extra_repr()}, 2:4, phase={state.phase}, mvue={state.mvue}{precision}"

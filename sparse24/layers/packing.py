@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..functional.soft import row_mask, soft_threshold
 from . import float8
-from .state import MASK, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
+from .state import MASK, PACKED, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
 
 # layer -> (a feed-forward block that has the layer's packed forms in a buffer of its own, what restores that when the
 # forms have moved)
@@ -183,6 +183,25 @@ def pack_substitute(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tens
     if state.lean:
         forms |= {name: forms[name].new_empty(0) for name in TRANSPOSED_BUFFERS}
     return forms | {SOFT: soft}
+
+
+def as_bits(values: Tensor) -> Tensor:
+    """8-bit floats as bytes, which compare; others as they are."""
+    return values.view(torch.uint8) if values.is_floating_point() and values.element_size() == 1 else values
+
+
+@torch.no_grad()
+def pack_as(layer, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """packed, E, packed_t and E_t of a weight under a mask, uint16, in the form that the layer's have; by the scale of
+    its own weight where they are 8-bit ones.
+    """
+    dtype = layer._buffers[PACKED].dtype
+    if state_of(layer).precision is None:
+        return ops.compress(weight, mask, dtype)
+    scale, forms = float8.weight_cast(layer).scale, ops.empty_packed(*weight.shape, dtype, weight.device)
+    amax = torch.zeros_like(scale)
+    ops.float8.pack_float8_(False, [weight], [mask], [[t] for t in forms], [scale], [amax])
+    return forms
 
 
 def _pack_substitute_float8(weight: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -234,8 +234,11 @@ class SparseLayer:
 
     def is_packed(self) -> bool:
         """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
-        packed = self._buffers[PACKED]
-        fresh = packing.pack_substitute(self, packing.full_weight(self), packed.dtype)[PACKED]
+        packed, weight = self._buffers[PACKED], packing.full_weight(self)
+        if state_of(self).precision is None:
+            fresh = packing.pack_substitute(self, weight, packed.dtype)[PACKED]
+        else:
+            fresh = packing.pack_as(self, weight, packing.mask_bits(mask_of(self)))[0]
         return torch.equal(fresh.view(torch.uint8), packed.view(torch.uint8))
 
     # -- what is read under plain names -----------------------------------------------------------------------------

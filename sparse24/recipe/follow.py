@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..layers.copies import settle
-from ..layers.modules import SparseLayer
+from ..layers.modules import SparseLayer, state_of
 from .state import check_state, phases_of, renewed
 
 
@@ -37,7 +37,9 @@ def follow(copy: nn.Module, *, like: nn.Module) -> int:
         )
     shapes = {name: layer.kernel_weight().shape for name, layer in theirs.items()}
     first = next(iter(theirs.values()))
-    settings = dict(mvue=first.mvue, dtype=first.compute_dtype, lean=first.lean)
+    precision = state_of(first).precision
+    dtype = None if precision else first.compute_dtype
+    settings = dict(mvue=first.mvue, dtype=dtype, lean=first.lean, precision=precision)
     mine = _layers_named(copy, shapes, "the model to follow", settings)
     for name, layer in mine.items():
         other = theirs[name]

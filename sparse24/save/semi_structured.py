@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import HALF_DTYPES
+from ..formats import FLOAT8_DTYPES, HALF_DTYPES
 from ..layers import SparseLayer, feedforward, packing
 from ..layers.owners import end_recipes
 from ..layers.state import PACKED
@@ -135,7 +135,9 @@ def _why_not_backends(device: torch.device) -> dict[str, str | None]:
 
 
 def _dtype_of(name: str, layer: SparseLayer, dtype: torch.dtype | None) -> torch.dtype:
-    dtype = layer._buffers[PACKED].dtype if dtype is None else dtype
+    if dtype is None:
+        packed = layer._buffers[PACKED].dtype
+        dtype = torch.bfloat16 if packed in FLOAT8_DTYPES else packed
     if dtype not in HALF_DTYPES:
         # PyTorch takes float32 too, but there it means one of two, and would drop half of what is kept.
         raise Sparse24DtypeError(

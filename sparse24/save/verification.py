@@ -161,9 +161,9 @@ def _fused_is_current(block: FusedFeedForward) -> bool:
         return True
     weight = torch.cat([packing.full_weight(layer) for layer in ups])
     mask = torch.cat([mask_of(layer) for layer in ups])
-    fresh = ops.compress(weight, mask, dtype=block._buffers[PACKED].dtype)
+    fresh = packing.pack_as(ups[0], weight, packing.mask_bits(mask))
     return all(
-        _equal(block._buffers[name], tensor)
+        _equal(packing.as_bits(block._buffers[name]), packing.as_bits(tensor))
         for name, tensor in zip(PACKED_BUFFERS, fresh, strict=True)
         if block._buffers[name].numel()  # a lean block has one direction
     )
@@ -183,6 +183,11 @@ def _problems(layer: SparseLayer) -> list[str]:
     problems = []
     weight, bits = packing.full_weight(layer), packing.mask_bits(mask_of(layer))
     rows, cols = weight.shape
+    if state.precision is not None:
+        fresh = packing.pack_as(layer, weight, bits)
+        ours = (buffers[PACKED], layer.flat_E(), buffers[PACKED_T], buffers[METADATA_T])
+        same = all(torch.equal(*map(packing.as_bits, pair)) for pair in zip(ours, fresh, strict=True))
+        return [] if same else ["its packed values are not those of its weight in 8 bits: call sparse24.refresh"]
     kept = torch.where(ops.unpack_mask(bits), weight.to(buffers[PACKED].dtype), 0)
     both = ((buffers[PACKED], layer.flat_E(), False), (buffers[PACKED_T], buffers[METADATA_T], True))
     for values, E, transposed in both[:1] if state.lean else both:
