@@ -158,3 +158,15 @@ def test_input_is_pruned_where_it_is_asked_for():
         make(method="s-ste", mvue="input")
     with pytest.raises(Sparse24Error, match="mvue must be True, False, None"):
         make(mvue="both")
+
+
+def test_auto_says_once_that_compiled_layers_show_no_noise():
+    model, optimizer, recipe = make(method="mvue", mvue="auto", mask_interval=2)
+    for _ in range(6):  # as compiled code: the layers' own calls, and so their hooks, are left out
+        x = torch.randn(8, 16)
+        y = F.linear(torch.relu(F.linear(x, model.fc1.weight)), model.fc2.weight)
+        y.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [event["layers"] for event in recipe.events] == [[]]
+    assert "no noise was measured" in recipe.events[0]["message"] and model.fc2.mvue == "output"

@@ -47,6 +47,7 @@ class NoiseWatch:
         self.chosen = dict.fromkeys(layers, OUTPUT)
         self._seen: dict[str, dict[str, Tensor]] = {}
         self._hooks: list = []
+        self._has_told = False
         self._set()
 
     def after_step(self, step: int) -> dict | None:
@@ -67,10 +68,13 @@ class NoiseWatch:
 
     def _decide(self, step: int) -> dict | None:
         self.leave()
+        if self._seen and not any(self._seen.values()):
+            self._seen = {}
+            return self._say_unseen(step)
         changed = {}
         for name, seen in self._seen.items():
             if len(seen) < 2:
-                continue  # compiled code runs no hooks that came later: the choice stays
+                continue  # this pass has left the layer out
             noise = {operand: float(value) for operand, value in seen.items()}
             now = self.chosen[name]
             other = INPUT if now == OUTPUT else OUTPUT
@@ -83,6 +87,16 @@ class NoiseWatch:
         self._set()
         message = f"step {step}: the operand of the weight gradient that adds less noise: {', '.join(changed.values())}"
         return {"kind": "mvue", "step": step, "layers": list(changed), "message": message}
+
+    def _say_unseen(self, step: int) -> dict | None:
+        """Compiled code runs no hooks that came later: the choices stay as they are, which is said once."""
+        if self._has_told:
+            return None
+        self._has_told = True
+        message = (
+            f"step {step}: no noise was measured, as no layer ran its hooks (compiled code does not); operands stay"
+        )
+        return {"kind": "mvue", "step": step, "layers": [], "message": message}
 
     def _set(self) -> None:
         for name, layer in self.layers.items():

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
+from ..layers import sharding
 from ..layers.modules import SparseLayer
 from ..layers.owners import owner_of, set_owner
 
@@ -19,6 +20,7 @@ def trainable_layers(model: nn.Module) -> Layers:
     """The sparse layers of `model`; raises Sparse24Error where there are none, or their weights are no parameters."""
     if not isinstance(model, nn.Module):
         raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    sharding.sharded_modules(model)  # refuses FSDP1, whose weights are no parameters of their own
     layers = sparse_layers(model)
     if not layers:
         raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
