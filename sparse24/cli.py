@@ -167,7 +167,7 @@ def pretrain(context: typer.Context, **values: Any) -> None:
     from pathlib import Path
 
     from .pretrain import Stopped, pretrain
-    from .pretrain.settings import from_json, load_config
+    from .pretrain.saved import from_json, load_config
 
     asked = given(context, values)
     start = Settings()

@@ -18,7 +18,8 @@ from ..files import empty, locked, refusals_named, write_text_atomically
 from . import metrics, plots, summary, tokens
 from .equal_time import ffn_width
 from .interrupt import StopRequest
-from .settings import Settings, differences, kind_of, load_config, resolve
+from .saved import differences, load_config
+from .settings import Settings, kind_of, resolve
 from .train import Trainer
 
 OURS = (

@@ -25,7 +25,8 @@ from .interrupt import StopRequest
 from .metrics import MetricsLog, Row
 from .model import build_model, build_optimizer, count_parameters, model_config, next_token_loss
 from .samples import write_samples
-from .settings import Settings, differences, kind_of
+from .saved import differences
+from .settings import Settings, kind_of
 
 #: what a checkpoint's state.pt holds, beside version and step
 STATE_KEYS = {"step", "data", "seconds", "optimizer", "scaler", "recipe", "probe", "rng_cpu", "rng_device"}

@@ -6,7 +6,8 @@ import pytest
 
 from sparse24.errors import Sparse24Error
 from sparse24.pretrain import PRESETS, Settings
-from sparse24.pretrain.settings import differences, from_json, resolve
+from sparse24.pretrain.saved import differences, from_json
+from sparse24.pretrain.settings import resolve
 
 
 @pytest.mark.parametrize(
