@@ -42,6 +42,7 @@ SHAPES = (
     Shape(("w12",), "w3", fused_gate=True, family="DINOv2's SwiGLU as published"),
     Shape(("ffn",), "ffn_output", family="ALBERT"),
 )
+ADAPTED = "base_layer"  # where adapters of PEFT hold the layer that they adapt
 EXPERT_NAMES = {"expert", "experts"}
 
 
@@ -88,7 +89,8 @@ def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
             if layers and not taken & {id(layer) for layer in layers}:
                 taken |= {id(layer) for layer in layers}
                 prefix = f"{name}." if name else ""
-                names = tuple(prefix + path for path in (*shape.up, shape.down))
+                paths = zip((*shape.up, shape.down), layers, strict=True)
+                names = tuple(prefix + _path_to(module, path, layer) for path, layer in paths)
                 found.append(FeedForward(name, names, shape, bool(EXPERT_NAMES & set(name.split(".")))))
     return found
 
@@ -104,12 +106,24 @@ def find_fused_experts(model: nn.Module) -> list[str]:
 
 
 def _own_module(module: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path` below `module`. Not by getattr: wrappers pass attributes of their model on as their own."""
+    """The module at `path` below `module`, inside its adapter. Not by getattr: wrappers pass attributes of their model
+    on as their own.
+    """
     for name in path.split("."):
         if module is None:
             return None
         module = module._modules.get(name)
+    while module is not None and module._modules.get(ADAPTED) is not None:
+        module = module._modules[ADAPTED]
     return module
+
+
+def _path_to(module: nn.Module, path: str, layer: nn.Module) -> str:
+    """`path` below `module`, as far into adapters as `layer` lies."""
+    found = module.get_submodule(path)
+    while found is not layer:
+        found, path = found._modules[ADAPTED], f"{path}.{ADAPTED}"
+    return path
 
 
 def _match(module: nn.Module, shape: Shape) -> tuple[nn.Module, ...] | None:

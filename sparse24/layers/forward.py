@@ -20,6 +20,12 @@ from . import float8, packing
 from .owners import weights_moved
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
 
+#: for those who would trace or convert a sparse layer
+OTHER_WAYS = (
+    ": export the model by torch.export, or give it masked dense weights by sparse24.densify(model, masked=True), "
+    "which computes the same"
+)
+
 
 class _MaskedWeight(torch.autograd.Function):
     """weight * mask forward, the gradient straight through to every entry of the weight, with its decay if any."""
@@ -87,22 +93,16 @@ def check_input(x: Tensor) -> None:
     """
     if not torch.compiler.is_compiling():
         if isinstance(x, torch.fx.Proxy):
-            raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{_OTHER_WAYS}")
+            raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
         if torch.jit.is_tracing():
-            raise Sparse24Error(f"2:4 layers cannot be traced by torch.jit.trace, nor exported through it{_OTHER_WAYS}")
+            raise Sparse24Error(f"2:4 layers cannot be traced by torch.jit.trace, nor exported through it{OTHER_WAYS}")
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        raise Sparse24Error(f"ONNX has no 2:4 products{_OTHER_WAYS}")
+        raise Sparse24Error(f"ONNX has no 2:4 products{OTHER_WAYS}")
     if type(x) is not Tensor and packing.is_dtensor(x):
         raise Sparse24Error(
             "the input of a sparse layer is a DTensor; pass its local part (x.to_local()), or exclude the layer from "
             "the tensor-parallel plan"
         )
-
-
-_OTHER_WAYS = (
-    ": export the model by torch.export, or give it masked dense weights by sparse24.densify(model, masked=True), "
-    "which computes the same"
-)
 
 
 def dense_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

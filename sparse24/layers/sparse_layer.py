@@ -17,7 +17,7 @@ from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
 from . import copies, float8, packing
-from .forward import dense_forward, sparse_forward
+from .forward import OTHER_WAYS, dense_forward, sparse_forward
 from .packing import packed_dtype
 from .replacements import watch_replacements
 from .state import (
@@ -220,7 +220,12 @@ class SparseLayer:
     def weight_has_changed(self) -> bool:
         """Whether the weight shows that it was written since it was packed; `.data` writes do not show."""
         state = state_of(self)
-        return state.stamp is not None and state.stamp != packing.stamp(self._parameters["weight"])
+        weight = self._parameters.get("weight")
+        return weight is not None and state.stamp is not None and state.stamp != packing.stamp(weight)
+
+    def weight_is_computed(self) -> bool:
+        """Whether the weight is no Parameter of the layer: parametrized, pruned or normalised."""
+        return self._parameters.get("weight") is None
 
     def shares_memory(self) -> bool:
         """Whether the packed weight lies in memory that other processes may write."""
@@ -398,6 +403,9 @@ class SparseLayer:
         watch_replacements()
         self._repack()
         copies.watch_origin(self)
+
+    def __prepare_scriptable__(self):
+        raise Sparse24Error(f"2:4 layers cannot be compiled by torch.jit.script{OTHER_WAYS}")
 
     # -- forward ----------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ differentiable function in `sparse24.functional`. Layouts and data formats: docs
 """
 
 from ..formats import metadata_bytes, padded_tokens
+from . import flops
 from .activation import (
     activation,
     activation_backward,
@@ -32,6 +33,8 @@ from .gemm.weight_gradient import sparse_mm_grad_weight, sparse_mm_grad_weight_i
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
 from .recipe import foreach_masked_decay_, masked_decay_
+
+flops.register()
 
 __all__ = [
     "activation",

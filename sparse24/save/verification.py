@@ -171,6 +171,8 @@ def _fused_is_current(block: FusedFeedForward) -> bool:
 
 @torch.no_grad()
 def _problems(layer: SparseLayer) -> list[str]:
+    if layer.weight_is_computed():
+        return []  # packed for each call
     if layer.weight.is_meta:
         return ["its weight is on the meta device"]
     buffers, state = layer._buffers, state_of(layer)

@@ -1,0 +1,43 @@
+"""FLOPs of the products, for `torch.utils.flop_counter.FlopCounterMode`.
+
+A 2:4 product of a dense [m, k] x [k, n] counts what it multiplies, m * n * k: half of the 2 * m * n * k of the dense
+product, which is what papers call dense-equivalent. Packing, masks and activations count nothing, as in torch.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+_OPS = torch.ops.sparse24
+
+
+def _times_rows(x_shape, packed_shape, *_, **__) -> int:
+    """x [..., in] by packed [out, in/2]."""
+    return prod(x_shape) * packed_shape[0]
+
+
+def _grad_input(dy_shape, packed_t_shape, *_, **__) -> int:
+    """dy [..., out] by packed_t [out/2, in]."""
+    return prod(dy_shape) * packed_t_shape[1]
+
+
+def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
+    """packed [padded/2, features], pruned along tokens, by the other operand [tokens, features]."""
+    return prod(other_shape) * packed_shape[1]
+
+
+def register() -> None:
+    """Make the formulas known; once, when the ops are."""
+    register_flop_formula([_OPS.sparse_mm, _OPS.sparse_mm_activation])(_times_rows)
+    register_flop_formula(_OPS.sparse_mm_grad_input)(_grad_input)
+    register_flop_formula(
+        [
+            _OPS.sparse_mm_grad_weight,
+            _OPS.sparse_mm_grad_weight_,
+            _OPS.sparse_mm_grad_weight_input,
+            _OPS.sparse_mm_grad_weight_input_,
+        ]
+    )(_grad_weight)
