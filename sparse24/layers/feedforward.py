@@ -74,7 +74,13 @@ class FusedFeedForward:
     packed, E, packed_t, E_t  the packed forms of gate and up as one weight, or None
     """
 
+    _sparse24_own: type  # of a class: the one that it is without this mixin
+
     packed, E, packed_t, E_t = (shown_buffer(name) for name in PACKED_BUFFERS)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._sparse24_own = cls.__mro__[cls.__mro__.index(FusedFeedForward) + 1]
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -100,10 +106,7 @@ class FusedFeedForward:
         # Past nn.Module's own attribute access, which costs as much as a launch: this runs for each block of a model.
         state, modules = self.__dict__[HOLDER], self._modules
         layers = [modules.get(name) for name in state.layers]
-        for layer in layers:
-            if isinstance(layer, SparseLayer):
-                layer.look_in_forward()
-        if not (_is_unchanged(self, state, layers) and _layers_agree(layers) and _input_fits(layers, x)):
+        if not (_is_unchanged(self, state, layers) and _layers_agree(layers, x)):
             return super().forward(x)
         if not torch.compiler.is_compiling():
             for layer in layers:
@@ -149,7 +152,7 @@ def _packed_forms(module: nn.Module, layers: list[SparseLayer], decay: Tensor | 
 
 def _is_unchanged(block: nn.Module, state: BlockState, layers: list[nn.Module | None]) -> bool:
     """Whether the block is still what `look_at` found."""
-    if any_global_hook() or _own_forward(type(block)) is not state.forward:
+    if any_global_hook() or type(block)._sparse24_own.forward is not state.forward:
         return False
     for child in state.children:
         if not child_is_unchanged(block, child):
@@ -168,39 +171,39 @@ def _is_unchanged(block: nn.Module, state: BlockState, layers: list[nn.Module | 
     return True
 
 
-def _layers_agree(layers: list[SparseLayer]) -> bool:
-    """Whether all layers train the same way, with weights of their own."""
-    *ups, down = layers
-    mvue, precision, decays = state_of(ups[0]).mvue, state_of(down).precision, down._buffers[DECAY] is not None
-    for layer in layers:
-        constants = state_of(layer)
-        if constants.phase != SPARSE or layer._buffers[SOFT] is not None:
-            return False
-        if constants.mvue != mvue and (layer is not down or precision is not None):
-            return False
-        if constants.precision != precision:
-            return False
-        if (layer._buffers[DECAY] is not None) != decays or "bias" not in layer._parameters:
-            return False
-        if layer._parameters.get("weight") is None or has_substituted_weight(layer):
-            return False
-    return (ups[0]._parameters["bias"] is None) == (ups[-1]._parameters["bias"] is None)
+def _layers_agree(layers: list[SparseLayer], x: Tensor) -> bool:
+    """Whether all layers train the same way, with weights of their own, in the dtype that x has or autocast gives it.
 
-
-def _input_fits(layers: list[SparseLayer], x: Tensor) -> bool:
-    """Whether the layers compute in the dtype that x has, or autocast gives it."""
-    check_input(x)
-    if x.is_nested:
+    Where not, the layers run one by one, and say themselves what does not fit.
+    """
+    first = state_of(layers[0])
+    if first.phase != SPARSE:
         return False
+    check_input(x)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    decays = layers[0]._buffers[DECAY] is not None
     for layer in layers:
-        if state_of(layer).precision is None and layer._buffers[PACKED].dtype not in (dtype, torch.float32):
+        constants, buffers, parameters = state_of(layer), layer._buffers, layer._parameters
+        if constants.watch is not None:
+            layer.look_in_forward()
+        if constants.phase != SPARSE or buffers[SOFT] is not None:
             return False
-        if not autocast and dtype != layer._parameters["weight"].dtype:
-            return False  # the layers themselves say what does not fit
-    return True
+        if constants.precision != first.precision:
+            return False
+        if constants.mvue != first.mvue and (layer is not layers[-1] or first.precision is not None):
+            return False
+        weight = parameters.get("weight")
+        if weight is not constants.packed_weight and has_substituted_weight(layer) or weight is None:
+            return False
+        if first.precision is None and buffers[PACKED].dtype not in (dtype, torch.float32):
+            return False
+        if not autocast and dtype != weight.dtype:
+            return False
+        if (buffers[DECAY] is not None) != decays or "bias" not in parameters:
+            return False
+    return not x.is_nested and (layers[0]._parameters["bias"] is None) == (layers[-2]._parameters["bias"] is None)
 
 
 # -- which blocks, and what they are given --------------------------------------------------------------------------
@@ -303,12 +306,6 @@ def own_class(block: FusedFeedForward) -> type:
             f"{type(block).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
         )
     return own[0]
-
-
-def _own_forward(cls: type) -> Any:
-    """The forward that the block would have unfused."""
-    mro = cls.__mro__
-    return mro[mro.index(FusedFeedForward) + 1].forward
 
 
 @cache

@@ -92,10 +92,10 @@ def check_input(x: Tensor) -> None:
     Raises Sparse24Error with the way out.
     """
     if not torch.compiler.is_compiling():
-        if isinstance(x, torch.fx.Proxy):
-            raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
         if torch.jit.is_tracing():
             raise Sparse24Error(f"2:4 layers cannot be traced by torch.jit.trace, nor exported through it{OTHER_WAYS}")
+        if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
+            raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         raise Sparse24Error(f"ONNX has no 2:4 products{OTHER_WAYS}")
     if type(x) is not Tensor and packing.is_dtensor(x):

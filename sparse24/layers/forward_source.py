@@ -62,7 +62,11 @@ def read_forward(block: nn.Module, own: type) -> Form | None:
         return None
     function = ast.Lambda(_arguments("self", _HIDDEN), activation)
     code = compile(ast.fix_missing_locations(ast.Expression(function)), "<activation>", "eval")
-    source = uses[0] if uses and _called_child(activation) == uses[0] else ast.unparse(activation).replace(_HIDDEN, "h")
+    source = (
+        uses[0]
+        if len(uses) == 1 and _called_child(activation) == uses[0]
+        else ast.unparse(activation).replace(_HIDDEN, "h")
+    )
     return Form((*ups, name), uses, tuple(reversed(tail)), source, eval(code, own.forward.__globals__))
 
 
@@ -113,16 +117,30 @@ def _expression(forward) -> ast.expr | None:
     if len(spec.args) != 2 or spec.vararg or spec.kwarg or spec.kwonlyargs or spec.posonlyargs or spec.defaults:
         return None
     body = [node for node in function.body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))]
-    if not 0 < len(body) <= MAX_STATEMENTS or spec.args[0].arg != "self":
+    if not 0 < len(body) <= MAX_STATEMENTS:
         return None
-    values = {spec.args[1].arg: ast.Name(_INPUT, ast.Load())}
+    module, x = (argument.arg for argument in spec.args)
+    values = {module: ast.Name("self", ast.Load()), x: ast.Name(_INPUT, ast.Load())}
     for node in body[:-1]:
-        if not isinstance(node, ast.Assign) or len(node.targets) != 1 or not isinstance(node.targets[0], ast.Name):
+        assigned = _assigned(node)
+        if assigned is None or module in assigned:
             return None
-        values[node.targets[0].id] = _Substitute(values).visit(node.value)
-    if not isinstance(body[-1], ast.Return) or body[-1].value is None or "self" in values:
+        values |= {name: _Substitute(values).visit(value) for name, value in assigned.items()}
+    if not isinstance(body[-1], ast.Return) or body[-1].value is None:
         return None
     return _Substitute(values).visit(body[-1].value)
+
+
+def _assigned(node: ast.stmt) -> dict[str, ast.expr] | None:
+    """Name -> value of `a = value` and of `a, b = value, value`; None for another statement."""
+    if not isinstance(node, ast.Assign) or len(node.targets) != 1:
+        return None
+    targets, values = node.targets, [node.value]
+    if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+        targets, values = targets[0].elts, node.value.elts
+    if len(targets) != len(values) or not all(isinstance(target, ast.Name) for target in targets):
+        return None
+    return {target.id: value for target, value in zip(targets, values, strict=True)}
 
 
 class _Substitute(ast.NodeTransformer):

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
-from .sparse_layer import SparseLayer
+__all__ = ["Child", "Part", "any_global_hook", "child_is_unchanged", "is_bare", "layer_is_plain", "remember"]
 
 _MODULE_KEYS = frozenset(nn.Module().__dict__)
 
@@ -68,11 +68,12 @@ def child_is_unchanged(block: nn.Module, child: Child) -> bool:
 
 
 def layer_is_plain(layer: nn.Module) -> bool:
-    """Whether calling the layer runs the forward of one of our classes, and nothing of the user's."""
-    cls = type(layer)
-    if SparseLayer not in cls.__bases__:
-        return False  # parametrized, a subclass with a forward of its own, an adapter
-    return cls.forward is cls._sparse24_forward and is_bare(layer)
+    """Whether calling the layer runs the forward of one of our classes, and nothing of the user's.
+
+    Not so if it is parametrized, an adapter, or of a subclass with a forward of its own.
+    """
+    ours = getattr(type(layer), "_sparse24_forward", None)
+    return ours is not None and type(layer).forward is ours and is_bare(layer)
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -85,11 +86,6 @@ def is_bare(module: nn.Module) -> bool:
         or "forward" in module.__dict__
         or module._compiled_call_impl is not None
     )
-
-
-def any_global_hook() -> bool:
-    """Whether hooks for all modules are registered, which want to see each layer and activation."""
-    return _has_any_global_hook()
 
 
 def _look_up(block: nn.Module, name: str) -> Any:

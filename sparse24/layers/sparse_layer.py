@@ -101,11 +101,11 @@ class SparseLayer:
     Constants: see `LayerState`.
     """
 
-    _sparse24_forward = None  # of a class: the forward that it was defined with, see `replaced`
+    _sparse24_forward = None  # of a class of ours: the forward that it was defined with, see `replaced`
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._sparse24_forward = vars(cls).get("forward")
+        cls._sparse24_forward = vars(cls).get("forward") if SparseLayer in cls.__bases__ else None
 
     # -- what a recipe asks for -------------------------------------------------------------------------------------
 
