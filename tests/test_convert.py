@@ -1,5 +1,6 @@
 """sparsify, densify, refresh: which layers are found in real models, what is refused and how the report says it."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -562,7 +563,8 @@ def test_wrappers_that_pass_on_attributes_are_left_as_they_are():
 def test_refresh_finds_masks_anew_that_an_average_has_broken():
     model = MLP()
     sparse24.sparsify(model)
-    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    # Made of a copy that knows no origin: else the average would take the masks of the model that it follows.
+    averaged = torch.optim.swa_utils.AveragedModel(pickle.loads(pickle.dumps(model)), use_buffers=True)
     for _ in range(3):
         with torch.no_grad():
             model.fc1.weight.copy_(torch.randn_like(model.fc1.weight))

@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import ops
 from ..convert import sparse_layers, sparsify
-from ..layers import float8, packing
+from ..layers import float8, mask_of, packing
 from ..recipe import Recipe
 from . import float8_dense
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
@@ -133,7 +133,7 @@ class Arm:
         ops.foreach_masked_decay_(
             [layer.as_kernel_sees(layer.weight.grad) for layer in self.layers],
             [layer.kernel_weight() for layer in self.layers],
-            [packing.mask_bits(layer.mask) for layer in self.layers],
+            [packing.mask_bits(mask_of(layer)) for layer in self.layers],
             DECAY,
         )
 

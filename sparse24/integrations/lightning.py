@@ -23,6 +23,7 @@ except ImportError:  # the same library under its older name
 
 from ..convert import refresh, sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
+from ..layers import decay_factor_of, mask_of
 from ..recipe import Recipe, follow, load_masks
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, sparsify_once
@@ -186,7 +187,7 @@ class Sparse24Callback(Callback):
     # and put back, and weights packed, after all of them have.
 
     def _keep_masks(self, pl_module) -> None:
-        self._masks = {name: layer.mask.clone() for name, layer in sparse_layers(pl_module).items()}
+        self._masks = {name: mask_of(layer).clone() for name, layer in sparse_layers(pl_module).items()}
 
     def _put_masks_back(self, pl_module) -> None:
         if self._masks is None:
@@ -246,7 +247,7 @@ def _have_the_same_buffers(copy: nn.Module, like: nn.Module) -> None:
     made = {}
     layers = sparse_layers(copy)
     for name, layer in sparse_layers(like).items():
-        factor = layer.decay_factor
+        factor = decay_factor_of(layer)
         if factor is not None:
             made.setdefault(id(factor), factor.to(layers[name].mask.device, copy=True))
             layers[name].set_decay(made[id(factor)])

@@ -228,7 +228,9 @@ def look_at(block: nn.Module, own: type) -> BlockState | str:
     """What a block whose own class is `own` computes, if that can be fused; else why not."""
     if "forward" in block.__dict__:
         return "its forward is replaced on the instance"
-    if clash := [name for name in (*block.__dict__, *block._buffers, *block._modules) if is_ours(name)]:
+    if clash := [
+        name for name in (*block.__dict__, *block._buffers, *block._parameters, *block._modules) if is_ours(name)
+    ]:
         if not isinstance(block, FusedFeedForward):
             return f"its attribute {clash[0]!r} has a name that a fused block needs; rename it"
     if hasattr(own, "_sparse24_block"):

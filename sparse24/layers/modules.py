@@ -4,7 +4,7 @@ from .activations import ACTIVATIONS
 from .gated_mlp import SparseGatedMLP
 from .linear import SparseLinear
 from .sparse_layer import DTYPES, SparseLayer, check_switch, distributed_rank
-from .state import DENSE, SPARSE, mask_of, state_of
+from .state import DENSE, SPARSE, decay_factor_of, mask_of, state_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,6 +15,7 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "check_switch",
+    "decay_factor_of",
     "distributed_rank",
     "mask_of",
     "state_of",

@@ -89,6 +89,11 @@ def mask_of(layer: nn.Module) -> Tensor:
     return layer._buffers[MASK]
 
 
+def decay_factor_of(layer: nn.Module) -> Tensor | None:
+    """What backward multiplies a sparse layer's masked decay by: float32 [1], or None."""
+    return layer._buffers[DECAY]
+
+
 def is_ours(name: str) -> bool:
     """Whether an attribute or buffer has a name that only this package gives."""
     return name.startswith(HOLDER)
