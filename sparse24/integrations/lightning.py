@@ -249,7 +249,7 @@ def _have_the_same_buffers(copy: nn.Module, like: nn.Module) -> None:
     for name, layer in sparse_layers(like).items():
         factor = decay_factor_of(layer)
         if factor is not None:
-            made.setdefault(id(factor), factor.to(layers[name].mask.device, copy=True))
+            made.setdefault(id(factor), factor.to(mask_of(layers[name]).device, copy=True))
             layers[name].set_decay(made[id(factor)])
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import Sparse24Error
 from .packing import is_dtensor, mask_bits
+from .state import mask_of
 
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
@@ -78,7 +79,7 @@ def decay_shard(layer, target: Tensor, factor: float, scale: Tensor | None) -> N
     if first == last:
         return
     shard, target = local(weight.detach()), local(target)
-    bits = mask_bits(layer.mask)
+    bits = mask_bits(mask_of(layer))
     transposed = layer.as_kernel_sees(weight) is not weight
     if first % 4 == 0 and last % 4 == 0:
         bits = bits[:, first // 4 : last // 4] if transposed else bits[first // 4 : last // 4]

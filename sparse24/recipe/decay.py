@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import Sparse24Error
 from ..layers import packing, sharding
-from ..layers.modules import SparseLayer
+from ..layers.modules import SparseLayer, decay_factor_of, mask_of
 from .methods import Method
 from .phases import SCHEDULES, check_decay, positive, scheduled_decay
 
@@ -114,21 +114,21 @@ class MaskedDecay:
         factor /= self.micro_batches
         made = {}
         for layer in self.layers.values():
-            if layer.decay_factor is None and self.value > 0:
-                device = layer.mask.device
+            if decay_factor_of(layer) is None and self.value > 0:
+                device = mask_of(layer).device
                 if device not in made:
                     made[device] = torch.full((1,), factor, dtype=torch.float32, device=device)
                 layer.set_decay(made[device])
         if factor == self._written:
             return
-        for tensor in {id(layer.decay_factor): layer.decay_factor for layer in self.layers.values()}.values():
+        for tensor in {id(decay_factor_of(layer)): decay_factor_of(layer) for layer in self.layers.values()}.values():
             if tensor is not None:
                 tensor.data.fill_(factor)  # .data: a forward that has saved it wants the present value
         self._written = factor
 
     def is_read(self) -> bool:
         """Whether backward reads a decay from memory."""
-        return any(layer.decay_factor is not None for layer in self.layers.values())
+        return any(decay_factor_of(layer) is not None for layer in self.layers.values())
 
     def leave(self) -> None:
         """Let backward add nothing any more."""
@@ -157,7 +157,7 @@ def _add_to(targets: list[Tensor], layers: list[SparseLayer], factor: float, sca
         ops.foreach_masked_decay_(
             [target for _, target in plain],
             [layer.kernel_weight() for layer, _ in plain],
-            [packing.mask_bits(layer.mask) for layer, _ in plain],
+            [packing.mask_bits(mask_of(layer)) for layer, _ in plain],
             factor,
             scale,
         )

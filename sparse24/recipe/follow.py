@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..layers.copies import settle
-from ..layers.modules import SparseLayer, state_of
+from ..layers.modules import SparseLayer, mask_of, state_of
 from .state import check_state, phases_of, renewed
 
 
@@ -37,13 +37,13 @@ def follow(copy: nn.Module, *, like: nn.Module) -> int:
         )
     shapes = {name: layer.kernel_weight().shape for name, layer in theirs.items()}
     first = next(iter(theirs.values()))
-    precision = state_of(first).precision
-    dtype = None if precision else first.compute_dtype
-    settings = dict(mvue=first.mvue, dtype=dtype, lean=first.lean, precision=precision)
+    state = state_of(first)
+    dtype = None if state.precision else state.compute_dtype
+    settings = dict(mvue=state.mvue, dtype=dtype, lean=state.lean, precision=state.precision)
     mine = _layers_named(copy, shapes, "the model to follow", settings)
     for name, layer in mine.items():
         other = theirs[name]
-        layer.take_state(other.phase, other.mask, other.soft_scale)
+        layer.take_state(state_of(other).phase, mask_of(other), state_of(other).soft_scale)
         settle(layer, like=other)
     return len(mine)
 

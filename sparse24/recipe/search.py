@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..layers import packing, sharding
-from ..layers.modules import SparseLayer
+from ..layers.modules import SparseLayer, mask_of
 from . import monitor
 from .block_flips import BlockFlips
 from .phases import positive
@@ -69,7 +69,7 @@ class MaskSearch:
 
     @property
     def masks(self) -> list[Tensor]:
-        return [layer.mask for layer in self.layers.values()]
+        return [mask_of(m) if isinstance(m, SparseLayer) else m.mask for m in self.layers.values()]
 
     def is_due(self, step: int) -> bool:
         return step % self.interval == 0 and not self.frozen

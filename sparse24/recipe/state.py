@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..errors import Sparse24Error
 from ..layers import packing
-from ..layers.modules import DENSE, SPARSE, SparseLayer
+from ..layers.modules import DENSE, SPARSE, SparseLayer, mask_of, state_of
 from .decay import MaskedDecay
 from .methods import FrozenSecondMoment
 from .phases import check_decay
@@ -68,15 +68,15 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
     """See `Recipe.state_dict`; `layers` are all of the recipe, frozen ones too."""
     check_layers(layers)
     steps.finish_interrupted()
-    scales = [layer.soft_scale for layer in layers.values() if layer.soft_scale is not None]
-    frozen = {name: layer.phase for name, layer in layers.items() if name not in steps.layers}
+    scales = [s for layer in layers.values() if (s := state_of(layer).soft_scale) is not None]
+    frozen = {name: state_of(layer).phase for name, layer in layers.items() if name not in steps.layers}
     return {
         "version": VERSION,
         "step": steps.taken,
         "phase": steps.phase,
         "settings": settings_of(steps, search, decay),
         "decay": decay.value,
-        "masks": {name: layer.mask.clone() for name, layer in layers.items()},
+        "masks": {name: mask_of(layer).clone() for name, layer in layers.items()},
         "scales": [scale.clone() for scale in scales],
         "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
         "rng": rng_state(next(iter(layers.values())).weight.device),
@@ -100,7 +100,7 @@ def load(
     check_layers(layers)
     state = renewed(state)
     shapes = [weight.shape for weight in steps.weights()]
-    masks = {name: layer.mask for name, layer in layers.items()}
+    masks = {name: mask_of(layer) for name, layer in layers.items()}
     masks = check_state(state, settings_of(steps, search, decay), masks, override, shapes)
     planned = steps.phase_at(state["step"])
     if state["phase"] != planned and not override:
