@@ -19,6 +19,11 @@ def _times_rows(x_shape, packed_shape, *_, **__) -> int:
     return prod(x_shape) * packed_shape[0]
 
 
+def _float8(x_shape, _, packed_shape, *__, **___) -> int:
+    """x8 [..., k] by packed [m, k/2], which every pass of 8-bit products has."""
+    return prod(x_shape) * packed_shape[0]
+
+
 def _grad_input(dy_shape, packed_t_shape, *_, **__) -> int:
     """dy [..., out] by packed_t [out/2, in]."""
     return prod(dy_shape) * packed_t_shape[1]
@@ -32,6 +37,7 @@ def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
 def register() -> None:
     """Make the formulas known; once, when the ops are."""
     register_flop_formula([_OPS.sparse_mm, _OPS.sparse_mm_activation])(_times_rows)
+    register_flop_formula(_OPS.sparse_mm_float8)(_float8)
     register_flop_formula(_OPS.sparse_mm_grad_input)(_grad_input)
     register_flop_formula(
         [

@@ -1,0 +1,47 @@
+"""FLOPs that torch's counter sees: a 2:4 product counts what it multiplies, half of the dense one."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparse24
+from sparse24 import SparseGatedMLP, SparseLinear
+
+
+def flops(module, x, *, backward):
+    with FlopCounterMode(display=False) as counter:
+        y = module(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tokens", [(64,), (4, 32)])
+def test_all_three_products_count_half(tokens):
+    sparse, dense = SparseLinear(32, 48), nn.Linear(32, 48)
+    x = torch.randn(*tokens, 32, requires_grad=True)
+    assert flops(sparse, x, backward=False) == flops(dense, x, backward=False) // 2
+    assert flops(sparse, x, backward=True) == flops(dense, x, backward=True) // 2
+
+
+def test_a_dense_weight_gradient_counts_in_full():
+    sparse, dense = SparseLinear(32, 48, mvue=False), nn.Linear(32, 48)
+    x = torch.randn(64, 32, requires_grad=True)
+    assert flops(sparse, x, backward=True) == flops(dense, x, backward=True) * 4 // 6
+
+
+def test_fused_blocks_count_as_their_layers():
+    block, x = SparseGatedMLP(32, 64), torch.randn(64, 32, requires_grad=True)
+    one_by_one = sum(flops(layer, torch.randn(64, layer.in_features), backward=False) for layer in block.children())
+    assert flops(block, x, backward=False) == one_by_one == 64 * 3 * 32 * 64
+    assert flops(block, x, backward=True) == 3 * one_by_one
+
+
+def test_masked_densify_counts_as_dense():
+    model, x = nn.Sequential(nn.Linear(32, 48)), torch.randn(8, 32)
+    expected = flops(model, x, backward=False)
+    sparse24.sparsify(model, include=("0",))
+    assert flops(model, x, backward=False) == expected // 2
+    sparse24.densify(model, masked=True)
+    assert flops(model, x, backward=False) == expected
