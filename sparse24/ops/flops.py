@@ -37,7 +37,6 @@ def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
 def register() -> None:
     """Make the formulas known; once, when the ops are."""
     register_flop_formula([_OPS.sparse_mm, _OPS.sparse_mm_activation])(_times_rows)
-    register_flop_formula(_OPS.sparse_mm_float8)(_float8)
     register_flop_formula(_OPS.sparse_mm_grad_input)(_grad_input)
     register_flop_formula(
         [
@@ -47,3 +46,8 @@ def register() -> None:
             _OPS.sparse_mm_grad_weight_input_,
         ]
     )(_grad_weight)
+
+
+def register_float8() -> None:
+    """The same for 8-bit products, which are defined where they are asked for."""
+    register_flop_formula(_OPS.sparse_mm_float8)(_float8)

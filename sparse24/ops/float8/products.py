@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
 from ...formats import DTYPE_CODE, FORWARD, GRAD_WEIGHT, metadata_bytes
+from .. import flops
 from .._common import check_same_device, define_op, where
 from .operands import E4M3, pointer
 from .weights import decompress_dense
@@ -81,6 +82,7 @@ _op_sparse_mm_float8 = define_op(
         (x8.shape[0], m), dtype=out_dtype
     ),
 )
+flops.register_float8()
 
 
 def sparse_mm_float8(
