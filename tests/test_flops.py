@@ -38,6 +38,15 @@ def test_fused_blocks_count_as_their_layers():
     assert flops(block, x, backward=True) == 3 * one_by_one
 
 
+@pytest.mark.parametrize("precision", ["fp8-hybrid", "fp8"])
+def test_8_bit_products_count_half_too(precision):
+    sparse, dense = SparseLinear(64, 128, precision=precision), nn.Linear(64, 128)
+    x = torch.randn(64, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flops(sparse, x, backward=False) == flops(dense, x, backward=False) // 2
+    assert sparse._sparse24.precision == precision
+
+
 def test_masked_densify_counts_as_dense():
     model, x = nn.Sequential(nn.Linear(32, 48)), torch.randn(8, 32)
     expected = flops(model, x, backward=False)

@@ -20,7 +20,7 @@ def _times_rows(x_shape, packed_shape, *_, **__) -> int:
 
 
 def _float8(x_shape, _, packed_shape, *__, **___) -> int:
-    """x8 [..., k] by packed [m, k/2], which every pass of 8-bit products has."""
+    """x8 [..., k] by packed [m, k/2], of forward and of the input gradient."""
     return prod(x_shape) * packed_shape[0]
 
 
@@ -32,6 +32,11 @@ def _grad_input(dy_shape, packed_t_shape, *_, **__) -> int:
 def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
     """packed [padded/2, features], pruned along tokens, by the other operand [tokens, features]."""
     return prod(other_shape) * packed_shape[1]
+
+
+def _float8_grad_weight(packed_shape, _, __, x_t_shape, *___, **____) -> int:
+    """packed [features, padded/2] by x8_t [in, padded]."""
+    return prod(x_t_shape) * packed_shape[0]
 
 
 def register() -> None:
@@ -51,3 +56,4 @@ def register() -> None:
 def register_float8() -> None:
     """The same for 8-bit products, which are defined where they are asked for."""
     register_flop_formula(_OPS.sparse_mm_float8)(_float8)
+    register_flop_formula(_OPS.grad_weight_float8_)(_float8_grad_weight)

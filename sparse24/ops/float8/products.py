@@ -82,7 +82,6 @@ _op_sparse_mm_float8 = define_op(
         (x8.shape[0], m), dtype=out_dtype
     ),
 )
-flops.register_float8()
 
 
 def sparse_mm_float8(
@@ -118,6 +117,7 @@ _op_grad_weight_float8_ = define_op(
     _grad_weight_float8,
     lambda packed, E, scale, x8_t, x_scale, out, accumulate: None,
 )
+flops.register_float8()
 
 
 def grad_weight_float8_(packed, E, scale, x8_t, x_scale, out: Tensor, accumulate: bool = False) -> None:
