@@ -124,7 +124,8 @@ def options_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[inspect.
             kind, default = list[str], []
         elif isinstance(kind, types.UnionType):
             kinds = typing.get_args(kind)  # text, where it may say several things
-            kind = str if str in kinds else next(t for t in kinds if t is not type(None))
+            preferred = (choice for choice in (bool, str) if choice in kinds)
+            kind = next(preferred, next(t for t in kinds if t is not type(None)))
             kind = typing.Optional[kind]  # noqa: UP045
         name = f"--{field.name.replace('_', '-')}"
         if bool in (kind, *typing.get_args(kind)) and default is not False:

@@ -123,7 +123,9 @@ class Settings:
     dense_at: str | None = option(
         None, "Where: end, start, none, or auto (as the method has it; the paper's: end). Default: auto."
     )
-    mvue: bool | None = option(None, "2:4 pruning of the output gradient, without bias. Default: yes.")
+    mvue: bool | str | None = option(  # text only from a named recipe
+        None, "2:4 pruning for the weight gradient, without bias; of what, a named recipe may say. Default: yes."
+    )
     method: str | None = option(None, "fst, ste, sr-ste, step, s-ste or mvue. Default: fst.")
     recipe: str | None = option(
         None, "Named settings of the recipe: paper, equal-time or fine-tune. Options given beside it come first."

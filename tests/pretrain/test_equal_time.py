@@ -1,6 +1,7 @@
 """Arms of equal FFN time: widths, the time axis, several learning rates, and what is said of them."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from sparse24.errors import Sparse24Error
 from sparse24.pretrain import equal_time, plots, pretrain, summary
 from sparse24.pretrain.metrics import read_rows
 from sparse24.pretrain.model import build_model, model_config
+from sparse24.pretrain.saved import from_json
 from sparse24.pretrain.settings import Settings, kind_of, resolve
 
 
@@ -171,6 +173,8 @@ def test_a_named_recipe_fills_what_is_left_out(small):
     s = resolve(small(recipe="equal-time", **given))
     recipe = RECIPES["equal-time"]
     assert (s.dense_fraction, s.decay, s.mask_interval) == (recipe.dense_fraction, recipe.decay, recipe.mask_interval)
+    assert s.mvue == recipe.mvue and resolve(small(recipe="equal-time", mvue=False)).mvue is False
+    assert from_json(json.loads(json.dumps(s.to_json()))) == s  # so that --resume takes it up
     assert resolve(small(recipe="equal-time", dense_fraction=0.25)).dense_fraction == 0.25
     plain = resolve(small(**given))  # the preset's sizes come with a decay and an interval of their own
     assert (plain.dense_fraction, plain.decay, plain.mask_interval) == (1 / 6, 6e-4, 10)
