@@ -69,7 +69,10 @@ def test_runs_killed_at_random_moments_end_like_the_uninterrupted_one(small, tmp
     for crash in range(CRASHES):
         out = tmp_path / f"run{crash}"
         pid, wait = start(small(out=str(out), **wanted))
-        time.sleep(length * moments.random())
+        last = int(moments.random() * 30)  # by steps, not by time: a busy machine does not move the moments
+        while not reached(out, last) and not ended(pid):
+            time.sleep(0.0005)
+        time.sleep(moments.random() * (length / 30 if last else length / 3))
         with contextlib.suppress(ProcessLookupError):  # it has ended before
             os.kill(pid, signal.SIGKILL)
         status = wait()
@@ -84,6 +87,20 @@ def test_runs_killed_at_random_moments_end_like_the_uninterrupted_one(small, tmp
         assert not (out / LOCK).exists()
     print(f"killed: {where}")
     assert where.get("finished", 0) < CRASHES
+
+
+def reached(out, step) -> bool:
+    """Whether the checkpoint of this step, or a later one, is there."""
+    found = (out / "checkpoint" / "sparse").glob("step-*")
+    return step == 0 or any(int(path.name.removeprefix("step-")) >= step for path in found)
+
+
+def ended(pid) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def what_is_left(out) -> str:
