@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ..formats import padded_tokens, round_up
-from . import decompress, encode_metadata, mvue_groups, mvue_uniforms, pack_rows, unpack_mask
+from .masks import unpack_mask
+from .mvue import mvue_groups, mvue_uniforms
+from .packing import decompress, encode_metadata, pack_rows
 
 NAN = 0x7F  # of both formats, as Inf and NaN are written
 
