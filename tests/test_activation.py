@@ -306,7 +306,7 @@ def test_odd_widths_and_wrong_gradients_are_named(device):
 
 @pytest.mark.fault(29)
 def test_integers_are_refused(device):
-    with pytest.raises(Sparse24DtypeError, match="gu must be float32"):
+    with pytest.raises(Sparse24DtypeError, match="gate_up must be float32"):
         ops.gated_activation(torch.zeros(4, 8, dtype=torch.int32, device=device), "silu")
 
 

@@ -16,16 +16,8 @@ from .activation import (
     gated_activation_backward,
     gated_activation_backward_mvue,
 )
-from .compress import (
-    compress,
-    compress_,
-    compress_transposed,
-    decompress,
-    empty_packed,
-    is_valid_metadata,
-    prune_compress,
-    prune_compress_,
-)
+from .compress import compress, decompress, empty_packed, is_valid_metadata, prune_compress
+from .compress_lists import compress_, compress_transposed, prune_compress_
 from .gemm.activation import sparse_mm_activation, sparse_mm_gated_activation
 from .gemm.products import sparse_mm, sparse_mm_grad_input
 from .gemm.tuned_products import tune_gemm

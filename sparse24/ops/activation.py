@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,16 +18,18 @@ from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "identity": 5}
 
 
-def _check(gu: Tensor, kind: str, gated: bool) -> int:
+def _check(gate_up: Tensor, kind: str, gated: bool) -> int:
     """Rules on the input; returns the width of h."""
     if kind not in KINDS:
         raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if gu.dim() == 0:
+    if gate_up.dim() == 0:
         raise Sparse24Error("the activation's input must have at least one dimension, got a scalar")
-    check_weight_dtype(gu, "gu" if gated else "x")
-    width = gu.shape[-1]
+    check_weight_dtype(gate_up, "gate_up" if gated else "x")
+    width = gate_up.shape[-1]
     if gated and width % 2:
-        raise Sparse24Error(f"gu must hold two halves, [gate | up], in its last dimension, got an odd width {width}")
+        raise Sparse24Error(
+            f"gate_up must hold two halves, [gate | up], in its last dimension, got an odd width {width}"
+        )
     return width // 2 if gated else width
 
 
@@ -34,53 +38,53 @@ def _as_matrix(t: Tensor) -> Tensor:
     return as_major(t if t.dim() == 2 else t.reshape(-1, t.shape[-1]))
 
 
-def _empty_h(gu: Tensor, width: int, column_major: bool) -> Tensor:
+def _empty_h(gate_up: Tensor, width: int, column_major: bool) -> Tensor:
     if column_major:
-        return gu.new_empty((width, *gu.shape[:-1])).movedim(0, -1)
-    return gu.new_empty((*gu.shape[:-1], width))
+        return gate_up.new_empty((width, *gate_up.shape[:-1])).movedim(0, -1)
+    return gate_up.new_empty((*gate_up.shape[:-1], width))
 
 
-def _forward(gu: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
-    width = _check(gu, kind, gated)
-    library, *place = where(gu)
+def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
+    width = _check(gate_up, kind, gated)
+    library, *place = where(gate_up)
     if library is None:
-        h = reference.gated_activation(gu, kind, gated)
-        return _empty_h(gu, width, column_major).copy_(h)
-    h = _empty_h(gu, width, column_major)
+        h = reference.gated_activation(gate_up, kind, gated)
+        return _empty_h(gate_up, width, column_major).copy_(h)
+    h = _empty_h(gate_up, width, column_major)
     if h.numel() == 0:
         return h
-    matrix = _as_matrix(gu)
+    matrix = _as_matrix(gate_up)
     rows = h.reshape(-1, width) if h.dim() != 2 else h  # a view: h's leading dimensions are dense
     library.activation_forward(
-        KINDS[kind], gated, matrix.data_ptr(), DTYPE_CODE[gu.dtype], *matrix.shape, *matrix.stride(),
+        KINDS[kind], gated, matrix.data_ptr(), DTYPE_CODE[gate_up.dtype], *matrix.shape, *matrix.stride(),
         rows.data_ptr(), *rows.stride(), *place,
     )  # fmt: skip
     return h
 
 
-def _forward_fake(gu: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
-    return _empty_h(gu, _check(gu, kind, gated), column_major)
+def _forward_fake(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
+    return _empty_h(gate_up, _check(gate_up, kind, gated), column_major)
 
 
 _op_forward = define_op(
-    "activation", "(Tensor gu, str kind, bool gated, bool column_major) -> Tensor", _forward, _forward_fake
+    "activation", "(Tensor gate_up, str kind, bool gated, bool column_major) -> Tensor", _forward, _forward_fake
 )
 
 
 @names_wrong_types
-def gated_activation(gu: Tensor, kind: str = "silu", *, column_major: bool = False) -> Tensor:
-    """h = act(gate) * up, with gu = [gate | up] in this order.
+def gated_activation(gate_up: Tensor, kind: str = "silu", *, column_major: bool = False) -> Tensor:
+    """h = act(gate) * up, with gate_up = [gate | up] in this order.
 
-    gu            (..., 2*d_ff) fp32, bf16 or fp16; a 2-D gu may be row- or column-major, others are read as rows
+    gate_up       (..., 2*d_ff) fp32, bf16 or fp16; a 2-D one may be row- or column-major, others are read as rows
     kind          "silu" (SwiGLU), "gelu" (erf), "gelu_tanh", "relu", "squared_relu"; "identity" gives x, exactly
     column_major  lay h out with tokens contiguous instead of features
-    returns       (..., d_ff) in gu's dtype; fp32 arithmetic inside
+    returns       (..., d_ff) in gate_up's dtype; fp32 arithmetic inside
 
     Differentiable form: `functional.gated_activation`. Raises Sparse24Error for an unknown kind, a scalar and an odd
     last dimension; Sparse24DtypeError for another dtype.
     """
     return call_without_grad(
-        "gated_activation", "functional.gated_activation", _op_forward, (gu, kind, True, column_major)
+        "gated_activation", "functional.gated_activation", _op_forward, (gate_up, kind, True, column_major)
     )
 
 
@@ -102,60 +106,70 @@ def column_major_copy(t: Tensor) -> Tensor:
     return call_without_grad("column_major_copy", "torch's clone", _op_forward, (t, "identity", False, True))
 
 
-def _check_backward(dh: Tensor, gu: Tensor, kind: str, gated: bool) -> int:
-    width = _check(gu, kind, gated)
-    if tuple(dh.shape) != (*gu.shape[:-1], width) or dh.dtype != gu.dtype:
+def _check_backward(dh: Tensor, gate_up: Tensor, kind: str, gated: bool) -> int:
+    width = _check(gate_up, kind, gated)
+    if tuple(dh.shape) != (*gate_up.shape[:-1], width) or dh.dtype != gate_up.dtype:
         raise Sparse24Error(
-            f"dh must have shape {(*gu.shape[:-1], width)} and dtype {gu.dtype}, got {tuple(dh.shape)} and {dh.dtype}"
+            f"dh must have shape {(*gate_up.shape[:-1], width)} and dtype {gate_up.dtype}, got {tuple(dh.shape)} and "
+            f"{dh.dtype}"
         )
-    check_same_device(gu, "gu", dh=dh)
+    check_same_device(gate_up, "gate_up", dh=dh)
     return width
 
 
-def _empty_backward(gu: Tensor, width: int, recompute_h: bool, column_major: bool) -> tuple[Tensor, Tensor]:
-    h = _empty_h(gu, width, column_major) if recompute_h else gu.new_empty(0)
-    return _empty_h(gu, gu.shape[-1], column_major), h
+def _empty_backward(gate_up: Tensor, width: int, recompute_h: bool, column_major: bool) -> tuple[Tensor, Tensor]:
+    h = _empty_h(gate_up, width, column_major) if recompute_h else gate_up.new_empty(0)
+    return _empty_h(gate_up, gate_up.shape[-1], column_major), h
 
 
 def _backward(
-    dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
+    dh: Tensor, gate_up: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
-    d_gu, h = _empty_backward(gu, _check_backward(dh, gu, kind, gated), recompute_h, column_major)
-    library, *place = where(gu)
-    if library is None:
-        result, result_h = reference.gated_activation_backward(dh, gu, kind, gated)
-        return d_gu.copy_(result), h.copy_(result_h) if recompute_h else h
-    if d_gu.numel() == 0:
-        return d_gu, h
-    _run_backward(library, place, kind, gated, dh, gu, d_gu, h if recompute_h else None)
-    return d_gu, h
+    d_gate_up, h = _empty_backward(gate_up, _check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
+    if where(gate_up)[0] is None:
+        result, result_h = reference.gated_activation_backward(dh, gate_up, kind, gated)
+        return d_gate_up.copy_(result), h.copy_(result_h) if recompute_h else h
+    if d_gate_up.numel() == 0:
+        return d_gate_up, h
+    _run_backward(kind, gated, dh, gate_up, _Results(d_gate_up, h if recompute_h else None))
+    return d_gate_up, h
 
 
-def _run_backward(library, place, kind, gated, dh, gu, d_gu, h, seed=None, packed=None, E=None, tile_sums=None) -> None:
-    dh, gu = _as_matrix(dh), _as_matrix(gu)
-    d_gu = d_gu.reshape(gu.shape)  # views: leading dimensions of results are dense
-    h_place = (0, 0, 0)
-    if h is not None:
-        h = h.reshape(dh.shape)
+class _Results(NamedTuple):
+    """What a backward kernel writes; `h`, and what follows it, where they are wanted. mvue: (seed, packed, E)."""
+
+    d_gate_up: Tensor
+    h: Tensor | None = None
+    mvue: tuple[Tensor, Tensor, Tensor] | None = None
+    tile_sums: Tensor | None = None
+
+
+def _run_backward(kind: str, gated: bool, dh: Tensor, gate_up: Tensor, results: _Results) -> None:
+    library, *place = where(gate_up)
+    dh, gate_up = _as_matrix(dh), _as_matrix(gate_up)
+    d_gate_up = results.d_gate_up.reshape(gate_up.shape)  # views: leading dimensions of results are dense
+    h_place, mvue = (0, 0, 0), (0, 0, 0, 0)
+    if results.h is not None:
+        h = results.h.reshape(dh.shape)
         h_place = (h.data_ptr(), *h.stride())
-    mvue = (0, 0, 0, 0)
-    if seed is not None:
-        mvue = (seed.data_ptr(), packed.data_ptr(), E.data_ptr(), 0 if tile_sums is None else tile_sums.data_ptr())
+    if results.mvue is not None:
+        sums = results.tile_sums
+        mvue = (*(t.data_ptr() for t in results.mvue), 0 if sums is None else sums.data_ptr())
+    matrices = (dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gate_up.data_ptr(), *gate_up.stride())
     library.activation_backward(
-        KINDS[kind], gated, dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gu.data_ptr(), *gu.stride(),
-        d_gu.data_ptr(), *d_gu.stride(), *h_place, *mvue, *place,
-    )  # fmt: skip
+        KINDS[kind], gated, *matrices, d_gate_up.data_ptr(), *d_gate_up.stride(), *h_place, *mvue, *place
+    )
 
 
 def _backward_fake(
-    dh: Tensor, gu: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
+    dh: Tensor, gate_up: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _empty_backward(gu, _check_backward(dh, gu, kind, gated), recompute_h, column_major)
+    return _empty_backward(gate_up, _check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
 
 
 _op_backward = define_op(
     "activation_backward",
-    "(Tensor dh, Tensor gu, str kind, bool gated, bool recompute_h, bool column_major=False) -> (Tensor, Tensor)",
+    "(Tensor dh, Tensor gate_up, str kind, bool gated, bool recompute_h, bool column_major=False) -> (Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -163,19 +177,19 @@ _op_backward = define_op(
 
 @names_wrong_types
 def gated_activation_backward(
-    dh: Tensor, gu: Tensor, kind: str = "silu", *, recompute_h: bool = False, column_major: bool = False
+    dh: Tensor, gate_up: Tensor, kind: str = "silu", *, recompute_h: bool = False, column_major: bool = False
 ):
-    """d_gu = [d_gate | d_up] from dh and gu; with `recompute_h`, the pair (d_gu, h) from the same read.
+    """d_gate_up = [d_gate | d_up] from dh and gate_up; with `recompute_h`, the pair (d_gate_up, h) from the same read.
 
-    dh            (..., d_ff), gu (..., 2*d_ff), one dtype; each row- or column-major where 2-D
-    column_major  lay d_gu and h out with tokens contiguous instead of features
-    returns       d_gu (..., 2*d_ff), and h (..., d_ff)
+    dh            (..., d_ff), gate_up (..., 2*d_ff), one dtype; each row- or column-major where 2-D
+    column_major  lay d_gate_up and h out with tokens contiguous instead of features
+    returns       d_gate_up (..., 2*d_ff), and h (..., d_ff)
 
     Raises as `gated_activation`, and Sparse24Error for a dh whose shape, dtype or device is not that of h.
     """
-    args = (dh, gu, kind, True, recompute_h, column_major)
-    d_gu, h = call_without_grad("gated_activation_backward", "functional.gated_activation", _op_backward, args)
-    return (d_gu, h) if recompute_h else d_gu
+    args = (dh, gate_up, kind, True, recompute_h, column_major)
+    d_gate_up, h = call_without_grad("gated_activation_backward", "functional.gated_activation", _op_backward, args)
+    return (d_gate_up, h) if recompute_h else d_gate_up
 
 
 @names_wrong_types
@@ -188,46 +202,46 @@ def activation_backward(
     return (d_x, h) if recompute_h else d_x
 
 
-def _check_backward_mvue(dh: Tensor, gu: Tensor, kind: str, gated: bool, seed: Tensor) -> int:
-    if gu.dim() != 2:
-        raise Sparse24Error(f"gu must be 2-D, (tokens, width), got shape {tuple(gu.shape)}; flatten it first")
-    check_seed(seed, gu)
-    return _check_backward(dh, gu, kind, gated)
+def _check_backward_mvue(dh: Tensor, gate_up: Tensor, kind: str, gated: bool, seed: Tensor) -> int:
+    if gate_up.dim() != 2:
+        raise Sparse24Error(f"gate_up must be 2-D, (tokens, width), got shape {tuple(gate_up.shape)}; flatten it first")
+    check_seed(seed, gate_up)
+    return _check_backward(dh, gate_up, kind, gated)
 
 
-def _backward_mvue(dh, gu, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
-    width = _check_backward_mvue(dh, gu, kind, gated, seed)
-    library, *place = where(gu)
-    if library is None or not has_kernel(gu):
+def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
+    width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
+    library = where(gate_up)[0]
+    if library is None or not has_kernel(gate_up):
         if library is None:
-            d_gu, h = reference.gated_activation_backward(dh, gu, kind, gated)
-            d_gu, h = d_gu.contiguous(), h.contiguous() if recompute_h else gu.new_empty(0)
+            d_gate_up, h = reference.gated_activation_backward(dh, gate_up, kind, gated)
+            d_gate_up, h = d_gate_up.contiguous(), h.contiguous() if recompute_h else gate_up.new_empty(0)
         else:
-            d_gu, h = _backward(dh, gu, kind, gated, recompute_h)
-        db = reference.bias_gradient(d_gu) if bias_grad else gu.new_empty(0)
-        return d_gu, *reference.mvue_compress(d_gu, seed), h, db
-    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
-    packed, E = empty_mvue(*gu.shape, gu.dtype, gu.device)
-    h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
-    tile_sums = empty_tile_sums(gu) if bias_grad else None
-    if d_gu.numel():
-        h_or_none = h if recompute_h else None
-        _run_backward(library, place, kind, gated, dh, gu, d_gu, h_or_none, seed, packed, E, tile_sums)
+            d_gate_up, h = _backward(dh, gate_up, kind, gated, recompute_h)
+        db = reference.bias_gradient(d_gate_up) if bias_grad else gate_up.new_empty(0)
+        return d_gate_up, *reference.mvue_compress(d_gate_up, seed), h, db
+    d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    packed, E = empty_mvue(*gate_up.shape, gate_up.dtype, gate_up.device)
+    h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
+    tile_sums = empty_tile_sums(gate_up) if bias_grad else None
+    if d_gate_up.numel():
+        results = _Results(d_gate_up, h if recompute_h else None, (seed, packed, E), tile_sums)
+        _run_backward(kind, gated, dh, gate_up, results)
     # Without tokens there are no tiles, and their sum is zero.
-    return d_gu, packed, E, h, gu.new_empty(0) if tile_sums is None else tile_sums.sum(0)
+    return d_gate_up, packed, E, h, gate_up.new_empty(0) if tile_sums is None else tile_sums.sum(0)
 
 
-def _backward_mvue_fake(dh, gu, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
-    width = _check_backward_mvue(dh, gu, kind, gated, seed)
-    d_gu = torch.empty_like(gu, memory_format=torch.contiguous_format)
-    h = gu.new_empty((gu.shape[0], width) if recompute_h else 0)
-    db = empty_bias_grad(gu) if bias_grad else gu.new_empty(0)
-    return d_gu, *empty_mvue(*gu.shape, gu.dtype, gu.device), h, db
+def _backward_mvue_fake(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
+    width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
+    d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
+    h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
+    db = empty_bias_grad(gate_up) if bias_grad else gate_up.new_empty(0)
+    return d_gate_up, *empty_mvue(*gate_up.shape, gate_up.dtype, gate_up.device), h, db
 
 
 _op_backward_mvue = define_op(
     "activation_backward_mvue",
-    "(Tensor dh, Tensor gu, str kind, bool gated, Tensor seed, bool recompute_h, bool bias_grad) -> "
+    "(Tensor dh, Tensor gate_up, str kind, bool gated, Tensor seed, bool recompute_h, bool bias_grad) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_mvue,
     _backward_mvue_fake,
@@ -235,24 +249,24 @@ _op_backward_mvue = define_op(
 
 
 def _results(out: tuple[Tensor, ...], recompute_h: bool, bias_grad: bool) -> tuple[Tensor, ...]:
-    d_gu, packed, E, h, db = out
-    return (d_gu, packed, E, *(h,) * recompute_h, *(db,) * bias_grad)
+    d_gate_up, packed, E, h, db = out
+    return (d_gate_up, packed, E, *(h,) * recompute_h, *(db,) * bias_grad)
 
 
 @names_wrong_types
 def gated_activation_backward_mvue(
-    dh: Tensor, gu: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
+    dh: Tensor, gate_up: Tensor, kind: str, seed: Tensor, *, recompute_h: bool = False, bias_grad: bool = False
 ) -> tuple[Tensor, ...]:
-    """(d_gu, packed_dgu, E_dgu): the gradient twice from one read, dense and MVUE-packed for the weight gradient.
+    """(d_gate_up, packed, E): the gradient twice from one read, dense and MVUE-packed for the weight gradient.
 
-    dh (tokens, d_ff), gu (tokens, 2*d_ff), seed int64 (2,). packed and E are equal, bit for bit, to
-    `mvue_compress(d_gu, seed)`. With `recompute_h` follows h (tokens, d_ff), with `bias_grad` then the sums of d_gu
-    over its tokens, (2*d_ff,) fp32.
+    dh (tokens, d_ff), gate_up (tokens, 2*d_ff), seed int64 (2,). packed and E are equal, bit for bit, to
+    `mvue_compress(d_gate_up, seed)`. With `recompute_h` follows h (tokens, d_ff), with `bias_grad` then the sums of
+    d_gate_up over its tokens, (2*d_ff,) fp32.
 
-    Raises as `gated_activation_backward`, and Sparse24Error for a gu that is not 2-D or a seed on another device;
+    Raises as `gated_activation_backward`, and Sparse24Error for a gate_up that is not 2-D or a seed on another device;
     Sparse24DtypeError for a seed that is not two int64.
     """
-    args = (dh, gu, kind, True, seed, recompute_h, bias_grad)
+    args = (dh, gate_up, kind, True, seed, recompute_h, bias_grad)
     out = call_without_grad("gated_activation_backward_mvue", "functional.gated_mlp", _op_backward_mvue, args)
     return _results(out, recompute_h, bias_grad)
 

@@ -106,11 +106,13 @@ def run(
     # From the caching allocator: freed on this stream right after the launch, and reused only behind it.
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=rhs.device) if scratch_bytes else None
     fields = None if decay is None else decay_fields(out, decay)
+    operands = (packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld)
+    bias_pointer = _NO_POINTER if bias is None else bias.data_ptr()
+    scratch_pointer = _NO_POINTER if scratch is None else scratch.data_ptr()
+    place = (backend, index, stream)
     library.sparse_gemm(
-        *problem, packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld,
-        _NO_POINTER if bias is None else bias.data_ptr(), accumulate,
-        _NO_POINTER if scratch is None else scratch.data_ptr(), config, backend, index, stream, fields, activation,
-    )  # fmt: skip
+        *problem, *operands, bias_pointer, accumulate, scratch_pointer, config, *place, fields, activation
+    )
     if decay is not None and fields is None:
         decay_after(out, decay)
     return True
