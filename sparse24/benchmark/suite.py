@@ -38,7 +38,8 @@ STEP_COLUMNS = [
 
 def ffn_shape(name: str, tokens: int, d_model: int, d_ff: int, gated: bool = True) -> ModelShape:
     """A feed-forward layer as the model shape that it would be part of."""
-    return ModelShape(name, "llama" if gated else "gpt2", 1, d_model, 1, 1, d_ff, 0, tokens, 1)
+    family = "llama" if gated else "gpt2"
+    return ModelShape(name, family, 1, d_model, 1, 1, d_ff, vocab=0, length=tokens, batch=1)
 
 
 #: feed-forward layers of the suite
@@ -153,13 +154,14 @@ def feed_forwards(
             theirs = _pytorch_us(times)
             run.sparse.set_mvue(True)
             hosts = [host_time_us(arm.micro_batch) for arm in (run.dense, run.sparse)]
-            table.add(
+            row = (
                 label, shape.name, times["dense"], total, run.speedup(), times["sparse"], times["repack"],
                 times["search"], times["decay"], run.speedup("no mvue"), run.speedup(micro_batches=MANY),
                 run.lean_speedup(),
                 theirs / total, times["dense"] / theirs, estimate(shape, master), *hosts, run.decay_in_backward_us(),
                 times["dense"] / run.decay_in_backward_us(),
             )  # fmt: skip
+            table.add(*row)
             if costs is not None:
                 add_costs(costs, label, shape.name, run)
 
@@ -244,10 +246,11 @@ def blocks(
             total = times["sparse"] + between
             share, ffn = times["dense ffn"] / times["dense"], times["dense ffn"] / (times["sparse ffn"] + between)
             bound, speedup = arms.amdahl(share, ffn), times["dense"] / total
-            table.add(
+            row = (
                 label, shape.name.split(" ")[0], times["dense"], total, speedup, bound, speedup / bound, share, ffn,
                 times["dense"] / (times["no mvue"] + between), times["dense"] / _pytorch_us(times),
             )  # fmt: skip
+            table.add(*row)
 
 
 def peak_gb(build: Callable[[], arms.Trainer]) -> tuple[arms.Trainer, float]:
@@ -327,10 +330,11 @@ def training_step(
     free()
     decayed = arms.Trainer(shape, sparse=True, micro_batches=micro_batches, decay_in="backward", **settings)
     again = time_hot({"dense": dense.step, "decayed": decayed.step}, rounds=rounds, warm_seconds=0.5)
-    table.add(
+    row = (
         label, shape.name, str(compiled), micro_batches, times["dense"] / 1e3, times["sparse"] / 1e3, speedup, bound,
         speedup / bound, times["dense"] / times["no mvue"], share, ffn, tokens / times["dense"] * 1e6,
         tokens / times["sparse"] * 1e6, flops / times["dense"] * 1e6 / peak, flops / times["sparse"] * 1e6 / peak,
         dense_gb, sparse_gb, *hosts, again["dense"] / again["decayed"], peer,
     )  # fmt: skip
+    table.add(*row)
     print(f"# {shape.name}: {time.time() - started:.0f} s", flush=True)

@@ -155,25 +155,14 @@ def tune_decay(
     never change.
     """
     grid = sorted({check_decay(decay) for decay in grid})
-    low, high = target
-    if not grid:
-        raise Sparse24Error("grid must hold at least one decay")
-    if not 0 <= low < high:
-        raise Sparse24Error(f"target must be two rising bounds of mu, got {target!r}")
-    if probe_step < 2 * mask_interval:
-        raise Sparse24Error(
-            f"probe_step must be at least two searches (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
-        )
-    if not callable(batches) and iter(batches) is batches:
-        raise Sparse24Error(
-            "batches is an iterator, which only the first arm could read; give a list, a DataLoader, or a function "
-            "that returns a new iterator"
-        )
-    say = say or (lambda line: None)
+    _check_search(grid, target, probe_step, mask_interval)
+    _check_read_again(batches)
     runs = _Runs(
-        make_model, make_optimizer, batches, loss or _default_loss, split or (lambda batch: (batch,)),
-        make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step, mask_interval, clip, seed,
-        sparsify_settings or {}, recipe_settings or {},
+        make_model=make_model, make_optimizer=make_optimizer, batches=batches, loss=loss or _default_loss,
+        split=split or (lambda batch: (batch,)),
+        make_scaler=make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step=probe_step,
+        mask_interval=mask_interval, clip=clip, seed=seed, sparsify_settings=sparsify_settings or {},
+        recipe_settings=recipe_settings or {},
     )  # fmt: skip
     settings = {
         "probe_step": probe_step, "mask_interval": mask_interval, "clip": clip, "seed": seed,
@@ -188,6 +177,35 @@ def tune_decay(
             _write(path, settings, arms)
         return arms[key]
 
+    table = _compare_arms(run, grid, target, say or (lambda line: None))
+    feasible = [arm for arm in table[1:] if arm.feasible]
+    best = min(feasible, key=lambda arm: abs(arm.mu - PREFERRED_MU), default=None)
+    return TuneResult(best.decay if best else None, table, tuple(target), settings)
+
+
+def _check_search(grid: list[float], target: tuple[float, float], probe_step: int, mask_interval: int) -> None:
+    low, high = target
+    if not grid:
+        raise Sparse24Error("grid must hold at least one decay")
+    if not 0 <= low < high:
+        raise Sparse24Error(f"target must be two rising bounds of mu, got {target!r}")
+    if probe_step < 2 * mask_interval:
+        raise Sparse24Error(
+            f"probe_step must be at least two searches (2 x mask_interval = {2 * mask_interval}), got {probe_step}"
+        )
+
+
+def _check_read_again(batches) -> None:
+    if not callable(batches) and iter(batches) is batches:
+        raise Sparse24Error(
+            "batches is an iterator, which only the first arm could read; give a list, a DataLoader, or a function "
+            "that returns a new iterator"
+        )
+
+
+def _compare_arms(run: Callable, grid: list[float], target: tuple[float, float], say: Callable) -> list[Arm]:
+    """The dense arm and one for each decay, with their mu; `run(decay, hopeless)` trains one, or finds it on disk."""
+    low, high = target
     dense = run(None, lambda step, rate: "")
     if dense.flip_rate == 0:
         raise Sparse24Error(
@@ -213,9 +231,7 @@ def tune_decay(
         table.append(arm)
         verdict = " feasible" if arm.feasible else f" {arm.note}" if arm.note else ""
         say(f"decay {decay:.1e}: mu {arm.mu:.3f}{verdict}")
-    feasible = [arm for arm in table[1:] if arm.feasible]
-    best = min(feasible, key=lambda arm: abs(arm.mu - PREFERRED_MU), default=None)
-    return TuneResult(best.decay if best else None, table, (low, high), settings)
+    return table
 
 
 @dataclass
