@@ -84,7 +84,7 @@ def _add_decay(dw: Tensor, decay: DecayTerm) -> None:
 def _dense_product(dy, x, dtype, into) -> Tensor | None:
     """dy^T x; on a GPU a fp32 one comes out of the product as it is, without a 16-bit one in between."""
     if into is not None and into.dtype == x.dtype:
-        into.addmm_(dy.T, x)
+        torch.addmm(into, dy.T, x, out=into)  # not addmm_: torch's FLOP counter has no formula for it
         return None
     if dtype == torch.float32 and _has_wide_products(x):
         if into is None:

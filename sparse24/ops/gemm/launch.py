@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ... import _library
-from ...errors import Sparse24Error
 from ...formats import (
     DTYPE_CODE,
     FORMATS,
@@ -49,10 +48,7 @@ def unsupported(problem: GemmProblem, rhs_ld: int, out_ld: int, index: int) -> s
     """Why the GPU's sparse GEMM cannot take a product ("" if it can); token counts never matter to the answer."""
     if (dtype := _DTYPE[problem.format]) not in HALF_DTYPES:
         return f"dtype {dtype} (sparse tensor cores take bfloat16 and float16)"
-    try:
-        return _library.binding().sparse_gemm_unsupported(*problem, rhs_ld, out_ld, _library.CUDA, index)
-    except Sparse24Error as error:  # a library without this pass
-        return str(error)
+    return _library.binding().sparse_gemm_unsupported(*problem, rhs_ld, out_ld, _library.CUDA, index)
 
 
 def _whatever_tokens(problem: GemmProblem) -> GemmProblem:
