@@ -107,11 +107,9 @@ def block_forward(block: nn.Module, kind: str, layers: list[nn.Module], x: Tenso
     *ups, down = layers
     gated = len(ups) == 2
     forms = (block if gated else ups[0])._buffers
-    plan = FeedForwardPlan(
-        _weight(forms, weight_cast(ups[0]).scale), _weight(down._buffers, weight_cast(down).scale),
-        _cast(ups[0], "x"), _cast(down, "x"), _cast(down, "dy"), _cast(ups[0], "dy"),
-        kind, gated, *_prunes(down), state_of(down).rank,
-    )  # fmt: skip
+    packed = (_weight(forms, weight_cast(ups[0]).scale), _weight(down._buffers, weight_cast(down).scale))
+    casts = (_cast(ups[0], "x"), _cast(down, "x"), _cast(down, "dy"), _cast(ups[0], "dy"))
+    plan = FeedForwardPlan(*packed, *casts, kind, gated, *_prunes(down), state_of(down).rank)
     bias_up, bias_down = ups[0]._parameters["bias"], down._parameters["bias"]
     if bias_up is not None and gated:
         bias_up = torch.cat([up._parameters["bias"] for up in ups])

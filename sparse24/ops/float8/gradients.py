@@ -132,4 +132,5 @@ def activation_backward_quantize(
 
     dh (tokens, d_ff), gate_up as in forward; the rest as in `mvue_quantize`, of d_gate_up.
     """
-    return _op_activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts)
+    besides = (bias_grad, amax, counts)
+    return _op_activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, *besides)

@@ -38,10 +38,10 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
         return False
     config, scratch_bytes = _plan(problem, accumulation, index)
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
-    values, E = lhs
+    operands = (*(t.data_ptr() for t in lhs), rhs.data_ptr(), rhs.stride(0), out.data_ptr(), out.stride(0))
+    place = (backend, index, stream)
     library.sparse_gemm(
-        *problem, values.data_ptr(), E.data_ptr(), rhs.data_ptr(), rhs.stride(0), out.data_ptr(), out.stride(0),
-        pointer(bias), accumulate, pointer(scratch), config, backend, index, stream,
+        *problem, *operands, pointer(bias), accumulate, pointer(scratch), config, *place,
         scales=(lhs_scale.data_ptr(), rhs_scale.data_ptr()), accumulation=accumulation,
     )  # fmt: skip
     return True
@@ -94,8 +94,8 @@ def sparse_mm_float8(
     out_dtype     of y; the GPU's kernels write bfloat16, other dtypes are cast from it
     accumulation  "fast", "promoted" (sums of 256 k are added in fp32: for sums of one sign), or "auto"
     """
-    code = ACCUMULATIONS[accumulation]
-    return _op_sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, code)
+    weight = (packed, E, scale)
+    return _op_sparse_mm_float8(x8, x_scale, *weight, out_features, bias, out_dtype, ACCUMULATIONS[accumulation])
 
 
 def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> None:
