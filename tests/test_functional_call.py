@@ -1,4 +1,4 @@
-"""torch.func.functional_call, or whoever else lends a layer a weight for a call: it multiplies with that weight."""
+"""torch.func.functional_call, or another that puts a weight in a layer's place: it multiplies with that weight."""
 
 import copy
 import warnings
@@ -70,7 +70,7 @@ def inputs(model):
 
 @pytest.mark.filterwarnings("ignore:packed for torch.bfloat16")
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-def test_lent_weights_give_the_output_and_the_gradients_of_a_model_that_holds_them(make):
+def test_substituted_weights_give_the_output_and_the_gradients_of_a_model_that_holds_them(make):
     model = without_mvue(make())
     weights = {name: w.requires_grad_() for name, w in other_weights(model).items()}
     twin, x = holding(model, weights), inputs(model)
@@ -89,7 +89,7 @@ def test_lent_weights_give_the_output_and_the_gradients_of_a_model_that_holds_th
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
-def test_lent_weights_of_a_real_model_with_conv1d_and_fused_blocks():
+def test_substituted_weights_of_a_real_model_with_conv1d_and_fused_blocks():
     model = gpt2(1)
     sparse24.sparsify(model)
     assert any(isinstance(module, FusedFeedForward) for module in model.modules())
@@ -100,7 +100,7 @@ def test_lent_weights_of_a_real_model_with_conv1d_and_fused_blocks():
     )
 
 
-def test_decay_in_backward_is_that_of_the_lent_weights():
+def test_decay_in_backward_is_that_of_the_substituted_weights():
     model, x = without_mvue(sparse_mlp()), torch.randn(8, 16)
     weight = torch.randn(32, 16, requires_grad=True)
     gradients = []
@@ -128,13 +128,13 @@ def test_it_does_not_matter_what_the_weights_are_nor_which_buffers_come_along(pa
         assert torch.equal(functional_call(model, {**weights, **given}, x), expected)
 
 
-def test_own_weights_lent_back_are_the_same_function():
+def test_own_weights_handed_back_are_the_same_function():
     model, x = sparse_mlp(), torch.randn(8, 16)
     for weights in (dict(model.named_parameters()), {n: p.detach() for n, p in model.named_parameters()}):
         assert torch.equal(functional_call(model, weights, x), model(x))
 
 
-def test_a_step_on_lent_weights_is_a_step_of_training():
+def test_a_step_on_substituted_weights_is_a_step_of_training():
     """As meta-learning has it: the updated weights are no leaves, and gradients go through the update."""
     model, x = without_mvue(sparse_mlp()), torch.randn(8, 16)
     gradients = torch.autograd.grad(model(x).square().mean(), [*model.parameters()])
@@ -157,7 +157,7 @@ def test_skeleton_on_the_meta_device_takes_weights_and_buffers():
         functional_call(skeleton, dict(model.named_parameters()), x)
 
 
-def test_lent_weights_that_do_not_fit_are_refused():
+def test_substituted_weights_that_do_not_fit_are_refused():
     model, x = sparse_mlp(), torch.randn(8, 16)
     with pytest.raises(Sparse24Error, match="mask must have shape"):
         functional_call(model, {"fc1.weight": torch.randn(16, 16)}, x)
@@ -167,7 +167,7 @@ def test_lent_weights_that_do_not_fit_are_refused():
 
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("make", [sparse_mlp, soft_mlp], ids=["fst", "s-ste"])
-def test_function_transforms_over_lent_weights_are_refused(make):
+def test_function_transforms_over_substituted_weights_are_refused(make):
     model, x = make(), torch.randn(8, 16)
     weights = other_weights(model)
     stacked = {name: torch.stack([w, w]) for name, w in weights.items()}
@@ -189,19 +189,19 @@ def fresh_compiler():
 
 @pytest.mark.fault(53)
 @pytest.mark.parametrize("make", [sparse_mlp, soft_mlp], ids=["fst", "s-ste"])
-def test_lent_weights_inside_and_around_a_compiled_function(make, fresh_compiler):
-    """One graph for a model's own weights and one for lent ones, whichever come first."""
+def test_substituted_weights_inside_and_around_a_compiled_function(make, fresh_compiler):
+    """One graph for a model's own weights and one for substituted ones, whichever come first."""
     model, x = without_mvue(make()), torch.randn(8, 16)
     weights = {name: w.requires_grad_() for name, w in other_weights(model).items()}
     expected = functional_call(model, weights, x)
     torch.testing.assert_close(expected, holding(model, weights)(x))
     gradients = torch.autograd.grad(expected.square().sum(), [*weights.values()])
 
-    def lend(weights, x):
+    def call(weights, x):
         return functional_call(model, weights, x)
 
     counter = CompileCounterWithBackend("aot_eager")
-    inside = torch.compile(lend, backend=counter, fullgraph=True)
+    inside = torch.compile(call, backend=counter, fullgraph=True)
     around = torch.compile(model, backend=counter, fullgraph=True)
     prefixed = {f"_orig_mod.{name}": w for name, w in weights.items()}
     for run, frames in ((lambda: inside(weights, x), 1), (lambda: functional_call(around, prefixed, x), 2)):
@@ -226,7 +226,7 @@ def test_export_multiplies_with_the_packed_forms(strict):
     assert "sparse24.sparse_mm.default" in called and "sparse24.compress.default" not in called
 
 
-# -- other lenders, and what a layer remembers ----------------------------------------------------------------------
+# -- other substitutes, and what a layer remembers -----------------------------------------------------------------
 
 
 def test_parametrization_of_a_sparse_weight_is_what_multiplies():

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import Sparse24Error
 from ..layers import DTYPES, SparseLayer
-from ..layers.sparse_layer import is_plain_parameter
+from ..layers.checks import is_plain_parameter
 from ..layers.state import is_ours
 from . import structure
 from .report import Skipped, SparsifyReport

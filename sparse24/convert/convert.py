@@ -80,16 +80,20 @@ def sparsify(
     if unavailable and report.skipped and backend == "auto":
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=2)
     elif not todo and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
-        why = "; ".join(f"{name}: {reason}" for name, reason in report.skipped) or "no FFN was recognised"
-        raise Sparse24Error(
-            f"no layer of {type(model).__name__} can be made 2:4 ({why}). Name layers yourself, as in "
-            f'include=("*mlp*",); linear layers here: {some(linear_names(model))}'
-        )
+        _raise_nothing_fits(model, report)
     report.fused = convert(
         model, todo, fuse_blocks=fuse, mvue=mvue, compute_dtype=dtype, lean=lean, precision=precision
     )
     report.converted = list(todo)
     return report
+
+
+def _raise_nothing_fits(model: nn.Module, report: SparsifyReport) -> None:
+    why = "; ".join(f"{name}: {reason}" for name, reason in report.skipped) or "no FFN was recognised"
+    raise Sparse24Error(
+        f"no layer of {type(model).__name__} can be made 2:4 ({why}). Name layers yourself, as in "
+        f'include=("*mlp*",); linear layers here: {some(linear_names(model))}'
+    )
 
 
 def _choose(

@@ -1,9 +1,10 @@
 """`sparse24.modules`: the classes of sparse layers and their constants, gathered from the files of this room."""
 
 from .activations import ACTIVATIONS
+from .checks import DTYPES, check_switch, distributed_rank
 from .gated_mlp import SparseGatedMLP
 from .linear import SparseLinear
-from .sparse_layer import DTYPES, SparseLayer, check_switch, distributed_rank
+from .sparse_layer import SparseLayer
 from .state import DENSE, SPARSE, decay_factor_of, mask_of, state_of
 
 __all__ = [

@@ -1,0 +1,54 @@
+"""What a sparse layer asks of its weight and settings, and where it runs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..errors import Sparse24Error
+from .packing import is_dtensor
+
+#: dtypes of weights, and of packed values on a CPU
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_switch(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise Sparse24Error(f"{name} must be True or False, got {value!r}")
+
+
+def distributed_rank() -> int:
+    """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+def check_extents(weight: Tensor) -> None:
+    """Raises Sparse24Error for a weight that has no mask of whole 4x4 blocks."""
+    if weight.dim() != 2 or any(extent == 0 or extent % 4 for extent in weight.shape):
+        raise Sparse24Error(
+            f"a 2:4 weight needs rows and columns that are positive multiples of 4, got "
+            f"{' x '.join(map(str, weight.shape))}; keep this layer dense or change its width"
+        )
+
+
+def check_weight(weight: nn.Parameter) -> None:
+    """Before a sparse layer gets another Parameter. Raises Sparse24Error for one that cannot be packed."""
+    check_extents(weight)
+    if not is_plain_parameter(weight):
+        raise Sparse24Error(
+            f"a sparse layer cannot hold a weight of type {type(weight).__name__} (quantised, perhaps): its packed "
+            "form is made from plain numbers; call sparse24.densify(model, masked=True) first, which keeps what the "
+            "model computes"
+        )
+    if weight.dtype not in DTYPES:
+        raise Sparse24Error(
+            f"a sparse layer cannot hold a weight of {weight.dtype}; supported are {', '.join(map(str, DTYPES))}"
+        )
+
+
+def is_plain_parameter(weight: Tensor | None) -> bool:
+    """Whether a weight is a Parameter of plain numbers: no quantised or other tensor subclass. Fake tensors pass."""
+    return type(weight) is nn.Parameter or isinstance(weight, FakeTensor) or is_dtensor(weight)
