@@ -321,3 +321,14 @@ def test_the_report_and_the_layers_say_their_precision():
     report = sparse24.sparsify(root, precision="fp8")
     assert "fp8" in str(report) and "precision=fp8" in repr(root["mlp"].down_proj)
     assert "precision" not in repr(SparseLinear(64, 64))
+
+
+@pytest.mark.parametrize("precision", MODES)
+def test_layers_made_on_the_meta_device_get_weights_later(precision):
+    with torch.device("meta"):
+        module = SparseGatedMLP(64, 128, precision=precision)
+    weights = block(Gated).state_dict()
+    module.to_empty(device="cpu").load_state_dict(weights)
+    x = torch.randn(2, 32, 64)
+    assert relative(module(x).detach(), masked_twin(module)(x).detach()) < 0.1
+    assert sparse24.verify(module)

@@ -307,8 +307,9 @@ class SparseLayer:
         finally:
             self._buffers.update(buffers)
         for name in (SOFT, DECAY, *casts):
-            if self._buffers[name] is not None:
-                self._buffers[name] = self._buffers[name].to(self.weight.device)
+            if (tensor := self._buffers[name]) is not None:  # scales on the meta device are none: new ones are made
+                lost = tensor.is_meta and name in casts
+                self._buffers[name] = None if lost else tensor.to(self.weight.device)
         self._repack()
         return self
 
