@@ -137,7 +137,11 @@ def test_words_are_true():
     assert lines[0] == "2:4: validation loss 0.50 % above the dense model's, in 0.75x of its FFN time"
     assert lines[1].endswith("loss 1.00 % above the dense model's, in 0.75x of its FFN time")
     assert lines[2] == "At the same FFN time 2:4 is 0.50 % below the narrow dense model."
-    assert "5.0 % changed per search at the peak, 0.10 % at the last" in lines[4]
+    assert lines[4] == "Masks: 5.0 % changed per search at the peak, 0.10 % at the last: they settle."
+    assert not any("this short" in line for line in lines)
+    assert any(
+        "this short overstates" in line for line in summary.words(results, dataclasses.replace(s, preset="demo"))
+    )
     assert "no speed was measured. On a GPU, `python -m sparse24 bench`" in lines[-1]
     assert summary.words({"dense": results["dense"]}, s) == []
 
