@@ -311,3 +311,13 @@ def test_a_copy_that_was_given_other_weights_and_masks_follows_its_origin_no_mor
     sparse24.refresh(held)
     assert torch.equal(held.fc1.mask, state["masks"]["fc1"])
     assert_same(held, masked_twin(held, held))
+
+
+@pytest.mark.fault(79)
+def test_a_copy_of_a_model_that_has_been_made_dense_is_on_its_own():
+    model, optimizer, _ = make(mask_interval=2)
+    run(model, optimizer, 3)
+    held = copy.deepcopy(model)
+    twin = masked_twin(held, model)
+    sparse24.densify(model)
+    assert_same(held, twin)

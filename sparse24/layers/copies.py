@@ -41,7 +41,8 @@ class Origin:
         self._layer = None if layer is None else weakref.ref(layer)
 
     def __call__(self):
-        return None if self._layer is None else self._layer()
+        layer = None if self._layer is None else self._layer()
+        return layer if layer is not None and HOLDER in layer.__dict__ else None  # dense again: nobody to follow
 
     def __deepcopy__(self, memo):
         return self
@@ -101,13 +102,15 @@ def note_written(layer) -> None:
 
 
 def settle(layer, like=None) -> None:
-    """Masks have been given to a layer by hand: it follows nobody any more, unless `like` is what it is a copy of."""
+    """Masks have been given to a layer by hand: a copy of `like` follows it when weights are written again, and any
+    other follows nobody any more.
+    """
     followed = _followed(layer)
     if followed is None:
         return
     watch = state_of(layer).watch
     if followed is like:
-        watch.seen = _moment(followed)
+        watch.seen, watch.is_average = _moment(followed), None
     else:
         watch.origin = None
 
