@@ -74,7 +74,9 @@ def _fits(value: object, hint: object) -> bool:
         return any(_fits(value, part) for part in parts)
     if origin is tuple and Ellipsis not in parts:
         return (
-            isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(_fits, value, parts, strict=True))
+            isinstance(value, (tuple, list))
+            and len(value) == len(parts)
+            and all(_fits(*pair) for pair in zip(value, parts, strict=True))
         )
     if origin in (list, tuple, Sequence):
         return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
