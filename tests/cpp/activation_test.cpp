@@ -124,6 +124,22 @@ TEST(limits_are_right_and_nan_stays) {
     }
 }
 
+TEST(slopes_at_zero_and_at_infinity) {
+  const float inf = std::numeric_limits<float>::infinity();
+  for (bool for_16_bits : {false, true}) {
+    for (float zero : {0.0f, -0.0f}) {
+      CHECK_EQ(evaluate(Activation::kRelu, zero, for_16_bits).slope, 0.0f);
+      CHECK_EQ(evaluate(Activation::kSquaredRelu, zero, for_16_bits).slope, 0.0f);
+      CHECK_EQ(evaluate(Activation::kSquaredRelu, zero, for_16_bits).value, 0.0f);
+    }
+    CHECK_EQ(evaluate(Activation::kGelu, inf, for_16_bits).slope, 1.0f);
+    CHECK_EQ(evaluate(Activation::kGelu, -inf, for_16_bits).slope, 0.0f);
+    // Exact zeros stay: where a squared ReLU gives 0, its gradient is 0.
+    CHECK_EQ(evaluate(Activation::kSquaredRelu, -1e-45f, for_16_bits).slope, 0.0f);
+    CHECK_EQ(evaluate(Activation::kSquaredRelu, 3.0f, for_16_bits).slope, 6.0f);
+  }
+}
+
 TEST(forward_takes_every_layout) {
   std::mt19937 random(1);
   for (bool gated : {true, false})

@@ -210,18 +210,19 @@ TEST(a_gradient_of_any_width_comes_back) {
 
 TEST(results_do_not_depend_on_threads) {
   std::mt19937 random(5);
-  TestMatrix w(512, 768, DType::kFloat32);
+  constexpr int64_t kRows = 7 * 64 - 8, kCols = 11 * 64 - 12;  // 7 x 11 tiles: uneven shares
+  TestMatrix w(kRows, kCols, DType::kFloat32);
   w.fill_normal(random);
   const int64_t seed[2] = {1, 2};
   std::vector<Packed> packed;
   std::vector<std::vector<uint8_t>> mvue;
-  for (int threads : {1, 2, 3, 16}) {
+  for (int threads : {1, 2, 3, 5, 16}) {
     set_cpu_threads(threads);
-    packed.emplace_back(512, 768, DType::kBFloat16);
+    packed.emplace_back(kRows, kCols, DType::kBFloat16);
     const PackArgs args = packed.back().args(w, DType::kBFloat16);
     search_and_pack(&args, 1, kCpu);
-    TestMatrix values(256, 768, DType::kFloat32);
-    std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(768, 512)));
+    TestMatrix values(kRows / 2, kCols, DType::kFloat32);
+    std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(kCols, kRows)));
     MvueArgs draw;
     draw.dy = w.const_view();
     draw.seed = seed;

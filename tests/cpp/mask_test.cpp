@@ -152,6 +152,15 @@ TEST(search_keeps_the_most_magnitude_of_blocks_with_a_wide_range) {
              [&] { return std::ldexp(bell(random), random.below(40) - 20); });
 }
 
+TEST(magnitudes_are_clamped_at_2_to_the_120) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  for (float huge : {0x1p120f, std::nextafter(0x1p120f, inf), 0x1p121f, 3.4028235e38f, inf})
+    for (float sign : {1.0f, -1.0f}) CHECK_EQ(ranked_magnitude(sign * huge), 0x1p120f);
+  CHECK_EQ(ranked_magnitude(std::nextafter(0x1p120f, 0.0f)), std::nextafter(0x1p120f, 0.0f));
+  CHECK_EQ(ranked_magnitude(nan), 0x1p121f);
+  CHECK_EQ(ranked_magnitude(-0.0f), 0.0f);
+}
+
 TEST(search_takes_any_value) {  // faults 1, 2, 4, 5, 6
   const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
   const float values[] = {0.0f,          -0.0f,          1e-45f, 1.0f, -1.0f,
