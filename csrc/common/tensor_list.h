@@ -22,6 +22,15 @@ struct TensorList {
   uint32_t first_tile[kCapacity + 1] = {};  // and one past the last: the number of tiles
   Tensor tensor[kCapacity];
 
+  /// Of the bisection: the largest power of two below the capacity, so that the steps add up to
+  /// every index, whatever the capacity is.
+  static constexpr int first_step() {
+    int step = 1;
+    while (2 * step < kCapacity) step *= 2;
+    return kCapacity == 1 ? 0 : step;
+  }
+  static constexpr int kFirstStep = first_step();
+
   uint32_t tiles() const { return first_tile[count]; }
   bool full() const { return count == kCapacity; }
 
@@ -35,7 +44,7 @@ struct TensorList {
   SP24_HD int find(uint32_t tile) const {
     int found = 0;
     SP24_UNROLL
-    for (int step = kCapacity / 2; step > 0; step /= 2) {
+    for (int step = kFirstStep; step > 0; step /= 2) {
       if (found + step < count && first_tile[found + step] <= tile) found += step;
     }
     return found;

@@ -162,24 +162,34 @@ TEST(every_tile_is_visited_once) {
       }
 }
 
-TEST(a_tile_finds_its_tensor) {
+template <int kCapacity>
+void check_that_tiles_find_their_tensors() {
   std::mt19937 random(2);
-  for (int count = 1; count <= kTensorsPerLaunch; ++count) {
-    TensorList<int> list;
+  for (int count = 1; count <= kCapacity; ++count) {
+    TensorList<int, kCapacity> list;
     std::vector<int> owner;
     for (int i = 0; i < count; ++i) {
       const uint32_t tiles = 1 + static_cast<uint32_t>(random() % 5);
       list.add(i, tiles);
       owner.insert(owner.end(), tiles, i);
     }
-    CHECK_EQ(list.full(), count == kTensorsPerLaunch);
+    CHECK_EQ(list.full(), count == kCapacity);
     CHECK_EQ(list.tiles(), static_cast<uint32_t>(owner.size()));
     for (uint32_t tile = 0; tile < list.tiles(); ++tile) {
       const int found = list.find(tile);
       CHECK_EQ(found, owner[tile]);
-      CHECK_EQ(list.within(tile, found), tile - list.first_tile[found]);
+      CHECK_EQ(list.within(tile, found), kCapacity == 1 ? tile : tile - list.first_tile[found]);
     }
   }
+}
+
+TEST(a_tile_finds_its_tensor_whatever_the_capacity) {
+  check_that_tiles_find_their_tensors<1>();
+  check_that_tiles_find_their_tensors<2>();
+  check_that_tiles_find_their_tensors<7>();
+  check_that_tiles_find_their_tensors<30>();  // of lists whose items are larger
+  check_that_tiles_find_their_tensors<kTensorsPerLaunch>();
+  check_that_tiles_find_their_tensors<33>();
 }
 
 TEST(a_single_tensor_has_its_tiles) {
