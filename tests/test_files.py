@@ -257,7 +257,11 @@ def test_of_many_threads_one_at_a_time_holds_a_folder(tmp_path):
     assert len(entered) == 8 and max(most) == 1
 
 
-@pytest.mark.parametrize("owner, free", [(f"{os.getpid()} here", False), ("999999999 here", True), ("", True)])
+@pytest.mark.parametrize(
+    "owner, free",
+    [(f"{os.getpid()} here", False), ("999999999 here", True), ("", True)],
+    ids=["alive", "gone", "nobody"],  # fixed names: workers of pytest-xdist compare them
+)
 def test_without_flock_the_process_in_the_file_decides(tmp_path, monkeypatch, owner, free):
     import fcntl
 
