@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...formats import DTYPE_CODE, as_major, metadata_bytes, padded_tokens
+from ...formats import DTYPE_CODE, META_BLOCK, as_major, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
 from ...reference import gated_activation_backward
 from .._common import define_op, where
@@ -100,6 +100,10 @@ def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8,
         d_gate_up = gated_activation_backward(dh, gate_up, kind, gated)[0]
         return _mvue_quantize(d_gate_up, seed, scale, float8, bias_grad, amax, counts)
     dh, gate_up = as_major(dh), as_major(gate_up)
+    if gated and gate_up.is_cuda and gate_up.shape[1] // 2 % META_BLOCK:
+        # A block of E would hold features of gate and of up, which no thread block has both of: two passes.
+        d_gate_up = torch.ops.sparse24.activation_backward.default(dh, gate_up, kind, True, False)[0]
+        return _mvue_quantize(d_gate_up, seed, scale, float8, bias_grad, amax, counts)
     packed, E = _empty_mvue(gate_up, float8)
     d_gate_up8, none = empty_float8(gate_up, *gate_up.shape, True, False)
     sums = empty_tile_sums(gate_up) if bias_grad else None
