@@ -187,6 +187,18 @@ def test_hooks_adapters_and_the_dense_phase_take_the_blocks_own_forward(monkeypa
     assert len(calls) == 2
 
 
+def test_the_class_of_a_fused_block_makes_blocks_of_the_users_class():
+    """`type(block)(...)` is how programs make a twin of a module: nobody has converted that one."""
+    fused, _ = pair(Gated)
+    twin = type(fused)(width=32, hidden=64)
+    assert type(twin) is Gated
+    twin.load_state_dict(fused.state_dict())
+    x = torch.randn(3, 32)
+    dense = copy.deepcopy(fused)
+    sparse24.densify(dense)
+    assert torch.equal(twin(x), dense(x))
+
+
 def test_densify_gives_the_class_back():
     root = nn.ModuleDict({"a": Gated(), "b": Plain()})
     before = {name: sorted(m.__dict__) for name, m in root.named_modules()}

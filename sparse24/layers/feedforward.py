@@ -315,9 +315,12 @@ def _fused_class(own: type) -> type:
     for known in FusedFeedForward.__subclasses__():
         if known.__bases__ == (FusedFeedForward, own):
             return known  # SparseGatedMLP
-    return type(f"Fused{own.__name__}", (FusedFeedForward, own), {"__module__": own.__module__})
+
+    def new(cls, *args, **kwargs):
+        return own(*args, **kwargs)  # type(block)(...) means another block of the user's class, which nobody converted
+
+    return type(f"Fused{own.__name__}", (FusedFeedForward, own), {"__module__": own.__module__, "__new__": new})
 
 
 def _empty_fused(own: type) -> FusedFeedForward:
-    cls = _fused_class(own)
-    return cls.__new__(cls)
+    return object.__new__(_fused_class(own))
