@@ -16,20 +16,19 @@ namespace sparse24 {
 constexpr int kTensorsPerLaunch = 32;
 constexpr int kKernelParameterBytes = 4096;
 
+/// Of a bisection among `capacity` tensors: the largest power of two below that, so that the steps
+/// add up to every index, whatever the capacity is.
+SP24_HD constexpr int first_step(int capacity) {
+  int step = 1;
+  while (2 * step < capacity) step *= 2;
+  return capacity == 1 ? 0 : step;
+}
+
 template <typename Tensor, int kCapacity = kTensorsPerLaunch>
 struct TensorList {
   int count = 0;
   uint32_t first_tile[kCapacity + 1] = {};  // and one past the last: the number of tiles
   Tensor tensor[kCapacity];
-
-  /// Of the bisection: the largest power of two below the capacity, so that the steps add up to
-  /// every index, whatever the capacity is.
-  static constexpr int first_step() {
-    int step = 1;
-    while (2 * step < kCapacity) step *= 2;
-    return kCapacity == 1 ? 0 : step;
-  }
-  static constexpr int kFirstStep = first_step();
 
   uint32_t tiles() const { return first_tile[count]; }
   bool full() const { return count == kCapacity; }
@@ -42,6 +41,7 @@ struct TensorList {
 
   /// The tensor that a tile belongs to.
   SP24_HD int find(uint32_t tile) const {
+    constexpr int kFirstStep = first_step(kCapacity);
     int found = 0;
     SP24_UNROLL
     for (int step = kFirstStep; step > 0; step /= 2) {
