@@ -28,6 +28,7 @@
 #include "compress/compress_cuda.h"
 #include "compress/mvue_patch.cuh"
 #include "compress/stage.cuh"
+#include "compress/tile_outputs.cuh"
 #include "compress/tile_sums.cuh"
 
 namespace sparse24 {
@@ -170,7 +171,9 @@ void mvue_compress(const MvueArgs& args, cudaStream_t stream) {
   const bool to_float8 = is_float8(args.packed_dtype.value_or(args.dy.dtype)),
              float8_too = args.float8.x8 != nullptr || args.float8.x8_t != nullptr ||
                           args.float8.amax != nullptr;
-  if (to_float8 || float8_too) return mvue_outputs(args, stream);
+  if (to_float8 || (float8_too && packing16_fits(args.packed, args.dy.cols)))
+    return mvue_outputs(args, stream);
+  if (float8_too) quantize({args.dy, args.float8}, stream);
   with_packed16(args.dy.dtype, [&](auto format) {
     launch_mvue<typename decltype(format)::Storage>(args, stream);
   });

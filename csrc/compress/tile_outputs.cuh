@@ -52,7 +52,7 @@ struct TileOutputs {
   uint16_t* x16;
   uint8_t *x8, *x8_t;
   int64_t x16_ld, x8_ld, x8_t_ld;
-  bool x16_vectors, x8_vectors, x8_t_vectors, packed_vectors;
+  bool x8_vectors, x8_t_vectors, packed_vectors;  // the last of packed8
   const float* scale;
   float* amax;
   int64_t* counters;
@@ -80,19 +80,21 @@ struct DensePatch<float> {
   __device__ __forceinline__ float value(int i, int j) const { return lines[i][j]; }
 };
 
-/// Loads columns [col, ...) below `end` of a matrix, 16-bit elements; `vectors`: row-major, whole
-/// ones.
+/// Columns [col, ...) below `end` of a row-major matrix in whole vectors, 16-bit elements.
+template <typename T>
+__device__ __forceinline__ DensePatch<T> load_vectors(const ConstMatrix& m, int row, int col,
+                                                      int end) {
+  const uint32_t stride = static_cast<uint32_t>(m.row_stride) * 2;
+  const uint16_t* first = advance(static_cast<const uint16_t*>(m.data), stride, row) + col;
+  return {load_patch16<1, true>(first, stride, col < end ? static_cast<int>(m.rows) - row : 0)};
+}
+
+/// The same of any matrix; `vectors`: of such a one.
 template <typename T>
 __device__ __forceinline__ DensePatch<T> load_dense(const ConstMatrix& m, bool vectors, int row,
                                                     int col, int end) {
+  if (vectors) return load_vectors<T>(m, row, col, end);
   DensePatch<T> patch;
-  const int rows = static_cast<int>(m.rows);
-  if (vectors) {
-    const uint32_t stride = static_cast<uint32_t>(m.row_stride) * 2;
-    const uint16_t* first = advance(static_cast<const uint16_t*>(m.data), stride, row) + col;
-    patch.lines = load_patch16<1, true>(first, stride, col < end ? rows - row : 0);
-    return patch;
-  }
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
     SP24_UNROLL
@@ -134,22 +136,12 @@ __device__ __forceinline__ PatchPlace patch_place(const TileOutputs& p) {
           static_cast<int>(tile.col) * kTile8, 0};
 }
 
-/// A patch of 16-bit values to a row-major matrix, at (row, col) of `cols` columns.
-__device__ __forceinline__ void store_dense(uint16_t* x, int64_t ld, bool vectors,
-                                            const Patch16& patch, int row, int col, int rows,
-                                            int cols) {
-  if (vectors) {
-    uint16_t* first = x + row * ld + col;
-    if (col < cols) store_patch16<1>(first, static_cast<uint32_t>(ld * 2), rows - row, patch);
-    return;
-  }
-  SP24_UNROLL
-  for (int i = 0; i < kPatch; ++i) {
-    SP24_UNROLL
-    for (int j = 0; j < kPatch; ++j)
-      if (row + i < rows && col + j < cols)
-        x[(row + i) * ld + col + j] = static_cast<uint16_t>(patch.line[i][j / 2] >> (16 * (j % 2)));
-  }
+/// A patch of 16-bit values to a row-major matrix in whole vectors, at (row, col) of `cols`
+/// columns.
+__device__ __forceinline__ void store_vectors(uint16_t* x, int64_t ld, const Patch16& patch,
+                                              int row, int col, int rows, int cols) {
+  if (col < cols)
+    store_patch16<1>(x + row * ld + col, static_cast<uint32_t>(ld * 2), rows - row, patch);
 }
 
 __device__ __forceinline__ void store_x8(const TileOutputs& p, const Patch8& patch,
@@ -227,20 +219,7 @@ __device__ __forceinline__ void write_packed16(const TileOutputs& p, Memory& mem
   const uint32_t stride = 2u * static_cast<uint32_t>(p.halves * p.features);
   uint16_t* first =
       advance(static_cast<uint16_t*>(p.packed), stride, static_cast<uint32_t>(token) / 2) + column;
-  if (token < padded && p.packed_vectors && at.feature() < p.features) {
-    store_mvue(first, stride, pruned);
-  } else if (token < padded && !p.packed_vectors) {
-    SP24_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      SP24_UNROLL
-      for (int f = 0; f < kPatch; ++f) {
-        const uint2 row = pruned.quad[f / 4].row[i];
-        if (at.feature() + f < p.features)
-          advance(first, stride, i)[f] =
-              static_cast<uint16_t>((f % 4 < 2 ? row.x : row.y) >> (16 * (f % 2)));
-      }
-    }
-  }
+  if (token < padded && at.feature() < p.features) store_mvue(first, stride, pruned);
   const uint32_t m = at.origin.col, k = at.origin.row;
   stage_bytes(memory.meta, m / kMetaBlock * 2 + k / kMetaBlock, m % kMetaBlock, k % kMetaBlock,
               pruned.quad[0].meta, pruned.quad[1].meta);
@@ -323,6 +302,11 @@ inline TileOutputs tile_outputs(int64_t tokens, int64_t features, int halves,
   return p;
 }
 
+/// Do rows of packed16 move in whole vectors?
+inline bool packing16_fits(const void* packed, int64_t features) {
+  return is_aligned16(packed) && features % kPatch == 0;
+}
+
 /// And a packed form. Args: of mvue_compress or an activation pass.
 template <typename Args>
 void add_packing(TileOutputs& p, const Args& args, DType packed_dtype) {
@@ -330,8 +314,7 @@ void add_packing(TileOutputs& p, const Args& args, DType packed_dtype) {
   p.rounding = packed_dtype == DType::kFloat8E5M2 ? RandomRounding::of<Float8E5M2>()
                                                   : RandomRounding::of<Float8E4M3>();
   const int64_t length = round_up(p.tokens, Format8::kTokenStep) / 2;
-  p.packed_vectors = is_float8(packed_dtype) ? vectors_fit(args.packed, length, length)
-                                             : is_aligned16(args.packed) && p.features % 8 == 0;
+  p.packed_vectors = vectors_fit(args.packed, length, length);
 }
 
 /// Calls function(Packed{}) for the packed form of a pass over T.
