@@ -9,7 +9,7 @@ from ...reference import float8 as reference
 from ...reference import gated_activation
 from .._common import define_op, where
 from ..activation import KINDS
-from .operands import check_counts, check_matrix, empty_float8, matrix, note, output
+from .operands import check_counts, check_matrix, empty_float8, matrix, note, output, takes_one_pass
 
 
 def _activation_quantize(
@@ -26,7 +26,8 @@ def _activation_quantize(
         x8 = reference.to_float8(h, scale)
         return h if keep_h else h.new_empty(0), x8, reference.transpose_padded(x8) if transposed else out[1]
     gate_up = as_major(gate_up)
-    to = (h.data_ptr() if keep_h else 0, *matrix(h)[1:])
+    stored = keep_h or not takes_one_pass(h.shape[1], gate_up)
+    to = (h.data_ptr() if stored else 0, *matrix(h)[1:])
     library.activation_forward_outputs(
         KINDS[kind], gated, matrix(gate_up), to, output(*out, scale, amax, counts), None, *place
     )

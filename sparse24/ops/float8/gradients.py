@@ -11,7 +11,7 @@ from ...reference import gated_activation_backward
 from .._common import define_op, where
 from ..activation import KINDS
 from ..mvue import check_seed, empty_tile_sums
-from .operands import E4M3, check_counts, check_matrix, empty_float8, matrix, note, output, pointer
+from .operands import E4M3, check_counts, check_matrix, empty_float8, matrix, note, output, pointer, takes_one_pass
 
 
 def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -107,9 +107,10 @@ def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8,
     packed, E = _empty_mvue(gate_up, float8)
     d_gate_up8, none = empty_float8(gate_up, *gate_up.shape, True, False)
     sums = empty_tile_sums(gate_up) if bias_grad else None
-    not_stored = (0, DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)
+    stored = None if takes_one_pass(dh.shape[1], dh, gate_up) else gate_up.new_empty(gate_up.shape)
+    dense = (0 if stored is None else stored.data_ptr(), DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)
     library.activation_backward_outputs(
-        KINDS[kind], gated, matrix(dh), matrix(gate_up), not_stored, None,
+        KINDS[kind], gated, matrix(dh), matrix(gate_up), dense, None,
         output(d_gate_up8, none, scale, amax, counts), _mvue_fields(seed, packed, E, scale), pointer(sums), *place,
     )  # fmt: skip
     return packed, E, d_gate_up8, gate_up.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)

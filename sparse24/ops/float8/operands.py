@@ -34,6 +34,16 @@ def output(
     return pointer(x8), lds[0], pointer(x8_t), lds[1], scale.data_ptr(), pointer(amax), pointer(counts)
 
 
+def takes_one_pass(d_ff: int, *operands: Tensor) -> bool:
+    """Can a GPU kernel make all forms of an activation's result from one read? Otherwise it wants memory for the
+    16-bit result, which it reads again (csrc/fused/activation_outputs.cuh). The CPU takes anything.
+    """
+    return d_ff % 64 == 0 and all(
+        t.dtype != torch.float32 and t.stride(1) == 1 and t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0
+        for t in operands
+    )
+
+
 def empty_float8(like: Tensor, tokens: int, features: int, rows: bool, transposed: bool) -> tuple[Tensor, Tensor]:
     padded = padded_tokens(tokens, E4M3)
     return (
