@@ -14,7 +14,7 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 include(cmake/Cutlass.cmake)
 sparse24_find_cutlass(cutlass_include)
 
-# Serialised wgmma (ptxas message C7510) costs more than all tuning gains, and spills some per cent: the build fails.
+# Serialised wgmma (ptxas message C7510) costs more than all tuning gains, and the build fails on it.
 set(strict_nvcc ${CMAKE_CURRENT_SOURCE_DIR}/cmake/strict_nvcc.sh)
 
 add_library(sparse24_cuda_options INTERFACE)
@@ -48,9 +48,8 @@ if(gemm_sources)
   add_library(sparse24_gemm OBJECT ${gemm_sources})
   target_link_libraries(sparse24_gemm PRIVATE sparse24_cuda_options)
   target_include_directories(sparse24_gemm SYSTEM PRIVATE ${cutlass_include})
-  # -v: spills are told of, and the build fails on them.
   target_compile_options(sparse24_gemm PRIVATE ${no_contraction})
-  if(SPARSE24_FAIL_ON_SPILLS)
+  if(SPARSE24_FAIL_ON_SPILLS)  # -v tells of them, and strict_nvcc.sh then fails
     target_compile_options(sparse24_gemm PRIVATE -Xptxas=-v)
   endif()
   set_target_properties(sparse24_gemm PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})

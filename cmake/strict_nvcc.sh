@@ -2,8 +2,8 @@
 # strict_nvcc.sh: runs the compiler command in its arguments; fails where ptxas reports C7510 or spilled registers.
 #
 # C7510 means that wgmma instructions are serialised: the kernel is right, and slower than a dense one. Spills are told
-# of where the command has -Xptxas=-v, as for GEMM kernels: what is spilled in an epilogue is loaded again in every step
-# of the main loop. ptxas only informs of both, so its output is read here.
+# of where the command has -Xptxas=-v (SPARSE24_FAIL_ON_SPILLS=ON): what is spilled in an epilogue may be loaded again in
+# every step of the main loop. ptxas only informs of both, so its output is read here.
 log=$(mktemp "${TMPDIR:-/tmp}/strict_nvcc.XXXXXX") || exit 1
 trap 'rm -f "$log"' EXIT
 

@@ -76,18 +76,17 @@ class MaskedDecayAdder {
 
   /// Extents are multiples of 4 and a thread's columns begin at an even one: the mask's bits of
   /// both are in one block, inside or outside together. Eight rows or columns further on the shift
-  /// is the same. kPairs: the weights of both columns are neighbours.
+  /// is the same. kPairs: the weights of both columns are neighbours; else those of rows are.
   template <bool kPairs, typename Accumulators>
   CUTLASS_DEVICE void add(Accumulators& sums) const {
     using cutlass::arch::global_load;  // predicated, and kept in order
-    const int64_t along_m = kMContiguous ? term_.col_stride : term_.row_stride,
-                  along_n = kMContiguous ? term_.row_stride : term_.col_stride;
+    // From one line of neighbours to the next: of pairs along m, else along n.
+    const int64_t line = kPairs == kMContiguous ? term_.col_stride : term_.row_stride;
+    const int64_t along_m = kPairs ? line : 1, along_n = kPairs ? 1 : line;
     const int mask_width = (kMContiguous ? m_rows_ : n_columns_) / 4;
     CUTLASS_PRAGMA_UNROLL
     for (int first = 0; first < kOctets; first += kBatch) {
-      Place at = place(column_ + first * 8);
-      at.weight = computed_here(at.weight);
-      at.mask = computed_here(at.mask);
+      const Place at = place(computed_here(column_ + first * 8));
       Pair pairs[kBatch][2];
       uint16_t kept[kBatch][2];
       CUTLASS_PRAGMA_UNROLL

@@ -34,12 +34,17 @@ CUTLASS_DEVICE int thread_in_block() {
   return thread;
 }
 
-/// A pointer of which the compiler does not know where it comes from: addresses derived from it are
-/// computed after this place, and not together with those of all other batches, which would spill.
+/// A value of which the compiler does not know where it comes from: what is derived from it is
+/// computed after this place, and not together with the same of all other batches, which would
+/// spill.
 template <typename T>
 CUTLASS_DEVICE const T* computed_here(const T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
+}
+CUTLASS_DEVICE int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 /// Of both operands, in device memory; null: 1.
