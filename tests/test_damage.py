@@ -99,6 +99,35 @@ def test_a_file_of_another_run_is_refused(name, checkpoint, fresh, tmp_path):
     fresh[1]()
 
 
+@pytest.mark.fault(62)
+def test_a_process_killed_while_it_removes_an_old_checkpoint_leaves_the_new_one_the_newest(tmp_path, monkeypatch):
+    """The kill comes after the first file is gone; what is left of the old one must not be taken for the newest."""
+    model, optimizer, recipe = make()
+    run(model, optimizer, 0, 2)
+    save_checkpoint(tmp_path, model, optimizer, recipe)
+    run(model, optimizer, 2, 4)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(path, **kwargs):
+        if not list(path.glob("*")):  # the temporary folder of the new one, which has its name by now
+            return
+        (path / STATE).unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", killed)
+        save_checkpoint(tmp_path, model, optimizer, recipe)
+    again = make(seed=1)
+    load_checkpoint(tmp_path, *again)
+    assert_same(model, again[0])
+    assert again[2].step == 4
+    run(model, optimizer, 4, 5)
+    newest = save_checkpoint(tmp_path, model, optimizer, recipe)
+    assert list(tmp_path.iterdir()) == [newest]  # the rest of the old one is gone too
+
+
 def no_moments(state):
     for values in state["state"].values():
         values.pop("exp_avg")

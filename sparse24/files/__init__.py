@@ -6,6 +6,7 @@ from .reading import parse_json, read_json
 from .writing import (
     empty,
     refusals_named,
+    remove_folder,
     remove_unfinished,
     write_atomically,
     write_folder_atomically,
@@ -21,6 +22,7 @@ __all__ = [
     "parse_json",
     "read_json",
     "refusals_named",
+    "remove_folder",
     "remove_unfinished",
     "seal",
     "sha256",

@@ -68,6 +68,17 @@ def remove_unfinished(folder: Path, pattern: str) -> None:
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove a folder that others read: it loses its name first, so a crash leaves no half of it under that name.
+
+    Where the disk refuses, it stays, or what is left of it is for `remove_unfinished`.
+    """
+    unnamed = _beside(path)
+    with contextlib.suppress(OSError):
+        os.rename(path, unnamed)
+        shutil.rmtree(unnamed, ignore_errors=True)
+
+
 def sync(path: Path) -> None:
     """Ask the disk to hold it: a rename that survives a power cut must not point to data that did not."""
     handle = os.open(path, os.O_RDONLY)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Sparse24Error
-from ..files import check_seal, remove_unfinished, seal, write_folder_atomically
+from ..files import check_seal, remove_folder, remove_unfinished, seal, write_folder_atomically
 from .exporting import load_exported
 
 WEIGHTS, STATE = "model.safetensors", "state.pt"
@@ -48,7 +47,7 @@ def write_checkpoint(final: Path, write: Callable[[Path], object], keep: int = 1
 
     write_folder_atomically(final, write_and_seal)
     for old in checkpoints(final.parent)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
 
 
 def checkpoints(folder: Path) -> list[Path]:
