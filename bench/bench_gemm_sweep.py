@@ -18,7 +18,7 @@ import torch
 
 from bench.common import arguments, header, open_table
 from sparse24 import _library, ops
-from sparse24.formats import DTYPE_CODE
+from sparse24.formats import FORWARD, GRAD_INPUT, GRAD_WEIGHT, GemmProblem, SparseOperand
 from sparse24.ops.gemm import launch as gemm_launch
 
 SWEEPS = 3
@@ -36,19 +36,23 @@ LAYERS = [
 
 
 def products(tokens: int, in_features: int, out_features: int, passes: str):
-    """(pass code, m, n, k, operands of the sparse product, its output, dense product)."""
+    """(packed operand, dense operand, output, problem, dense product) of each pass."""
     bf16 = dict(device="cuda", dtype=torch.bfloat16)
     x, dy = torch.randn(tokens, in_features, **bf16), torch.randn(tokens, out_features, **bf16)
     w = torch.randn(out_features, in_features, **bf16)
     _, packed, E, packed_t, E_t = ops.prune_compress(w)
     y, dx, dw = (torch.empty(*shape, **bf16) for shape in (dy.shape, x.shape, w.shape))
+    problem = gemm_launch.problem_of
     if "f" in passes:
-        yield 0, out_features, tokens, in_features, (packed, E, x), y, lambda: torch.mm(x, w.T, out=y)
+        mnk = (out_features, tokens, in_features)
+        yield SparseOperand(packed, E), x, y, problem(FORWARD, mnk, x, y), lambda: torch.mm(x, w.T, out=y)
     if "i" in passes:
-        yield 1, in_features, tokens, out_features, (packed_t, E_t, dy), dx, lambda: torch.mm(dy, w, out=dx)
+        mnk = (in_features, tokens, out_features)
+        yield SparseOperand(packed_t, E_t), dy, dx, problem(GRAD_INPUT, mnk, dy, dx), lambda: torch.mm(dy, w, out=dx)
     if "g" in passes:
-        packed_dy, E_dy = ops.mvue_compress(dy, torch.tensor([1, 2], device="cuda"))
-        yield 2, out_features, in_features, tokens, (packed_dy, E_dy, x), dw, lambda: torch.mm(dy.T, x, out=dw)
+        pruned = SparseOperand(*ops.mvue_compress(dy, torch.tensor([1, 2], device="cuda")))
+        mnk = (out_features, in_features, tokens)
+        yield pruned, x, dw, problem(GRAD_WEIGHT, mnk, x, dw), lambda: torch.mm(dy.T, x, out=dw)
 
 
 def heat(seconds: float) -> None:
@@ -80,18 +84,18 @@ def median_times(candidates: dict, rounds: int) -> dict:
     }
 
 
-def sweep(library) -> dict[tuple, dict]:
-    """(pass code, m, n, k) -> {"dense" or config: TFLOP/s} of one pass over all products."""
-    bf16, rates = DTYPE_CODE[torch.bfloat16], {}
+def sweep(library) -> dict[GemmProblem, dict]:
+    """{"dense" or config: TFLOP/s} of one pass over all products."""
+    rates = {}
     for layer in LAYERS:
-        for code, m, n, k, operands, out, dense in products(*layer):
+        for lhs, rhs, out, problem, dense in products(*layer):
             candidates = {"dense": dense}
-            for config in library.sparse_gemm_configs(code, m, n, k, bf16, bf16, _library.CUDA, 0):
-                candidates[config] = partial(gemm_launch.run, code, m, n, k, *operands, out, config=config)
+            for config in library.sparse_gemm_configs(problem, _library.CUDA, 0):
+                candidates[config] = partial(gemm_launch.run, problem, lhs, rhs, out, config=config)
             heat(0.05)
-            tflop = 2 * m * n * k / 1e6
+            tflop = 2 * problem.m * problem.n * problem.k / 1e6
             times = median_times(candidates, rounds=5 if tflop < 5e5 else 3)
-            rates[code, m, n, k] = {candidate: tflop / time for candidate, time in times.items()}
+            rates[problem] = {candidate: tflop / time for candidate, time in times.items()}
     return rates
 
 
@@ -100,15 +104,15 @@ def main() -> None:
     print(header())
     columns = ["pass", "m", "n", "k", "dense TFLOP/s", "config", "TFLOP/s"]
     table = open_table(args, "gemm_sweep", columns, key=4)
-    library, bf16 = _library.binding(), DTYPE_CODE[torch.bfloat16]
+    library = _library.binding()
     heat(1.5)
     sweeps = [sweep(library) for _ in range(SWEEPS)]
-    for (code, m, n, k), first in sweeps[0].items():
-        rate = {name: statistics.median(each[code, m, n, k][name] for each in sweeps) for name in first}
+    for problem, first in sweeps[0].items():
+        rate = {name: statistics.median(each[problem][name] for each in sweeps) for name in first}
         dense = rate.pop("dense")
         for config, sparse in rate.items():
-            text = library.sparse_gemm_config(code, m, n, k, bf16, bf16, config, _library.CUDA, 0)
-            table.add(PASSES[code], m, n, k, dense, text, sparse)
+            text = library.sparse_gemm_config(problem, config, _library.CUDA, 0)
+            table.add(PASSES[problem[0]], problem.m, problem.n, problem.k, dense, text, sparse)
 
 
 if __name__ == "__main__":

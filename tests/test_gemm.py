@@ -284,9 +284,9 @@ class CpuGemm:
     """Plays the GPU's library: the same calls, by the C++ CPU backend's own product."""
 
     def sparse_gemm(self, *args):
-        *product, config, backend, index, stream, decay, activation = args
+        *product, (_, workspace), backend, index, stream = args
         assert backend == _library.CUDA
-        _library.binding().sparse_gemm(*product, 0, _library.CPU, 0, 0, decay, activation)
+        _library.binding().sparse_gemm(*product, (0, workspace), _library.CPU, 0, 0)
 
 
 @pytest.mark.parametrize("layout", [torch.clone, column_major])

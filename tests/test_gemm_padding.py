@@ -73,9 +73,9 @@ class Kernels:
 
     launched = 0
 
-    def sparse_gemm(
-        self, pass_code, m, n, k, dtype, out_dtype, packed, E, rhs, rhs_ld, out, out_ld, bias, accumulate, *_
-    ):  # fmt: skip
+    def sparse_gemm(self, problem, lhs, rhs, out, terms, *_):
+        pass_code, m, n, k, dtype, out_dtype = problem
+        (packed, E, _), (rhs, rhs_ld, _), (out, out_ld), (bias, accumulate, *_) = lhs, rhs, out, terms
         assert not refusal(GemmProblem(pass_code, m, n, k, dtype, out_dtype), rhs_ld, out_ld)
         dtype, out_dtype = DTYPE[dtype], DTYPE[out_dtype]
         assert not any(pointer % 16 for pointer in (packed, E, rhs, out))

@@ -25,11 +25,10 @@ def operands(m: int, n: int, k: int):
     return packed.to(torch.float8_e4m3fn), E, dense, rhs.to(torch.float8_e4m3fn)
 
 
-def product(pass_code, m, n, k, packed, E, rhs, out, **keywords):
-    library.sparse_gemm(
-        pass_code, m, n, k, E4M3, FLOAT32, packed.data_ptr(), E.data_ptr(), rhs.data_ptr(), k, out.data_ptr(),
-        out.stride(0), 0, 0, 0, 0, _library.CPU, 0, 0, **keywords,
-    )  # fmt: skip
+def product(pass_code, m, n, k, packed, E, rhs, out, scales=(0, 0), **keywords):
+    problem, terms, plan = (pass_code, m, n, k, E4M3, FLOAT32), (0, 0, None, None), (0, 0)
+    lhs, rhs = (packed.data_ptr(), E.data_ptr(), scales[0]), (rhs.data_ptr(), k, scales[1])
+    library.sparse_gemm(problem, lhs, rhs, (out.data_ptr(), out.stride(0)), terms, plan, _library.CPU, 0, 0, **keywords)
 
 
 @pytest.mark.parametrize("pass_code", [FORWARD, GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT])
@@ -45,7 +44,7 @@ def test_scales_multiply_the_product(pass_code, accumulation):
     scales = (scale_lhs.data_ptr(), scale_rhs.data_ptr())
     product(pass_code, m, n, k, packed, E, rhs, out, scales=scales, accumulation=accumulation)
     assert torch.equal(out, expected)
-    product(pass_code, m, n, k, packed, E, rhs, out, scales=(0, 0), accumulation=accumulation)
+    product(pass_code, m, n, k, packed, E, rhs, out, accumulation=accumulation)
     assert torch.equal(out, 2 * expected)
 
 

@@ -32,7 +32,7 @@ class Library:
         return list(self.configs)
 
     def sparse_gemm_config(self, *args):
-        return f"config {args[len(KEY)]}"
+        return f"config {args[1]}"
 
 
 @pytest.fixture
@@ -183,7 +183,8 @@ def launched(monkeypatch):
             return getattr(_library.binding(), name)
 
         def sparse_gemm(self, *args):
-            seen.append((args[:6], args[15]))
+            problem, *_, (config, _), _, _, _ = args
+            seen.append((problem, config))
             _library.binding().sparse_gemm(*args)
 
     original = gemm_launch.where
@@ -229,8 +230,8 @@ def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launche
     known, library = stored(cache), _library.binding()
     assert len(known) == 4
     for (key, config), winner in zip(sorted(known.items()), winners, strict=True):
-        assert config in library.sparse_gemm_configs(*key, _library.CUDA, 0)
-        assert library.sparse_gemm_config(*key, config, _library.CUDA, 0) == winner.config
+        assert config in library.sparse_gemm_configs(key, _library.CUDA, 0)
+        assert library.sparse_gemm_config(key, config, _library.CUDA, 0) == winner.config
     for another_process in (False, True):
         if another_process:
             forget()
@@ -245,7 +246,7 @@ def test_a_winner_that_is_not_the_librarys_own_choice_is_used(cache, launched, m
     monkeypatch.setattr(gemm_tuning, "fastest", lambda times, name: list(times)[-1])
     ops.tune_gemm(*layer[:4], grad_dtype=layer[4])
     known = stored(cache)
-    own = {key: _library.binding().sparse_gemm_configs(*key, _library.CUDA, 0)[0] for key in known}
+    own = {key: _library.binding().sparse_gemm_configs(key, _library.CUDA, 0)[0] for key in known}
     assert all(known[key] != own[key] for key in known)
     launched.clear()
     check_products(*layer)
@@ -260,7 +261,7 @@ def test_a_config_whose_result_is_wrong_does_not_win_on_a_gpu(cache, launched, m
 
     def sabotaged(*args):
         for product in original(*args):
-            bad = _library.binding().sparse_gemm_configs(*product.key, _library.CUDA, 0)[0]
+            bad = _library.binding().sparse_gemm_configs(product.key, _library.CUDA, 0)[0]
 
             def run(config, product=product, bad=bad):
                 product.run(config)

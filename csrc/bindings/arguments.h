@@ -60,17 +60,18 @@ inline ConstMatrix const_matrix(Address data, DType dtype, int64_t rows, int64_t
   return {pointer<void>(data), dtype, rows, cols, row_stride, col_stride};
 }
 
-/// Reads the fields of one tuple of a multi-tensor call, in order.
+/// Reads the fields of a tuple, in order.
 class Fields {
  public:
   Fields(py::handle item, py::ssize_t count) : item_(py::reinterpret_borrow<py::tuple>(item)) {
     if (!py::isinstance<py::tuple>(item) || PyTuple_GET_SIZE(item.ptr()) != count) {
-      throw Error("every item must be a tuple of " + std::to_string(count) + " fields");
+      throw Error("expected a tuple of " + std::to_string(count) + " fields");
     }
   }
+  py::handle next_item() { return PyTuple_GET_ITEM(item_.ptr(), index_++); }
   template <typename T>
   T next() {
-    return py::cast<T>(py::handle(PyTuple_GET_ITEM(item_.ptr(), index_++)));
+    return py::cast<T>(next_item());
   }
   template <typename T>
   T* next_pointer() {

@@ -66,20 +66,7 @@ class Scheduler {
     return dim3(params.grid_clusters * kClusterM, kClusterN, 1);
   }
 
-  CUTLASS_DEVICE explicit Scheduler(const Params& params)
-      : params_(params), me_(int(blockIdx.x) / kClusterM), whole_(me_) {
-    const StreamK& cut = params.cut;
-    const int role = cut.clusters - 1 - me_;  // the owners, who wait for others, start last
-    if (role < 0) return;
-    if (role < cut.in_lanes()) {
-      lane_ = role / cut.tiles;
-      lane_tile_ = role % cut.tiles;
-    } else {
-      helper_ = role - cut.in_lanes();
-      unit_ = cut.share_begin(helper_);
-      last_unit_ = cut.share_begin(helper_ + 1);
-    }
-  }
+  CUTLASS_DEVICE explicit Scheduler(const Params& params) : params_(params), whole_(cluster()) {}
 
   CUTLASS_DEVICE Part next() {
     if (whole_ < params_.whole_clusters) {
@@ -89,17 +76,19 @@ class Scheduler {
       return part;
     }
     const StreamK& cut = params_.cut;
-    if (lane_ >= 0) {
-      const int lane = lane_;
-      lane_ = -1;
-      return place(cut.lane_part(lane, lane_tile_));
+    const int role = cut.clusters - 1 - cluster();  // the owners, who wait for others, start last
+    if (role < 0) return {};
+    if (role < cut.in_lanes()) {
+      if (cut_done_ > 0) return {};
+      cut_done_ = 1;
+      return place(cut.lane_part(role / cut.tiles, role % cut.tiles));
     }
-    if (unit_ < last_unit_) {
-      const StreamK::Part part = cut.helper_part(helper_, unit_, last_unit_);
-      unit_ += part.k_end - part.k_begin;
-      return place(part);
-    }
-    return {};
+    const int helper = role - cut.in_lanes();
+    const int begin = cut.share_begin(helper) + cut_done_, end = cut.share_begin(helper + 1);
+    if (begin >= end) return {};
+    const StreamK::Part part = cut.helper_part(helper, begin, end);
+    cut_done_ += part.k_end - part.k_begin;
+    return place(part);
   }
 
   /// Calls visit(slot) for the sums of other clusters that the owner of a tile adds, in order.
@@ -136,10 +125,14 @@ class Scheduler {
     return part;
   }
 
+  /// This cluster's number in the grid.
+  CUTLASS_DEVICE static int cluster() { return int(blockIdx.x) / kClusterM; }
+
+  // All that lives while a tile is multiplied and stored, where registers are few; the rest is
+  // worked out anew for each part.
   const Params& params_;
-  int me_, whole_;
-  int lane_ = -1, lane_tile_ = 0;              // a lane still to do
-  int helper_ = 0, unit_ = 0, last_unit_ = 0;  // what is left of a helper's share
+  int whole_;         // the next whole tile of this cluster
+  int cut_done_ = 0;  // of its cut tiles: K tiles of a helper; 1 once a lane has been given
 };
 
 }  // namespace sparse24::gemm::sm90

@@ -23,8 +23,8 @@ ACCUMULATIONS = {"auto": 0, "fast": 1, "promoted": 2}
 def _plan(problem: tuple[int, ...], accumulation: int, index: int) -> tuple[int, int]:
     """(config, bytes of workspace) of a product (pass, m, n, k, format, out dtype)."""
     library = _library.binding()
-    config = library.sparse_gemm_configs(*problem, _library.CUDA, index, accumulation)[0]
-    return config, library.sparse_gemm_workspace_bytes(*problem, config, _library.CUDA, index, accumulation)
+    config = library.sparse_gemm_configs(problem, _library.CUDA, index, accumulation)[0]
+    return config, library.sparse_gemm_workspace_bytes(problem, config, _library.CUDA, index, accumulation)
 
 
 def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumulate=False, accumulation=0) -> bool:
@@ -32,18 +32,24 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     library, backend, index, stream = where(out)
     if backend != _library.CUDA:
         return False
-    questions = (*problem, rhs.stride(0), out.stride(0), backend, index, accumulation)
-    if why := library.sparse_gemm_unsupported(*questions):
+    if why := library.sparse_gemm_unsupported(problem, rhs.stride(0), out.stride(0), backend, index, accumulation):
         _library.warn_once(f"an 8-bit product multiplies densely over the decompressed operand: {why}")
         return False
     config, scratch_bytes = _plan(problem, accumulation, index)
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
-    operands = (*(t.data_ptr() for t in lhs), rhs.data_ptr(), rhs.stride(0), out.data_ptr(), out.stride(0))
-    place = (backend, index, stream)
+    packed, E = lhs
     library.sparse_gemm(
-        *problem, *operands, pointer(bias), accumulate, pointer(scratch), config, *place,
-        scales=(lhs_scale.data_ptr(), rhs_scale.data_ptr()), accumulation=accumulation,
-    )  # fmt: skip
+        problem,
+        (packed.data_ptr(), E.data_ptr(), lhs_scale.data_ptr()),
+        (rhs.data_ptr(), rhs.stride(0), rhs_scale.data_ptr()),
+        (out.data_ptr(), out.stride(0)),
+        (pointer(bias), accumulate, None, None),
+        (config, pointer(scratch)),
+        backend,
+        index,
+        stream,
+        accumulation,
+    )
     return True
 
 

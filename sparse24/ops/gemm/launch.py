@@ -48,7 +48,7 @@ def unsupported(problem: GemmProblem, rhs_ld: int, out_ld: int, index: int) -> s
     """Why the GPU's sparse GEMM cannot take a product ("" if it can); token counts never matter to the answer."""
     if (dtype := _DTYPE[problem.format]) not in HALF_DTYPES:
         return f"dtype {dtype} (sparse tensor cores take bfloat16 and float16)"
-    return _library.binding().sparse_gemm_unsupported(*problem, rhs_ld, out_ld, _library.CUDA, index)
+    return _library.binding().sparse_gemm_unsupported(problem, rhs_ld, out_ld, _library.CUDA, index)
 
 
 def _whatever_tokens(problem: GemmProblem) -> GemmProblem:
@@ -64,8 +64,8 @@ def plan(problem: GemmProblem, index: int) -> tuple[int, int]:
     """(config, bytes of workspace) of a product: what `tune_gemm` found, else the library's own choice."""
     library = _library.binding()
     config = tuning.tuned_config(problem, index)
-    config = config or library.sparse_gemm_configs(*problem, _library.CUDA, index)[0]
-    return config, library.sparse_gemm_workspace_bytes(*problem, config, _library.CUDA, index)
+    config = config or library.sparse_gemm_configs(problem, _library.CUDA, index)[0]
+    return config, library.sparse_gemm_workspace_bytes(problem, config, _library.CUDA, index)
 
 
 def run(
@@ -98,16 +98,22 @@ def run(
     if config is None:
         config, scratch_bytes = plan(problem, index)
     else:
-        scratch_bytes = library.sparse_gemm_workspace_bytes(*problem, config, backend, index)
+        scratch_bytes = library.sparse_gemm_workspace_bytes(problem, config, backend, index)
     # From the caching allocator: freed on this stream right after the launch, and reused only behind it.
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=rhs.device) if scratch_bytes else None
     fields = None if decay is None else decay_fields(out, decay)
-    operands = (packed_pointer, E_pointer, rhs_pointer, rhs_ld, out_pointer, out_ld)
     bias_pointer = _NO_POINTER if bias is None else bias.data_ptr()
     scratch_pointer = _NO_POINTER if scratch is None else scratch.data_ptr()
-    place = (backend, index, stream)
     library.sparse_gemm(
-        *problem, *operands, bias_pointer, accumulate, scratch_pointer, config, *place, fields, activation
+        problem,
+        (packed_pointer, E_pointer, _NO_POINTER),
+        (rhs_pointer, rhs_ld, _NO_POINTER),
+        (out_pointer, out_ld),
+        (bias_pointer, accumulate, fields, activation),
+        (config, scratch_pointer),
+        backend,
+        index,
+        stream,
     )
     if decay is not None and fields is None:
         decay_after(out, decay)

@@ -64,14 +64,14 @@ def tune(product: Product, index: int) -> list[Trial]:
     Raises Sparse24Error where none is right, OSError where the cache file cannot be written.
     """
     library = _library.binding()
-    codes = library.sparse_gemm_configs(*product.key, _library.CUDA, index)
+    codes = library.sparse_gemm_configs(product.key, _library.CUDA, index)
     expected = product.expected().to(product.out.dtype)
     right = [code for code in codes if _is_right(product, code, expected)]
     times = time_interleaved({code: lambda code=code: product.run(code) for code in right})
     best = fastest(times, product.name)
     remember(product.key, best, index)
     _, m, n, k, *_ = product.key
-    text = {code: library.sparse_gemm_config(*product.key, code, _library.CUDA, index) for code in codes}
+    text = {code: library.sparse_gemm_config(product.key, code, _library.CUDA, index) for code in codes}
     return [
         Trial(product.name, m, n, k, text[code], code in times, times.get(code, float("nan")), code == best)
         for code in codes
@@ -159,7 +159,7 @@ def tuned_config(problem: GemmProblem, index: int) -> int:
     if not known:
         return 0
     config = known.get(device_key(index), {}).get(product_key(problem), 0)
-    if config and config not in _library.binding().sparse_gemm_configs(*problem, _library.CUDA, index):
+    if config and config not in _library.binding().sparse_gemm_configs(problem, _library.CUDA, index):
         return 0  # a file from another build, or edited
     return config
 
