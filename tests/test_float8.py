@@ -280,10 +280,49 @@ def test_wrong_operands_are_named():
     (packed, E, *_), w_scale, x8, x_scale = operands(64, 32, 64, "cpu", False)
     with pytest.raises(Sparse24Error, match="packed must be contiguous e4m3"):
         float8.sparse_mm_float8(x8, x_scale, packed[:32], E, w_scale, 64)
-    with pytest.raises(Sparse24Error, match="E of packed must have"):
+    with pytest.raises(Sparse24Error, match="E of packed must be 1024 contiguous uint8"):
         float8.sparse_mm_float8(x8, x_scale, packed, E[:-1], w_scale, 64)
     with pytest.raises(Sparse24DtypeError, match="2-D e4m3"):
         float8.sparse_mm_float8(x8.float(), x_scale, packed, E, w_scale, 64)
+
+
+def test_what_would_be_read_or_written_outside_is_refused_first():
+    """Each of these sizes is taken from another argument by the kernels."""
+    torch.manual_seed(0)
+    (packed, E, *_), w_scale, x8, x_scale = operands(64, 32, 64, "cpu", False)
+    w, x, out, seed = torch.randn(64, 64), torch.randn(32, 64), torch.zeros(64, 32), torch.tensor([1, 2])
+    forms, mask = [[t] for t in float8.empty_packed_float8(64, 64, "cpu")], ops.transposable_mask(w)
+    half, two = torch.zeros(1, dtype=torch.float16), torch.zeros(2)
+    packed_dy, E_dy, *_ = float8.mvue_quantize(x, seed, w_scale, float8=True)
+    x8_t = float8.quantize(x, x_scale, transposed=True)[1]
+    refused = [
+        lambda: float8.quantize(x, x_scale, amax=half),
+        lambda: float8.mvue_quantize(x, seed, x_scale, float8=True, amax=two),
+        lambda: float8.activation_quantize(x, "silu", x_scale, gated=True, keep_h=False, transposed=False, amax=half),
+        lambda: float8.activation_quantize(x[:, :63], "silu", x_scale, gated=True, keep_h=True, transposed=False),
+        lambda: float8.activation_backward_quantize(x, x, "silu", seed, x_scale, gated=True, float8=True),
+        lambda: float8.pack_float8_(False, [w], [mask], forms, [x_scale], [half]),
+        lambda: float8.pack_float8_(False, [w, w], [mask], forms, [x_scale], [two[:1]]),
+        lambda: float8.pack_float8_(False, [w], [mask], [forms[0], forms[1], forms[0], forms[3]], [x_scale], [two[:1]]),
+        lambda: float8.pack_float8_(False, [w], [mask], [*forms[:3], [forms[3][0].int()]], [x_scale], [two[:1]]),
+        lambda: float8.pack_float8_(False, [], [], [[], [], [], []], [], []),
+        lambda: float8.decompress_float8(packed, E[:-1], w_scale, 64, 64),
+        lambda: float8.decompress_float8(packed, E, half, 64, 64),
+        lambda: float8.decompress_float8(packed, E, w_scale, 64, 66),
+        lambda: float8.sparse_mm_float8(x8, half, packed, E, w_scale, 64),
+        lambda: float8.sparse_mm_float8(x8, x_scale, packed, E, two, 64),
+        lambda: float8.sparse_mm_float8(x8, x_scale, packed, E, w_scale, 64, bias=torch.zeros(63)),
+        lambda: float8.sparse_mm_float8(x8[:1].expand(32, 64), x_scale, packed, E, w_scale, 64),
+        lambda: float8.sparse_mm_float8(x8, x_scale, packed, E, w_scale, 64, out_dtype=torch.int8),
+        lambda: float8.sparse_mm_float8(x8, x_scale, packed, E, w_scale, 64, accumulation="exact"),
+        lambda: float8.grad_weight_float8_(packed_dy, E_dy, w_scale, x8_t, x_scale, out),
+        lambda: float8.grad_weight_float8_(packed_dy, E_dy, w_scale, x8_t, x_scale, torch.zeros(64, 1).expand(64, 64)),
+        lambda: float8.quantize(None, x_scale),
+    ]
+    for call in refused:
+        with pytest.raises(Sparse24Error):
+            call()
+    assert not out.any() and not two.any()
 
 
 def test_the_reference_runs_where_there_is_no_library(monkeypatch):

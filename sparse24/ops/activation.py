@@ -18,7 +18,7 @@ from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "identity": 5}
 
 
-def _check(gate_up: Tensor, kind: str, gated: bool) -> int:
+def check_input(gate_up: Tensor, kind: str, gated: bool) -> int:
     """Rules on the input; returns the width of h."""
     if kind not in KINDS:
         raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -45,7 +45,7 @@ def _empty_h(gate_up: Tensor, width: int, column_major: bool) -> Tensor:
 
 
 def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
-    width = _check(gate_up, kind, gated)
+    width = check_input(gate_up, kind, gated)
     library, *place = where(gate_up)
     if library is None:
         h = reference.gated_activation(gate_up, kind, gated)
@@ -63,7 +63,7 @@ def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Ten
 
 
 def _forward_fake(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
-    return _empty_h(gate_up, _check(gate_up, kind, gated), column_major)
+    return _empty_h(gate_up, check_input(gate_up, kind, gated), column_major)
 
 
 _op_forward = define_op(
@@ -106,8 +106,8 @@ def column_major_copy(t: Tensor) -> Tensor:
     return call_without_grad("column_major_copy", "torch's clone", _op_forward, (t, "identity", False, True))
 
 
-def _check_backward(dh: Tensor, gate_up: Tensor, kind: str, gated: bool) -> int:
-    width = _check(gate_up, kind, gated)
+def check_backward(dh: Tensor, gate_up: Tensor, kind: str, gated: bool) -> int:
+    width = check_input(gate_up, kind, gated)
     if tuple(dh.shape) != (*gate_up.shape[:-1], width) or dh.dtype != gate_up.dtype:
         raise Sparse24Error(
             f"dh must have shape {(*gate_up.shape[:-1], width)} and dtype {gate_up.dtype}, got {tuple(dh.shape)} and "
@@ -125,7 +125,7 @@ def _empty_backward(gate_up: Tensor, width: int, recompute_h: bool, column_major
 def _backward(
     dh: Tensor, gate_up: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
-    d_gate_up, h = _empty_backward(gate_up, _check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
+    d_gate_up, h = _empty_backward(gate_up, check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
     if where(gate_up)[0] is None:
         result, result_h = reference.gated_activation_backward(dh, gate_up, kind, gated)
         return d_gate_up.copy_(result), h.copy_(result_h) if recompute_h else h
@@ -164,7 +164,7 @@ def _run_backward(kind: str, gated: bool, dh: Tensor, gate_up: Tensor, results: 
 def _backward_fake(
     dh: Tensor, gate_up: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _empty_backward(gate_up, _check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
+    return _empty_backward(gate_up, check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
 
 
 _op_backward = define_op(
@@ -206,7 +206,7 @@ def _check_backward_mvue(dh: Tensor, gate_up: Tensor, kind: str, gated: bool, se
     if gate_up.dim() != 2:
         raise Sparse24Error(f"gate_up must be 2-D, (tokens, width), got shape {tuple(gate_up.shape)}; flatten it first")
     check_seed(seed, gate_up)
-    return _check_backward(dh, gate_up, kind, gated)
+    return check_backward(dh, gate_up, kind, gated)
 
 
 def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:

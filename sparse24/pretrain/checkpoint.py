@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
-from ..files import read_json, refusals_named
+from ..files import read_json, refusals_named, remove_unfinished
 from ..save import export
 from ..save.fitting import check_weights
 from ..save.fitting import load_weights as load_checked_weights
@@ -76,10 +76,11 @@ def complete(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint under `folder`, or None when there is none.
+    """The newest checkpoint under `folder`, or None when there is none. What a killed process left there goes.
 
     Raises Sparse24Error when it is damaged or of another version. Nothing in it can run code.
     """
+    remove_unfinished(folder, "step-*")
     found = checkpoints(folder)
     if not found:
         return None

@@ -154,3 +154,4 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.load(tmp_path) is None and checkpoint.load(tmp_path / "absent") is None
     shutil.copytree(save(tmp_path, 1, Tied()), tmp_path / "else" / ".step-000005.17-00ff.tmp")
     assert checkpoint.load(tmp_path / "else") is None
+    assert not list((tmp_path / "else").iterdir())  # what was never finished is gone

@@ -8,15 +8,21 @@ from ...formats import as_major
 from ...reference import float8 as reference
 from ...reference import gated_activation
 from .._common import define_op, where
-from ..activation import KINDS
-from .operands import check_counts, check_matrix, empty_float8, matrix, note, output, takes_one_pass
+from ..activation import KINDS, check_input
+from ..arguments import names_wrong_types
+from .operands import check_matrix, check_noted, empty_float8, matrix, note, output, takes_one_pass
+
+
+def _check(gate_up, kind, gated, scale, amax, counts) -> None:
+    check_matrix(gate_up, scale)
+    check_input(gate_up, kind, gated)
+    check_noted(gate_up, amax, counts)
 
 
 def _activation_quantize(
     gate_up, kind, gated, scale, keep_h, transposed, amax, counts
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_matrix(gate_up, scale)
-    check_counts(gate_up, counts)
+    _check(gate_up, kind, gated, scale, amax, counts)
     h = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1)))
     out = empty_float8(h, *h.shape, True, transposed)
     library, *place = where(gate_up)
@@ -35,8 +41,7 @@ def _activation_quantize(
 
 
 def _activation_quantize_fake(gate_up, kind, gated, scale, keep_h, transposed, amax, counts):
-    check_matrix(gate_up, scale)
-    check_counts(gate_up, counts)
+    _check(gate_up, kind, gated, scale, amax, counts)
     shape = (gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1))
     return gate_up.new_empty(shape if keep_h else (0,)), *empty_float8(gate_up, *shape, True, transposed)
 
@@ -50,6 +55,7 @@ _op_activation_quantize = define_op(
 )
 
 
+@names_wrong_types
 def activation_quantize(
     gate_up: Tensor,
     kind: str,
@@ -64,6 +70,6 @@ def activation_quantize(
     """h = act(gate) * up, or act(gate_up), as (h, h8, h8_t) from one read; h is empty without `keep_h`.
 
     gate_up (tokens, 2*d_ff or d_ff); kinds as `gated_activation`; scale, h8, h8_t, amax and counts as in
-    `quantize`, of h.
+    `quantize`, of h. Raises as `quantize`, and for an unknown kind or an odd width of halves.
     """
     return _op_activation_quantize(gate_up, kind, gated, scale, keep_h, transposed, amax, counts)

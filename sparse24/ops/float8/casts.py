@@ -7,20 +7,23 @@ from torch import Tensor
 from ...formats import as_major
 from ...reference import float8 as reference
 from .._common import define_op, where
-from .operands import check_counts, check_matrix, empty_float8, matrix, note, output
+from ..arguments import names_wrong_types
+from .operands import check_matrix, check_noted, empty_float8, matrix, note, output
 
 
 def _quantize(
     x: Tensor, scale: Tensor, rows: bool, transposed: bool, amax: Tensor | None, counts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check_matrix(x, scale)
-    check_counts(x, counts)
+    check_noted(x, amax, counts)
     out = empty_float8(x, *x.shape, rows, transposed)
     library, *place = where(x)
     if library is None:
         x8 = reference.to_float8(x, scale)
         note(amax, x, counts, scale)
         return x8 if rows else out[0], reference.transpose_padded(x8) if transposed else out[1]
+    if x.numel() == 0:
+        return out
     x = as_major(x)
     library.quantize(matrix(x), output(*out, scale, amax, counts), *place)
     return out
@@ -28,7 +31,7 @@ def _quantize(
 
 def _quantize_fake(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
     check_matrix(x, scale)
-    check_counts(x, counts)
+    check_noted(x, amax, counts)
     return empty_float8(x, *x.shape, rows, transposed)
 
 
@@ -40,6 +43,7 @@ _op_quantize = define_op(
 )
 
 
+@names_wrong_types
 def quantize(
     x: Tensor,
     scale: Tensor,
@@ -59,7 +63,7 @@ def quantize(
     counts  three int64, added to: finite values that are clipped, values that become zero, all values
 
     To nearest even; finite values beyond 448 become 448, Inf and NaN become NaN. Raises Sparse24Error for an x that is
-    not 2-D or tensors on two devices, Sparse24DtypeError for a dtype or a scale of another kind.
+    not 2-D or tensors on two devices, Sparse24DtypeError for a dtype, scale, amax or counts of another kind.
     """
     return _op_quantize(x, scale, rows, transposed, amax, counts)
 

@@ -9,9 +9,10 @@ from ...formats import DTYPE_CODE, META_BLOCK, as_major, metadata_bytes, padded_
 from ...reference import float8 as reference
 from ...reference import gated_activation_backward
 from .._common import define_op, where
-from ..activation import KINDS
+from ..activation import KINDS, check_backward
+from ..arguments import names_wrong_types
 from ..mvue import check_seed, empty_tile_sums
-from .operands import E4M3, check_counts, check_matrix, empty_float8, matrix, note, output, pointer, takes_one_pass
+from .operands import E4M3, check_matrix, check_noted, empty_float8, matrix, note, output, pointer, takes_one_pass
 
 
 def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -34,14 +35,14 @@ def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) ->
     return torch.ops.sparse24.mvue_compress.default(dy, seed)
 
 
-def _check_mvue(dy: Tensor, seed: Tensor, scale: Tensor, counts: Tensor | None) -> None:
+def _check_mvue(dy: Tensor, seed: Tensor, scale: Tensor, amax: Tensor | None, counts: Tensor | None) -> None:
     check_matrix(dy, scale)
-    check_counts(dy, counts)
+    check_noted(dy, amax, counts)
     check_seed(seed, dy)
 
 
 def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_mvue(dy, seed, scale, counts)
+    _check_mvue(dy, seed, scale, amax, counts)
     library, *place = where(dy)
     if library is None:
         packed, E = _mvue_by_reference(dy, seed, scale, float8)
@@ -58,7 +59,7 @@ def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Te
 
 
 def _mvue_quantize_fake(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_mvue(dy, seed, scale, counts)
+    _check_mvue(dy, seed, scale, amax, counts)
     bias = dy.new_empty(dy.shape[1] if bias_grad else 0, dtype=torch.float32)
     return *_empty_mvue(dy, float8), dy.new_empty(dy.shape, dtype=E4M3), bias
 
@@ -72,6 +73,7 @@ _op_mvue_quantize = define_op(
 )
 
 
+@names_wrong_types
 def mvue_quantize(
     dy: Tensor,
     seed: Tensor,
@@ -94,7 +96,8 @@ def mvue_quantize(
 
 
 def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):
-    _check_mvue(gate_up, seed, scale, counts)
+    _check_mvue(gate_up, seed, scale, amax, counts)
+    check_backward(dh, gate_up, kind, gated)
     library, *place = where(gate_up)
     if library is None:
         d_gate_up = gated_activation_backward(dh, gate_up, kind, gated)[0]
@@ -117,6 +120,7 @@ def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8,
 
 
 def _activation_backward_quantize_fake(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):
+    check_backward(dh, gate_up, kind, gated)
     return _mvue_quantize_fake(gate_up, seed, scale, float8, bias_grad, amax, counts)
 
 
@@ -129,13 +133,14 @@ _op_activation_backward_quantize = define_op(
 )
 
 
+@names_wrong_types
 def activation_backward_quantize(
     dh: Tensor, gate_up: Tensor, kind: str, seed: Tensor, scale: Tensor, *, gated: bool, float8: bool,
     bias_grad: bool = False, amax: Tensor | None = None, counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The activation's gradient, never stored itself: its MVUE form and its e4m3 form, (packed, E, d8, bias_grad).
 
-    dh (tokens, d_ff), gate_up as in forward; the rest as in `mvue_quantize`, of d_gate_up.
+    dh (tokens, d_ff), gate_up as in forward; the rest as in `mvue_quantize`, of d_gate_up. Raises as both do.
     """
     besides = (bias_grad, amax, counts)
     return _op_activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, *besides)

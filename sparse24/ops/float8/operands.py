@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import DTYPE_CODE, padded_tokens
+from ...formats import DTYPE_CODE, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
 from .._common import check_same_device, check_weight_dtype
+from ..arguments import check_writable
 
 E4M3 = torch.float8_e4m3fn
 
@@ -66,12 +67,30 @@ def note(amax: Tensor | None, x: Tensor, counts: Tensor | None = None, scale: Te
         counts += reference.cast_counts(x, scale)
 
 
-def check_counts(like: Tensor, counts: Tensor | None) -> None:
+def check_noted(like: Tensor, amax: Tensor | None, counts: Tensor | None) -> None:
+    """What a pass writes beside its result: it must be ours to write, and as large as the pass takes it to be."""
+    if amax is not None:
+        check_scale(like, "amax", amax)
+        check_writable(("amax", amax))
     if counts is None:
         return
+    check_writable(("counts", counts))
     if counts.dtype != torch.int64 or tuple(counts.shape) != (3,) or not counts.is_contiguous():
         raise Sparse24DtypeError(f"counts must be three int64, got {counts.dtype} of shape {tuple(counts.shape)}")
     check_same_device(like, "x", counts=counts)
+
+
+def check_packed(packed: Tensor, E: Tensor, scale: Tensor, name: str, m: int, k: int) -> None:
+    """An 8-bit sparse operand of m x k against what its use declares."""
+    if tuple(packed.shape) != (m, k // 2) or packed.dtype != E4M3 or not packed.is_contiguous():
+        raise Sparse24Error(
+            f"{name} must be contiguous e4m3 of shape {(m, k // 2)}, got {packed.dtype} of shape {tuple(packed.shape)}"
+        )
+    size = metadata_bytes(m, k, E4M3)
+    if tuple(E.shape) != (size,) or E.dtype != torch.uint8 or not E.is_contiguous():
+        raise Sparse24Error(f"E of {name} must be {size} contiguous uint8, got {E.dtype} of shape {tuple(E.shape)}")
+    check_scale(packed, f"scale of {name}", scale)
+    check_same_device(packed, name, E=E)
 
 
 def check_matrix(x: Tensor, scale: Tensor) -> None:

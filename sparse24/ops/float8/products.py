@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import DTYPE_CODE, FORWARD, GRAD_WEIGHT, metadata_bytes
+from ...formats import DTYPE_CODE, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES
 from .. import flops
 from .._common import check_same_device, define_op, where
-from .operands import E4M3, pointer
+from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
+from .operands import E4M3, check_packed, check_scale, pointer
 from .weights import decompress_dense
 
 #: sums of 8-bit products: the tensor cores keep some 14 bits of them; "promoted" adds every 256 k in fp32
@@ -53,19 +54,44 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     return True
 
 
-def _check_product(packed: Tensor, E: Tensor, m: int, k: int, x8: Tensor, name: str) -> None:
-    if tuple(packed.shape) != (m, k // 2) or packed.dtype != E4M3 or not packed.is_contiguous():
-        raise Sparse24Error(f"{name} must be contiguous e4m3 of shape {(m, k // 2)}, got {tuple(packed.shape)}")
-    if tuple(E.shape) != (metadata_bytes(m, k, E4M3),) or not E.is_contiguous():
-        raise Sparse24Error(f"E of {name} must have {metadata_bytes(m, k, E4M3)} bytes, got {tuple(E.shape)}")
-    if x8.dim() != 2 or x8.dtype != E4M3 or x8.stride(1) != 1:
-        raise Sparse24DtypeError(f"the dense operand must be 2-D e4m3 with rows as they lie in memory, got {x8.dtype}")
-    check_same_device(x8, "the dense operand", **{name: packed, f"E of {name}": E})
+def _check_dense(x8: Tensor, x_scale: Tensor, name: str) -> None:
+    rows_lie_so = x8.dim() == 2 and x8.stride(1) == 1 and (x8.stride(0) >= x8.shape[1] or x8.shape[0] < 2)
+    if x8.dtype != E4M3 or not (rows_lie_so or x8.dim() == 2 and 0 in x8.shape):
+        raise Sparse24DtypeError(
+            f"{name} must be 2-D e4m3 with rows as they lie in memory, as `quantize` makes it, got {x8.dtype} of shape "
+            f"{tuple(x8.shape)} with strides {x8.stride()}"
+        )
+    check_scale(x8, f"scale of {name}", x_scale)
+
+
+def _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype) -> None:
+    _check_dense(x8, x_scale, "x8")
+    check_packed(packed, E, scale, "packed", out_features, x8.shape[1])
+    check_same_device(x8, "x8", packed=packed, bias=bias)
+    if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
+        raise Sparse24Error(
+            f"bias must be floating of shape {(out_features,)}, got {bias.dtype} of shape {tuple(bias.shape)}"
+        )
+    if out_dtype not in WEIGHT_DTYPES:
+        raise Sparse24DtypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+
+
+def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
+    _check_dense(x8_t, x_scale, "x8_t")
+    if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
+        raise Sparse24Error(
+            f"out must be float32, bfloat16 or float16 of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
+            f"shape {tuple(out.shape)}"
+        )
+    check_packed(packed, E, scale, "packed_dy", out.shape[0], x8_t.shape[1])
+    check_same_device(x8_t, "x8_t", packed_dy=packed, out=out)
+    check_no_self_overlap(out, "out")
+    check_writable(("out", out))
 
 
 def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
+    _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype)
     tokens, k = x8.shape
-    _check_product(packed, E, out_features, k, x8, "packed")
     on_gpu = x8.device.type == "cuda"
     y = x8.new_empty((tokens, out_features), dtype=torch.bfloat16 if on_gpu else out_dtype)
     if y.numel() == 0:
@@ -79,17 +105,21 @@ def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dty
     return y.to(out_dtype)
 
 
+def _sparse_mm_float8_fake(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
+    _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype)
+    return x8.new_empty((x8.shape[0], out_features), dtype=out_dtype)
+
+
 _op_sparse_mm_float8 = define_op(
     "sparse_mm_float8",
     "(Tensor x8, Tensor x_scale, Tensor packed, Tensor E, Tensor scale, int out_features, Tensor? bias, "
     "ScalarType out_dtype, int accumulation) -> Tensor",
     _sparse_mm_float8,
-    lambda x8, x_scale, packed, E, scale, m, bias, out_dtype, accumulation: x8.new_empty(
-        (x8.shape[0], m), dtype=out_dtype
-    ),
+    _sparse_mm_float8_fake,
 )
 
 
+@names_wrong_types
 def sparse_mm_float8(
     x8: Tensor, x_scale: Tensor, packed: Tensor, E: Tensor, scale: Tensor, out_features: int, *,
     bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "auto",
@@ -99,14 +129,19 @@ def sparse_mm_float8(
     x8 (tokens, k), x_scale    from `quantize`            packed (out_features, k/2), E, scale   from `pack_float8_`
     out_dtype     of y; the GPU's kernels write bfloat16, other dtypes are cast from it
     accumulation  "fast", "promoted" (sums of 256 k are added in fp32: for sums of one sign), or "auto"
+
+    Raises Sparse24Error where an operand does not have the size that the others declare, and for an unknown
+    accumulation; Sparse24DtypeError for an operand or a scale of another kind.
     """
+    if accumulation not in ACCUMULATIONS:
+        raise Sparse24Error(f"accumulation must be one of {', '.join(ACCUMULATIONS)}, got {accumulation!r}")
     weight = (packed, E, scale)
     return _op_sparse_mm_float8(x8, x_scale, *weight, out_features, bias, out_dtype, ACCUMULATIONS[accumulation])
 
 
 def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> None:
+    _check_grad_weight(packed, E, scale, x8_t, x_scale, out)
     (m, n), k = out.shape, x8_t.shape[1]
-    _check_product(packed, E, m, k, x8_t, "packed_dy")
     if out.numel() == 0:
         return
     problem = (GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(out.dtype, 0))
@@ -121,14 +156,19 @@ _op_grad_weight_float8_ = define_op(
     "grad_weight_float8_",
     "(Tensor packed, Tensor E, Tensor scale, Tensor x8_t, Tensor x_scale, Tensor(a!) out, bool accumulate) -> ()",
     _grad_weight_float8,
-    lambda packed, E, scale, x8_t, x_scale, out, accumulate: None,
+    lambda packed, E, scale, x8_t, x_scale, out, accumulate: _check_grad_weight(packed, E, scale, x8_t, x_scale, out),
 )
 flops.register_float8()
 
 
-def grad_weight_float8_(packed, E, scale, x8_t, x_scale, out: Tensor, accumulate: bool = False) -> None:
+@names_wrong_types
+def grad_weight_float8_(
+    packed: Tensor, E: Tensor, scale: Tensor, x8_t: Tensor, x_scale: Tensor, out: Tensor, accumulate: bool = False
+) -> None:
     """out (m, n) = or += the weight gradient MVUE(dy)^T x of 8-bit operands; sums are promoted to fp32.
 
     packed (m, padded/2), E, scale  from `mvue_quantize`      x8_t (n, padded), x_scale  from `quantize`
+
+    Raises as `sparse_mm_float8`, and for an out that cannot be written in place.
     """
     _op_grad_weight_float8_(packed, E, scale, x8_t, x_scale, out, accumulate)
