@@ -301,27 +301,6 @@ def test_fsdp1_is_refused_and_fsdp2_named(on_two_ranks):
         assert all("fully_shard" in message for message in messages), messages
 
 
-def _tensor_parallel(rank, layer, plan):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import parallel
-
-    model = sparse_model()
-    parallel.parallelize_module(model, init_device_mesh("cpu", (WORLD,)), {layer: getattr(parallel, plan)()})
-    try:
-        model(data(0))
-    except Sparse24Error as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.fault(68)
-@pytest.mark.parametrize("layer, plan, dim", [("fc1", "ColwiseParallel", 0), ("fc2", "RowwiseParallel", 1)])
-def test_tensor_parallel_plan_on_a_sparse_layer_is_refused(on_two_ranks, layer, plan, dim):
-    """The message names the placement and what is supported."""
-    for message in on_two_ranks(functools.partial(_tensor_parallel, layer=layer, plan=plan)):
-        assert f"DTensor with placements (Shard(dim={dim}),)" in message and "fully_shard" in message
-
-
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 HALF = STEPS // 2

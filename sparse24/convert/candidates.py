@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import Sparse24Error
-from ..layers import DTYPES, SparseLayer
+from ..layers import DTYPES, SparseLayer, tensor_parallel
 from ..layers.checks import is_plain_parameter
+from ..layers.packing import is_dtensor
 from ..layers.state import is_ours
 from . import structure
 from .report import Skipped, SparsifyReport
@@ -79,6 +80,9 @@ def why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: b
     weight = module._parameters["weight"]
     if len(owners[id(weight)]) > 1 and not allow_tied:
         return "its weight is tied with another module, which would be masked too; allow_tied=True converts it"
+    is_parallel = is_dtensor(weight) and tensor_parallel.APPLIED in vars(module)
+    if is_parallel and (reason := tensor_parallel.why_not_cut(weight)) is not None:
+        return f"it is tensor parallel, and {reason}"
     in_features, out_features = structure.features(module)
     if min(in_features, out_features) < 4:
         return f"{out_features} x {in_features} has no whole 4x4 block"

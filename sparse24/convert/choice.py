@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .. import _library
+from ..layers import tensor_parallel
 from . import cost_float8, cost_model, structure
 from .cost_model import Training
 
@@ -30,7 +31,9 @@ def choose_function(
     if device.type != "cuda":
         return True, f"{device.type}: every matching layer is 2:4, for the method"
     training, rates = training.of(master_bytes=module.weight.dtype.itemsize), rates_on(device)
-    out_features, in_features = structure.features(module)[::-1]
+    out_features, in_features = structure.part_features(module)[::-1]
+    if block is not None and (cut := tensor_parallel.cut_of(module)) is not None:
+        block = (block[0], block[1] // cut.parts, block[2])
 
     def estimate(training: Training) -> float:
         model = cost_float8 if training.precision else cost_model

@@ -128,7 +128,7 @@ def _choose(
 
 def _fitting_float8(todo: dict[str, nn.Module], report: SparsifyReport) -> dict[str, nn.Module]:
     """Those of the layers whose sizes 8-bit products take; the report gets the others."""
-    reasons = {name: float8.why_not_float8(*structure.features(module)[::-1]) for name, module in todo.items()}
+    reasons = {name: float8.why_not_float8(*structure.part_features(module)[::-1]) for name, module in todo.items()}
     for name, reason in reasons.items():
         if reason:
             report.skipped.append(Skipped(name, reason))

@@ -58,11 +58,13 @@ def _mask_weights(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
         if id(weight) in made or weight.is_meta:
             continue
         made[id(weight)] = effective = effective_weight(layer)
-        if packing.is_dtensor(weight):
-            first, last = sharding.local_rows(weight)
-            weight.to_local().copy_(effective[first:last])
-        else:
+        if not packing.is_dtensor(weight):
             weight.data.copy_(effective)
+        elif packing.is_dtensor(part := layer.own_part(weight)):
+            first, last = sharding.local_rows(part)
+            part.to_local().copy_(effective[first:last])
+        else:
+            part.copy_(effective)
 
 
 def effective_weight(layer: SparseLayer) -> Tensor:

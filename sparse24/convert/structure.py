@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..layers import tensor_parallel
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -77,6 +79,14 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer."""
     return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
+
+
+def part_features(module: nn.Module) -> tuple[int, int]:
+    """As `features`, of the part that a tensor-parallel rank multiplies with."""
+    extents, cut = list(features(module)), tensor_parallel.cut_of(module)
+    if cut is not None:
+        extents[1 - cut.dim] //= cut.parts
+    return extents[0], extents[1]
 
 
 def find_feed_forwards(model: nn.Module) -> list[FeedForward]:

@@ -29,6 +29,7 @@ from ..errors import Sparse24Warning
 from . import packing
 from .forward import has_substituted_weight
 from .state import DENSE, HOLDER, SPARSE, mask_of, state_of
+from .tensor_parallel import whole_mask
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
@@ -183,12 +184,12 @@ def fingerprint_of(layer) -> str | None:
 
 
 def fingerprint_of_layers(layers: Iterable) -> str:
-    """Of all layers of a model. Layers in different phases count as sparse."""
+    """Of all layers of a model. Layers in different phases count as sparse. Collective under tensor parallel."""
     layers = list(layers)
     states = [state_of(layer) for layer in layers]
     phase = DENSE if all(state.phase == DENSE for state in states) else SPARSE
     scales = [state.soft_scale for state in states if state.soft_scale is not None]
-    return fingerprint(phase, [mask_of(layer) for layer in layers], scales)
+    return fingerprint(phase, [whole_mask(layer) for layer in layers], scales)
 
 
 def same_function(one: str, other: str) -> bool:
@@ -208,7 +209,7 @@ def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
     state = state_of(layer)
     if state.watch is not None:
         state.watch.arrival = None
-    if not isinstance(saved, str) or (mine := layer.fingerprint()) is None:
+    if not isinstance(saved, str) or state.cut is not None or (mine := layer.fingerprint()) is None:
         return
     origin = _followed(layer)
     if origin is not None and saved in (mine, origin.fingerprint()):  # weights and masks of one moment: a snapshot

@@ -60,6 +60,14 @@ def why_not_float8(out_features: int, in_features: int) -> str:
     return ""
 
 
+def check_weight(layer: nn.Module) -> None:
+    """Raises Sparse24Error where 8-bit products cannot have the extents of a layer's weight, or of its part."""
+    precision = state_of(layer).precision
+    if precision is not None and (why := why_not_float8(*layer.kernel_weight().shape)):
+        part = "" if state_of(layer).cut is None else " (a tensor-parallel part)"
+        raise Sparse24Error(f"precision={precision!r}: {why}{part}; leave precision out for this layer")
+
+
 def add_casts(layer: nn.Module, device: torch.device) -> None:
     """Scales of 1 and amaxes of 0; they count from the first `update_scales` on."""
     for slot in SLOTS:
@@ -178,11 +186,19 @@ def take_counts(layers: Iterable[nn.Module]) -> list[Tensor]:
     return taken
 
 
-def set_weight_scale(layers: list[nn.Module], weights: list[Tensor]) -> None:
-    """The one scale of `layers` from their weights themselves, where no step has told it."""
+def set_weight_scale(
+    layers: list[nn.Module], weights: list[Tensor], all_reduce_max: Callable[[Tensor], None] | None = None
+) -> None:
+    """The one scale of `layers` from their weights themselves, where no step has told it.
+
+    all_reduce_max  called with the largest magnitude, float32 [1], to make it that of all parts of the weights
+    """
     scale, amax, *_ = weight_cast(layers[0])
     magnitudes = [w.detach().abs().amax().float().reshape(1).nan_to_num(0, 0, 0) for w in weights]
-    scale.copy_(scale_of(torch.cat(magnitudes).amax(0, keepdim=True)))
+    largest = torch.cat(magnitudes).amax(0, keepdim=True)
+    if all_reduce_max is not None:
+        all_reduce_max(largest)
+    scale.copy_(scale_of(largest))
     amax.zero_()
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear
-from . import float8, packing
+from . import float8, packing, tensor_parallel
 from .owners import weights_moved
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
 
@@ -69,8 +69,8 @@ def check_weight_is_packed(layer: nn.Module) -> None:
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(
             f"the weight of this sparse layer is a DTensor with placements {tuple(weight.placements)} in forward; "
-            "tensor-parallel plans on sparse layers are not supported: exclude the layer from the plan, or use "
-            "FSDP2 (fully_shard), which gathers the weight"
+            "call the module that fully_shard was called on, which gathers it, or distribute the layer by "
+            "parallelize_module with ColwiseParallel or RowwiseParallel"
         )
 
 
@@ -100,8 +100,8 @@ def check_input(x: Tensor) -> None:
         raise Sparse24Error(f"ONNX has no 2:4 products{OTHER_WAYS}")
     if type(x) is not Tensor and packing.is_dtensor(x):
         raise Sparse24Error(
-            "the input of a sparse layer is a DTensor; pass its local part (x.to_local()), or exclude the layer from "
-            "the tensor-parallel plan"
+            "the input of a sparse layer is a DTensor, and its weight is not; pass its local part (x.to_local()), or "
+            "put the layer into the tensor-parallel plan"
         )
 
 
@@ -113,9 +113,16 @@ def dense_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | No
     state = state_of(layer)
     if not (state.dense_mvue and state.mvue and weight.requires_grad):
         return F.linear(x, weight, bias)
+    if state.cut is not None:
+        return tensor_parallel.forward(_dense_product, layer, x, weight, bias)
+    return _dense_product(layer, x, weight, bias)
+
+
+def _dense_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    state = state_of(layer)
     check_input(x)
     if x.is_nested:
-        return _on_values(lambda values: dense_forward(layer, values, weight, bias), x)
+        return _on_values(lambda values: _dense_product(layer, values, weight, bias), x)
     x, bias = _cast(x, weight, bias)
     return functional.dense_linear(x, weight, bias, mvue=state.mvue, rank=state.rank, training=layer.training)
 
@@ -126,11 +133,17 @@ def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
     x may be a nested tensor of the jagged layout. Raises Sparse24Error for other nested tensors, tracers and devices
     that differ, Sparse24DtypeError for dtypes that do, as `torch.mm` would.
     """
+    if state_of(layer).cut is not None:
+        return tensor_parallel.forward(_sparse_product, layer, x, weight, bias)
     if not torch.compiler.is_compiling():
         check_weight_is_packed(layer)
+    return _sparse_product(layer, x, weight, bias)
+
+
+def _sparse_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_input(x)
     if x.is_nested:
-        return _on_values(lambda values: sparse_forward(layer, values, weight, bias), x)
+        return _on_values(lambda values: _sparse_product(layer, values, weight, bias), x)
     x, bias = _cast(x, weight, bias)
     state, forms, decay = state_of(layer), layer._buffers, layer._buffers[DECAY]
     if has_substituted_weight(layer):

@@ -55,9 +55,17 @@ def is_dtensor(tensor: Tensor | None) -> bool:
 
 
 def full_weight(layer) -> Tensor:
-    """The weight as kernels see it, [out_features, in_features], gathered where FSDP2 has sharded it."""
+    """The weight as kernels see it, [out_features, in_features], gathered where FSDP2 has sharded it; of a
+    tensor-parallel layer, this rank's part.
+    """
     weight = layer.kernel_weight()
     return weight.full_tensor() if is_dtensor(weight) else weight
+
+
+def whole_weight(layer) -> Tensor:
+    """As `full_weight`, of all tensor-parallel parts. Collective where the weight is a DTensor."""
+    weight = layer.weight.detach()
+    return layer.as_kernel_sees(weight.full_tensor() if is_dtensor(weight) else weight)
 
 
 def mask_bits(mask: Tensor) -> Tensor:
@@ -92,7 +100,7 @@ def pack(layers: Iterable, *, search: bool) -> None:
             _pack_soft(layer, search)
         else:
             # One launch for many weights; but a sharded one is gathered, packed and forgotten before the next.
-            alone = layer if is_dtensor(layer.weight) else None
+            alone = layer if is_dtensor(layer.kernel_weight()) else None
             groups[layer.weight.device, layer.weight.dtype, alone, float8.has_float8(layer)].append(layer)
     for (*_, eight_bits), group in groups.items():
         run = _pack_float8(group, search) if eight_bits else ops.prune_compress_ if search else ops.compress_
@@ -124,7 +132,7 @@ def set_weight_scale(layer) -> list:
     """Make the scale of a layer's weight from the weight; the other layers that have it too, which are to be packed."""
     partner = float8.scale_partner(layer)
     layers = [layer] if partner is None else [layer, partner]
-    float8.set_weight_scale(layers, [full_weight(one) for one in layers])
+    float8.set_weight_scale(layers, [full_weight(one) for one in layers], layer.largest_of_parts)
     return layers[1:]
 
 

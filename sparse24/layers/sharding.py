@@ -74,7 +74,7 @@ def decay_shard(layer, target: Tensor, factor: float, scale: Tensor | None) -> N
 
     A shard that begins or ends inside a 4x4 block is right too, only slower: its part of the mask is unpacked.
     """
-    weight = layer.weight
+    weight, target = layer.own_part(layer.weight), layer.own_part(target)
     first, last = local_rows(weight)
     if first == last:
         return

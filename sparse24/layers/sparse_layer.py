@@ -15,7 +15,7 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
-from . import copies, float8, packing
+from . import copies, float8, packing, tensor_parallel
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
 from .packing import packed_dtype
@@ -87,7 +87,7 @@ class SparseLayer:
             )
         state.mask_is_state, state.watch, state.dense_mvue = False, None, dense_mvue
         self.set_decay(None)
-        self.set_soft_scale(soft_scale(packing.full_weight(self)) if soft else None)
+        self.set_soft_scale(soft_scale(packing.whole_weight(self)) if soft else None)
 
     def set_mvue(self, mvue: bool | str) -> None:
         """Prune an operand of the weight gradient, or none; may change between two steps of a training.
@@ -127,9 +127,12 @@ class SparseLayer:
             state.phase = phase
 
     def take_mask(self, mask: Tensor) -> None:
-        """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing."""
+        """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing.
+
+        mask  of the whole weight, or of a tensor-parallel layer also of this rank's part
+        """
         state_of(self).generation += 1
-        mask_of(self).copy_(packing.mask_bytes(mask))
+        mask_of(self).copy_(tensor_parallel.part_of_mask(self, mask))
 
     def take_state(self, phase: str, mask: Tensor, soft_scale: Tensor | None = None) -> None:
         """Be in `phase` under `mask` (and S-STE's scale), those of the training that the weights come from; packs.
@@ -224,11 +227,11 @@ class SparseLayer:
     ) -> None:
         if precision is not None:
             float8.check_settings(precision, lean, compute_dtype)
-            if why := float8.why_not_float8(*self.kernel_weight().shape):
-                raise Sparse24Error(f"precision={precision!r}: {why}; leave precision out for this layer")
             compute_dtype = ops.float8.E4M3
         watch_replacements()
-        self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision)
+        cut = tensor_parallel.cut_of(self)
+        self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision, cut=cut)
+        float8.check_weight(self)
         add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
 
@@ -245,8 +248,16 @@ class SparseLayer:
         return self._buffers[METADATA].reshape(-1)
 
     def kernel_weight(self) -> Tensor:
-        """The weight as kernels see it: [out_features, in_features], detached."""
-        return self.as_kernel_sees(self.weight.detach())
+        """The weight as kernels see it: [out_features, in_features], detached; of a tensor-parallel layer its part."""
+        return self.as_kernel_sees(self.own_part(self.weight.detach()))
+
+    def own_part(self, tensor: Tensor) -> Tensor:
+        """Of a tensor of the weight's shape what this tensor-parallel rank holds; else the tensor."""
+        return tensor_parallel.own_part(tensor, state_of(self).cut)
+
+    def largest_of_parts(self, largest: Tensor) -> None:
+        """The maximum of a value over the tensor-parallel parts of the layer, in place. Collective."""
+        tensor_parallel.largest_of_parts(self, largest)
 
     def _fit_buffers(self) -> bool:
         """Give the buffers the shapes, dtype and device that the weight asks for; keep those that fit already.
@@ -315,7 +326,8 @@ class SparseLayer:
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
+        is_part = state_of(self).cut is not None  # its fingerprint says nothing where weights are cut another way
+        if not is_part and hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
             destination._metadata.setdefault(prefix[:-1], {})[copies.METADATA_KEY] = mine
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs):
@@ -329,7 +341,17 @@ class SparseLayer:
         self._repack(search=not state_of(self).mask_is_state)
 
     def __setattr__(self, name, value):
-        super().__setattr__(name, value)  # defined, so that FSDP2 hands parameters over through `register_parameter`
+        if name == "weight" and packing.is_dtensor(value) and HOLDER in self.__dict__:
+            self._take_shard(value)  # FSDP2's way; a plan of parallelize_module calls `register_parameter` itself
+            return
+        super().__setattr__(name, value)
+        if name == tensor_parallel.APPLIED and HOLDER in self.__dict__:
+            tensor_parallel.after_plan(self)
+
+    def _take_shard(self, param: nn.Parameter) -> None:
+        """FSDP2 swaps sharded and gathered parameters at each use; the recipe packs for it."""
+        super().register_parameter("weight", param)
+        state_of(self).packed_weight = None
 
     def register_parameter(self, name, param):
         # What `layer.weight = Parameter(...)` comes to, and the removal of weight norm, pruning and parametrizations.
@@ -337,10 +359,10 @@ class SparseLayer:
             super().register_parameter(name, param)
             return
         old = self._parameters.get("weight")
+        if packing.is_dtensor(param) and not packing.is_dtensor(old):
+            tensor_parallel.before_plan(self)
         if packing.is_dtensor(old) or packing.is_dtensor(param):
-            # FSDP2 swaps sharded and gathered parameters at each use; the recipe packs for it.
-            super().register_parameter(name, param)
-            state_of(self).packed_weight = None
+            self._take_shard(param)
             return
         check_weight(param)
         super().register_parameter(name, param)

@@ -49,6 +49,7 @@ class LayerState:
     precision      None: 16-bit products; "fp8-hybrid", "fp8": see `float8`
     scales_known   a step has told how tensors are cast; until then each cast looks at its tensor
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
+    cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
     """
 
     mvue: bool
@@ -69,12 +70,13 @@ class LayerState:
     precision: str | None = None
     scales_known: bool = False
     scale_partner: Any = None
+    cut: Any = None
 
     def for_copy(self, origin) -> LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""
         scale = None if self.soft_scale is None else self.soft_scale.clone()
         constants = (self.mvue, self.rank, self.lean, self.compute_dtype, self.phase, self.mask_is_state)
-        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision)
+        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, cut=self.cut)
         # scales_known stays False: a copy may be used long after the step that told them.
         return LayerState(*constants, soft_scale=scale, copied_from=origin, **settings)
 

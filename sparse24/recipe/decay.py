@@ -149,10 +149,10 @@ def _add_to(targets: list[Tensor], layers: list[SparseLayer], factor: float, sca
     """targets[i] += factor * (1 - mask) * weight of layers[i], times `scale` where given."""
     plain = []
     for layer, target in zip(layers, targets, strict=True):
-        if packing.is_dtensor(layer.weight):
+        if packing.is_dtensor(layer.kernel_weight()):
             sharding.decay_shard(layer, target, factor, scale)
         else:
-            plain.append((layer, layer.as_kernel_sees(target)))
+            plain.append((layer, layer.as_kernel_sees(layer.own_part(target))))
     if plain:
         ops.foreach_masked_decay_(
             [target for _, target in plain],

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layers import sharding
 from ..layers.modules import SparseLayer
 
 OUTPUT, INPUT = "output", "input"
@@ -122,4 +123,5 @@ def _look(seen: dict[str, Tensor], x: Tensor, y: Tensor) -> None:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1])[:SAMPLE]
+    tensor = sharding.local(tensor.detach())  # of a tensor-parallel layer, what this rank multiplies
+    return tensor.reshape(-1, tensor.shape[-1])[:SAMPLE]

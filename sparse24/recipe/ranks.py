@@ -5,20 +5,30 @@ from __future__ import annotations
 import torch
 
 from ..errors import Sparse24Error
+from ..layers import tensor_parallel
 from ..layers.copies import checksum
 from ..layers.modules import SparseLayer, mask_of
 
+LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
 
 def check_ranks(layers: dict[str, SparseLayer]) -> None:
-    """All ranks must hold the same masks. Raises Sparse24Error, naming the layers, where they do not."""
+    """All ranks must hold the same masks, or of a tensor-parallel layer all that hold the same part of it. Raises
+    Sparse24Error, naming the layers, where they do not.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
+    places = [tensor_parallel.place(layer) for layer in layers.values()]
     sums = torch.stack([checksum(mask_of(layer)) for layer in layers.values()])
-    low, high = sums.clone(), sums
+    size = (len(places), max(parts for _, parts in places))
+    low, high = (sums.new_full(size, neutral) for neutral in (MOST, LEAST))
+    mine = torch.tensor([part for part, _ in places], device=sums.device).unsqueeze(1)
+    for bound in (low, high):
+        bound.scatter_(1, mine, sums.unsqueeze(1))
     torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
     torch.distributed.all_reduce(high, torch.distributed.ReduceOp.MAX)
-    differing = [name for name, same in zip(layers, (low == high).tolist(), strict=True) if not same]
-    if differing:
+    same = ((low == high) | (low > high)).all(1).tolist()  # low > high: a part that no layer has
+    if differing := [name for name, agrees in zip(layers, same, strict=True) if not agrees]:
         raise Sparse24Error(
             f"ranks hold different masks in {', '.join(differing[:8])}: their weights differ; were all ranks given "
             "the same weights before the recipe was made?"

@@ -7,14 +7,13 @@ dense phase; both look by this one class.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layers import packing, sharding
+from ..layers import packing, sharding, tensor_parallel
 from ..layers.modules import SparseLayer, mask_of
 from . import monitor
 from .block_flips import BlockFlips
@@ -34,6 +33,9 @@ class WatchedLayer:
 
     def kernel_weight(self) -> Tensor:
         return self.weight.detach()
+
+    def as_kernel_sees(self, tensor: Tensor) -> Tensor:
+        return tensor
 
     def take_mask(self, mask: Tensor) -> None:
         self.mask = packing.mask_bytes(mask).clone()
@@ -60,7 +62,7 @@ class MaskSearch:
         self.applied, self.sharded = applied, list(sharded)
         self.frozen = False  # search no more
         self.last = 0  # optimizer steps taken at the last search
-        sizes = (math.prod(layer.kernel_weight().shape) for layer in layers.values())
+        sizes = (layer.weight.numel() for layer in layers.values())
         self.monitor = monitor.FlipMonitor(layers, sizes)
         self.block_flips = BlockFlips() if track_blocks else None
         self._before: list[Tensor] = []  # masks of the search before, in buffers that stay
@@ -112,9 +114,10 @@ class MaskSearch:
         if not masks:
             return
         flips = ops.foreach_mask_flips([*map(packing.mask_bits, self._before)], [*map(packing.mask_bits, masks)])
-        self.monitor.push(flips, step, step - self.last, progress)
+        layers = list(self.layers.values())
+        self.monitor.push(tensor_parallel.sum_over_parts(layers, flips), step, step - self.last, progress)
         if self.block_flips is not None:
-            self.block_flips.add(self._before, masks)
+            self.block_flips.add(*(tensor_parallel.whole_masks(layers, both) for both in (self._before, masks)))
 
     # -- gaps between the best and the second-best pattern ------------------------------------------------------------
 
@@ -138,7 +141,7 @@ class MaskSearch:
     def _weights(self) -> Iterator[Tensor]:
         """One at a time: FSDP2 gathers each, and all of them would be the memory that sharding saves."""
         sharding.reshard(self.sharded)
-        return (packing.full_weight(layer) for layer in self.layers.values())
+        return (packing.whole_weight(layer) for layer in self.layers.values())
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +161,7 @@ class MaskSearch:
         self.last, self.frozen = state["last_search"], state["masks_frozen"]
         self.monitor.load_state_dict(state["monitor"])
         if self.block_flips is not None and "blocks" in state:
-            self.block_flips.load_state_dict(state["blocks"], self.masks)
+            whole = tensor_parallel.whole_masks(list(self.layers.values()), self.masks)
+            self.block_flips.load_state_dict(state["blocks"], whole)
         self._before_of, self._gaps = self.last, None
         self._remember()

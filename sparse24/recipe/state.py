@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import packing
-from ..layers.modules import DENSE, SPARSE, SparseLayer, mask_of, state_of
+from ..layers import packing, tensor_parallel
+from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
 from .decay import MaskedDecay
 from .methods import FrozenSecondMoment
 from .phases import check_decay
@@ -76,7 +76,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
         "phase": steps.phase,
         "settings": settings_of(steps, search, decay),
         "decay": decay.value,
-        "masks": {name: mask_of(layer).clone() for name, layer in layers.items()},
+        "masks": {name: tensor_parallel.whole_mask(layer).clone() for name, layer in layers.items()},
         "scales": [scale.clone() for scale in scales],
         "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
         "rng": rng_state(next(iter(layers.values())).weight.device),
@@ -100,7 +100,7 @@ def load(
     check_layers(layers)
     state = renewed(state)
     shapes = [weight.shape for weight in steps.weights()]
-    masks = {name: mask_of(layer) for name, layer in layers.items()}
+    masks = {name: tensor_parallel.whole_mask(layer) for name, layer in layers.items()}
     masks = check_state(state, settings_of(steps, search, decay), masks, override, shapes)
     planned = steps.phase_at(state["step"])
     if state["phase"] != planned and not override:

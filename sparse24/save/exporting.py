@@ -21,7 +21,7 @@ from .. import ops
 from ..convert import plain_name, sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..files import parse_json, write_atomically
-from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of
+from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of, tensor_parallel
 from ..layers.copies import fingerprint_of
 from ..layers.state import SOFT
 
@@ -68,7 +68,8 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
     state = plain_state(model)  # first: it gives sharded modules their master weights back
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
     if not masked:  # masked weights are their own masks
-        header["fingerprints"] = {name: fingerprint_of(layer) for name, layer in layers.items()}
+        whole = {name: layer for name, layer in layers.items() if state_of(layer).cut is None}
+        header["fingerprints"] = {name: fingerprint_of(layer) for name, layer in whole.items()}
     for name, layer in layers.items() if masked else ():
         key, weight = weight_key(name), masked_weight(name, layer).cpu()  # a GPU has room for one at a time
         transposed = layer.as_kernel_sees(layer.weight) is not layer.weight
@@ -201,7 +202,7 @@ def masked_weight(name: str, layer: SparseLayer) -> Tensor:
     kept = int((out.unflatten(-1, (-1, 4)) != 0).sum(-1).max())
     if kept > 2:
         raise Sparse24Error(f"{name} keeps {kept} of 4 weights under its mask; run sparse24.verify(model)")
-    return out
+    return tensor_parallel.whole(layer, out)
 
 
 def _pack_positions(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,63 @@
+"""Processes over gloo that run functions of a test, with a time limit: a rank that waits for ever fails the test."""
+
+import os
+import queue
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+#: seconds that all ranks together have for one function
+LIMIT = 120
+
+
+def _worker(rank, world, init, tasks, results):
+    """A rank: runs function(rank) for each function it is sent, until it is sent None."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
+    while (function := tasks.get()) is not None:
+        try:
+            results.put((rank, function(rank), None))
+        except BaseException:
+            results.put((rank, None, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """`world` processes; `run(function)` returns function(rank) of each, in their order."""
+
+    def __init__(self, world, init):
+        context = mp.get_context("spawn")
+        self.results, self.queues = context.Queue(), [context.Queue() for _ in range(world)]
+        arguments = [(rank, world, init, tasks, self.results) for rank, tasks in enumerate(self.queues)]
+        self.workers = [context.Process(target=_worker, args=args, daemon=True) for args in arguments]
+        for worker in self.workers:
+            worker.start()
+
+    def run(self, function):
+        for tasks in self.queues:
+            tasks.put(function)
+        answers, end = [], time.monotonic() + LIMIT
+        while len(answers) < len(self.queues):
+            try:
+                answers.append(self.results.get(timeout=max(0.1, end - time.monotonic())))
+            except queue.Empty:
+                errors = [error for _, _, error in answers if error] or ["none of the others failed"]
+                self.end()
+                pytest.fail(f"a rank hangs after {LIMIT} s; {errors[0]}")
+        answers.sort(key=lambda answer: answer[0])
+        for _, _, error in answers:
+            assert error is None, error
+        return [value for _, value, _ in answers]
+
+    def end(self):
+        for tasks in self.queues:
+            tasks.put(None)
+        for worker in self.workers:
+            worker.join(timeout=5)
+            if worker.is_alive():
+                worker.kill()

@@ -1,0 +1,498 @@
+"""Tensor parallel over gloo: parts of layers train as the whole layers of one process do, with the same masks."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+import sparse24
+from sparse24 import Recipe
+from sparse24.errors import Sparse24Error
+from sparse24.layers import mask_of, tensor_parallel
+
+STEPS, WIDTH, HIDDEN, TOKENS = 6, 16, 128, 8
+SETTINGS = dict(total_steps=STEPS, mask_interval=2, dense_fraction=0, decay=1e-2)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, tmp_path_factory):
+    started = Ranks(request.param, tmp_path_factory.mktemp("gloo") / "init")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    started = Ranks(2, tmp_path_factory.mktemp("gloo") / "init")
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    started = Ranks(4, tmp_path_factory.mktemp("gloo") / "init")
+    yield started
+    started.end()
+
+
+class Gated(nn.Module):
+    """A feed-forward layer as Llama has it."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(WIDTH, HIDDEN, bias), nn.Linear(WIDTH, HIDDEN, bias)
+        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias)
+
+    def forward(self, x):
+        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Norm and feed-forward layer, as sequence parallelism cuts them. Input and output [batch, length, WIDTH]."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), Gated(bias)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+def plain_plan():
+    layers = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
+    return layers | {"mlp.down_proj": RowwiseParallel()}
+
+
+def sequence_plan():
+    """The norm on its part of the sequence; the feed-forward layer on all of it."""
+    return {
+        "norm": SequenceParallel(use_local_output=True),
+        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
+        "mlp.gate_proj": ColwiseParallel(),
+        "mlp.up_proj": ColwiseParallel(),
+        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def data(step):
+    return torch.randn(4, TOKENS, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def dense_model(bias=False):
+    torch.manual_seed(0)
+    return nn.Sequential(Block(bias), Block(bias))
+
+
+def train(model, recipe, optimizer, part=lambda x: x):
+    losses = []
+    for step in range(STEPS):
+        x = part(data(step))
+        loss = (model(x) - x.flip(-1)).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def one_process(bias=False, **settings):
+    model = dense_model(bias)
+    sparse24.sparsify(model, precision=settings.pop("precision", None))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, **{"mvue": False, **SETTINGS, **settings})
+    return model, recipe, train(model, recipe, optimizer)
+
+
+def parallel_model(order, mesh, plan=plain_plan, bias=False, **convert):
+    model = dense_model(bias)
+    if order == "sparsify first":
+        sparse24.sparsify(model, **convert)
+    for block in model:
+        parallelize_module(block, mesh, plan())
+    if order == "plan first":
+        sparse24.sparsify(model, **convert)
+    return model
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def numbers(model, recipe, losses):
+    state = recipe.state_dict()
+    return {
+        "losses": losses,
+        "masks": {name: mask.tolist() for name, mask in state["masks"].items()},
+        "flips": state["monitor"]["flips"].tolist(),
+        "rates": recipe.monitor.layer_rates(),
+        "gaps": {k: v for k, v in recipe.metrics().items() if k.startswith("gap")},
+        "fingerprint": recipe.fingerprint(),
+        "weights": {name: whole(p.detach()).tolist() for name, p in model.named_parameters()},
+    }
+
+
+def assert_same_training(found, model, recipe, losses):
+    """Masks, flips and gaps to the bit; losses and weights up to the order of the sum over ranks."""
+    expected = numbers(model, recipe, losses)
+    assert found["masks"] == expected["masks"] and found["flips"] == expected["flips"]
+    assert found["rates"] == expected["rates"] and found["fingerprint"] == expected["fingerprint"]
+    assert found["gaps"] == pytest.approx(expected["gaps"], rel=1e-3)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weight), rtol=1e-4, atol=1e-5)
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def _train(rank, order, plan=plain_plan, bias=False, **settings):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    model = parallel_model(order, mesh, plan, bias, precision=settings.pop("precision", None))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, **{"mvue": False, "check_ranks_every": 1, **SETTINGS, **settings})
+    losses = train(model, recipe, optimizer)
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    part = model[0].mlp.gate_proj
+    assert mask_of(part).shape == (HIDDEN // 4 // dist.get_world_size(), WIDTH // 2)
+    return numbers(model, recipe, losses)
+
+
+@pytest.mark.parametrize("order", ["sparsify first", "plan first"])
+@pytest.mark.parametrize("settings", [dict(), dict(bias=True), dict(decay_in="backward")])
+def test_parts_train_as_the_whole_layers_do(ranks, order, settings):
+    """Column-wise gate and up, row-wise down: the masks of one process, and its losses up to the order of sums."""
+    expected = one_process(**settings)
+    for found in ranks.run(functools.partial(_train, order=order, **settings)):
+        assert_same_training(found, *expected)
+
+
+def _sequence(rank, order):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model(order, mesh, sequence_plan, bias=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe, losses = Recipe(model, optimizer, mvue=False, check_ranks_every=1, **SETTINGS), []
+    for step in range(STEPS):
+        x = data(step).chunk(2, dim=1)[rank]
+        loss = (model(x) - x.flip(-1)).square().sum() / data(step).numel()
+        loss.backward()
+        dist.all_reduce(total := loss.detach().clone())
+        losses.append(total.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return numbers(model, recipe, losses)
+
+
+@pytest.mark.parametrize("order", ["sparsify first", "plan first"])
+def test_sequence_parallel_plans_train_as_the_whole_layers_do(two, order):
+    """The sequence is cut outside the feed-forward layer, whose input is gathered and whose output is scattered."""
+    expected = one_process(bias=True)
+    for found in two.run(functools.partial(_sequence, order=order)):
+        assert_same_training(found, *expected)
+
+
+def _with_fsdp(rank, order, decay_in="step", bias=False):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallel_model(order, mesh["tp"], bias=bias)
+    for block in model:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, decay_in=decay_in, **SETTINGS)
+    losses = train(model, recipe, optimizer, lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    dist.all_reduce(mean := torch.tensor(losses, dtype=torch.float64))
+    return numbers(model, recipe, (mean / 4).tolist())
+
+
+@pytest.mark.parametrize("order", ["sparsify first", "plan first"])
+@pytest.mark.parametrize("settings", [dict(), dict(decay_in="backward", bias=True)])
+def test_fsdp2_shards_the_parts_over_the_other_dimension(four, order, settings):
+    """Two ranks of FSDP2 by two of tensor parallel: the masks of one process."""
+    expected = one_process(**settings)
+    for found in four.run(functools.partial(_with_fsdp, order=order, **settings)):
+        assert_same_training(found, *expected)
+
+
+@pytest.mark.parametrize("method", ["ste", "sr-ste", "step", "s-ste", "mvue"])
+def test_every_method_trains_parts(two, method):
+    """S-STE's scale is that of the whole weight; a dense phase multiplies DTensors, as PyTorch does."""
+    settings = dict(method=method, dense_fraction=0.5) | (dict(mvue=False) if method != "mvue" else dict(mvue=None))
+    found = two.run(functools.partial(_train, order="sparsify first", **settings))
+    if method == "mvue":  # prunes by noise
+        return
+    expected = one_process(**settings)
+    for one in found:
+        assert_same_training(one, *expected)
+
+
+def _noise(rank):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model("sparsify first", mesh)
+    recipe = Recipe(model, torch.optim.SGD(model.parameters(), lr=0.0), **SETTINGS)
+    down = model[1].mlp.down_proj
+    torch.manual_seed(0)
+    mean, draws = 0, 400
+    for _ in range(draws):
+        model(data(0)).square().sum().backward()
+        mean = mean + down.weight.grad.to_local() / draws
+        one = down.weight.grad.to_local()
+        model.zero_grad()
+    recipe.detach()
+    for layer in sparse24.convert.sparse_layers(model).values():
+        layer.set_mvue(False)
+    model(data(0)).square().sum().backward()
+    exact = down.weight.grad.to_local()
+    return ((mean - exact).norm() / exact.norm()).item(), ((one - exact).norm() / exact.norm()).item()
+
+
+def test_pruned_gradients_of_parts_are_unbiased(two):
+    """The mean of many draws comes as near to the exact gradient of the part as independent draws do."""
+    for of_mean, of_one in two.run(_noise):
+        assert 0 < of_one and of_mean < 3 * of_one / 400**0.5
+
+
+class Wide(nn.Module):
+    """Parts of two ranks that 8-bit products can have."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(32, 128), nn.Linear(128, 32)
+
+    def forward(self, x):
+        return self.fc2(nn.functional.gelu(self.fc1(x)))
+
+
+def _wide(mesh=None, precision=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(Wide()).to(torch.bfloat16 if precision else torch.float32)
+    sparse24.sparsify(model, precision=precision)
+    if mesh is not None:
+        parallelize_module(model, mesh, {"0.fc1": ColwiseParallel(), "0.fc2": RowwiseParallel()})
+    return model
+
+
+def _wide_data(step, dtype):
+    return torch.randn(64, 32, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def _train_float8(rank, precision, alone=False):
+    mesh = None if alone else init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = _wide(mesh, precision)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    recipe, losses = Recipe(model, optimizer, mvue=False, **SETTINGS), []
+    for step in range(3):
+        x = _wide_data(step, torch.bfloat16)
+        loss = (model(x) - x).float().square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    casts = recipe.state_dict()["casts"]
+    return losses, {name: values[1].item() for name, values in casts.items()}  # scales of the weights
+
+
+@pytest.mark.parametrize("precision", ["fp8-hybrid", "fp8"])
+def test_parts_in_8_bits_have_the_scales_of_the_whole(two, precision):
+    """The largest magnitude is that of all parts, in the first packing too."""
+    losses, scales = _train_float8(0, precision, alone=True)
+    for of_parts, scales_of_parts in two.run(functools.partial(_train_float8, precision=precision)):
+        assert scales_of_parts == scales
+        assert of_parts == pytest.approx(losses, rel=2e-2)
+
+
+def _compiled(rank):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = _wide(mesh)
+    Recipe(model, torch.optim.SGD(model.parameters(), lr=0.0), mvue=False, **SETTINGS)
+    x = _wide_data(0, torch.float32)
+    model(x).square().mean().backward()
+    eager = [p.grad.to_local().clone() for p in model.parameters()]
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().mean().backward()
+    for gradient, p in zip(eager, model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.to_local(), gradient)
+    return True
+
+
+def test_parts_compile_in_one_graph(two):
+    assert two.run(_compiled) == [True, True]
+
+
+def _from_meta(rank):
+    """As torchtitan does: convert, plan and shard on the meta device, then make weights."""
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    with torch.device("meta"):
+        model = nn.Sequential(Wide())
+    sparse24.sparsify(model)
+    parallelize_module(model, mesh["tp"], {"0.fc1": ColwiseParallel(), "0.fc2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["dp"])
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.distributed.tensor.distribute_tensor(torch.randn(p.shape) / 8, p.device_mesh, p.placements))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, check_ranks_every=1, **SETTINGS)
+    model(_wide_data(0, torch.float32)).square().mean().backward()
+    optimizer.step()
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    return {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
+
+
+def test_layers_are_cut_on_the_meta_device_too(two):
+    first, second = two.run(_from_meta)
+    assert first == second and len(first["0.fc1"]) == 32
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def _save(rank, folder):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model("sparsify first", mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, mvue=False, track_blocks=True, **SETTINGS)
+    _steps(model, optimizer, 0, STEPS // 2)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    state = recipe.state_dict()  # on all ranks: it gathers masks
+    if rank == 0:
+        torch.save(state, folder / "recipe.pt")
+    dist.barrier()
+    _steps(model, optimizer, STEPS // 2, STEPS)
+    return numbers(model, recipe, [])
+
+
+def _steps(model, optimizer, first, last):
+    for step in range(first, last):
+        x = data(step)
+        (model(x) - x.flip(-1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _resume(rank, folder, shape=(), method="load"):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    if shape:
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        model = parallel_model("plan first", mesh["tp"])
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        sparse24.sparsify(model := dense_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, mvue=False, track_blocks=True, **SETTINGS)
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    recipe.load_state_dict(torch.load(folder / "recipe.pt", weights_only=True), rng=False)
+    assert recipe.step == STEPS // 2 and sparse24.verify(model)
+    _steps(model, optimizer, STEPS // 2, STEPS)
+    return numbers(model, recipe, [])
+
+
+def test_checkpoints_go_on_with_another_number_of_parts(two, four, tmp_path):
+    """From two parts to one process without any, and to two by two ranks; masks are loaded, never searched anew."""
+    expected, _ = two.run(functools.partial(_save, folder=tmp_path))
+    for shape, found in (
+        ((), [_resume(0, tmp_path)]),
+        ((2, 2), four.run(functools.partial(_resume, folder=tmp_path, shape=(2, 2)))),
+        ((1, 4), four.run(functools.partial(_resume, folder=tmp_path, shape=(1, 4)))),
+    ):
+        for one in found:
+            assert one["masks"] == expected["masks"] and one["flips"] == expected["flips"], shape
+            for name, weight in expected["weights"].items():
+                torch.testing.assert_close(
+                    torch.tensor(one["weights"][name]), torch.tensor(weight), atol=1e-5, rtol=1e-4
+                )
+
+
+def _exported(rank, folder):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model("sparsify first", mesh)
+    for form in (dict(), dict(masked=True), dict(format="compressed")):
+        sparse24.export(model, folder / f"{form} of {rank}", **form)
+        assert sparse24.verify(model, folder / f"{form} of {rank}")
+    state = sparse24.save.exporting.load_exported(folder / f"{dict(masked=True)} of {rank}").weights
+    sparse24.densify(model, masked=True)
+    return {n: w.tolist() for n, w in state.items()}, {
+        n: whole(p.detach()).tolist() for n, p in model.named_parameters()
+    }
+
+
+def test_exports_are_whole_and_masked_weights_are_written_into_parts(two, tmp_path):
+    sparse24.sparsify(model := dense_model())
+    sparse24.densify(model, masked=True)
+    expected = {name: p.tolist() for name, p in model.named_parameters()}
+    for file, weights in two.run(functools.partial(_exported, folder=tmp_path)):
+        assert file == expected and weights == expected
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+
+
+def _refused(rank, case):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    layer = nn.Linear(16, 20) if case.startswith("uneven") else nn.Linear(16, 16)
+    model = nn.Sequential(layer)
+    if case != "uneven, plan first":
+        sparse24.sparsify(model, include=("0",))
+    try:
+        if case == "unknown layout":
+            parallelize_module(model, mesh, {"0": RowwiseParallel()})
+            from torch.distributed.tensor import distribute_tensor
+
+            model[0].forward(distribute_tensor(torch.ones(4, 16), mesh, [Replicate()]))
+        elif case == "bare forward":
+            parallelize_module(model, mesh, {"0": ColwiseParallel()})
+            model[0].forward(torch.ones(4, 16))
+        else:
+            parallelize_module(model, mesh, {"0": ColwiseParallel()})
+            sparse24.sparsify(model, include=("0",))
+    except Sparse24Error as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.fault(68)
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("uneven", "out_features=20 over 2 tensor-parallel ranks cuts through 4x4 blocks; it must be a multiple of 8"),
+        ("uneven, plan first", "out_features=20 over 2 tensor-parallel ranks cuts through 4x4 blocks"),
+        ("unknown layout", "the input of this tensor-parallel layer has placements (Replicate(),)"),
+        ("bare forward", "the input of this tensor-parallel layer is no DTensor"),
+    ],
+)
+def test_what_parts_cannot_be_is_named_on_every_rank(two, case, words):
+    for message in two.run(functools.partial(_refused, case=case)):
+        assert words in message
+
+
+def test_cuts_say_their_part_of_a_mask():
+    """Two parts of four rows each, and of four columns each."""
+
+    class Mesh:
+        size, get_local_rank = (lambda self: 2), (lambda self: 1)
+
+    mask = torch.arange(8, dtype=torch.uint8).view(2, 4)
+    assert tensor_parallel.Cut(Mesh(), 0).part_of(mask).tolist() == [[4, 5, 6, 7]]
+    assert tensor_parallel.Cut(Mesh(), 1).part_of(mask).tolist() == [[2, 3], [6, 7]]
