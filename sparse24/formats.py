@@ -158,6 +158,8 @@ def mask_as_uint16(mask: Tensor) -> Tensor:
         )
     if mask.numel() == 0:  # whose strides may be any
         return mask.new_empty((mask.shape[0], mask.shape[1] // 2), dtype=torch.uint16)
+    if mask.shape[0] == 1:  # one row may have any stride to the next, also an odd one
+        mask = mask.as_strided(mask.shape, (mask.shape[1], 1))
     return mask.view(torch.uint16)
 
 

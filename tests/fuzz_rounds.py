@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-ROUND = 100_000
+ROUND = 50_000
 
 
 def run_round(cases: int, seed: int, device: str) -> str:

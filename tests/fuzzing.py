@@ -9,6 +9,7 @@ Cases are independent: each has a generator of its own, made from the seed, the 
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import time
@@ -38,20 +39,38 @@ def fuzz(cases: int):
 
     def decorate(test):
         def run(device):
-            seed, start = FUZZ_SEED or "0", time.monotonic()
-            numbers = range(round(cases * TIMES)) if ONLY is None else [int(ONLY)]
-            for number in numbers:
-                try:
-                    test(device, Draw(f"{seed} {test.__name__} {number}"))
-                except Exception as error:
-                    again = f"SPARSE24_FUZZ_SEED={seed} SPARSE24_FUZZ_CASE={number} pytest tests -k {test.__name__}"
-                    raise AssertionError(f"case {number} of seed {seed}: {error!r}; again by {again}") from error
-            print(f"{test.__name__}: {len(numbers)} cases of seed {seed} in {time.monotonic() - start:.0f} s")
+            run_cases(test, cases, device)
 
-        run.__doc__, run.cases = test.__doc__, cases
+        run.__doc__ = test.__doc__
         return pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])(run)
 
     return decorate
+
+
+def fuzz_files(cases: int):
+    """The same of a test (folder, draw) of what files hold. Each gets an empty folder of its own."""
+
+    def decorate(test):
+        def run(tmp_path, kind):
+            folders = (tmp_path / str(i) for i in itertools.count())
+            run_cases(lambda _, draw: test(next(folders), draw), cases, kind, test.__name__)
+
+        run.__doc__ = test.__doc__
+        return pytest.mark.parametrize("kind", ["files"])(run)
+
+    return decorate
+
+
+def run_cases(test, cases: int, first_argument, name: str = "") -> None:
+    name, seed, start = name or test.__name__, FUZZ_SEED or "0", time.monotonic()
+    numbers = range(round(cases * TIMES)) if ONLY is None else [int(ONLY)]
+    for number in numbers:
+        try:
+            test(first_argument, Draw(f"{seed} {name} {number}"))
+        except Exception as error:
+            again = f"SPARSE24_FUZZ_SEED={seed} SPARSE24_FUZZ_CASE={number} pytest tests -k {name}"
+            raise AssertionError(f"case {number} of seed {seed}: {error!r}; again by {again}") from error
+    print(f"{name}: {len(numbers)} cases of seed {seed} in {time.monotonic() - start:.0f} s")
 
 
 class Draw(random.Random):

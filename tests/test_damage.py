@@ -134,6 +134,10 @@ def no_moments(state):
     return state
 
 
+def of_group(**options):
+    return lambda state: state | {"param_groups": [group | options for group in state["param_groups"]]}
+
+
 def of_all(change):
     def apply(state):
         for key, values in state["state"].items():
@@ -156,6 +160,13 @@ def of_all(change):
         (lambda s: s | {"param_groups": [5]}, "no list of parameter groups"),
         (lambda s: s | {"param_groups": [{"params": 5}]}, "parameter groups of .None. tensors"),
         (lambda s: s | {"param_groups": [{"params": s["param_groups"][0]["params"]}]}, "a group lacks betas, eps, lr"),
+        (of_group(lr=None), "a group has lr = None"),
+        (of_group(betas=(0.9,)), "a group has betas = .0.9,"),
+        (of_group(weight_decay=float("nan")), "a group has weight_decay = nan"),
+        (of_group(amsgrad="yes"), "a group has amsgrad = .yes"),
+        (of_group(foreach=[]), "a group has foreach = .."),
+        (of_all(lambda v: v | {"step": "x"}), "step of parameter 0 is 'x', no number of steps"),
+        (of_all(lambda v: v | {"step": torch.tensor(-1.0)}), "step of parameter 0 is tensor.-1.*no number of steps"),
         (no_moments, r"parameter 0 has .*'step'.* where .*'exp_avg'"),
         (of_all(lambda v: {"momentum_buffer": v["exp_avg"]}), "'momentum_buffer'. where .*'exp_avg'"),
         (of_all(lambda v: v | {"exp_avg": v["exp_avg"].flatten()}), "exp_avg of parameter 0 is"),

@@ -242,3 +242,10 @@ def test_magnitudes_above_two_to_the_120_are_ties(device):
     w[0, 2] = w[0, 3] = 2.0**125
     kept = ops.unpack_mask(ops.transposable_mask(w))
     assert kept[0].tolist() == [False, False, True, True]
+
+
+def test_the_bytes_of_a_mask_of_one_row_may_have_any_stride(device):
+    mask = ops.transposable_mask(torch.randn(4, 32, device=device))
+    for stride in (1, 3, 17):
+        as_bytes = mask.view(torch.uint8).as_strided((1, 16), (stride, 1))
+        assert torch.equal(ops.unpack_mask(as_bytes), ops.unpack_mask(mask))

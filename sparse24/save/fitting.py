@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,38 @@ def _groups_problem(saved: Any, optimizer: torch.optim.Optimizer) -> str | None:
     groups = saved.get("param_groups")
     if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         return "it has no list of parameter groups"
-    sizes = [len(group["params"]) if isinstance(group.get("params"), list) else None for group in groups]
+    sizes = [len(group["params"]) if _are_numbers(group.get("params")) else None for group in groups]
     if sizes != [len(group["params"]) for group in optimizer.param_groups]:
         return f"it has parameter groups of {sizes} tensors"
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         lacking = sorted(OPTIONS & own.keys() - group.keys())
         if lacking:
             return f"a group lacks {', '.join(lacking)}"
+        for name in (group.keys() & own.keys()) - {"params", "param_names"}:
+            if not _is_like(group[name], own[name]):
+                return f"a group has {name} = {group[name]!r:.60}"
     return None
+
+
+def _are_numbers(params: Any) -> bool:
+    """Whether a group names its parameters by their numbers, each once."""
+    return isinstance(params, list) and all(type(n) is int for n in params) and len(set(params)) == len(params)
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether an option is of the kind that this optimizer has it in: a step on any other raises, or is no number."""
+    if isinstance(own, (tuple, list)):
+        fits = isinstance(value, (tuple, list)) and len(value) == len(own)
+        return fits and all(_is_like(*pair) for pair in zip(value, own, strict=True))
+    if own is None or isinstance(own, bool):  # such as foreach, which is None where torch may choose
+        return value is None or isinstance(value, bool) or (own is None and _is_number(value))
+    return _is_number(value) if _is_number(own) else isinstance(value, type(own))
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and bool(value.isfinite())
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _states_problem(states: dict, index: dict, optimizer: torch.optim.Optimizer) -> str | None:
@@ -104,6 +129,8 @@ def _states_problem(states: dict, index: dict, optimizer: torch.optim.Optimizer)
 
 
 def _value_problem(name: Any, value: Any, parameter: Tensor) -> str | None:
+    if name == "step" and not (_is_number(value) and float(value) >= 0):
+        return f"is {value!r:.60}, no number of steps"
     shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
     is_as_large = isinstance(value, Tensor) and value.numel() == parameter.numel() > 1
     if (name in MOMENTS or is_as_large) and shape != tuple(parameter.shape):
