@@ -20,7 +20,12 @@ from .report import Skipped, SparsifyReport
 
 ALREADY_SPARSE = "already sparse"
 #: of a sparse layer, which an attribute on the object would hide, or be hidden by
-METHODS = {name for name, value in vars(SparseLayer).items() if callable(value) and not name.startswith("__")}
+METHODS = {
+    name
+    for base in SparseLayer.__mro__[:-1]
+    for name, value in vars(base).items()
+    if callable(value) and not name.startswith("__") and name != "train"  # which some put on an object, and may
+}
 
 
 def patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from torch import nn
 from .. import ops
 from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding
+from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding, state_of
 from . import cost_model, structure
 from .candidates import ALREADY_SPARSE, candidates, linear_names, patterns, some, weight_owners, why_not
 from .choice import choose_function
@@ -166,7 +166,8 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
 
 def _has_mask(layer: SparseLayer) -> bool:
     mask = mask_of(layer)
-    return mask is None or mask.is_meta or ops.is_transposable(mask)
+    by_rows = state_of(layer).soft_scale is not None  # S-STE's masks keep two in each row only
+    return mask is None or mask.is_meta or by_rows or ops.is_transposable(mask)
 
 
 def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import Sparse24Error
 from ..layers import SparseLayer, SparseLinear
 from ..layers.feedforward import FusedFeedForward, fuse, unfuse_block
+from ..layers.unseen import share_lookout
 from . import structure
 from .surroundings import after_conversion
 
@@ -25,6 +26,7 @@ def convert(model: nn.Module, layers: dict[str, nn.Module], *, fuse_blocks: bool
             converted.append((module, type(module)))
             module.__class__ = _sparse_class(module)
             module._init_sparse(**settings)
+        share_lookout(layers.values())
         reasons = _fuse_all(model) if fuse_blocks else {}
         after_conversion(model)
     except BaseException:

@@ -11,7 +11,8 @@ Arrivals. A state_dict carries a fingerprint of phase and mask for each layer, i
 their versions. Weights that were saved under another phase or other masks than the layer has are told of at the next
 forward pass, and not at loading, for masks may be loaded after weights.
 
-Both cost a forward pass one test for None, and nothing in compiled code, which does not look.
+Both cost a forward pass one test for None, and compiled code a guard; where there is something to look at, its graph
+breaks there.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ from .tensor_parallel import whole_mask
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
+
+#: what torch.compile says under fullgraph=True
+WHY_UNCOMPILED = (
+    "this sparse layer is a copy of another, whose masks and phase it may have to take, or has weights that were saved "
+    "under other masks. Run it once eagerly or without fullgraph=True; sparse24.follow(copy, like=model, once=True) "
+    "gives a copy the masks of now, and it follows nobody from there on"
+)
 
 
 class Origin:
@@ -114,6 +122,13 @@ def settle(layer, like=None) -> None:
         watch.seen, watch.is_average = _moment(followed), None
     else:
         watch.origin = None
+        if watch.arrival is None:
+            state_of(layer).watch = None
+
+
+def is_copy(layer) -> bool:
+    """Whether the layer that this one was copied from is still there to be followed."""
+    return _followed(layer) is not None
 
 
 def _followed(layer):

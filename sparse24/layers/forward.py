@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear
-from . import float8, packing, tensor_parallel
+from . import float8, packing, tensor_parallel, unseen
 from .owners import weights_moved
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
 
@@ -60,12 +60,17 @@ class _SoftWeight(torch.autograd.Function):
 def check_weight_is_packed(layer: nn.Module) -> None:
     """Eager only: pack a weight that was written since it was packed, and say that nobody has called the recipe.
 
-    Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions.
+    Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions. For `.data` writes
+    evaluation passes look at the first rows, see `unseen`.
     """
     weight, state = layer._parameters.get("weight"), state_of(layer)
     if weight is state.packed_weight:
-        if state.stamp is not None and state.stamp != packing.stamp(weight):
+        if state.stamp is None:
+            return
+        if state.stamp != packing.stamp(weight):
             weights_moved(layer)
+        elif state.evaluated or not torch.is_grad_enabled():
+            unseen.look(layer)
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(
             f"the weight of this sparse layer is a DTensor with placements {tuple(weight.placements)} in forward; "

@@ -16,7 +16,7 @@ from ..errors import Sparse24Warning
 class Owner(Protocol):
     def detach(self) -> None: ...
 
-    def weights_moved(self) -> None: ...
+    def weights_moved(self, unseen=None) -> None: ...
 
 
 _told: weakref.WeakSet[object] = weakref.WeakSet()
@@ -36,18 +36,21 @@ def forget_owner(layer) -> None:
     _owners.pop(layer, None)
 
 
-def weights_moved(layer) -> None:
-    """A forward pass has found that the weight of `layer` was written since it was packed: pack it, and say so once."""
+def weights_moved(layer, *, unseen: bool = False) -> None:
+    """A forward pass has found that the weight of `layer` was written since it was packed: pack it, and say so once.
+
+    unseen  the weight does not show it, but its first rows do
+    """
     if layer.shares_memory():  # other processes write it, and perhaps nobody has: packing would end graphs that live
         if not layer.is_packed():
             layer.pack_written()
         return
     owner = owner_of(layer)
     if owner is not None:
-        owner.weights_moved()
+        owner.weights_moved(layer if unseen else None)
         return
     layer.pack_written()
-    if layer in _told:
+    if layer in _told or layer.follows():  # copies of a trained model are written by averages
         return
     _told.add(layer)
     warnings.warn(

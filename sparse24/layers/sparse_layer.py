@@ -43,9 +43,10 @@ from .state import (
     shown_constant,
     state_of,
 )
+from .watched_weight import WatchedWeight
 
 
-class SparseLayer:
+class SparseLayer(WatchedWeight):
     """What the sparse classes add to a dense layer that has one 2-D weight. A mixin, left of the dense class.
 
     Tensors, for a weight seen by the kernels as [rows, cols] = [out_features, in_features]:
@@ -151,59 +152,6 @@ class SparseLayer:
 
     def _set_rank(self, rank: int) -> None:
         state_of(self).rank = rank
-
-    # -- whose masks and phase: see `copies` ------------------------------------------------------------------------
-
-    def fingerprint(self) -> str | None:
-        """Phase and mask as a short text; None where there is no mask to read (meta and fake tensors).
-
-        It waits for the device, once for each mask.
-        """
-        return copies.fingerprint_of(self)
-
-    def accept_weights(self) -> None:
-        """The weights are to run under the masks of now, wherever they come from."""
-        if state_of(self).watch is not None:
-            state_of(self).watch.arrival = None
-
-    def look(self, *, forward: bool = True) -> None:
-        """Follow the layer that this one is a copy of; before a forward pass also tell of weights of other masks."""
-        if state_of(self).watch is not None:
-            copies.look(self, forward=forward)
-
-    def look_in_forward(self) -> None:
-        """`look`, before a forward pass that is not compiled."""
-        if state_of(self).watch is not None and not torch.compiler.is_compiling():
-            copies.look(self)
-
-    def weight_has_changed(self) -> bool:
-        """Whether the weight shows that it was written since it was packed; `.data` writes do not show."""
-        state = state_of(self)
-        weight = self._parameters.get("weight")
-        return weight is not None and state.stamp is not None and state.stamp != packing.stamp(weight)
-
-    def weight_is_computed(self) -> bool:
-        """Whether the weight is no Parameter of the layer: parametrized, pruned or normalised."""
-        return self._parameters.get("weight") is None
-
-    def shares_memory(self) -> bool:
-        """Whether the packed weight lies in memory that other processes may write."""
-        return state_of(self).stamp == packing.SHARED
-
-    def pack_written(self) -> None:
-        """Pack a weight that somebody has written: in place under its mask, at another address as one that arrives."""
-        stamp = state_of(self).stamp
-        arrived = stamp is not None and not self.shares_memory() and stamp[0] != self.weight.data_ptr()
-        self._take_weights() if arrived else self._repack()
-
-    def is_packed(self) -> bool:
-        """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
-        packed, weight = self._buffers[PACKED], packing.full_weight(self)
-        if state_of(self).precision is None:
-            fresh = packing.pack_substitute(self, weight, packed.dtype)[PACKED]
-        else:
-            fresh = packing.pack_as(self, weight, packing.mask_bits(mask_of(self)))[0]
-        return torch.equal(fresh.view(torch.uint8), packed.view(torch.uint8))
 
     # -- what is read under plain names -----------------------------------------------------------------------------
 

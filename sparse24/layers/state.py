@@ -50,6 +50,10 @@ class LayerState:
     scales_known   a step has told how tensors are cast; until then each cast looks at its tensor
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
+    lookout        of the model, None of a layer that stands alone; with the next three see `unseen`
+    looked         packings and alarms when an evaluation pass compared last
+    evaluated      since the last training pass there was one without gradients, or a change of mode
+    recomputed     activation checkpointing runs it without gradients, and again in backward
     """
 
     mvue: bool
@@ -71,12 +75,17 @@ class LayerState:
     scales_known: bool = False
     scale_partner: Any = None
     cut: Any = None
+    lookout: Any = None
+    looked: tuple[int, int] | None = None
+    evaluated: bool = False
+    recomputed: bool = False
 
     def for_copy(self, origin) -> LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""
         scale = None if self.soft_scale is None else self.soft_scale.clone()
         constants = (self.mvue, self.rank, self.lean, self.compute_dtype, self.phase, self.mask_is_state)
         settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, cut=self.cut)
+        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, lookout=self.lookout)
         # scales_known stays False: a copy may be used long after the step that told them.
         return LayerState(*constants, soft_scale=scale, copied_from=origin, **settings)
 

@@ -16,13 +16,14 @@ from ..layers.modules import SparseLayer, mask_of, state_of
 from .state import check_state, phases_of, renewed
 
 
-def follow(copy: nn.Module, *, like: nn.Module) -> int:
+def follow(copy: nn.Module, *, like: nn.Module, once: bool = False) -> int:
     """Give `copy` the masks, the phase and S-STE's scales that `like` has now, and pack its own weights under them.
 
     copy  a model of the same architecture: an average (EMA, SWA), a reference, an evaluation's; sparse or dense, and
           wrapped or not (AveragedModel, DDP, torch.compile). Layers that are sparse in `like` and dense here are made
           sparse first; weights stay as they are
     like  a model with sparse layers, in training or not
+    once  from here on the copy keeps these masks and this phase, also if it is one that would follow by itself
 
     Call it again when masks or phase of `like` have moved on. Returns how many layers were packed. Raises
     Sparse24Error, changing nothing, when `like` has no sparse layers, or the layers of the two differ in name or shape.
@@ -44,7 +45,7 @@ def follow(copy: nn.Module, *, like: nn.Module) -> int:
     for name, layer in mine.items():
         other = theirs[name]
         layer.take_state(state_of(other).phase, mask_of(other), state_of(other).soft_scale)
-        settle(layer, like=other)
+        settle(layer, like=None if once else other)
     return len(mine)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import Sparse24Error
 from ..layers import check_switch, sharding
 from ..layers.owners import forget_owner
+from ..layers.unseen import share_lookout
 from . import state
 from .assembly import assemble, begin
 from .capture import Capture
@@ -111,6 +112,7 @@ class Recipe(Readings):
         self._capture = Capture(self._steps, self._decay)
         self._has_told = False
         take_over(self, takeover)
+        share_lookout(self.layers.values())
         begin(self._steps, settings)
         self._hooks = StepHooks(chain, self._steps, self._capture, keep=self)
         self._decay.write(self.current_decay)
@@ -182,10 +184,13 @@ class Recipe(Readings):
         """
         self._capture.replay(graph)
 
-    def weights_moved(self) -> None:
-        """Called by a forward pass that finds weights written since they were packed: pack them, and say so once."""
+    def weights_moved(self, unseen: nn.Module | None = None) -> None:
+        """Called by a forward pass that finds weights written since they were packed: pack them, and say so once.
+
+        unseen  a layer whose weight does not show that it was written
+        """
         self._steps.finish_interrupted()
-        self._has_told |= pack_moved(self.layers, self.step, self.optimizer, tell=not self._has_told)
+        self._has_told |= pack_moved(self.layers, self.step, self.optimizer, unseen, tell=not self._has_told)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

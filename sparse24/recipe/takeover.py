@@ -49,9 +49,18 @@ def take_over(recipe, takeover: bool) -> None:
         set_owner(layer, recipe)
 
 
-def pack_moved(layers: Layers, step: int, optimizer: torch.optim.Optimizer, *, tell: bool) -> bool:
-    """Pack the layers whose weights were written since they were packed; returns whether it has said so."""
-    moved = {name: la for name, la in layers.items() if la.weight_has_changed() and not la.shares_memory()}
+def pack_moved(
+    layers: Layers, step: int, optimizer: torch.optim.Optimizer, unseen: nn.Module | None, *, tell: bool
+) -> bool:
+    """Pack the layers whose weights were written since they were packed; returns whether it has said so.
+
+    unseen  one of them, known to be written although it does not show
+    """
+    moved = {
+        name: layer
+        for name, layer in layers.items()
+        if layer is unseen or (layer.weight_has_changed() and not layer.shares_memory())
+    }
     for layer in moved.values():
         layer.pack_written()
     if not tell or not moved:
