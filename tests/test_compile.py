@@ -1,14 +1,17 @@
 """torch.compile of sparsified models: one graph, no recompilation as training goes on, and the same training."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import MLP, gpt2, llama, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
-from sparse24 import Recipe
+from sparse24 import Recipe, Sparse24Warning, SparseGatedMLP, ops
 
 # Traces forward and backward ahead of time like the default backend, without compiling C++ for minutes.
 BACKEND = "aot_eager"
@@ -217,3 +220,64 @@ def test_autocast_inside_a_compiled_function(dtype):
             return model(x)
 
     torch.testing.assert_close(torch.compile(run, backend=BACKEND, fullgraph=True)(x), run(x))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("precision", [None, "fp8", "fp8-hybrid"])
+@pytest.mark.parametrize("make_model", [MLP, lambda width, hidden: SparseGatedMLP(width, hidden).float()])
+@pytest.mark.fault(53)
+def test_blocks_compile_in_one_graph_with_and_without_gradients(make_model, precision, grad):
+    torch.manual_seed(0)
+    model = make_model(64, 128)
+    if isinstance(model, SparseGatedMLP):
+        sparse24.densify(model)
+    sparse24.sparsify(model, precision=precision)
+    x = torch.randn(8, 64)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.compile(model, backend=BACKEND, fullgraph=True)(x), model(x))
+
+
+@pytest.mark.fault(79)
+def test_a_compiled_average_follows_masks_and_phase():
+    model, optimizer, recipe = make(MLP, dense_fraction=0.5)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    forward, x = torch.compile(average.module, backend=BACKEND), torch.randn(8, 16)
+    for _ in range(8):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+        with torch.no_grad():
+            out, plain = forward(x), MLP()
+            plain.load_state_dict(average.module.state_dict())
+            if recipe.phase == "sparse":
+                for name in ("fc1", "fc2"):
+                    mask = ops.unpack_mask(model.get_submodule(name).mask.view(torch.uint16))
+                    plain.get_submodule(name).weight.mul_(mask)
+            torch.testing.assert_close(out, plain(x), rtol=1e-5, atol=1e-5)
+    assert recipe.phase == "dense"
+
+
+def test_a_compiled_copy_in_one_graph_is_told_how():
+    model, *_ = make(MLP)
+    average, x = copy.deepcopy(model), torch.randn(8, 16)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="once=True"):
+        torch.compile(average, backend=BACKEND, fullgraph=True)(x)
+    torch._dynamo.reset()
+    sparse24.follow(average, like=model, once=True)
+    torch.testing.assert_close(torch.compile(average, backend=BACKEND, fullgraph=True)(x), model(x))
+
+
+@pytest.mark.fault(80)
+def test_a_compiled_model_tells_of_weights_of_other_masks():
+    x = torch.randn(8, 16)
+    model, optimizer, _ = make(MLP, dense_fraction=0)
+    saved = copy.deepcopy(model.state_dict())
+    forward = torch.compile(model, backend=BACKEND, fullgraph=False)
+    for _ in range(6):
+        (forward(x) * 30).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.load_state_dict(saved)
+    with pytest.warns(Sparse24Warning, match="saved under other masks"):
+        forward(x)

@@ -26,6 +26,7 @@ from .operands import (
     Noise,
     PackedWeight,
     as_constants,
+    both,
     cast_as_autocast_does,
     check_bias,
     check_no_transform,
@@ -88,12 +89,15 @@ def _needed_inputs(ctx, x: Tensor, h: Tensor, plan: _Plan) -> tuple[KeptInput, K
 class _FeedForward(torch.autograd.Function):
     """Eight kernels a micro-batch: the up product makes the activation too, and a consumer reads each array once.
 
-    `up_weights` are one parameter, or two (gate and up) whose rows lie one after the other in one packed buffer.
+    The weight of the up product is one parameter and None, or two (gate, up) whose rows lie one after the other in one
+    packed buffer. No *weights: without gradients Dynamo takes such a forward for one that has no ctx, if the numbers of
+    its parameters and arguments are the same.
     """
 
     @staticmethod
-    def forward(ctx, x, bias_up, bias_down, down_weight, plan: _Plan, decay, *up_weights):
+    def forward(ctx, x, bias_up, bias_down, down_weight, plan: _Plan, decay, first_weight, second_weight):
         up, down, kind, gated, noise = plan
+        up_weights = (first_weight, second_weight) if gated else (first_weight,)
         rows = up.packed.shape[0]
         if gated:  # gate_up = x (M.W_up)^T, h = act(gate) * up
             gate_up, h = ops.sparse_mm_gated_activation(x, up.packed, up.E, rows // 2, kind, bias=bias_up)
@@ -143,7 +147,7 @@ class _FeedForward(torch.autograd.Function):
         if need_x:  # dx = d_gate_up (M.W_up)
             dx = ops.sparse_mm_grad_input(made.d_gate_up, *transposed_form(up, ctx.packed_dtype), ctx.d_model)
             dx = dx.view(*leading, ctx.d_model)
-        return dx, made.db, db_down, d_down, None, None, *d_ups
+        return dx, made.db, db_down, d_down, None, None, *both(d_ups)
 
 
 def _seeds(ctx, seed: Tensor | None, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -237,7 +241,7 @@ def _feed_forward(
     needs = any(w.requires_grad for w in weights)
     noise = noise_of(x, _pruned_operands(settings.mvue), settings.seed, settings.rank, needs, settings.training)
     plan = _Plan(up, down, kind, gated, noise)
-    return _FeedForward.apply(x, *biases, down_weight, plan, settings.decay, *up_weights)
+    return _FeedForward.apply(x, *biases, down_weight, plan, settings.decay, *both(up_weights))
 
 
 @names_wrong_types

@@ -19,7 +19,7 @@ from .. import ops
 from ..formats import HALF_DTYPES, as_rows
 from ..ops import float8
 from . import accumulation
-from .operands import cast_as_autocast_does, check_no_transform
+from .operands import both, cast_as_autocast_does, check_no_transform
 from .weight_gradient import (
     GradTarget,
     as_laid_out,
@@ -203,7 +203,8 @@ class _Float8FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan, x, bias_up, bias_down, down_weight, *up_weights):
+    def forward(ctx, plan, x, bias_up, bias_down, down_weight, first_weight, second_weight):
+        up_weights = (first_weight, second_weight) if plan.gated else (first_weight,)
         rows = as_rows(_computed(x))
         need_up, need_down = any(w.requires_grad for w in up_weights), down_weight.requires_grad
         cast_x = plan.x.settled(rows)
@@ -255,12 +256,12 @@ class _Float8FeedForward(torch.autograd.Function):
             dw_down = as_laid_out(_weight_gradient(pruned, kept_h, h_scale, down_shape, target), ctx.columns[0])
         if need_x:
             dx = _product_t(d8, cast_d, up, dy).view(ctx.x_shape).to(ctx.x_dtype)
-        dw_ups = _stacked_gradients(ctx, d_up, kept_x, x_scale, dy.dtype) if need_up else [None] * len(need_ups)
+        dw_ups = _stacked_gradients(ctx, d_up, kept_x, x_scale, dy.dtype) if need_up else [None]
         biases = [
             db.to(dtype) if need else None
             for db, dtype, need in zip((db_up, db_down), ctx.bias_dtypes, (need_bias_up, need_bias_down), strict=True)
         ]
-        return None, dx, *biases, dw_down, *dw_ups
+        return None, dx, *biases, dw_down, *both(dw_ups)
 
 
 def _activation_gradient(ctx, dh: Tensor, gate_up: Tensor, cast: Cast, seed: Tensor | None, bias: bool) -> tuple:
@@ -307,4 +308,4 @@ def float8_feed_forward(
     """A whole feed-forward layer by 8-bit products: `gated_mlp` where plan.gated, with up = (gate, up), else `mlp`."""
     check_no_transform(x)
     x, bias_up, bias_down = cast_as_autocast_does(x, bias_up, bias_down)
-    return _Float8FeedForward.apply(plan, x, bias_up, bias_down, down, *up)
+    return _Float8FeedForward.apply(plan, x, bias_up, bias_down, down, *both(up))

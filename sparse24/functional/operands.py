@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,11 @@ class PackedWeight(NamedTuple):
     packed_t: Tensor
     E_t: Tensor
     masks: tuple[Tensor, ...] = ()
+
+
+def both(of_weights: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """One for each of the two places that the weights of the up product have."""
+    return of_weights[0], of_weights[1] if len(of_weights) == 2 else None
 
 
 def is_lean(form: PackedWeight) -> bool:
