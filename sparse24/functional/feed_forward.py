@@ -97,7 +97,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias_up, bias_down, down_weight, plan: _Plan, decay, first_weight, second_weight):
         up, down, kind, gated, noise = plan
-        up_weights = (first_weight, second_weight) if gated else (first_weight,)
+        up_weights = (first_weight,) if second_weight is None else (first_weight, second_weight)
         rows = up.packed.shape[0]
         if gated:  # gate_up = x (M.W_up)^T, h = act(gate) * up
             gate_up, h = ops.sparse_mm_gated_activation(x, up.packed, up.E, rows // 2, kind, bias=bias_up)

@@ -204,7 +204,7 @@ class _Float8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, x, bias_up, bias_down, down_weight, first_weight, second_weight):
-        up_weights = (first_weight, second_weight) if plan.gated else (first_weight,)
+        up_weights = (first_weight,) if second_weight is None else (first_weight, second_weight)
         rows = as_rows(_computed(x))
         need_up, need_down = any(w.requires_grad for w in up_weights), down_weight.requires_grad
         cast_x = plan.x.settled(rows)
