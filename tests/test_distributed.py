@@ -337,9 +337,10 @@ def save(folder, model, optimizer, recipe, rank=0):
 
     weights, moments = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+    state = recipe.state_dict()  # gathers masks that FSDP2 has sharded: all ranks take part
     if rank == 0:
-        torch.save(recipe.state_dict(), folder / "recipe.pt")
-    torch.save(recipe.state_dict()["rng"], folder / f"rng{rank}.pt")
+        torch.save(state, folder / "recipe.pt")
+    torch.save(state["rng"], folder / f"rng{rank}.pt")
     if dist.is_initialized():
         dist.barrier()
 

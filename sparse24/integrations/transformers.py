@@ -19,7 +19,6 @@ from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
 from ..layers.modules import DENSE
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
-from .references import tell_dense_references
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, read_state, sparsify_once
 
@@ -111,7 +110,6 @@ class Sparse24Callback(TrainerCallback):
         self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **settings)
         if state.global_step > 0:
             self._resume(args, state)
-        tell_dense_references(model)
 
     def _resume(self, args, state) -> None:
         if self.masks == "search":
@@ -159,10 +157,13 @@ class Sparse24Callback(TrainerCallback):
     on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
-        if self.recipe is not None and state.is_world_process_zero:
+        if self.recipe is None:
+            return
+        recipe_state = self.recipe.state_dict()  # gathers masks where ranks divide a layer: all take part
+        if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if folder.is_dir():
-                write_atomically(folder / STATE_FILE, lambda path: torch.save(self.recipe.state_dict(), path))
+                write_atomically(folder / STATE_FILE, lambda path: torch.save(recipe_state, path))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.recipe is None or logs is None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..errors import Sparse24Warning
 from . import packing
 from .forward import has_substituted_weight
-from .state import DENSE, HOLDER, SPARSE, mask_of, state_of
+from .state import DENSE, HOLDER, SPARSE, division_of, mask_of, state_of
 from .tensor_parallel import whole_mask
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
@@ -224,7 +224,7 @@ def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
     state = state_of(layer)
     if state.watch is not None:
         state.watch.arrival = None
-    if not isinstance(saved, str) or state.cut is not None or (mine := layer.fingerprint()) is None:
+    if not isinstance(saved, str) or division_of(layer) is not None or (mine := layer.fingerprint()) is None:
         return
     origin = _followed(layer)
     if origin is not None and saved in (mine, origin.fingerprint()):  # weights and masks of one moment: a snapshot

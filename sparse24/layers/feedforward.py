@@ -26,6 +26,7 @@ from .forward import check_input, check_weight_is_packed, has_substituted_weight
 from .forward_source import form_kind, read_forward
 from .packing import mask_bits
 from .replaced import Child, any_global_hook, child_is_unchanged, layer_is_plain, remember
+from .row_shards import let_go
 from .sparse_layer import SparseLayer
 from .state import (
     DECAY,
@@ -241,8 +242,6 @@ def look_at(block: nn.Module, own: type) -> BlockState | str:
     layers = [block._modules[name] for name in form.layers]
     if not all(isinstance(layer, SparseLayer) for layer in layers):
         return "not all of its layers are sparse"
-    if any(state_of(layer).cut is not None for layer in layers):
-        return "its layers are tensor parallel, and run one by one under the hooks of their plan"
     rows = layers[0]._buffers[PACKED].shape[0]
     if len(layers) == 3 and rows % META_BLOCK:
         return f"gate and up have {rows} rows, not a multiple of {META_BLOCK}"
@@ -279,6 +278,7 @@ def link(block: nn.Module) -> None:
     state.halves = shared_packing.share(block, gate, up)  # None: forward falls back to the layers
     if state.halves is not None:
         shared_packing.watch(block, ups, link)
+        let_go([shards for up in ups if (shards := state_of(up).shards) is not None])
         shared_packing.pack_by_one_scale(ups)
 
 

@@ -64,7 +64,9 @@ def check_weight_is_packed(layer: nn.Module) -> None:
     evaluation passes look at the first rows, see `unseen`.
     """
     weight, state = layer._parameters.get("weight"), state_of(layer)
-    if weight is state.packed_weight:
+    if state.shards is not None and not packing.is_dtensor(weight):
+        state.shards.ensure_forward()
+    elif weight is state.packed_weight:
         if state.stamp is None:
             return
         if state.stamp != packing.stamp(weight):
@@ -163,6 +165,11 @@ def _sparse_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | 
         if fits:
             return soft_linear(x, weight, packed, metadata, bias, mvue=state.mvue, rank=state.rank)
         return F.linear(x, _SoftWeight.apply(weight, soft).to(x.dtype), bias)
+    if state.shards is not None and not fits:
+        raise Sparse24DtypeError(
+            f"FSDP2 gathers this layer's weight packed in {packed.dtype}, but it is called in {x.dtype}; use "
+            f"MixedPrecisionPolicy(param_dtype={x.dtype}), or sparsify(..., dtype={x.dtype})"
+        )
     bits = packing.mask_bits(layer._buffers[MASK]) if state.lean or decay is not None or not fits else None
     if not fits:
         _warn_of_dtype(packed.dtype, x.dtype)

@@ -96,7 +96,9 @@ def pack(layers: Iterable, *, search: bool) -> None:
         if layer.weight.is_meta:
             layer.note_packed()
             continue
-        if state_of(layer).soft_scale is not None:
+        if state_of(layer).shards is not None:
+            _search_rows(layer, search)
+        elif state_of(layer).soft_scale is not None:
             _pack_soft(layer, search)
         else:
             # One launch for many weights; but a sharded one is gathered, packed and forgotten before the next.
@@ -108,7 +110,14 @@ def pack(layers: Iterable, *, search: bool) -> None:
         _run(run, weights, masks, group)
         for layer in group:
             layer.note_packed(searched=search)
-    _restore_blocks(chain.from_iterable(groups.values()))
+    restore_blocks(chain.from_iterable(groups.values()))
+
+
+def _search_rows(layer, search: bool) -> None:
+    """Of a layer whose rows are packed for each gather of FSDP2 only the mask is kept."""
+    if search:
+        mask_bits(mask_of(layer)).copy_(ops.transposable_mask(layer.kernel_weight()))
+    layer.note_packed(searched=search)
 
 
 def _run(run, weights: list[Tensor], masks: list[Tensor], layers: list) -> None:
@@ -146,7 +155,7 @@ def _pack_float8(layers: list, search: bool) -> Callable:
     return run
 
 
-def _restore_blocks(layers: Iterable) -> None:
+def restore_blocks(layers: Iterable) -> None:
     """Let each fused block around the layers see that its own buffer still holds their packed forms."""
     for block, restore in dict(blocks[layer] for layer in layers if layer in blocks).items():
         if block() is not None:

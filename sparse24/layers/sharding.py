@@ -1,7 +1,8 @@
 """What FSDP2 asks of the recipe: a rank's optimizer holds only a shard of each weight.
 
-`fully_shard` cuts a weight along its first dimension as torch.chunk does. Packed forms are of the whole weight, on
-every rank, packed from the gathered weight (see `packing.full_weight`); the decay works on the local shard with its
+`fully_shard` cuts a weight along its first dimension as torch.chunk does. Where shards are alike and cut no block, a
+rank packs its own rows and FSDP2 gathers packed forms, see `packed_gather`. Else every rank has packed forms of the
+whole weight, made from the gathered weight (see `packing.full_weight`); the decay works on the local shard with its
 part of the mask.
 """
 

@@ -40,7 +40,7 @@ def share(block: nn.Module, gate: nn.Module, up: nn.Module) -> Halves | None:
     if not can_share(gate, up):
         buffers.update(dict.fromkeys(PACKED_BUFFERS))
         return None
-    rows, cols = gate.kernel_weight().shape
+    rows, cols = gate._buffers[PACKED].shape[0], gate.kernel_weight().shape[1]
     packed, lean = gate._buffers[PACKED], state_of(gate).lean
     whole = ops.empty_packed(2 * rows, cols, packed.dtype, packed.device)
     for name, tensor in zip(PACKED_BUFFERS, whole, strict=True):
@@ -54,15 +54,21 @@ def share(block: nn.Module, gate: nn.Module, up: nn.Module) -> Halves | None:
         for name in names:
             along = 1 if name == PACKED_T and not form.mn_major else 0
             half = buffers[name].chunk(2, along)[index]
-            half.copy_(layer._buffers[name])
+            _copy_held(half, layer._buffers[name])
             layer._buffers[name] = half
         piece = pieces[:, index]
-        piece.copy_(layer.flat_E().view(piece.shape))
+        _copy_held(piece, layer._buffers[METADATA])
         layer._buffers[METADATA] = piece
         halves.append({name: layer._buffers[name] for name in PACKED_BUFFERS})
     if form.scaled:
         float8.share_weight_scale(gate, up)
     return Halves(buffers[PACKED], tuple(halves), order)
+
+
+def _copy_held(half: Tensor, form: Tensor) -> None:
+    """Copy a form; one of FSDP2 has no memory between two passes, and nothing to be copied."""
+    if form.untyped_storage().nbytes():
+        half.copy_(form.reshape(half.shape))
 
 
 def _order(m: int, k: int, dtype: torch.dtype) -> Tensor:
@@ -85,8 +91,6 @@ def can_share(gate: nn.Module, up: nn.Module) -> bool:
     """Whether both are sparse layers whose packed forms are alike and fill whole blocks of E."""
     if not (isinstance(gate, SparseLayer) and isinstance(up, SparseLayer)):
         return False
-    if state_of(gate).cut is not None or state_of(up).cut is not None:
-        return False  # a plan's hooks are on the layers, which run one by one
     return _form(gate) == _form(up) and gate._buffers[PACKED].shape[0] % META_BLOCK == 0
 
 

@@ -18,7 +18,6 @@ from ..functional.soft import soft_scale
 from . import copies, float8, packing, tensor_parallel
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
-from .owners import model_changed
 from .packing import packed_dtype
 from .replacements import watch_replacements
 from .state import (
@@ -38,6 +37,7 @@ from .state import (
     TRANSPOSED_BUFFERS,
     LayerState,
     add_buffers,
+    division_of,
     drop_all,
     mask_of,
     shown_buffer,
@@ -127,11 +127,13 @@ class SparseLayer(WatchedWeight):
         if phase != state.phase:
             state.generation += 1
             state.phase = phase
+        if state.shards is not None:
+            state.shards.switch(phase == SPARSE)
 
     def take_mask(self, mask: Tensor) -> None:
         """Copy `mask`, uint8 [rows/4, cols/2] or its uint16 form, into the layer's own. Packs nothing.
 
-        mask  of the whole weight, or of a tensor-parallel layer also of this rank's part
+        mask  of the whole weight, or where ranks divide the layer also of this rank's part
         """
         state_of(self).generation += 1
         mask_of(self).copy_(tensor_parallel.part_of_mask(self, mask))
@@ -197,11 +199,15 @@ class SparseLayer(WatchedWeight):
         return self._buffers[METADATA].reshape(-1)
 
     def kernel_weight(self) -> Tensor:
-        """The weight as kernels see it: [out_features, in_features], detached; of a tensor-parallel layer its part."""
+        """The weight as kernels see it: [out_features, in_features], detached; of a divided one, this rank's."""
+        if (shards := state_of(self).shards) is not None:
+            return shards.own_rows()
         return self.as_kernel_sees(self.own_part(self.weight.detach()))
 
     def own_part(self, tensor: Tensor) -> Tensor:
-        """Of a tensor of the weight's shape what this tensor-parallel rank holds; else the tensor."""
+        """Of a tensor of the weight's shape what this rank holds, where ranks divide the layer; else the tensor."""
+        if state_of(self).shards is not None:
+            return tensor.to_local() if packing.is_dtensor(tensor) else tensor
         return tensor_parallel.own_part(tensor, state_of(self).cut)
 
     def largest_of_parts(self, largest: Tensor) -> None:
@@ -216,7 +222,8 @@ class SparseLayer(WatchedWeight):
         weight, state, buffers = self.kernel_weight(), state_of(self), self._buffers
         check_extents(weight)
         rows, cols = weight.shape
-        device, dtype = weight.device, packed_dtype(weight, state.compute_dtype)
+        parts, as_gathered = (1, None) if state.shards is None else (state.shards.parts, state.shards.compute_dtype)
+        device, dtype = weight.device, packed_dtype(weight, state.compute_dtype or as_gathered)
         mask = buffers[MASK]
         no_mask = mask is None or mask.shape != (rows // 4, cols // 2) or (mask.is_meta and device.type != "meta")
         if no_mask:
@@ -226,8 +233,8 @@ class SparseLayer(WatchedWeight):
         if state.precision is not None and buffers[float8.CAST_BUFFERS[0]] is None:
             float8.add_casts(self, device)
         packed = buffers[PACKED]
-        if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (rows, cols // 2)):
-            for name, tensor in zip(PACKED_BUFFERS, ops.empty_packed(rows, cols, dtype, device), strict=True):
+        if packed is None or (packed.device, packed.dtype, packed.shape) != (device, dtype, (parts * rows, cols // 2)):
+            for name, tensor in zip(PACKED_BUFFERS, ops.empty_packed(parts * rows, cols, dtype, device), strict=True):
                 left_out = state.lean and name in TRANSPOSED_BUFFERS
                 buffers[name] = tensor.new_empty(0) if left_out else tensor
         return no_mask
@@ -238,6 +245,8 @@ class SparseLayer(WatchedWeight):
         if state_of(self).precision is not None and not self.weight.is_meta:
             packing.pack(packing.set_weight_scale(self), search=False)
         packing.pack([self], search=search)
+        if state_of(self).shards is not None:
+            state_of(self).shards.renew()
 
     def note_packed(self, *, searched: bool = False) -> None:
         """Remember which weight was packed last, for `has_substituted_weight`, the alarm in forward and copies."""
@@ -259,7 +268,6 @@ class SparseLayer(WatchedWeight):
         # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
         # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
         self.look(forward=False)  # moving a copy must not hide that its weight was written
-        dtype = self.weight.dtype
         casts = float8.ALL_BUFFERS if state_of(self).precision else ()
         buffers = {name: self._buffers[name] for name in (*LAYER_BUFFERS, *casts)}
         self._buffers.update(dict.fromkeys(buffers))
@@ -272,13 +280,11 @@ class SparseLayer(WatchedWeight):
                 lost = tensor.is_meta and name in casts
                 self._buffers[name] = None if lost else tensor.to(self.weight.device)
         self._repack()
-        if self.weight.dtype != dtype:
-            model_changed([self])
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        is_part = state_of(self).cut is not None  # its fingerprint says nothing where weights are cut another way
+        is_part = division_of(self) is not None  # its fingerprint says nothing where weights are cut another way
         if not is_part and hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
             destination._metadata.setdefault(prefix[:-1], {})[copies.METADATA_KEY] = mine
 

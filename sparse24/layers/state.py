@@ -50,6 +50,7 @@ class LayerState:
     scales_known   a step has told how tensors are cast; until then each cast looks at its tensor
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
+    shards         the rows of this rank of FSDP2, where packed forms are gathered, `row_shards.RowShards`; or None
     lookout        of the model, None of a layer that stands alone; with the next three see `unseen`
     looked         packings and alarms when an evaluation pass compared last
     evaluated      since the last training pass there was one without gradients, or a change of mode
@@ -75,6 +76,7 @@ class LayerState:
     scales_known: bool = False
     scale_partner: Any = None
     cut: Any = None
+    shards: Any = None
     lookout: Any = None
     looked: tuple[int, int] | None = None
     evaluated: bool = False
@@ -95,8 +97,14 @@ def state_of(layer: nn.Module) -> LayerState:
     return layer.__dict__[HOLDER]
 
 
+def division_of(layer: nn.Module) -> Any:
+    """How a sparse layer's mask is divided among ranks, a `tensor_parallel.Cut`, or None: every rank has all of it."""
+    state = layer.__dict__[HOLDER]
+    return state.cut or state.shards
+
+
 def mask_of(layer: nn.Module) -> Tensor:
-    """The mask of a sparse layer, uint8 [rows/4, cols/2]."""
+    """The mask of a sparse layer, uint8 [rows/4, cols/2]; where ranks divide the layer, of this rank's part."""
     return layer._buffers[MASK]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import Sparse24Error
 from . import float8
 from .packing import is_dtensor, mask_bytes
-from .state import LAYER_BUFFERS, MASK, PACKED_BUFFERS, SOFT, mask_of, state_of
+from .state import LAYER_BUFFERS, MASK, PACKED_BUFFERS, SOFT, division_of, mask_of, state_of
 
 #: what torch.distributed.tensor.distribute_module sets on a module, last of all
 APPLIED = "_distribute_module_applied"
@@ -146,13 +146,13 @@ def own_part(tensor: Tensor, cut: Cut | None) -> Tensor:
 
 def whole_mask(layer: nn.Module) -> Tensor:
     """The mask of the whole weight, uint8 [rows/4, cols/2]: the layer's own, or gathered from all parts. Collective."""
-    cut = state_of(layer).cut
+    cut = division_of(layer)
     return mask_of(layer) if cut is None else cut.whole_of(mask_of(layer))
 
 
 def whole(layer: nn.Module, part: Tensor) -> Tensor:
     """A plain tensor [out_features, in_features] of this rank's part -> that of the whole layer. Collective."""
-    cut = state_of(layer).cut
+    cut = division_of(layer)
     return part if cut is None else cut.whole_of(part)
 
 
@@ -164,7 +164,7 @@ def whole_masks(layers: list[nn.Module], masks: list[Tensor]) -> list[Tensor]:
 
 def part_of_mask(layer: nn.Module, mask: Tensor) -> Tensor:
     """This rank's part of a mask, uint8, that may be whole; of one that is a part already, itself."""
-    cut, mask = state_of(layer).cut, mask_bytes(mask)
+    cut, mask = division_of(layer), mask_bytes(mask)
     return mask if cut is None or mask.shape == mask_of(layer).shape else cut.part_of(mask)
 
 
@@ -184,19 +184,19 @@ def sum_over_parts(layers: list[nn.Module], counts: Tensor) -> Tensor:
 
 def largest_of_parts(layer: nn.Module, largest: Tensor) -> None:
     """The maximum of a value over the ranks that hold parts of a layer, in place. Collective."""
-    if (cut := state_of(layer).cut) is not None and not largest.is_meta:
+    if (cut := division_of(layer)) is not None and not largest.is_meta:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=cut.group)
 
 
 def place(layer: nn.Module) -> tuple[int, int]:
     """(which part of the layer this rank has, how many there are)."""
-    cut = state_of(layer).cut
+    cut = division_of(layer)
     return (0, 1) if cut is None else (cut.index, cut.parts)
 
 
 def _cut(layer) -> Cut | None:
     """The cut of a layer, or of what stands in for one."""
-    return state_of(layer).cut if isinstance(layer, nn.Module) else None
+    return division_of(layer) if isinstance(layer, nn.Module) else None
 
 
 # -- forward --------------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ class WatchedWeight:
 
     def is_packed(self) -> bool:
         """Whether the packed values are those of the weight, under the layer's own mask. Waits for the device."""
+        if state_of(self).shards is not None:
+            return True  # each gather packs
         packed, weight = self._buffers[PACKED], packing.full_weight(self)
         if state_of(self).precision is None:
             fresh = packing.pack_substitute(self, weight, packed.dtype)[PACKED]

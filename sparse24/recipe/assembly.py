@@ -65,6 +65,13 @@ def assemble(
     )
 
 
+def reads_whole_weights(settings: Preset, others: dict) -> str:
+    """What of the settings makes a rank of FSDP2 read whole weights, so that packed rows are not enough; "" if none."""
+    if others["decay_in"] == "backward":
+        return "decay_in='backward' reads whole weights"
+    return "method='s-ste' multiplies with soft-thresholded weights" if get_method(settings.method).soft else ""
+
+
 def begin(steps: Steps, settings: Preset) -> None:
     """Set the layers up for this training, and search their masks."""
     mvue = True if settings.mvue in ("output", "auto") else settings.mvue

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error
-from ..layers import check_switch, sharding
+from ..layers import check_switch, packed_gather, sharding
 from ..layers.owners import forget_owner
 from ..layers.unseen import share_lookout
 from . import state
-from .assembly import assemble, begin
+from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture
 from .hooks import StepHooks
 from .optimizers import chain_of
@@ -27,7 +27,6 @@ from .phases import check_decay, positive
 from .presets import filled
 from .readings import Readings
 from .scaling import CastScales
-from .surgery import ModelCheck
 from .takeover import pack_moved, take_over, tell_frozen, trainable_layers
 
 
@@ -106,11 +105,11 @@ class Recipe(Readings):
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
         check_switch("count_casts", count_casts)
+        packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings, others))
         scales = CastScales(self.layers, count_casts)
         self._steps = assemble(trained, self.optimizer, total_steps, settings, others, scales, sharded)
         self.method, self.phases = self._steps.method, self._steps.phases
         self._search, self._decay = self._steps.search, self._steps.decay
-        self._steps.check = ModelCheck(model, self.layers, self.optimizer)
         self._capture = Capture(self._steps, self._decay)
         self._has_told = False
         take_over(self, takeover)
@@ -193,10 +192,6 @@ class Recipe(Readings):
         """
         self._steps.finish_interrupted()
         self._has_told |= pack_moved(self.layers, self.step, self.optimizer, unseen, tell=not self._has_told)
-
-    def model_changed(self) -> None:
-        """Called by layers of this recipe that were replaced or cast: the next step begins by looking at the model."""
-        self._steps.check.due = True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..convert import sparse_layers, unwrap
-from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of
+from ..layers import DENSE, SparseLayer, mask_of, packed_gather, packing, sharding, state_of
 from ..layers.copies import fingerprint_of, same_function
 from ..layers.feedforward import FusedFeedForward, ffn_layers
-from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT
+from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT, division_of
 from .exporting import load_exported, masked_weight, plain_state, weight_key
 from .semi_structured import semi_structured_layers
 
@@ -71,9 +71,14 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
     phases = {state_of(layer).phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())
     report.phase = phases.pop() if len(phases) == 1 else "mixed" if phases else ""
     for name, layer in layers.items():
-        report.problems += [(name, problem) for problem in _problems(layer)]
+        with packed_gather.whole_forms([layer]):
+            report.problems += [(name, problem) for problem in _problems(layer)]
     for name, block in unwrap(model).named_modules():
-        if isinstance(block, FusedFeedForward) and not _fused_is_current(block):
+        if not isinstance(block, FusedFeedForward):
+            continue
+        with packed_gather.whole_forms([layer for layer in ffn_layers(block) if isinstance(layer, SparseLayer)]):
+            is_current = _fused_is_current(block)
+        if not is_current:
             report.problems.append((name, "the buffer of gate and up is not that of its layers; call sparse24.refresh"))
     report.problems += [
         (name, "its weight is not 2:4") for name, layer in semi.items() if _most_kept(layer.weight.to_dense()) > 2
@@ -105,7 +110,7 @@ def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport)
     report.file = "masked" if masked else "dense"
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     for name in layers.keys() & fingerprints.keys():
-        if state_of(layers[name]).cut is not None:
+        if division_of(layers[name]) is not None:
             continue  # the file's are of whole masks
         theirs, ours = fingerprints[name], fingerprint_of(layers[name])
         if isinstance(theirs, str) and ours is not None and not same_function(ours, theirs):
@@ -161,8 +166,8 @@ def _fused_is_current(block: FusedFeedForward) -> bool:
         return True
     if any(state_of(layer).phase == DENSE or layer._buffers[SOFT] is not None for layer in ups):
         return True
-    weight = torch.cat([packing.full_weight(layer) for layer in ups])
-    mask = torch.cat([mask_of(layer) for layer in ups])
+    weight = torch.cat([packed_gather.packed_weight(layer) for layer in ups])
+    mask = torch.cat([packed_gather.packed_mask(layer) for layer in ups])
     fresh = packing.pack_as(ups[0], weight, packing.mask_bits(mask))
     return all(
         _equal(packing.as_bits(block._buffers[name]), packing.as_bits(tensor))
@@ -185,7 +190,7 @@ def _problems(layer: SparseLayer) -> list[str]:
     if state.phase == DENSE:
         return []
     problems = []
-    weight, bits = packing.full_weight(layer), packing.mask_bits(mask_of(layer))
+    weight, bits = packed_gather.packed_weight(layer), packing.mask_bits(packed_gather.packed_mask(layer))
     rows, cols = weight.shape
     if state.precision is not None:
         fresh = packing.pack_as(layer, weight, bits)
