@@ -2,6 +2,7 @@
 # make test     environment, installation, C++ and Python tests
 # make crash    kill -9 at a hundred random moments of the main job, each resumed and compared bit for bit
 # make fuzz     a million random cases of the ops (CASES=n, SEED=n; DEVICE=cuda on a GPU), the seed printed
+# make mutants  small faults in the package and its C++, and whether tests see them (EACH=8 of each module)
 # make build    environment and installation only
 # make bench    benchmarks of the kernels, of layers, blocks and training steps (they want a GPU)
 # make format   clang-format and ruff over the tree; `make lint` only looks, as .ci/run does
@@ -34,7 +35,7 @@ BUILD := build/$(if $(filter 0,$(SPARSE24_CUDA)),cpu,$(if $(filter 1,$(SPARSE24_
 
 BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(shell find cmake csrc -type f)
 
-.PHONY: demo test crash fuzz build env bench format lint docs wheels clean distclean
+.PHONY: demo test crash fuzz mutants build env bench format lint docs wheels clean distclean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m sparse24 pretrain --preset demo --compare --ffn narrow --overwrite --out runs/demo $(DEMO_ARGS)
@@ -51,6 +52,10 @@ crash: $(VENV)/.installed-for-tests
 # In rounds of 50,000 with seeds that follow one another: what is printed has been done.
 fuzz: $(VENV)/.installed-for-tests
 	$(BIN)/python tests/fuzz_rounds.py --cases $(or $(CASES),1000000) $(if $(SEED),--seed $(SEED)) --device $(or $(DEVICE),cpu)
+
+mutants: $(VENV)/.installed-for-tests
+	$(BIN)/python tests/mutants/run.py --each $(or $(EACH),8)
+	$(BIN)/python tests/mutants/run_cpp.py --each $(or $(EACH),8)
 
 build: $(VENV)/.installed
 env: $(VENV)/.environment

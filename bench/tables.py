@@ -189,6 +189,13 @@ def ffn_fp8(device: str = "") -> str:
     return markdown(header, rows)
 
 
+def simulated(device: str = "") -> str:
+    """8, 64 and 512 GPUs, computed from the results of one: see simulate_gpus.py."""
+    from bench import simulate_gpus
+
+    return simulate_gpus.markdown(device)
+
+
 TABLES = {
     "ffn": ffn,
     "ffn_fp8": ffn_fp8,
@@ -197,6 +204,7 @@ TABLES = {
     "tokens": tokens,
     "block": block,
     "step": step,
+    "simulated": simulated,
 }
 
 

@@ -7,11 +7,13 @@ target_link_libraries(sparse24_test_objects PUBLIC
   sparse24_options Threads::Threads ${SPARSE24_CUDA_LIBRARIES})
 
 file(GLOB test_sources CONFIGURE_DEPENDS tests/cpp/*_test.cpp)
+add_custom_target(cpp_tests)  # those that need no GPU
 foreach(source ${test_sources})
   get_filename_component(name ${source} NAME_WE)
   add_executable(${name} ${source})
   target_link_libraries(${name} PRIVATE sparse24_test_objects)
   add_test(NAME ${name} COMMAND ${name})
+  add_dependencies(cpp_tests ${name})
 endforeach()
 
 # The choice of a GEMM config is host code without CUDA: tested in CPU builds too.

@@ -89,6 +89,17 @@ def bench(
     micro_batches: Annotated[int, typer.Option(help="Its forward calls an optimizer step.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of the suite only.")] = False,
     csv: Annotated[str | None, typer.Option(help="Folder for tables as CSV.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Training steps under FSDP2, on all ranks of torchrun.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="Of --distributed: llama-8B, llama-3B, llama-1B or tiny.")] = "llama-8B",
+    layers: Annotated[int, typer.Option(help="Of --distributed: so many blocks of the model. 0: all.")] = 0,
+    arms: Annotated[str, typer.Option(help="Of --distributed: names with commas between. Default: all.")] = "",
+    warm: Annotated[int, typer.Option(help="Of --distributed: untimed steps of each arm and round.")] = 30,
+    steps: Annotated[int, typer.Option(help="Of --distributed: timed steps of each arm and round.")] = 50,
+    rounds: Annotated[int, typer.Option(help="Of --distributed: turns of each arm.")] = 2,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Of --distributed: block by block.")] = True,
+    name: Annotated[str, typer.Option(help="Of --distributed: of the CSV file.")] = "distributed",
 ) -> None:
     """Dense against 2:4 on this machine's GPU; for a layer of your own, also from how many tokens on it pays."""
     from pathlib import Path
@@ -96,6 +107,12 @@ def bench(
     from .benchmark import command
 
     folder = Path(csv).expanduser() if csv else None
+    if distributed:
+        from .benchmark.distributed import Plan, run
+
+        chosen = tuple(arm.strip() for arm in arms.split(",") if arm.strip())
+        run(Plan(model, layers, tokens, chosen, warm, steps, rounds, compiled), folder, name)
+        return
     if d_model is None and d_ff is None:
         command.run_suite(tuple(parts or ()), quick, folder)
         return

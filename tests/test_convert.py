@@ -428,6 +428,20 @@ def h200(monkeypatch):
     return info
 
 
+def test_without_tokens_layers_are_chosen_as_with_8192(monkeypatch):
+    asked = []
+
+    def choose(weight, backend, training, *args, **kwargs):
+        asked.append((training, kwargs.get("assumed", args[-1] if args else None)))
+        return True, "asked"
+
+    monkeypatch.setattr(sparse24.convert.convert, "choose_function", choose)
+    for count in (None, 8192, 256):
+        sparse24.sparsify(MLP(), tokens=count)
+    by_default, as_said, few = (asked[i][0] for i in (0, 2, 4))
+    assert by_default == as_said and by_default.tokens == 8192 and few.tokens == 256
+
+
 def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(h200):
     """Which function a layer trains is decided at conversion, from shape, tokens and device."""
     choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training

@@ -332,3 +332,14 @@ def test_layers_made_on_the_meta_device_get_weights_later(precision):
     x = torch.randn(2, 32, 64)
     assert relative(module(x).detach(), masked_twin(module)(x).detach()) < 0.1
     assert sparse24.verify(module)
+
+
+@pytest.mark.parametrize("precision", MODES)
+def test_layers_of_a_fused_block_run_one_by_one_under_a_hook(precision):
+    """What lies in pieces inside the block's buffers is put together; results are those of the block to eight bits."""
+    module, x, dy = block(Gated, precision, mvue=False), torch.randn(3, 40, 64), torch.randn(3, 40, 64)
+    fused, calls = gradients(module, x, dy), []
+    module.gate_proj.register_forward_hook(lambda *args: calls.append(1))
+    for ours, theirs in zip(gradients(module, x, dy), fused, strict=True):
+        assert relative(ours, theirs) < 0.1
+    assert calls == [1]

@@ -254,6 +254,20 @@ def test_what_is_changed_back_runs_fused_again(monkeypatch):
     assert len(calls) == 3
 
 
+def test_what_fully_shard_writes_on_modules_changes_nothing(monkeypatch):
+    """Its marks are for compilers; any other attribute of an activation may change what it does."""
+    block, calls = make(Plain, fuse=True), []
+    real = sparse24.functional.mlp
+    monkeypatch.setattr(sparse24.functional, "mlp", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for module in block.modules():
+        module._is_fsdp_managed_module = module._fsdp_use_orig_params = True
+    block(torch.randn(2, 32))
+    assert len(calls) == 1
+    block.act_fn.other = True
+    block(torch.randn(2, 32))
+    assert len(calls) == 1
+
+
 def test_sparsify_once_more_takes_a_new_activation_up(monkeypatch):
     block, kinds = make(Plain, fuse=True), []
     real = sparse24.functional.mlp

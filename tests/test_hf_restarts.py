@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -233,3 +234,22 @@ def test_a_model_that_is_sparse_already_is_left_as_it_is(tmp_path):
 def test_masks_must_be_a_known_word():
     with pytest.raises(Sparse24Error, match="masks must be one of load, search, got 'find'"):
         Sparse24Callback(masks="find")
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_dense_reference_of_the_trainer_is_told_of(tmp_path, follows):
+    """As TRL's DPOTrainer has one, made before the callback converts the policy."""
+    trainer, _ = hf_trainer(tmp_path, steps=1)
+    dense = gpt2()
+    dense.load_state_dict(trainer.model.state_dict())
+    trainer.ref_model = dense
+    trainer.teacher = gpt2(width=64)  # of another shape: not compared
+    if follows:
+        sparse24.follow(trainer.ref_model, like=trainer.model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Sparse24Warning)
+        trainer.train()
+    told = [str(w.message) for w in caught if "ref_model" in str(w.message)]
+    assert len(told) == (0 if follows else 1)
+    assert not any("teacher" in str(w.message) for w in caught)

@@ -24,6 +24,15 @@ def save(model, optimizer, recipe):
     return torch.load(file, weights_only=True)
 
 
+def test_the_decay_that_was_set_during_a_run_comes_back():
+    model, optimizer, recipe = make(decay=1e-3)
+    recipe.decay = 4e-3
+    run(model, optimizer, 2)
+    _, _, again = make(decay=1e-3)
+    again.load_state_dict(recipe.state_dict())
+    assert again.decay == 4e-3 and again.current_decay == recipe.current_decay == 4e-3
+
+
 @pytest.mark.parametrize("recipe_first", [False, True])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 8, 9, 11])

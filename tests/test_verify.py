@@ -55,6 +55,14 @@ def test_nan_and_infinity_in_the_buffer_of_gate_and_up_are_no_other_number():
     assert "gate and up" in str(sparse24.verify(model))
 
 
+@pytest.mark.parametrize("name", ["packed", "packed_t"])
+def test_each_direction_is_compared(name):
+    model = sparse()
+    getattr(model.mlp.fc1, name)[0, 0] += 1
+    problem = f"{name} is not weight * mask; call sparse24.refresh(model) after writing weights"
+    assert sparse24.verify(model).problems == [("mlp.fc1", problem)]
+
+
 @pytest.mark.parametrize("name", ["E", "E_t"])
 def test_metadata_of_a_zero_weight_are_compared_too(name):
     """Where all values are zero, misplaced positions unpack to the same weight."""

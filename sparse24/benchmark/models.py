@@ -17,7 +17,8 @@ from torch import Tensor, nn
 class ModelShape:
     """A decoder: `kind` "gpt2" (LayerNorm, biases, GELU) or "llama" (RMSNorm, rotary positions, SwiGLU).
 
-    vocab 0 leaves out embedding and head: a stack of layers. tokens = batch x length of one micro-batch.
+    vocab 0 leaves out embedding and head: a stack of layers. tokens = batch x length of one micro-batch. tied: the head
+    is the embedding.
     """
 
     name: str
@@ -30,6 +31,7 @@ class ModelShape:
     vocab: int
     length: int
     batch: int
+    tied: bool = True
 
     @property
     def tokens(self) -> int:
@@ -181,7 +183,8 @@ class Decoder(nn.Module):
             self.norm = (nn.RMSNorm if shape.kind == "llama" else nn.LayerNorm)(shape.d_model)
             self.head = nn.Linear(shape.d_model, shape.vocab, bias=False)
             nn.init.normal_(self.embedding.weight, std=0.02)
-            self.head.weight = self.embedding.weight
+            if shape.tied:
+                self.head.weight = self.embedding.weight
 
     def loss(self, x: Tensor, ids: Tensor) -> Tensor:
         logits = self.head(self.norm(x))

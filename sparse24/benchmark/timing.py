@@ -30,7 +30,7 @@ from .._version import __version__
 def header() -> dict[str, str]:
     """Device, versions and commit, for the first lines of every result. GIT_COMMIT names it where git cannot."""
     return {
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
         "sparse24": __version__,
@@ -135,6 +135,7 @@ class Table:
 
     key     so many of the first columns tell what was measured
     folder  where NAME.csv is written, anew after each row, so that nothing measured is lost
+    quiet   print nothing
     append  rows of a CSV that is there already, of this device, stay; but new ones take the place of those with their
             key. Where the headers differ (commit, date), the line has both values, the newest first
     """
@@ -144,12 +145,14 @@ class Table:
     key: int = 1
     folder: Path | None = None
     append: bool = False
+    quiet: bool = False
     rows: list[list] = field(default_factory=list)
 
     def add(self, *cells) -> None:
         self.rows.append(list(cells))
         text = "  ".join(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells)
-        print(f"{self.name:<12} {text}", flush=True)
+        if not self.quiet:
+            print(f"{self.name:<12} {text}", flush=True)
         if self.folder:
             self.write(self.folder)
 

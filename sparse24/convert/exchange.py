@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import Sparse24Error
 from ..layers import SparseLayer, SparseLinear
 from ..layers.feedforward import FusedFeedForward, fuse, unfuse_block
+from ..layers.owners import model_changed
 from ..layers.unseen import share_lookout
 from . import structure
 from .surroundings import after_conversion
@@ -29,6 +30,7 @@ def convert(model: nn.Module, layers: dict[str, nn.Module], *, fuse_blocks: bool
         share_lookout(layers.values())
         reasons = _fuse_all(model) if fuse_blocks else {}
         after_conversion(model)
+        model_changed(module for module in model.modules() if isinstance(module, SparseLayer))
     except BaseException:
         for block in [m for m in model.modules() if isinstance(m, FusedFeedForward) and id(m) not in fused_before]:
             unfuse_block(block)

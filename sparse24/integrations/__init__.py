@@ -4,7 +4,7 @@ library.
 
 import importlib
 
-__all__ = ["lightning", "transformers"]
+__all__ = ["lightning", "torchtitan", "transformers"]
 
 
 def __getattr__(name: str):

@@ -11,7 +11,7 @@ from ..errors import Sparse24Error
 from ..recipe import Recipe
 
 
-def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_settings(settings: dict[str, Any], whose: str = "Sparse24Callback") -> tuple[dict[str, Any], dict[str, Any]]:
     """(those of `sparsify`, those of `Recipe`); what both take, such as mvue, goes to both.
 
     Raises Sparse24Error, with the closest name, for one that neither takes: at once, not when training begins.
@@ -21,7 +21,7 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
         if not any(name in names for names in known):
             close = difflib.get_close_matches(name, sorted(set.union(*known)), n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(set.union(*known)))}"
-            raise Sparse24Error(f"Sparse24Callback takes no setting {name!r}; {hint}")
+            raise Sparse24Error(f"{whose} takes no setting {name!r}; {hint}")
     return tuple({name: value for name, value in settings.items() if name in names} for names in known)
 
 

@@ -19,6 +19,7 @@ from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
 from ..layers.modules import DENSE
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
+from .references import tell_dense_references
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, read_state, sparsify_once
 
@@ -110,6 +111,7 @@ class Sparse24Callback(TrainerCallback):
         self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **settings)
         if state.global_step > 0:
             self._resume(args, state)
+        tell_dense_references(model)
 
     def _resume(self, args, state) -> None:
         if self.masks == "search":

@@ -242,6 +242,8 @@ def look_at(block: nn.Module, own: type) -> BlockState | str:
     layers = [block._modules[name] for name in form.layers]
     if not all(isinstance(layer, SparseLayer) for layer in layers):
         return "not all of its layers are sparse"
+    if any(state_of(layer).cut is not None for layer in layers):
+        return "its layers are tensor parallel, and run one by one under the hooks of their plan"
     rows = layers[0]._buffers[PACKED].shape[0]
     if len(layers) == 3 and rows % META_BLOCK:
         return f"gate and up have {rows} rows, not a multiple of {META_BLOCK}"

@@ -91,7 +91,9 @@ def _cast(layer: nn.Module, slot: str) -> Cast:
 
 
 def _weight(buffers: dict[str, Tensor], scale: Tensor) -> Float8Weight:
-    forms = (buffers[PACKED], buffers[METADATA].reshape(-1), buffers[PACKED_T], buffers[METADATA_T])
+    # Of a layer in a fused block that runs by itself packed_t lies in pieces: between the rows of the block's.
+    packed_t = buffers[PACKED_T].contiguous()
+    forms = (buffers[PACKED], buffers[METADATA].reshape(-1), packed_t, buffers[METADATA_T])
     return Float8Weight(*forms, scale)
 
 

@@ -18,6 +18,8 @@ class Owner(Protocol):
 
     def weights_moved(self, unseen=None) -> None: ...
 
+    def model_changed(self) -> None: ...
+
 
 _told: weakref.WeakSet[object] = weakref.WeakSet()
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[Owner]] = weakref.WeakKeyDictionary()
@@ -60,6 +62,12 @@ def weights_moved(layer, *, unseen: bool = False) -> None:
         Sparse24Warning,
         stacklevel=5,
     )
+
+
+def model_changed(layers: Iterable) -> None:
+    """Tell the recipes of `layers` that these were replaced or cast, or that others were converted beside them."""
+    for owner in {id(owner): owner for layer in layers if (owner := owner_of(layer)) is not None}.values():
+        owner.model_changed()
 
 
 def end_recipes(layers: Iterable) -> None:

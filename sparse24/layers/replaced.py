@@ -17,6 +17,8 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 __all__ = ["Child", "Part", "any_global_hook", "child_is_unchanged", "is_bare", "layer_is_plain", "remember"]
 
 _MODULE_KEYS = frozenset(nn.Module().__dict__)
+#: what fully_shard writes on every module that it manages, for compilers; it changes nothing of what a call does
+_FSDP_MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")
 
 
 class Part(NamedTuple):
@@ -47,7 +49,12 @@ def remember(block: nn.Module, name: str) -> Child:
 def _part(module: nn.Module) -> Part:
     cls, values = type(module), module.__dict__
     own = tuple((name, value) for name, value in values.items() if name not in _MODULE_KEYS)
-    return Part(module, cls.forward, cls.__call__, len(values), own)
+    return Part(module, cls.forward, cls.__call__, _count(values), own)
+
+
+def _count(values: dict[str, Any]) -> int:
+    """How many attributes a module has, those aside that FSDP2 gives it."""
+    return len(values) - sum(mark in values for mark in _FSDP_MARKS)
 
 
 def child_is_unchanged(block: nn.Module, child: Child) -> bool:
@@ -59,7 +66,7 @@ def child_is_unchanged(block: nn.Module, child: Child) -> bool:
         if cls.forward is not forward or cls.__call__ is not call or not is_bare(module):
             return False
         # Compilers of torch before 2.13 cannot count attributes; those that are known they compare like us.
-        if not torch.compiler.is_compiling() and len(values) != count:
+        if not torch.compiler.is_compiling() and _count(values) != count:
             return False
         for name, value in attributes:
             if values.get(name) is not value:

@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import Sparse24Error, Sparse24Warning
 from . import packing
+from .owners import model_changed
 from .state import HOLDER, MASK, SPARSE, state_of
 
 
@@ -26,13 +27,22 @@ def watch_replacements() -> None:
 
 def _look_at_registration(parent: nn.Module, name: str, new: nn.Module | None) -> None:
     old = parent._modules.get(name)
-    if old is None or new is None or old is new:
+    if old is None or old is new:
+        return
+    _tell_recipes(old, new)
+    if new is None:
         return
     if HOLDER in new.__dict__ and MASK in new._buffers:
         if any(child is new for child in old.modules()):
             _check_merge(name, new)
     elif HOLDER in old.__dict__ and MASK in old._buffers:
         _refuse_dense_twin(parent, name, old, new)
+
+
+def _tell_recipes(old: nn.Module, new: nn.Module | None) -> None:
+    """Of sparse layers that are no longer where they were, unless a wrapper holds them."""
+    kept = set() if new is None else set(map(id, new.modules()))
+    model_changed(m for m in old.modules() if HOLDER in m.__dict__ and id(m) not in kept)
 
 
 def _refuse_dense_twin(parent: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:

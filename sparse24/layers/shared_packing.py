@@ -91,6 +91,8 @@ def can_share(gate: nn.Module, up: nn.Module) -> bool:
     """Whether both are sparse layers whose packed forms are alike and fill whole blocks of E."""
     if not (isinstance(gate, SparseLayer) and isinstance(up, SparseLayer)):
         return False
+    if state_of(gate).cut is not None or state_of(up).cut is not None:
+        return False  # a plan's hooks are on the layers, which run one by one
     return _form(gate) == _form(up) and gate._buffers[PACKED].shape[0] % META_BLOCK == 0
 
 

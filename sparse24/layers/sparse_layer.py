@@ -18,6 +18,7 @@ from ..functional.soft import soft_scale
 from . import copies, float8, packing, tensor_parallel
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
+from .owners import model_changed
 from .packing import packed_dtype
 from .replacements import watch_replacements
 from .state import (
@@ -268,6 +269,7 @@ class SparseLayer(WatchedWeight):
         # `.to()`, `.half()`, `.cuda()`, `to_empty()`: move the weight, bring the mask along, pack again. The buffers
         # are taken out meanwhile: fn would cast packed values that are about to be rewritten, or empty the mask.
         self.look(forward=False)  # moving a copy must not hide that its weight was written
+        dtype = self.weight.dtype
         casts = float8.ALL_BUFFERS if state_of(self).precision else ()
         buffers = {name: self._buffers[name] for name in (*LAYER_BUFFERS, *casts)}
         self._buffers.update(dict.fromkeys(buffers))
@@ -280,6 +282,8 @@ class SparseLayer(WatchedWeight):
                 lost = tensor.is_meta and name in casts
                 self._buffers[name] = None if lost else tensor.to(self.weight.device)
         self._repack()
+        if self.weight.dtype != dtype:
+            model_changed([self])
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

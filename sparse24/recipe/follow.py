@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..layers.copies import settle
-from ..layers.modules import SparseLayer, mask_of, state_of
+from ..layers.modules import SparseLayer, state_of
+from ..layers.tensor_parallel import whole_mask
 from .state import check_state, phases_of, renewed
 
 
@@ -36,7 +37,7 @@ def follow(copy: nn.Module, *, like: nn.Module, once: bool = False) -> int:
             f"like is a {type(like).__name__} without sparse layers, and so has no masks; sparsify it, or "
             "sparse24.densify(copy) if the copy is to be dense too"
         )
-    shapes = {name: layer.kernel_weight().shape for name, layer in theirs.items()}
+    shapes = {name: _kernel_shape(layer) for name, layer in theirs.items()}
     first = next(iter(theirs.values()))
     state = state_of(first)
     dtype = None if state.precision else state.compute_dtype
@@ -44,7 +45,7 @@ def follow(copy: nn.Module, *, like: nn.Module, once: bool = False) -> int:
     mine = _layers_named(copy, shapes, "the model to follow", settings)
     for name, layer in mine.items():
         other = theirs[name]
-        layer.take_state(state_of(other).phase, mask_of(other), state_of(other).soft_scale)
+        layer.take_state(state_of(other).phase, whole_mask(other), state_of(other).soft_scale)
         settle(layer, like=None if once else other)
     return len(mine)
 

@@ -27,6 +27,7 @@ from .phases import check_decay, positive
 from .presets import filled
 from .readings import Readings
 from .scaling import CastScales
+from .surgery import ModelCheck
 from .takeover import pack_moved, take_over, tell_frozen, trainable_layers
 
 
@@ -110,6 +111,7 @@ class Recipe(Readings):
         self._steps = assemble(trained, self.optimizer, total_steps, settings, others, scales, sharded)
         self.method, self.phases = self._steps.method, self._steps.phases
         self._search, self._decay = self._steps.search, self._steps.decay
+        self._steps.check = ModelCheck(model, self.layers, self.optimizer)
         self._capture = Capture(self._steps, self._decay)
         self._has_told = False
         take_over(self, takeover)
@@ -192,6 +194,10 @@ class Recipe(Readings):
         """
         self._steps.finish_interrupted()
         self._has_told |= pack_moved(self.layers, self.step, self.optimizer, unseen, tell=not self._has_told)
+
+    def model_changed(self) -> None:
+        """Called by layers of this recipe that were replaced or cast: the next step begins by looking at the model."""
+        self._steps.check.due = True
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

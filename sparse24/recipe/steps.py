@@ -14,6 +14,7 @@ from .phases import Phases
 from .ranks import check_ranks
 from .scaling import CastScales
 from .search import MaskSearch
+from .surgery import ModelCheck
 
 
 class Steps:
@@ -42,6 +43,7 @@ class Steps:
         self.taken = 0
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
         self.noise: NoiseWatch | None = None  # of mvue="auto"
+        self.check: ModelCheck | None = None  # before a step, of what was changed about the model
         self._entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
 
@@ -67,6 +69,8 @@ class Steps:
     @torch.no_grad()
     def before(self) -> None:
         """Before the optimizer's step, once the gradients are final."""
+        if self.check is not None and self.check.due:
+            self.check.run(self.taken)
         self.finish_interrupted()
         if self.frozen_moment is not None:
             self.frozen_moment.before_step()

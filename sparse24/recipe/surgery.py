@@ -1,0 +1,79 @@
+"""What has changed about the model that a recipe trains: layers put in others' places, weights of another dtype."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+
+from ..convert import sparse_layers, unwrap
+from ..errors import Sparse24Error, Sparse24Warning
+from ..layers.modules import SparseLayer
+from ..layers.owners import owner_of
+
+
+class ModelCheck:
+    """Looks before an optimizer step whether the recipe's layers are still the model's, once something has changed.
+
+    due  layers have told of a change: modules were replaced or converted, or weights cast
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], optimizer: torch.optim.Optimizer):
+        self._model = weakref.ref(unwrap(model))
+        self.layers, self.optimizer = layers, optimizer
+        self.due = False
+
+    def run(self, step: int) -> None:
+        """Raises Sparse24Error, as often as it is run, for layers that are gone and for trained ones without a recipe.
+
+        step  optimizer steps taken
+        """
+        model = self._model()
+        if model is not None:
+            self._check_layers(model, step)
+        self.due = False
+        self._tell_dtypes()
+
+    def _check_layers(self, model: nn.Module, step: int) -> None:
+        there = set(map(id, model.modules()))
+        gone = [name for name, layer in self.layers.items() if id(layer) not in there]
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        new = [
+            name
+            for name, layer in sparse_layers(model).items()
+            if owner_of(layer) is None and id(layer._parameters.get("weight")) in held
+        ]
+        if not gone and not new:
+            return
+        lost = f"{', '.join(gone[:4])} ({len(gone)} layers of this recipe) are no longer in the model" if gone else ""
+        added = f"{', '.join(new[:4])} ({len(new)} sparse layers) are trained without it" if new else ""
+        raise Sparse24Error(
+            f"the model was changed under its recipe: {' and '.join(filter(None, (lost, added)))}. Call "
+            "recipe.detach(), and make a new Recipe(model, optimizer, ...) with the same settings, then "
+            f"recipe.start_at({step}); the optimizer must hold the weights that were put in. A trainer's callback "
+            "wants such changes before its training begins"
+        )
+
+    def _tell_dtypes(self) -> None:
+        """torch refuses a step over a state of another dtype in words that do not name it."""
+        for name, layer in self.layers.items():
+            weight = layer._parameters.get("weight")
+            state = {} if weight is None else self.optimizer.state.get(weight, {})
+            odd = [key for key, t in state.items() if _is_of_another_dtype(t, weight)]
+            if odd:
+                warnings.warn(
+                    f"the weights, such as that of {name}, were cast to {weight.dtype} after steps in "
+                    f"{state[odd[0]].dtype}, and the optimizer's {', '.join(odd)} were not: many optimizers refuse "
+                    "that. optimizer.load_state_dict(optimizer.state_dict()) casts its state too",
+                    Sparse24Warning,
+                    stacklevel=2,
+                )
+                return
+
+
+def _is_of_another_dtype(value, weight: torch.Tensor) -> bool:
+    if not isinstance(value, torch.Tensor) or value.shape != weight.shape:
+        return False
+    return value.is_floating_point() and value.dtype != weight.dtype

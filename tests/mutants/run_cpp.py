@@ -1,0 +1,175 @@
+"""Small faults in the C++ that CPU and GPU share, and the C++ tests that should see them: part of `make mutants`.
+
+    python tests/mutants/run_cpp.py [--named] [--each 8] [--seed 0] [--only common/philox.h ...]
+
+Each mutant is a copy of one file with one operator or number of one line changed. The test programs below and what of
+the library includes the file are compiled with it. What the compiler refuses is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from named_cpp import NAMED  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DNDEBUG", '-DSPARSE24_VERSION="0"']
+NEAREST = {
+    "common/bits.h": ["mvue_test", "common_test"],
+    "common/convert.h": ["common_test", "compress_test"],
+    "common/float8.h": ["float8_test", "float8_packing_test"],
+    "common/mask_bits.h": ["mask_test", "compress_test"],
+    "common/metadata.h": ["common_test", "compress_test", "float8_packing_test"],
+    "common/philox.h": ["common_test", "mvue_test"],
+    "common/tensor_list.h": ["kernel_parts_test", "common_test"],
+    "common/tile.h": ["common_test", "kernel_index_test"],
+    "compress/mvue_group.h": ["mvue_test"],
+    "compress/pack_group.h": ["compress_test"],
+    "activation/functions.h": ["activation_test"],
+    "mask/block_search.h": ["mask_test"],
+    "gemm/stream_k.h": ["stream_k_test"],
+    "cpu/parallel.cpp": ["compress_test"],
+}
+SWAPS = [
+    (r"(?<![<>=!-])<=", "<"), (r"(?<![<>=-])<(?![<=])(?= )", "<="), (r"(?<![<>=-])>=", ">"), (r"(?<= )>(?= )", ">="),
+    (r"==", "!="), (r"!=", "=="), (r"&&", "||"), (r"\|\|", "&&"), (r"(?<= )\+(?= )", "-"), (r"(?<= )-(?= )", "+"),
+    (r"(?<= )\*(?= )", "+"), (r"(?<= )/(?= )", "*"), (r"(?<= )<<(?= )", ">>"), (r"(?<= )>>(?= )", "<<"),
+    (r"(?<= )&(?= )", "|"), (r"(?<= )\|(?= )", "&"), (r"(?<= )\^(?= )", "&"),
+]  # fmt: skip
+NUMBER = re.compile(r"(?<![\w.])(0x[0-9A-Fa-f]+|\d+)(u?)(?![\w.])")
+
+NO_COMPUTATION = re.compile(r"\s*(template|static_assert|SP24_CHECK|using|namespace|case .*: return \")")
+
+
+def code_lines(text: str):
+    """(number, line without comment) of lines that every host compiler sees and that compute something."""
+    on_gpu = []
+    for i, line in enumerate(text.splitlines()):
+        if line.lstrip().startswith("#"):
+            if re.match(r"\s*#\s*if", line):
+                on_gpu.append("CUDA" in line)
+            elif re.match(r"\s*#\s*else", line):
+                on_gpu[-1] = False
+            elif re.match(r"\s*#\s*endif", line):
+                on_gpu.pop()
+            continue
+        code = re.sub(r"//.*", "", line)
+        if not any(on_gpu) and not NO_COMPUTATION.match(code):
+            yield i, code
+
+
+def mutants(text: str) -> list[tuple[int, str, str]]:
+    """(line, words, text with the fault)"""
+    lines, found = text.splitlines(), []
+
+    def add(i, code, match, new):
+        changed = [*lines]
+        changed[i] = code[: match.start()] + new + code[match.end() :]
+        found.append((i + 1, f"{code.strip()[:50]} -> {changed[i].strip()[:60]}", "\n".join(changed) + "\n"))
+
+    for i, code in code_lines(text):
+        for pattern, new in SWAPS:
+            for match in re.finditer(pattern, code):
+                add(i, code, match, new)
+        for match in NUMBER.finditer(code):
+            digits, suffix = match.groups()
+            value = int(digits, 0) + 1
+            add(i, code, match, (hex(value) if digits.startswith("0x") else str(value)) + suffix)
+    return found
+
+
+class Build:
+    """Objects of the host library and of the tests, compiled once as they are and, for a mutant, anew where needed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(ROOT / "csrc", folder / "csrc")
+        shutil.copytree(ROOT / "tests" / "cpp", folder / "cpp")
+        self.sources = [*(folder / "csrc" / "api").glob("*.cpp"), *(folder / "csrc" / "cpu").glob("*.cpp")]
+        self.objects = {source: self.compile(source, folder / "whole") for source in self.sources}
+        if None in self.objects.values():
+            raise SystemExit("error: the library does not compile without any fault")
+
+    def compile(self, source: Path, to: Path) -> Path | None:
+        to.mkdir(exist_ok=True)
+        out = to / f"{source.parent.name}_{source.stem}.o"
+        includes = [f"-I{self.folder / 'csrc'}", f"-I{self.folder / 'csrc' / 'include'}", f"-I{self.folder / 'cpp'}"]
+        command = ["g++", *FLAGS, *includes, "-MMD", "-c", str(source), "-o", str(out)]
+        return out if subprocess.run(command, capture_output=True).returncode == 0 else None
+
+    def includes(self, source: Path, header: Path) -> bool:
+        depends = self.objects[source].with_suffix(".d").read_text()
+        return source == header or str(header) in depends
+
+    def outcome(self, header: str, text: str, tests: list[str]) -> str:
+        path = self.folder / "csrc" / header
+        whole = path.read_text()
+        path.write_text(text)
+        try:
+            objects = {s: self.compile(s, self.folder / "changed") if self.includes(s, path) else self.objects[s]
+                       for s in self.sources}  # fmt: skip
+            if None in objects.values():
+                return "refused"
+            return "SURVIVED" if all(self.passes(test, objects) for test in tests) else "killed"
+        finally:
+            path.write_text(whole)
+
+    def passes(self, test: str, objects: dict) -> bool:
+        own = self.compile(self.folder / "cpp" / f"{test}.cpp", self.folder / "changed")
+        program = self.folder / "changed" / test
+        link = ["g++", str(own), *map(str, objects.values()), "-lpthread", "-o", str(program)]
+        if own is None or subprocess.run(link, capture_output=True).returncode:
+            return False
+        try:
+            return subprocess.run([str(program)], capture_output=True, timeout=300).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+
+
+def named() -> list[tuple[str, tuple]]:
+    found = []
+    for header, old, new in NAMED:
+        text = (ROOT / "csrc" / header).read_text()
+        if text.count(old) != 1:
+            raise SystemExit(f"error: {header} has {text.count(old)} times {old!r}; named_cpp.py is out of date")
+        found.append((header, (text[: text.index(old)].count("\n") + 1, f"{old} -> {new}", text.replace(old, new))))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--named", action="store_true")
+    parser.add_argument("--each", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+")
+    args = parser.parse_args()
+    todo = named()
+    for header in () if args.named else NEAREST:
+        of_file = mutants((ROOT / "csrc" / header).read_text())
+        picked = random.Random(f"{args.seed} {header}").sample(of_file, min(args.each, len(of_file)))
+        todo += [(header, mutant) for mutant in sorted(picked)]
+    counts = {"killed": 0, "SURVIVED": 0, "refused": 0}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        build = Build(Path(folder))
+        for header, (line, what, text) in todo:
+            if args.only and header not in args.only:
+                continue
+            outcome = build.outcome(header, text, NEAREST[header])
+            counts[outcome] += 1
+            print(f"{outcome:8} csrc/{header}:{line} {what}", flush=True)
+    print(f"{counts['killed']} killed, {counts['SURVIVED']} survived, {counts['refused']} refused by the compiler")
+    sys.exit(bool(counts["SURVIVED"]))
+
+
+if __name__ == "__main__":
+    main()

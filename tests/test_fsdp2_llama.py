@@ -1,0 +1,60 @@
+"""examples/fsdp2_llama.py under torchrun: tiny, two gloo ranks, stopped and resumed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "fsdp2_llama.py"
+TINY = ["--size", "tiny", "--steps", "6", "--tokenizer", "bytes", "--mask-interval", "2", "--log-every", "2"]
+
+
+def torchrun(ranks, *options, check=True, folder=None):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*launch, str(SCRIPT), *TINY, *map(str, options)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert not check or run.returncode == 0, run.stdout + run.stderr
+    return run.stdout if check else run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 2000)
+    return ["--data", folder / "text.txt", "--cache-dir", folder / "cache"]
+
+
+def last_loss(output):
+    return float(re.search(r"last loss ([\d.]+)", output)[1])
+
+
+def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text):
+    """The last loss, with noise in its gradients, is that of the run that was not stopped."""
+    whole = torchrun(2, *text)
+    assert re.search(r"step 6  loss \d\.\d+  \d+ tokens/s a GPU  MFU nan %  peak \d+\.\d+ GB", whole), whole
+    assert "6 layers 2:4" in whole
+    torchrun(2, *text, "--out", tmp_path, "--save-every", "3", "--stop", "3")
+    resumed = torchrun(2, *text, "--out", tmp_path, "--resume")
+    assert "3 steps, last loss" in resumed and last_loss(resumed) == last_loss(whole)
+    alone = torchrun(1, *text, "--out", tmp_path, "--resume", "--batch", "2")
+    assert last_loss(alone) == pytest.approx(last_loss(whole), rel=0.1)  # another draw of the noise
+    assert torch.load(tmp_path / "step-3" / "training.pt", weights_only=True)["recipe"]["step"] == 3
+
+
+@pytest.mark.parametrize("arm", ["dense", "2:4-fp8-hybrid", "2:4-fp8"])
+def test_other_arms_train(text, arm):
+    output = torchrun(1, *text, "--arm", arm, "--stop", "2")
+    assert f"{arm}: 2 steps, last loss" in output and 3 < last_loss(output) < 10
+
+
+def test_fp8_dense_arms_need_torchao(text):
+    pytest.importorskip("torchao")
+    assert "2 steps" in torchrun(1, *text, "--arm", "fp8-tensorwise", "--stop", "2")
+
+
+def test_nothing_to_resume_is_said_at_once(tmp_path, text):
+    output = torchrun(1, *text, "--out", tmp_path, "--resume", check=False)
+    assert f"--resume finds no checkpoint in {tmp_path}" in output
