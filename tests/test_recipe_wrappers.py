@@ -57,7 +57,8 @@ class SAM(torch.optim.Optimizer):
 class Lookahead(torch.optim.Optimizer):
     """Wraps another optimizer and does not call Optimizer.__init__, as common implementations do."""
 
-    def __init__(self, base, alpha=0.5, k=3):
+    def __init__(self, base, alpha=0.5, k=3, by_data=False):
+        self.by_data = by_data
         self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         self._base_optimizer, self.alpha, self.k, self.taken = base, alpha, k, 0
         self.param_groups, self.state, self.defaults = base.param_groups, defaultdict(dict), dict(base.defaults)
@@ -69,12 +70,14 @@ class Lookahead(torch.optim.Optimizer):
         self.taken += 1
         if self.taken % self.k == 0:
             for p, slow in self.slow.items():
-                p.copy_(slow.lerp_(p, self.alpha))
+                (p.data if self.by_data else p).copy_(slow.lerp_(p, self.alpha))
         return loss
 
 
 class ScheduleFree(torch.optim.SGD):
     """SGD whose `eval` puts an average of its iterates in the weights' place; `train` takes it out again."""
+
+    by_data = False  # as pytorch_optimizer's, whose writes no version shows
 
     def swap(self):
         for group in self.param_groups:
@@ -82,7 +85,7 @@ class ScheduleFree(torch.optim.SGD):
                 average = self.state[p].setdefault("average", p.detach().clone())
                 with torch.no_grad():
                     kept = p.clone()
-                    p.copy_(average)
+                    (p.data if self.by_data else p).copy_(average)
                     average.copy_(kept)
 
     def eval(self):
@@ -143,8 +146,9 @@ def test_sam_decays_the_second_gradient_at_the_weights_that_are_trained():
 
 
 @pytest.mark.fault(83)
-def test_lookahead_is_counted_and_packed_after_its_slow_step():
-    model, optimizer, recipe = prepared(lambda parameters: Lookahead(torch.optim.AdamW(parameters, 1e-2)))
+@pytest.mark.parametrize("by_data", [False, True])
+def test_lookahead_is_counted_and_packed_after_its_slow_step(by_data):
+    model, optimizer, recipe = prepared(lambda ps: Lookahead(torch.optim.AdamW(ps, 1e-2), by_data=by_data))
     for step in range(12):
         assert sparse24.verify(model)
         loss_of(model, step).backward()
@@ -156,8 +160,10 @@ def test_lookahead_is_counted_and_packed_after_its_slow_step():
 
 
 @pytest.mark.fault(83)
-def test_schedule_free_evaluates_the_weights_of_eval():
+@pytest.mark.parametrize("by_data", [False, True])
+def test_schedule_free_evaluates_the_weights_of_eval(by_data):
     model, optimizer, recipe = prepared(lambda parameters: ScheduleFree(parameters, 0.1))
+    optimizer.by_data = by_data
     for step in range(8):
         loss_of(model, step).backward()
         optimizer.step()

@@ -78,6 +78,13 @@ def look(layer) -> None:
     weights_moved(layer, unseen=True)
 
 
+def seems_packed(layer) -> bool:
+    """Whether a weight shows neither by its version nor in its first rows that it was written since it was packed."""
+    if state_of(layer).stamp is None or state_of(layer).stamp == packing.SHARED or layer.weight.is_meta:
+        return True
+    return not layer.weight_has_changed() and first_rows_are_packed(layer)
+
+
 @torch.no_grad()
 def first_rows_are_packed(layer) -> bool:
     """Whether the packed form begins as that of the present weight does. Waits for the device."""

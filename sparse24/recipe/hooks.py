@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 
+from ..layers.unseen import seems_packed
 from .capture import Capture, is_capturing
 from .steps import Steps
 
@@ -84,8 +86,11 @@ class StepHooks:
             self.steps.after()
 
     def moved(self) -> None:
-        """A wrapper may have moved weights."""
-        if not is_capturing() and any(layer.weight_has_changed() for layer in self.steps.layers.values()):
+        """A wrapper may have moved weights, through `.data` perhaps, which only the weights themselves show."""
+        if is_capturing():
+            return
+        layers = self.steps.layers.values()
+        if any(layer.weight_has_changed() for layer in layers) or not all(map(seems_packed, islice(layers, 1))):
             self.steps.repack()
 
 
