@@ -321,3 +321,28 @@ def test_a_copy_of_a_model_that_has_been_made_dense_is_on_its_own():
     twin = masked_twin(held, model)
     sparse24.densify(model)
     assert_same(held, twin)
+
+
+@pytest.mark.fault(80)
+def test_a_partial_state_dict_concerns_the_layers_that_it_has():
+    saved, *_ = made_elsewhere()
+    model = MLP()
+    sparse24.sparsify(model)
+    masks = {name: kept(layer) for name, layer in sparse_layers(model).items()}
+    with torch.no_grad():
+        model.fc2.weight.add_(0.3 * torch.randn(model.fc2.weight.shape))
+        with pytest.warns(Sparse24Warning, match="packed anew"):
+            model(X)
+    partial = type(saved)((key, value) for key, value in saved.items() if key.startswith("fc1"))
+    partial._metadata = saved._metadata
+    model.load_state_dict(partial, strict=False)
+    with pytest.warns(Sparse24Warning, match=r"weights of fc1 \(1 sparse layers\) were saved"), torch.no_grad():
+        model(X)
+    assert torch.equal(masks["fc2"], kept(model.fc2)), "nothing has arrived there"
+
+
+def made_elsewhere():
+    """The state_dict of a model whose masks are not those of its weights."""
+    model, optimizer, recipe = make(lr=1.0, mask_interval=50, dense_fraction=0)
+    run(model, optimizer, 6)
+    return model.state_dict(), recipe

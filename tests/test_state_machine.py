@@ -89,6 +89,7 @@ def half(averaged, now, count) -> None:
 
 class Machine(RuleBasedStateMachine):
     processes = 0  # real ones, of all runs
+    indices = st.integers(0, 11)
 
     @initialize(
         seed=seeds, interval=st.integers(1, 5), total=st.integers(4, 30), dense_fraction=st.sampled_from([0.0, 0.25])
@@ -140,6 +141,21 @@ class Machine(RuleBasedStateMachine):
         self.write(self.main, seed)
         sparse24.refresh(self.main.net)
 
+    @rule(index=indices, seed=seeds)
+    def swap_weights_in_and_out_by_data(self, index, seed):
+        """As averages do that have no model of their own: no version shows it, an evaluation finds it."""
+        live = self.some(index)
+        if live.origin is not None:
+            return
+        g, kept = torch.Generator().manual_seed(seed), live.twin.weights
+        swapped = {name: weight + 0.3 * torch.randn(weight.shape, generator=g) for name, weight in kept.items()}
+        for weights in (swapped, kept):
+            for name, parameter in live.net.named_parameters():
+                parameter.data.copy_(weights[name])
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", Sparse24Warning)
+                torch.testing.assert_close(live.model(X), live.twin(X, weights), rtol=1e-4, atol=1e-5)
+
     @rule(mode=st.sampled_from(["eval", "train", "train with grad"]))
     def forward_from_here_on(self, mode):
         self.forward_as = mode
@@ -168,7 +184,6 @@ class Machine(RuleBasedStateMachine):
         return self.copies[index % len(self.copies)]
 
     has_copies = precondition(lambda self: self.copies)
-    indices = st.integers(0, 11)
 
     @rule(index=indices)
     def snapshot(self, index):

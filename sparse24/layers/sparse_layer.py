@@ -294,6 +294,8 @@ class SparseLayer(WatchedWeight):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *args, **kwargs)
+        if not self.weight_is_computed() and prefix + "weight" not in state_dict:
+            return  # strict=False: of other layers only
         self._take_weights()
         copies.note_arrival(self, prefix[:-1], local_metadata.get(copies.METADATA_KEY), missing_keys)
 
