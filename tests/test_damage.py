@@ -134,6 +134,14 @@ def no_moments(state):
     return state
 
 
+@pytest.mark.parametrize("version", [None, True, 1.0, "1", 2, torch.zeros(3), [1]], ids=str)
+def test_a_version_of_another_kind_is_refused(version, checkpoint, fresh):
+    rewrite(checkpoint, version=version)
+    with pytest.raises(Sparse24Error, match="has version .*, this sparse24 reads 1"):
+        load_checkpoint(checkpoint, *fresh[0])
+    fresh[1]()
+
+
 def of_group(**options):
     return lambda state: state | {"param_groups": [group | options for group in state["param_groups"]]}
 

@@ -1,9 +1,11 @@
 """The examples run as they stand."""
 
+import json
 import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,14 @@ def test_accelerate_loop_in_mixed_precision_on_a_gpu(precision):
 
 def test_lightning_module():
     pytest.importorskip("lightning")
-    assert example("lightning_module.py")(steps=10).recipe.step == 10
+    callback = example("lightning_module.py")(steps=10)
+    recipe = callback.recipe
+    assert recipe.step == 10 and recipe.phase == "dense" and len(recipe.layers) == 6
+    assert [step for step, _ in recipe.monitor.history()], "masks were searched on the way"
+    # In the dense phase a layer is a plain one: its weight, not weight * mask.
+    layer = next(iter(recipe.layers.values()))
+    x = torch.randn(4, layer.in_features)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
 
 def test_ddp_with_one_process(tmp_path):
@@ -82,3 +91,24 @@ def test_a_speedrun_with_muon_learns():
     """Squared-ReLU layers under Muon and AdamW; the text's own noise leaves a loss of about 0.7."""
     losses = example("muon_speedrun.py")(steps=60)
     assert len(losses) == 60 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_the_notebook_runs_and_holds_its_outputs(tmp_path):
+    """In less than a minute; what it prints is in the file, but for rounding, which differs from machine to machine."""
+    pytest.importorskip("matplotlib").use("agg")
+    root = EXAMPLES.parent
+    notebook_of = runpy.run_path(str(root / "packaging" / "notebook.py"))
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))
+    start = time.process_time()
+    made = notebook_of["run"](notebook, str(tmp_path))
+    assert time.process_time() - start < 60
+    stored = [cell["outputs"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [[out["output_type"] for out in outputs] for outputs in made] == [
+        [out["output_type"] for out in outputs] for outputs in stored
+    ]
+    for ours, theirs in zip(made, stored, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if "text" in a and "GPU" not in "".join(b["text"]) and "loss" not in "".join(b["text"]):
+                assert a["text"][1:] == b["text"][1:]
+    page = notebook_of["as_markdown"](notebook)
+    assert "data:image/png;base64," in page and "```python\nimport torch" in page

@@ -6,6 +6,7 @@ Of the content, with digests made anew, as a careless or hostile writer would le
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
@@ -100,7 +101,8 @@ def change_header(draw, header: dict) -> None:
     if kind == "value":
         holder[place[-1]] = copy.deepcopy(draw.pick(VALUES))
     elif kind == "gone":
-        holder.pop(place[-1], None)
+        with contextlib.suppress(KeyError):  # the header that an earlier change has emptied
+            del holder[place[-1]]
     else:
         holder["more"] = {"rows": 8, "cols": 8, "transposed": False}
 

@@ -1,11 +1,14 @@
 """A user's typed program passes `mypy --strict`, and a wrong one does not."""
 
+import ast
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import sparse24
 
 pytest.importorskip("mypy")
 ROOT = Path(__file__).parent.parent
@@ -27,6 +30,15 @@ def mypy(program: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_users_program_passes_mypy_strict(tmp_path):
     result = mypy(USER, tmp_path)
     assert result.returncode == 0, result.stdout
+
+
+def test_the_program_uses_every_public_name():
+    tree = ast.parse(USER.read_text())
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    modules = {"errors", "functional", "integrations", "modules", "ops", "reference", "structure"}
+    assert set(sparse24.__all__) - modules <= used
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert modules <= used | imported
 
 
 def test_wrong_arguments_are_seen(tmp_path):

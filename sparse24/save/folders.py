@@ -106,7 +106,7 @@ class OtherVersion(Sparse24Error):
 
 def _check_version(path: Path, state: Any, version: int) -> None:
     found = state.get("version") if isinstance(state, dict) else None
-    if found != version or type(found) is not int:
+    if type(found) is not int or found != version:
         raise OtherVersion(
             f"checkpoint {path} has version {found}, this sparse24 reads {version}; go on with the one that wrote it"
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import sparse24
-from sparse24 import ops
+from sparse24 import errors, functional, integrations, modules, ops, reference, structure
 
 
 class Model(nn.Module):
@@ -49,3 +49,45 @@ def products(w: Tensor, x: Tensor) -> Tensor:
 def ready() -> str:
     found = sparse24.is_available()
     return found.arch if found else found.reason
+
+
+def evaluate(model: nn.Module, folder: Path, optimizer: torch.optim.Optimizer, recipe: sparse24.Recipe) -> None:
+    extra = sparse24.load_checkpoint(folder, model, optimizer, recipe)
+    state: dict[str, Tensor] = sparse24.load_compressed(folder / "model")
+    average = torch.optim.swa_utils.AveragedModel(model)
+    followed: int = sparse24.follow(average, like=model)
+    loaded: int = sparse24.load_masks(model, recipe.state_dict())
+    packed: int = sparse24.refresh(model, search=False)
+    print(extra, sorted(state), followed, loaded, packed, sparse24.__version__, sparse24.to_semi_structured(model))
+
+
+def tune(batches: list[Tensor]) -> float:
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1)
+
+    result = sparse24.tune_decay(lambda: Model(64), optimizer_of, batches, probe_step=10)
+    decay: float | None = result.decay  # None where no arm came near
+    return decay or 6e-5
+
+
+def watch(model: nn.Module) -> None:
+    probe = sparse24.MaskProbe(model, mask_interval=10)
+    layer = sparse24.SparseConv1D(64, 64)
+    is_sparse: bool = isinstance(layer, modules.SparseLayer)
+    print(probe, is_sparse, structure, integrations, reference.transposable_mask(torch.zeros(4, 4)))
+
+
+def refused(x: Tensor, w: Tensor) -> Tensor | None:
+    packed = ops.prune_compress(w)[1:]
+    available: sparse24.Availability = sparse24.is_available()
+    try:
+        y: Tensor = functional.sparse_linear(x, w, *packed)
+    except (sparse24.Sparse24DtypeError, sparse24.Sparse24BuildError) as error:
+        print(error, available)
+    except sparse24.Sparse24Error as error:
+        raise errors.Sparse24Error("refused") from error
+    except sparse24.Sparse24Warning:
+        return None
+    else:
+        return y
+    return None
