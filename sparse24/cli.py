@@ -108,6 +108,8 @@ def bench(
 
     folder = Path(csv).expanduser() if csv else None
     if distributed:
+        if parts or d_model is not None or d_ff is not None or quick:
+            raise Sparse24Error("--distributed times whole models: leave out parts, --quick, --d-model and --d-ff")
         from .benchmark.distributed import Plan, run
 
         chosen = tuple(arm.strip() for arm in arms.split(",") if arm.strip())

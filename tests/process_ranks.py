@@ -1,4 +1,4 @@
-"""Processes over gloo that run functions of a test, with a time limit: a rank that waits for ever fails the test."""
+"""Processes that run functions of a test, with a time limit: a rank that waits for ever fails the test."""
 
 import os
 import queue
@@ -14,11 +14,13 @@ import torch.multiprocessing as mp
 LIMIT = 120
 
 
-def _worker(rank, world, init, tasks, results):
+def _worker(rank, world, init, backend, tasks, results):
     """A rank: runs function(rank) for each function it is sent, until it is sent None."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=f"file://{init}", rank=rank, world_size=world)
     while (function := tasks.get()) is not None:
         try:
             results.put((rank, function(rank), None))
@@ -28,12 +30,13 @@ def _worker(rank, world, init, tasks, results):
 
 
 class Ranks:
-    """`world` processes; `run(function)` returns function(rank) of each, in their order."""
+    """`world` processes, over "gloo" or "nccl"; `run(function)` returns function(rank) of each, in their order."""
 
-    def __init__(self, world, init):
+    def __init__(self, world, init, backend="gloo"):
         context = mp.get_context("spawn")
         self.results, self.queues = context.Queue(), [context.Queue() for _ in range(world)]
-        arguments = [(rank, world, init, tasks, self.results) for rank, tasks in enumerate(self.queues)]
+        shared = (world, init, backend)
+        arguments = [(rank, *shared, tasks, self.results) for rank, tasks in enumerate(self.queues)]
         self.workers = [context.Process(target=_worker, args=args, daemon=True) for args in arguments]
         for worker in self.workers:
             worker.start()
@@ -44,11 +47,14 @@ class Ranks:
         answers, end = [], time.monotonic() + LIMIT
         while len(answers) < len(self.queues):
             try:
-                answers.append(self.results.get(timeout=max(0.1, end - time.monotonic())))
+                answers.append(self.results.get(timeout=1))
             except queue.Empty:
+                dead = [rank for rank, worker in enumerate(self.workers) if not worker.is_alive()]
+                if not dead and time.monotonic() < end:
+                    continue
                 errors = [error for _, _, error in answers if error] or ["none of the others failed"]
                 self.end()
-                pytest.fail(f"a rank hangs after {LIMIT} s; {errors[0]}")
+                pytest.fail(f"rank {dead[0]} has died; {errors[0]}" if dead else f"a rank hangs; {errors[0]}")
         answers.sort(key=lambda answer: answer[0])
         for _, _, error in answers:
             assert error is None, error

@@ -3,6 +3,7 @@
 import csv
 import functools
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,13 @@ from sparse24.errors import Sparse24Error
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bench(*options, launch=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")):
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def bench(*options, launch=(*LAUNCH, "2"), gpus=False):
     command = [sys.executable, *launch, "-m", "sparse24", "bench", "--distributed", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    env = os.environ | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
 
 
 def test_two_ranks_time_all_arms_and_write_one_csv(tmp_path):
@@ -44,6 +49,18 @@ def test_two_ranks_time_all_arms_and_write_one_csv(tmp_path):
         assert float(row["tokens/s a GPU"]) == pytest.approx(128e3 / float(row["step_ms"]), rel=2e-3)
         assert float(row["speedup"]) == pytest.approx(float(rows[0]["step_ms"]) / float(row["step_ms"]), rel=2e-3)
         assert float(row["gathered MB"]) > 0 and float(row["reduced MB"]) > 0
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multigpu)])
+def test_gpus_have_all_columns(tmp_path, ranks):
+    sizes = ["--model", "llama-1B", "--layers", "2", "--tokens", "2048", "--warm", "2", "--steps", "5", "--rounds", "1"]
+    arms = ["--arms", "dense,2:4,2:4 fp8-hybrid,2:4 fp8"]
+    run = bench(*sizes, *arms, "--csv", tmp_path, launch=(*LAUNCH, str(ranks)), gpus=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    lines = (tmp_path / "distributed.csv").read_text().splitlines()
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        assert 0 < float(row["MFU"]) < 1 and float(row["peak GB"]) > 0
+        assert float(row["exposed_ms"]) >= 0 and float(row["gathered MB"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -75,6 +92,11 @@ def test_arms_are_chosen_by_name(monkeypatch):
 def test_outside_of_torchrun_the_command_is_told():
     run = bench("--model", "tiny", "--tokens", "64", launch=())
     assert run.returncode == 2 and "torchrun --nproc-per-node 2 -m sparse24 bench --distributed" in run.stderr
+
+
+def test_a_layer_of_ones_own_is_not_distributed():
+    run = bench("--d-model", "64", "--d-ff", "128", launch=())
+    assert run.returncode == 2 and "--distributed times whole models" in run.stderr
 
 
 def test_the_llama_of_8_billion_weights_has_them():

@@ -1,5 +1,6 @@
 """examples/fsdp2_llama.py under torchrun: tiny, two gloo ranks, stopped and resumed."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,10 +13,12 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "fsdp2_llama.py"
 TINY = ["--size", "tiny", "--steps", "6", "--tokenizer", "bytes", "--mask-interval", "2", "--log-every", "2"]
 
 
-def torchrun(ranks, *options, check=True, folder=None):
+def torchrun(ranks, *options, check=True, gpus=False):
+    """The example's output; without `gpus` it sees none, and so its ranks are CPUs over gloo."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launch, str(SCRIPT), *TINY, *map(str, options)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    env = os.environ | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run.stdout if check else run.stdout + run.stderr
 
@@ -50,9 +53,17 @@ def test_other_arms_train(text, arm):
     assert f"{arm}: 2 steps, last loss" in output and 3 < last_loss(output) < 10
 
 
-def test_fp8_dense_arms_need_torchao(text):
-    pytest.importorskip("torchao")
-    assert "2 steps" in torchrun(1, *text, "--arm", "fp8-tensorwise", "--stop", "2")
+WIDE = ["--size", "1b", "--layers", "2", "--length", "512", "--stop", "4"]
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multigpu)])
+@pytest.mark.parametrize("arm", ["dense", "fp8-tensorwise", "fp8-rowwise", "2:4", "2:4-fp8-hybrid", "2:4-fp8"])
+def test_arms_train_on_gpus(text, ranks, arm):
+    if arm.startswith("fp8"):
+        pytest.importorskip("torchao")
+    output = torchrun(ranks, *text, *WIDE, "--compile", "--arm", arm, gpus=True)
+    assert f"{arm}: 4 steps, last loss" in output and last_loss(output) < 14
+    assert re.search(r"MFU \d+\.\d %", output), output
 
 
 def test_nothing_to_resume_is_said_at_once(tmp_path, text):

@@ -51,10 +51,10 @@ def four(tmp_path_factory):
 class Gated(nn.Module):
     """A feed-forward layer as Llama has it."""
 
-    def __init__(self, bias=False):
+    def __init__(self, bias=False, hidden=HIDDEN):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(WIDTH, HIDDEN, bias), nn.Linear(WIDTH, HIDDEN, bias)
-        self.down_proj = nn.Linear(HIDDEN, WIDTH, bias)
+        self.gate_proj, self.up_proj = nn.Linear(WIDTH, hidden, bias), nn.Linear(WIDTH, hidden, bias)
+        self.down_proj = nn.Linear(hidden, WIDTH, bias)
 
     def forward(self, x):
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -63,9 +63,9 @@ class Gated(nn.Module):
 class Block(nn.Module):
     """Norm and feed-forward layer, as sequence parallelism cuts them. Input and output [batch, length, WIDTH]."""
 
-    def __init__(self, bias=False):
+    def __init__(self, bias=False, hidden=HIDDEN):
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(WIDTH), Gated(bias)
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), Gated(bias, hidden)
 
     def forward(self, x):
         return x + self.mlp(self.norm(x))
@@ -91,9 +91,9 @@ def data(step):
     return torch.randn(4, TOKENS, WIDTH, generator=torch.Generator().manual_seed(step))
 
 
-def dense_model(bias=False):
+def dense_model(bias=False, hidden=HIDDEN):
     torch.manual_seed(0)
-    return nn.Sequential(Block(bias), Block(bias))
+    return nn.Sequential(Block(bias, hidden), Block(bias, hidden))
 
 
 def train(model, recipe, optimizer, part=lambda x: x):
@@ -108,16 +108,16 @@ def train(model, recipe, optimizer, part=lambda x: x):
     return losses
 
 
-def one_process(bias=False, **settings):
-    model = dense_model(bias)
+def one_process(bias=False, hidden=HIDDEN, **settings):
+    model = dense_model(bias, hidden)
     sparse24.sparsify(model, precision=settings.pop("precision", None))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recipe = Recipe(model, optimizer, **{"mvue": False, **SETTINGS, **settings})
     return model, recipe, train(model, recipe, optimizer)
 
 
-def parallel_model(order, mesh, plan=plain_plan, bias=False, **convert):
-    model = dense_model(bias)
+def parallel_model(order, mesh, plan=plain_plan, bias=False, hidden=HIDDEN, **convert):
+    model = dense_model(bias, hidden)
     if order == "sparsify first":
         sparse24.sparsify(model, **convert)
     for block in model:
@@ -203,27 +203,53 @@ def test_sequence_parallel_plans_train_as_the_whole_layers_do(two, order):
         assert_same_training(found, *expected)
 
 
-def _with_fsdp(rank, order, decay_in="step", bias=False):
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = parallel_model(order, mesh["tp"], bias=bias)
+def _with_fsdp(rank, order, decay_in="step", bias=False, hidden=HIDDEN, shape=(2, 2)):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "dp", "tp")[-len(shape) :])
+    model = parallel_model(order, mesh["tp"], bias=bias, hidden=hidden)
+    of_data = mesh["dp"] if len(shape) == 2 else mesh["replicate", "dp"]
     for block in model:
-        fully_shard(block, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
+        fully_shard(block, mesh=of_data)
+    fully_shard(model, mesh=of_data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     recipe = Recipe(model, optimizer, mvue=False, check_ranks_every=1, decay_in=decay_in, **SETTINGS)
-    losses = train(model, recipe, optimizer, lambda x: x.chunk(2)[mesh["dp"].get_local_rank()])
+    losses = train(model, recipe, optimizer, lambda x: x.chunk(2)[rank // 2])
     assert sparse24.verify(model), str(sparse24.verify(model))
     dist.all_reduce(mean := torch.tensor(losses, dtype=torch.float64))
     return numbers(model, recipe, (mean / 4).tolist())
 
 
 @pytest.mark.parametrize("order", ["sparsify first", "plan first"])
-@pytest.mark.parametrize("settings", [dict(), dict(decay_in="backward", bias=True)])
-def test_fsdp2_shards_the_parts_over_the_other_dimension(four, order, settings):
-    """Two ranks of FSDP2 by two of tensor parallel: the masks of one process."""
+@pytest.mark.parametrize(
+    "settings, shape",
+    [
+        (dict(), (2, 2)),
+        (dict(decay_in="backward", bias=True), (2, 2)),
+        (dict(hidden=24), (2, 2)),  # shards of the parts cut 4x4 blocks
+        (dict(), (2, 1, 2)),
+    ],
+)
+def test_fsdp2_shards_the_parts_over_the_other_dimension(four, order, settings, shape):
+    """Two ranks of FSDP2, or two replicas of shards, by two of tensor parallel: the masks of one process."""
     expected = one_process(**settings)
-    for found in four.run(functools.partial(_with_fsdp, order=order, **settings)):
+    for found in four.run(functools.partial(_with_fsdp, order=order, shape=shape, **settings)):
         assert_same_training(found, *expected)
+
+
+def _sparsified_last(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = parallel_model("never", mesh["tp"])
+    fully_shard(model, mesh=mesh["dp"])
+    try:
+        sparse24.sparsify(model)
+    except Sparse24Error as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.fault(68)
+def test_sparsify_comes_before_fully_shard_where_weights_are_cut(four):
+    for message in four.run(_sparsified_last):
+        assert "it is tensor parallel, and its weight has placements" in message and "before fully_shard" in message
 
 
 @pytest.mark.parametrize("method", ["ste", "sr-ste", "step", "s-ste", "mvue"])
@@ -356,6 +382,66 @@ def _from_meta(rank):
 def test_layers_are_cut_on_the_meta_device_too(two):
     first, second = two.run(_from_meta)
     assert first == second and len(first["0.fc1"]) == 32
+
+
+# -- on GPUs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multigpu)]
+)
+def gpus(request, tmp_path_factory):
+    started = Ranks(request.param, tmp_path_factory.mktemp("nccl") / "init", "nccl")
+    yield started
+    started.end()
+
+
+class Big(nn.Module):
+    def __init__(self, width=256, hidden=1024):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    forward = Gated.forward
+
+
+def _big(precision, mesh=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(Big()).to("cuda", torch.bfloat16)
+    sparse24.sparsify(model, backend="sparse", precision=precision, mvue=False)
+    if mesh is not None:
+        plan = {"0.gate_proj": ColwiseParallel(), "0.up_proj": ColwiseParallel(), "0.down_proj": RowwiseParallel()}
+        parallelize_module(model, mesh, plan)
+    return model
+
+
+def _on_gpus(rank, precision, compiled):
+    mesh = init_device_mesh("cuda", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    one, parts = _big(precision), _big(precision, mesh)
+    recipe = Recipe(parts, torch.optim.SGD(parts.parameters(), lr=0.0), mvue=False, check_ranks_every=1, **SETTINGS)
+    for name, mask in recipe.state_dict()["masks"].items():
+        assert torch.equal(mask, mask_of(one.get_submodule(name))), name
+    torch.manual_seed(1)
+    x = torch.randn(512, 256, device="cuda", dtype=torch.bfloat16)
+    expected = one(x)
+    expected.square().mean().backward()
+    y = (torch.compile(parts, fullgraph=True) if compiled else parts)(x)
+    y.square().mean().backward()
+    assert sparse24.verify(parts), str(sparse24.verify(parts))
+    errors = [((y - expected).float().norm() / expected.float().norm()).item()]
+    for ours, theirs in zip(parts.parameters(), one.parameters(), strict=True):
+        gradient, exact = whole(ours.grad).float(), theirs.grad.float()
+        errors.append(((gradient - exact).norm() / exact.norm()).item())
+    recipe.optimizer.step()
+    return errors
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision, limit", [(None, 0.02), ("fp8-hybrid", 0.1), ("fp8", 0.1)])
+def test_parts_compute_what_the_whole_does_on_gpus(gpus, precision, limit, compiled):
+    """Masks to the bit; outputs and gradients up to the rounding of bf16, or of casts by scales of parts."""
+    for errors in gpus.run(functools.partial(_on_gpus, precision=precision, compiled=compiled)):
+        assert all(error < limit for error in errors), errors
 
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
