@@ -14,6 +14,10 @@ from ..layers.modules import SparseLayer
 from ..layers.owners import owner_of
 
 
+def _no_model() -> None:
+    return None
+
+
 class ModelCheck:
     """Looks before an optimizer step whether the recipe's layers are still the model's, once something has changed.
 
@@ -24,6 +28,10 @@ class ModelCheck:
         self._model = weakref.ref(unwrap(model))
         self.layers, self.optimizer = layers, optimizer
         self.due = False
+
+    def __getstate__(self) -> dict:
+        """For copies of a detached recipe, which looks at no model any more."""
+        return self.__dict__ | {"_model": _no_model}
 
     def run(self, step: int) -> None:
         """Raises Sparse24Error, as often as it is run, for layers that are gone and for trained ones without a recipe.

@@ -132,8 +132,10 @@ TEST(slopes_at_zero_and_at_infinity) {
       CHECK_EQ(evaluate(Activation::kSquaredRelu, zero, for_16_bits).slope, 0.0f);
       CHECK_EQ(evaluate(Activation::kSquaredRelu, zero, for_16_bits).value, 0.0f);
     }
-    CHECK_EQ(evaluate(Activation::kGelu, inf, for_16_bits).slope, 1.0f);
-    CHECK_EQ(evaluate(Activation::kGelu, -inf, for_16_bits).slope, 0.0f);
+    for (Activation kind : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh}) {
+      CHECK_EQ(evaluate(kind, inf, for_16_bits).slope, 1.0f);
+      CHECK_EQ(evaluate(kind, -inf, for_16_bits).slope, 0.0f);
+    }
     // Exact zeros stay: where a squared ReLU gives 0, its gradient is 0.
     CHECK_EQ(evaluate(Activation::kSquaredRelu, -1e-45f, for_16_bits).slope, 0.0f);
     CHECK_EQ(evaluate(Activation::kSquaredRelu, 3.0f, for_16_bits).slope, 6.0f);
