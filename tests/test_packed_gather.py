@@ -68,10 +68,16 @@ def gated():
     return nn.Sequential(*blocks)
 
 
+def in_8_bits(width=128, hidden=256):
+    """Gate and up fused, whose K-major packed_t lie side by side; rows of 64 and 128, or of 32 and 64, a rank."""
+    return nn.Sequential(*(sparse24.SparseGatedMLP(width, hidden, precision="fp8") for _ in range(2)))
+
+
 def made(make):
     torch.manual_seed(0)
     model = make()
-    sparse24.sparsify(model)
+    if make is not in_8_bits:
+        sparse24.sparsify(model)
     return model
 
 
@@ -87,8 +93,8 @@ def shard(model, mesh=None, **options):
     return model
 
 
-def data(step):
-    return torch.randn(32, WIDTH, generator=torch.Generator().manual_seed(step))
+def data(step, width=WIDTH):
+    return torch.randn(32, width, generator=torch.Generator().manual_seed(step))
 
 
 def train(model, settings, steps=STEPS, counts=1.0):
@@ -97,7 +103,7 @@ def train(model, settings, steps=STEPS, counts=1.0):
     recipe = Recipe(model, optimizer, **{**SETTINGS, **settings})
     losses = []
     for step in range(steps):
-        x = data(step)
+        x = data(step, next(iter(recipe.layers.values())).in_features)
         loss = (model(x) - x.flip(-1)).square().mean()
         losses.append(loss.item())
         (loss * counts).backward()
@@ -112,7 +118,7 @@ def outcome(model, recipe, losses):
     forms = {}
     with packed_gather.whole_forms(list(recipe.layers.values())):
         for name, layer in recipe.layers.items() if recipe.metrics()["phase"] == 0 else ():
-            forms[name] = [layer._buffers[form].reshape(-1).tolist() for form in PACKED_BUFFERS]
+            forms[name] = [layer._buffers[form].reshape(-1).view(torch.uint8).tolist() for form in PACKED_BUFFERS]
     masks = {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
     return losses, weights, forms, masks, recipe.monitor.history()
 
@@ -150,6 +156,16 @@ def test_in_the_dense_phase_the_dense_weight_is_gathered(ranks, place):
     settings = dict(dense_fraction=1 / 3, dense_at=place)
     expected = alone(gated, settings)
     for found in ranks.run(functools.partial(_run, make=gated, options={}, settings=settings)):
+        assert found == expected
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_8_bit_forms_and_their_scales_are_those_of_one_process(ranks_of, world):
+    """The largest magnitude of a weight is that over all ranks' rows, in the step in which one process has it."""
+    settings = dict(dense_fraction=0, mvue=None)
+    expected = alone(in_8_bits, settings)
+    for found in ranks_of(world).run(functools.partial(_run, make=in_8_bits, options={}, settings=settings)):
+        assert found[2:] == expected[2:]
         assert found == expected
 
 

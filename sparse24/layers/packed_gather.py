@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from . import packing
+from ..formats import FORMATS
+from ..ops.float8 import E4M3
+from . import float8, packing
 from .checks import DTYPES
 from .packing import is_dtensor
 from .row_shards import RowShards, let_go
@@ -67,19 +69,26 @@ def why_whole(layer: nn.Module, how: Gathered) -> str | None:
         return ""
     if state.cut is not None:
         return "its parts are tensor parallel"
-    if state.precision is not None or state.lean:
-        return "packed 8-bit and lean forms are not gathered"
+    if state.lean:
+        return "lean=True keeps no transposed form; without it FSDP2 gathers one where it is needed"
     if layer.as_kernel_sees(weight) is not weight:
         return "it is stored transposed (Conv1D), and shards cut its columns"
     if type(how.param.sharded_param._local_tensor) is not Tensor or how.param._module_info.shared_modules:
         return "it is shared with another module, or gathered in a way of its own"
     if how.group._use_post_forward_mesh:
         return "reshard_after_forward is a number; use True or False"
-    if weight.shape[0] % (STEP * parts):
+    step = STEP if state.precision is None else float8.STEP
+    if weight.shape[0] % (step * parts):
         return (
-            f"{weight.shape[0]} rows over {parts} ranks are no multiple of {STEP} for each; choose a multiple of "
-            f"{STEP * parts}, or a mesh of fewer shards"
+            f"{weight.shape[0]} rows over {parts} ranks are no multiple of {step} for each; choose a multiple of "
+            f"{step * parts}, or a mesh of fewer shards"
         )
+    if (
+        state.precision is not None
+        and layer in packing.blocks
+        and weight.shape[0] % (tile := FORMATS[E4M3].meta_tile_k)
+    ):
+        return f"gate and up of 8-bit blocks have {weight.shape[0]} rows each, no multiple of {tile}"
     return None
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..formats import metadata_bytes
 from ..functional.soft import row_mask, soft_threshold
 from . import float8
 from .state import MASK, PACKED, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
@@ -219,6 +220,25 @@ def pack_as(layer, weight: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     amax = torch.zeros_like(scale)
     ops.float8.pack_float8_(False, [weight], [mask], [[t] for t in forms], [scale], [amax])
     return forms
+
+
+@torch.no_grad()
+def pack_direction(layer, weight: Tensor, dtype: torch.dtype, *, transposed: bool) -> tuple[Tensor, Tensor]:
+    """(packed, E), or (packed_t, E_t), of a weight under the layer's mask: new tensors.
+
+    In 8 bits by the scale of the layer's weight, whose amax is raised, as the packing after a step does it.
+    """
+    bits, (rows, cols) = mask_bits(layer._buffers[MASK]), weight.shape
+    if state_of(layer).precision is not None:
+        forms, cast = ops.empty_packed(rows, cols, dtype, weight.device), float8.weight_cast(layer)
+        ops.float8.pack_float8_(False, [weight], [bits], [[t] for t in forms], [cast.scale], [cast.amax])
+        return forms[2:] if transposed else forms[:2]
+    if transposed:
+        return ops.compress_transposed([weight], [bits], dtype)
+    values, E = weight.new_empty((rows, cols // 2), dtype=dtype), weight.new_empty(0, dtype=torch.uint8)
+    E_bytes = E.new_empty(metadata_bytes(rows, cols, dtype))
+    ops.compress_([weight], [bits], [values], [E_bytes], [values.new_empty(0)], [E])
+    return values, E_bytes
 
 
 def _pack_substitute_float8(weight: Tensor, mask: Tensor) -> dict[str, Tensor]:

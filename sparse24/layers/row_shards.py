@@ -19,10 +19,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..formats import metadata_bytes
+from ..formats import FORMATS
 from . import packing, shard_metadata
-from .state import MASK, METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SPARSE, state_of
+from .state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SPARSE, state_of
 from .tensor_parallel import Cut
 
 FORWARD, TRANSPOSED = (PACKED, METADATA), (PACKED_T, METADATA_T)
@@ -159,30 +158,25 @@ class RowShards(Cut):
 
     def _pack(self, direction: tuple[str, str]) -> tuple[Tensor, Tensor]:
         """Values and positions of this rank's rows in one direction, as they are sent."""
-        weight, bits = self.own_rows(), packing.mask_bits(self.layer._buffers[MASK])
-        if weight.device != bits.device:
-            weight = weight.to(bits.device)
-        rows, cols = weight.shape
-        dtype = self.layer._buffers[PACKED].dtype
-        shape, m, k = ((rows, cols // 2), rows, cols) if direction is FORWARD else ((rows // 2, cols), cols, rows)
-        values, E = weight.new_empty(shape, dtype=dtype), weight.new_empty(metadata_bytes(m, k), dtype=torch.uint8)
-        nothing = [values.new_empty(0)], [E.new_empty(0)]
-        made = [values], [E]
-        ops.compress_([weight], [bits], *(made + nothing if direction is FORWARD else nothing + made))
-        taken = shard_metadata.take_forward(E, rows, cols) if direction is FORWARD else None
-        return values, shard_metadata.take_transposed(E, rows) if taken is None else taken
+        weight, dtype = self.own_rows(), self.layer._buffers[PACKED].dtype
+        values, E = packing.pack_direction(self.layer, weight, dtype, transposed=direction is TRANSPOSED)
+        if direction is FORWARD:
+            return values, shard_metadata.take_forward(E, *weight.shape, dtype)
+        return values, shard_metadata.take_transposed(E, len(weight), dtype)
 
     def _write(self, direction: tuple[str, str], values: Tensor, E: Tensor) -> None:
-        buffers = [self.layer._buffers[name] for name in direction]
+        into, positions = buffers = [self.layer._buffers[name] for name in direction]
         self._allocate(direction)
         self._written.add(direction[0])
         rows, cols = self.param.sharded_param.shape
+        if direction is TRANSPOSED and not FORMATS[into.dtype].mn_major:  # [cols, rows / 2]: ranks lie side by side
+            values, into = values.view(self.parts, cols, -1).transpose(0, 1), into.unflatten(1, (self.parts, -1))
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-            buffers[0].copy_(values.view(buffers[0].shape))
+            into.copy_(values.view(into.shape) if values.is_contiguous() else values)
             if direction is FORWARD:
-                shard_metadata.put_forward(buffers[1], E, self.parts, cols)
+                shard_metadata.put_forward(positions, E, self.parts, cols, buffers[0].dtype)
             else:
-                shard_metadata.put_transposed(buffers[1], E, self.parts, rows)
+                shard_metadata.put_transposed(positions, E, self.parts, rows, buffers[0].dtype)
 
     def _allocate(self, direction: tuple[str, str]) -> None:
         for name in direction:
