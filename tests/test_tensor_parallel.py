@@ -384,6 +384,69 @@ def test_layers_are_cut_on_the_meta_device_too(two):
     assert first == second and len(first["0.fc1"]) == 32
 
 
+def _halfway(average, new, count):
+    """Tensor by tensor: PyTorch's own averages of many tensors at once refuse DTensors beside plain ones."""
+    return average + 0.5 * (new - average)
+
+
+def _averaged(rank):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model("sparsify first", mesh, bias=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, mvue=False, **SETTINGS)
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_halfway)
+    for step in range(STEPS):
+        _steps(model, optimizer, step, step + 1)
+        average.update_parameters(model)
+    sparse24.follow(average, like=model)
+    assert sparse24.verify(average, like=model), str(sparse24.verify(average, like=model))
+    y = average(data(0)).detach()
+    masks = recipe.state_dict()
+    sparse24.load_masks(average, masks)
+    assert torch.equal(average(data(0)), y)
+    return y.tolist()
+
+
+def test_averages_follow_the_parts(two):
+    """An average over parts computes what the average over the whole model does."""
+    model = dense_model(bias=True)
+    sparse24.sparsify(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    Recipe(model, optimizer, mvue=False, **SETTINGS)
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_halfway)
+    for step in range(STEPS):
+        _steps(model, optimizer, step, step + 1)
+        average.update_parameters(model)
+    sparse24.follow(average, like=model)
+    expected = average(data(0)).detach()
+    for found in two.run(_averaged):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def _with_settings(rank, lean=False, mvue=True, frozen=False):
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    model = parallel_model("plan first", mesh, lean=lean)
+    if frozen:
+        for name, p in model.named_parameters():
+            p.requires_grad_("mlp" not in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    recipe = Recipe(model, optimizer, check_ranks_every=1, mvue=mvue, **SETTINGS)
+    losses = train(model, recipe, optimizer)
+    assert sparse24.verify(model), str(sparse24.verify(model))
+    assert recipe.step == STEPS and set(recipe.metrics()) >= {"flip_rate", "phase"}
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore:the weights of all")
+@pytest.mark.parametrize(
+    "settings", [dict(lean=True), dict(mvue="input"), dict(mvue="auto"), dict(frozen=True), dict(lean=True, mvue=False)]
+)
+def test_settings_of_layers_hold_for_parts(two, settings):
+    first, second = two.run(functools.partial(_with_settings, **settings))
+    assert first == second  # ranks see the same sums
+    assert first[-1] < first[0] or "frozen" in settings
+
+
 # -- on GPUs --------------------------------------------------------------------------------------------------------
 
 

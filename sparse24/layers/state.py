@@ -86,8 +86,7 @@ class LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""
         scale = None if self.soft_scale is None else self.soft_scale.clone()
         constants = (self.mvue, self.rank, self.lean, self.compute_dtype, self.phase, self.mask_is_state)
-        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, cut=self.cut)
-        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, lookout=self.lookout)
+        settings = dict(dense_mvue=self.dense_mvue, precision=self.precision, lookout=self.lookout, cut=self.cut)
         # scales_known stays False: a copy may be used long after the step that told them.
         return LayerState(*constants, soft_scale=scale, copied_from=origin, **settings)
 

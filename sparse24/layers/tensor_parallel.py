@@ -47,6 +47,9 @@ class Cut:
     def group(self):
         return self.mesh.get_group()
 
+    def __deepcopy__(self, memo) -> Cut:
+        return self  # copies of a model are on the same ranks
+
     def part_of(self, whole: Tensor) -> Tensor:
         """This rank's part of a plain tensor that is whole, a weight or a mask; shares memory."""
         return whole.chunk(self.parts, self.dim)[self.index]

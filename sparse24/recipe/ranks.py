@@ -16,7 +16,7 @@ def check_ranks(layers: dict[str, SparseLayer]) -> None:
     """All ranks must hold the same masks, or of a tensor-parallel layer all that hold the same part of it. Raises
     Sparse24Error, naming the layers, where they do not.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not layers or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     places = [tensor_parallel.place(layer) for layer in layers.values()]
     sums = torch.stack([checksum(mask_of(layer)) for layer in layers.values()])
