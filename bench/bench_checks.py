@@ -1,10 +1,10 @@
 """What looking costs a training step: whether weights were written, copies followed, blocks changed, the model altered.
 
-Each forward pass of a sparse layer or block looks at what may have changed since it was packed or fused, and each step
-of a recipe at its model. Two models of gated blocks take steps in turns, one with those looks and one without; both
-mask, pack and decay. "host" has products of no size, so that its time is that of the host; "llama-1B" those of a real
-model, whose time is the GPU's. Differences are those of neighbours in time; on a CPU time is that of the process, which
-others on the machine disturb less. "alone" is what an eager block calls in each pass, called by itself: microseconds.
+Each forward pass of a sparse layer or block looks at what may have changed since it was packed or fused. A model of
+gated blocks takes steps in turns with those looks and without, when compiled two models; all mask, pack and decay.
+"host" has products of no size, so that its time is that of the host; "llama-1B" those of a real model, whose time is
+the GPU's. Differences are those of neighbours in time; on a CPU time is that of the process, which others disturb
+less. "alone" is what an eager block calls in each pass, called by itself: microseconds.
 
     python -m bench.bench_checks [--csv FOLDER] [--append] [--rounds 15]        # on a CPU: "host" only
 """
@@ -109,8 +109,8 @@ class Training:
 def measure(case: Case, rounds: int) -> tuple[float, ...]:
     """Medians of milliseconds a step with looks and of what they add, the interquartile range of that, and `alone`."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    looking, other = Training(case, device), Training(case, device)
-    other.recipe._steps.check = None
+    looking = Training(case, device)
+    other = Training(case, device) if case.compiled else looking  # what is compiled without looks stays so
     with_looks, differences = [], []
     looking.time()
     with no_looks():

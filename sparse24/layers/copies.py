@@ -31,6 +31,7 @@ from . import packing
 from .forward import has_substituted_weight
 from .state import DENSE, HOLDER, SPARSE, division_of, mask_of, state_of
 from .tensor_parallel import whole_mask
+from .trained_copies import watch_optimizers
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
@@ -90,6 +91,8 @@ def watch_origin(layer) -> None:
     origin, state.copied_from = state.copied_from, None
     followed = None if origin is None else origin()
     state.watch = None if followed is None else Watch(origin, _moment(followed))
+    if followed is not None:
+        watch_optimizers(layer)
 
 
 def look(layer, *, forward: bool = True) -> None:
