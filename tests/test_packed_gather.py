@@ -13,9 +13,12 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from process_ranks import Ranks
 from tiny_models import MLP
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
@@ -82,14 +85,16 @@ def made(make):
 
 
 def shard(model, mesh=None, **options):
-    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    device = next(model.parameters()).device.type
+    mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
     for block in model:
         fully_shard(block, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     for module in model.modules():
         if hasattr(module, "set_gradient_divide_factor"):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+            if device == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no other
     return model
 
 
@@ -103,7 +108,7 @@ def train(model, settings, steps=STEPS, counts=1.0):
     recipe = Recipe(model, optimizer, **{**SETTINGS, **settings})
     losses = []
     for step in range(steps):
-        x = data(step, next(iter(recipe.layers.values())).in_features)
+        x = data(step, next(iter(recipe.layers.values())).in_features).to(next(model.parameters()).device)
         loss = (model(x) - x.flip(-1)).square().mean()
         losses.append(loss.item())
         (loss * counts).backward()
@@ -184,6 +189,22 @@ def checkpointed():
     return nn.Sequential(*(Checkpointed(block) for block in gated()))
 
 
+def wrapped():
+    """As trainers wrap and compile blocks; what is compiled cannot fetch a form, so both must be gathered."""
+    model = gated()
+    for i, block in enumerate(model):
+        model[i] = checkpoint_wrapper(block)
+        model[i].compile(backend="aot_eager")
+    return model
+
+
+def compiled():
+    model = gated()
+    for block in model:
+        block.compile(backend="aot_eager")
+    return model
+
+
 def frozen():
     model = gated()
     model[0].requires_grad_(False)
@@ -191,8 +212,8 @@ def frozen():
 
 
 @pytest.mark.fault(67)
-@pytest.mark.parametrize("make", [checkpointed, frozen])
-def test_checkpointed_and_frozen_blocks_train_as_in_one_process(two, make):
+@pytest.mark.parametrize("make", [checkpointed, wrapped, compiled, frozen])
+def test_checkpointed_compiled_and_frozen_blocks_train_as_in_one_process(two, make):
     """A forward pass in backward finds the form that it reads, which FSDP2 does not gather there by itself."""
     settings = dict(dense_fraction=0)
     expected = alone(make, settings)
@@ -206,6 +227,46 @@ def test_replicas_of_shards_train_as_one_process(ranks_of, mesh):
     expected = alone(gated, settings)
     for found in ranks_of(4).run(functools.partial(_run, make=gated, options={}, settings=settings, mesh=mesh)):
         assert found == expected
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _go_on(rank, folder, first, last):
+    """Steps `first` to `last` of a run: from a checkpoint, unless it begins, and to the next."""
+    model = shard(made(gated)) if dist.is_initialized() else made(gated)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    recipe = Recipe(model, optimizer, **SETTINGS, dense_fraction=0)
+    if first:
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder / str(first))
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        recipe.load_state_dict(torch.load(folder / f"{first}.pt", weights_only=True), rng=False)
+    losses = []
+    for step in range(first, last):
+        x = data(step)
+        loss = (model(x) - x.flip(-1)).square().mean()
+        losses.append(loss.item())
+        (loss * (rank == 0)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder / str(last))
+    state = recipe.state_dict()
+    if rank == 0:
+        torch.save(state, folder / f"{last}.pt")
+    return outcome(model, recipe, losses)
+
+
+@pytest.mark.fault(63)
+def test_a_run_goes_on_with_other_shards_bit_for_bit(ranks_of, tmp_path):
+    """Four ranks, then two, then three; each between two searches."""
+    expected = [*alone(gated, dict(dense_fraction=0))]
+    losses = []
+    for world, first, last in ((4, 0, 1), (2, 1, 3), (3, 3, 6)):
+        found = ranks_of(world).run(functools.partial(_go_on, folder=tmp_path, first=first, last=last))
+        losses += found[0][0]
+    assert [losses, *found[0][1:]] == expected
 
 
 # -- what is sent, and what is held -----------------------------------------------------------------------------------
@@ -247,12 +308,12 @@ def test_a_step_gathers_0_56_of_dense_bytes_and_holds_one_block(two):
         assert after == [[0, 0, 0, 0], [0, 0, 0, 0]] and masks == elements / 8 / 2
 
 
-def _as_gathered(rank, packed):
+def _as_gathered(rank, packed, device="cpu"):
     """A run in bfloat16 with fp32 masters, its weights gathered packed or whole."""
     why_whole = packed_gather.why_whole
     packed_gather.why_whole = why_whole if packed else lambda layer, how: "of a test"
     try:
-        model = shard(made(gated), mp_policy=policy())
+        model = shard(made(gated).to(device), mp_policy=policy())
         recipe, losses = train(model, dict(dense_fraction=0), counts=float(rank == 0))
         assert all((state_of(layer).shards is not None) == packed for layer in recipe.layers.values())
         assert sparse24.verify(model), str(sparse24.verify(model))
@@ -432,3 +493,29 @@ def test_a_rank_that_dies_is_an_error_on_the_other_within_the_time_limit(tmp_pat
         assert worker.exitcode is not None, "a rank hangs"
     message = results.get()
     assert "onnection" in message or "imed out" in message, message
+
+
+# -- nccl -------------------------------------------------------------------------------------------------------------
+
+
+def _over_nccl(rank, init, results):
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{init}", rank=rank, world_size=2)
+    try:
+        results.put((rank, [_as_gathered(rank, packed, "cuda") for packed in (True, False)]))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.multigpu
+def test_two_gpus_over_nccl_compute_what_they_do_with_whole_weights(tmp_path):
+    """Losses and weights to the last bit: the forms are the same, and so are the kernels that read them."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [context.Process(target=_over_nccl, args=(r, tmp_path / "init", results)) for r in range(2)]
+    for worker in workers:
+        worker.start()
+    found = dict(results.get(timeout=180) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=30)
+    assert found[0] == found[1] and found[0][0] == found[0][1]

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..convert import SparsifyReport, sparse_layers, sparsify
 from ..errors import Sparse24Error
+from ..layers import packed_gather, sharding
 from ..recipe import Recipe, load_masks
 from .settings import split_settings
 
@@ -112,7 +113,7 @@ class Sparse24Converter:
     def state_dict(self) -> dict[str, bytes]:
         """The states of the recipes, as bytes: their tensors grow in training, and checkpoints load into equal shapes.
 
-        Collective where weights are cut by tensor parallel.
+        Collective where weights are cut by tensor parallel or FSDP2.
         """
         file = io.BytesIO()
         torch.save([recipe.state_dict() for recipe in self.recipes] or self._saved, file)
@@ -133,6 +134,7 @@ class Sparse24Converter:
         self._first_forward.pop(id(model)).remove()
         if id(model) in self._of_models:
             return
+        packed_gather.divide_rows(sparse_layers(model), sharding.sharded_modules(model))
         place = len(self.recipes) + next(i for i, waiting in enumerate(self._waiting) if waiting is model)
         if place < len(self._saved):
             load_masks(model, self._saved[place])

@@ -50,8 +50,11 @@ def divide_rows(layers: dict[str, nn.Module], sharded: list[nn.Module], refusal:
             _undivide(layers[name])
         elif reasons[name] is None and state_of(layers[name]).shards is None:
             by_group[id(how.group)].append((layers[name], how))
+    recomputed = _recomputed(sharded)
     for group in by_group.values():
         _divide(group)
+        for layer, _ in group:
+            state_of(layer).shards.recomputes = layer in recomputed
     if told := {reason: name for name, reason in reversed(reasons.items()) if reason}:
         warnings.warn(
             "FSDP2 gathers these sparse weights dense, and each rank keeps packed forms of all of them (2.4 bytes a "
@@ -103,6 +106,19 @@ def _gathered_by(sharded: list[nn.Module]) -> dict[nn.Module, Gathered]:
                 if param._module_info.param_name == "weight":
                     found[param._module_info.module] = Gathered(param, group, module)
     return found
+
+
+def _recomputed(sharded: list[nn.Module]) -> set[nn.Module]:
+    """What runs forward in backward, where that shows: inside PyTorch's `checkpoint_wrapper`, and in models of
+    transformers with `gradient_checkpointing_enable`. In eager mode others are found when they do it.
+    """
+    wrappers = [
+        module
+        for root in sharded
+        for module in root.modules()
+        if type(module).__name__.endswith("CheckpointWrapper") or getattr(module, "gradient_checkpointing", 0) is True
+    ]
+    return {inner for wrapper in wrappers for inner in wrapper.modules()}
 
 
 def _tell_left_out(layers: dict[str, nn.Module], sharded: list[nn.Module]) -> None:
