@@ -460,6 +460,23 @@ def test_a_recipe_that_reads_whole_weights_undoes_the_division(two):
         )
 
 
+def _dense_again(rank):
+    torch.manual_seed(0)
+    model = plain()
+    sparse24.sparsify(model, fuse=False)
+    shard(model)
+    recipe, _ = train(model, dict(dense_fraction=0), steps=2)
+    with torch.no_grad():
+        before = model(data(0))
+        sparse24.densify(model, masked=True)
+        return torch.equal(model(data(0)), before), model[0].fc1.weight.full_tensor().isfinite().all().item()
+
+
+def test_a_densified_model_is_gathered_dense(two):
+    for same, finite in two.run(_dense_again):
+        assert same and finite
+
+
 def _dies(rank, init, results):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
