@@ -41,10 +41,46 @@ ARMS = {
     "2:4 fp8": ("2:4", "fp8"),
 }
 MODELS = {
-    "tiny": ModelShape("tiny", "llama", 2, 64, 4, 2, 128, 512, 64, 1, tied=False),
-    "llama-1B": ModelShape("llama-1B", "llama", 16, 2048, 32, 8, 8192, 128256, 8192, 1),
-    "llama-3B": ModelShape("llama-3B", "llama", 28, 3072, 24, 8, 8192, 128256, 8192, 1),
-    "llama-8B": ModelShape("llama-8B", "llama", 32, 4096, 32, 8, 14336, 128256, 8192, 1, tied=False),
+    "tiny": ModelShape(
+        "tiny", "llama", layers=2, d_model=64, heads=4, kv_heads=2, d_ff=128, vocab=512, length=64, batch=1, tied=False
+    ),
+    "llama-1B": ModelShape(
+        "llama-1B",
+        "llama",
+        layers=16,
+        d_model=2048,
+        heads=32,
+        kv_heads=8,
+        d_ff=8192,
+        vocab=128256,
+        length=8192,
+        batch=1,
+    ),
+    "llama-3B": ModelShape(
+        "llama-3B",
+        "llama",
+        layers=28,
+        d_model=3072,
+        heads=24,
+        kv_heads=8,
+        d_ff=8192,
+        vocab=128256,
+        length=8192,
+        batch=1,
+    ),
+    "llama-8B": ModelShape(
+        "llama-8B",
+        "llama",
+        layers=32,
+        d_model=4096,
+        heads=32,
+        kv_heads=8,
+        d_ff=14336,
+        vocab=128256,
+        length=8192,
+        batch=1,
+        tied=False,
+    ),
 }
 COLUMNS = [
     "model", "gpus", "tokens a GPU", "arm", "step_ms", "speedup", "tokens/s a GPU", "MFU", "peak GB",
