@@ -96,4 +96,4 @@ def first_rows_are_packed(layer) -> bool:
     else:
         fresh = packing.pack_as(layer, weight, packing.mask_bits(mask_of(layer))[: weight.shape[0] // 4])[0]
         packed = buffers[PACKED]
-    return torch.equal(fresh.view(torch.uint8), packed[: weight.shape[0]].view(torch.uint8))
+    return torch.equal(fresh.contiguous().view(torch.uint8), packed[: weight.shape[0]].contiguous().view(torch.uint8))
