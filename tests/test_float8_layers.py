@@ -225,12 +225,13 @@ def test_copies_moves_and_pickles_compute_the_same(precision):
 
 
 @pytest.mark.parametrize("precision", MODES)
-def test_compiled_fullgraph_equals_eager(precision):
+def test_compiled_gradients_are_those_of_eager(precision):
+    """With older torch by a break in the graph: inside it gradients were 0."""
     module, x = block(Gated, precision, mvue=False), torch.randn(2, 32, 64)
     optimizer, _ = train(module, 20, precision)
     step(module, optimizer, 0)
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=float8.COMPILES, backend="aot_eager")
     ours, theirs = gradients(compiled, x, torch.ones(2, 32, 64)), gradients(module, x, torch.ones(2, 32, 64))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
