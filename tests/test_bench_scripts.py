@@ -91,7 +91,8 @@ def test_a_script_writes_what_it_measures(without_gpu, monkeypatch, tmp_path, sc
     run(monkeypatch, script, "--csv", tmp_path)
     (path,) = tmp_path.iterdir()
     lines = path.read_text().splitlines()
-    assert f"# device: {timing.header()['device']}" in lines and "# commit: abc1234" in lines
+    device = "NVIDIA H200" if torch.cuda.is_available() else "CPU"  # the first by `without_gpu`
+    assert f"# device: {device}" in lines and "# commit: abc1234" in lines
     rows = [line for line in lines if not line.startswith("#")]
     assert len(rows) >= 2
     run(monkeypatch, script, "--csv", tmp_path, "--append")

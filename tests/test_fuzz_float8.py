@@ -106,7 +106,8 @@ def test_gradients_and_their_products(device, draw):
     dy, seed = on(device, draw.tensor()), torch.tensor(SEED, device=device)
     scale, amax, right = scale_and_amax(draw, device)
     whole, options = draw.random() < 0.5, dict(bias_grad=True, amax=amax)
-    out = attempt(is_matrix(dy) and right, float8.mvue_quantize, dy, seed, scale, float8=whole, **options)
+    takes = device == "cpu" or dy.dtype != torch.float32  # the tensor cores take no gradients of 32 bits
+    out = attempt(is_matrix(dy) and right and takes, float8.mvue_quantize, dy, seed, scale, float8=whole, **options)
     if out is None:
         return
     expected, cpu_seed = plain(dy), torch.tensor(SEED)
