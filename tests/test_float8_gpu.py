@@ -172,6 +172,7 @@ def test_compiled_training_is_that_of_eager(precision):
     torch.testing.assert_close(compiled, eager, rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.fault(98)
 @pytest.mark.parametrize("precision", MODES)
 def test_compiled_gradients_are_those_of_eager(precision):
     """Losses of a short training hardly show that a layer's gradients are 0."""
