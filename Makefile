@@ -49,7 +49,7 @@ test: $(VENV)/.installed-for-tests
 crash: $(VENV)/.installed-for-tests
 	SPARSE24_CRASHES=$(or $(CRASHES),100) SPARSE24_CRASH_SEED=$$RANDOM $(BIN)/python -m pytest -s tests/pretrain/test_pretrain_crash.py
 
-# In rounds of 50,000 with seeds that follow one another: what is printed has been done.
+# In rounds of at most 50,000 with seeds that follow one another: what is printed has been done.
 fuzz: $(VENV)/.installed-for-tests
 	$(BIN)/python tests/fuzz_rounds.py --cases $(or $(CASES),1000000) $(if $(SEED),--seed $(SEED)) --device $(or $(DEVICE),cpu)
 

@@ -178,6 +178,29 @@ def attempt(valid: bool, function, *args, **kwargs):
     return True if result is None else result
 
 
+def assert_product(out, a, b, added=None, unit=2.0**-23):
+    """`out` is a @ b + added, up to the rounding of the sums and of `out`; each element by a bound of its own.
+
+    A sum of k products, taken in any order, lies within k units in the last place of the sum of their magnitudes,
+    |a| @ |b|: where terms cancel, that is far more than a unit of the result. PyTorch errs as much, but where its order
+    happens to be the kinder one, twice its error is no bound.
+
+    unit  of the sums; of fp32 a whole one, since tensor cores cut off what others round
+    """
+    a, b, terms = a.cpu().double(), b.cpu().double(), a.shape[-1]
+    exact, reach = a @ b, a.abs() @ b.abs()
+    if added is not None:
+        added = added.cpu().double()
+        exact, reach, terms = exact + added, reach + added.abs(), terms + 1
+    dtype = torch.finfo(out.dtype)
+    unit = dtype.eps if out.dtype == torch.float64 else unit
+    bound = terms * unit * reach + dtype.eps * exact.abs() + dtype.tiny
+    error = (out.cpu().double() - exact).abs()
+    assert out.shape == exact.shape and (error <= bound).all(), (
+        f"{error.max():.2e} off, by a bound of {bound.max():.2e}"
+    )
+
+
 def same(ours, theirs, what):
     ours, theirs = ((ours,), (theirs,)) if isinstance(ours, torch.Tensor) else (ours, theirs)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
 import torch
+from fuzz_rounds import ROUND, rounds_of
 from fuzzing import (
     ALL,
     BLOCKS,
@@ -17,6 +19,7 @@ from fuzzing import (
     EXTENTS,
     FLOATS,
     LAYOUTS,
+    assert_product,
     attempt,
     fits_mask,
     fuzz,
@@ -237,3 +240,18 @@ def test_every_op_is_fuzzed_and_cases_are_counted():
     calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
     counts = [call.args[0].value for call in calls if isinstance(call.func, ast.Name) and call.func.id == "fuzz"]
     assert sum(counts) == ALL and ALL >= 2000
+
+
+def test_a_product_is_held_to_its_terms_where_they_cancel():
+    """1e4 - 1e4 + 1e-3: what an order of summation loses is allowed; a term that is missing, doubled or NaN is not."""
+    a, b = torch.tensor([[1e4, -1e4, 1e-3]]), torch.ones(3, 1)
+    assert_product(torch.zeros(1, 1), a, b)  # PyTorch's own result may be exact
+    for wrong in (1e4, -1e4, float("nan"), 1.0):
+        with pytest.raises(AssertionError, match="off, by a bound"):
+            assert_product(torch.full((1, 1), wrong), a, b)
+
+
+def test_rounds_cover_every_case_once():
+    for cases, processes in ((1, 1), (7, 3), (50_000, 8), (1_000_001, 1), (2, 8)):
+        rounds = rounds_of(cases, processes)
+        assert sum(rounds) == cases and max(rounds) <= ROUND and (len(rounds) >= min(cases, processes))
