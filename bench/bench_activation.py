@@ -35,8 +35,8 @@ def letter(column: bool) -> str:
     return "c" if column else "r"
 
 
-def swiglu(gu: torch.Tensor) -> torch.Tensor:
-    gate, up = gu.chunk(2, -1)
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(gate) * up
 
 
@@ -45,57 +45,57 @@ def swiglu_laid_out(column_in: bool, column_out: bool) -> Callable:
     if column_in == column_out:
         return swiglu
     if column_out:
-        return lambda gu: swiglu(gu).t().contiguous().t()
-    return lambda gu: swiglu(gu).contiguous()
+        return lambda gate_up: swiglu(gate_up).t().contiguous().t()
+    return lambda gate_up: swiglu(gate_up).contiguous()
 
 
-def swiglu_backward(dh, gu, d_gu) -> None:
-    """Writes d_gu in place, so that a compiler needs no concatenation."""
-    (gate, up), (d_gate, d_up) = gu.float().chunk(2, -1), d_gu.chunk(2, -1)
+def swiglu_backward(dh, gate_up, d_gate_up) -> None:
+    """Writes d_gate_up in place, so that a compiler needs no concatenation."""
+    (gate, up), (d_gate, d_up) = gate_up.float().chunk(2, -1), d_gate_up.chunk(2, -1)
     sigmoid = torch.sigmoid(gate)
     d_up.copy_(dh * gate * sigmoid)
     d_gate.copy_(dh * up * sigmoid * (1 + gate * (1 - sigmoid)))
 
 
-def liger_forward(gu: torch.Tensor) -> dict[str, Callable]:
+def liger_forward(gate_up: torch.Tensor) -> dict[str, Callable]:
     """Liger's SwiGLU: over two contiguous halves and, in newer versions, over gate_up as one; nothing without Liger."""
     try:
         from liger_kernel.ops import swiglu as liger
     except ImportError as error:
         print(f"# Liger is left out: {error}")
         return {}
-    gate, up = (half.contiguous() for half in gu.chunk(2, -1))
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, -1))
     calls: dict[str, Callable] = {"Liger, halves apart": lambda: liger.LigerSiLUMulFunction.apply(gate, up)}
     if hasattr(liger, "LigerFusedGateUpSiLUMulFunction"):
-        calls["Liger, halves as one"] = lambda: liger.LigerFusedGateUpSiLUMulFunction.apply(gu)
+        calls["Liger, halves as one"] = lambda: liger.LigerFusedGateUpSiLUMulFunction.apply(gate_up)
     return calls
 
 
-def ours_forward(gus, column_in: bool, column_out: bool) -> Callable:
-    return lambda: ops.gated_activation(gus[column_in], "silu", column_major=column_out)
+def ours_forward(gate_ups, column_in: bool, column_out: bool) -> Callable:
+    return lambda: ops.gated_activation(gate_ups[column_in], "silu", column_major=column_out)
 
 
-def forward_calls(gus: dict[bool, torch.Tensor]) -> dict[tuple, Callable]:
+def forward_calls(gate_ups: dict[bool, torch.Tensor]) -> dict[tuple, Callable]:
     """(implementation, layouts) -> call."""
     calls: dict[tuple, Callable] = {}
     for column_in, column_out in MIXES:
-        gu, plain = gus[column_in], swiglu_laid_out(column_in, column_out)
+        gate_up, plain = gate_ups[column_in], swiglu_laid_out(column_in, column_out)
         static, dynamic = torch.compile(plain, dynamic=False), torch.compile(plain, dynamic=True)
         where = f"{letter(column_in)}/{letter(column_out)}"
-        calls["ours", where] = ours_forward(gus, column_in, column_out)
-        calls["eager", where] = lambda gu=gu, run=plain: run(gu)
-        calls["torch.compile static", where] = lambda gu=gu, run=static: run(gu)
-        calls["torch.compile dynamic", where] = lambda gu=gu, run=dynamic: run(gu)
-    calls |= {(name, "r/r"): call for name, call in liger_forward(gus[False]).items()}
+        calls["ours", where] = ours_forward(gate_ups, column_in, column_out)
+        calls["eager", where] = lambda gate_up=gate_up, run=plain: run(gate_up)
+        calls["torch.compile static", where] = lambda gate_up=gate_up, run=static: run(gate_up)
+        calls["torch.compile dynamic", where] = lambda gate_up=gate_up, run=dynamic: run(gate_up)
+    calls |= {(name, "r/r"): call for name, call in liger_forward(gate_ups[False]).items()}
     return calls
 
 
-def ours_backward(dhs, gus, mix: tuple[bool, bool, bool], with_h: bool) -> Callable:
-    dh, gu = dhs[mix[0]], gus[mix[1]]
-    return lambda: ops.gated_activation_backward(dh, gu, "silu", recompute_h=with_h, column_major=mix[2])
+def ours_backward(dhs, gate_ups, mix: tuple[bool, bool, bool], with_h: bool) -> Callable:
+    dh, gate_up = dhs[mix[0]], gate_ups[mix[1]]
+    return lambda: ops.gated_activation_backward(dh, gate_up, "silu", recompute_h=with_h, column_major=mix[2])
 
 
-#: layouts of dh, gu, and the results
+#: layouts of dh, gate_up, and the results
 BACKWARD_MIXES = [(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)]
 
 
@@ -103,39 +103,39 @@ def backward_name(mix: tuple[bool, bool, bool]) -> str:
     return "/".join(map(letter, mix))
 
 
-def backward_calls(dhs, gus) -> dict[tuple, tuple[float, Callable]]:
-    """(op, layouts of dh, gu, results) -> (bytes an element of h, call)."""
+def backward_calls(dhs, gate_ups) -> dict[tuple, tuple[float, Callable]]:
+    """(op, layouts of dh, gate_up, results) -> (bytes an element of h, call)."""
     calls: dict[tuple, tuple[float, Callable]] = {}
     for with_h, op in ((False, "backward"), (True, "backward + h")):
         traffic = BACKWARD + WITH_H * with_h
         for mix in BACKWARD_MIXES:
-            calls[f"{op} ours", backward_name(mix)] = traffic, ours_backward(dhs, gus, mix, with_h)
-    dh, gu = dhs[False], gus[False]
-    seed, d_gu = torch.tensor([1, 2], device="cuda"), torch.empty_like(gu)
+            calls[f"{op} ours", backward_name(mix)] = traffic, ours_backward(dhs, gate_ups, mix, with_h)
+    dh, gate_up = dhs[False], gate_ups[False]
+    seed, d_gate_up = torch.tensor([1, 2], device="cuda"), torch.empty_like(gate_up)
     compiled = torch.compile(swiglu_backward, dynamic=False)
 
     def apart():
-        compiled(dh, gu, d_gu)
-        ops.mvue_compress(d_gu, seed)
+        compiled(dh, gate_up, d_gate_up)
+        ops.mvue_compress(d_gate_up, seed)
 
-    calls["backward torch.compile", "r/r/r"] = BACKWARD, lambda: compiled(dh, gu, d_gu)
+    calls["backward torch.compile", "r/r/r"] = BACKWARD, lambda: compiled(dh, gate_up, d_gate_up)
     calls["backward + mvue ours", "r/r/r"] = (
         BACKWARD + MVUE,
-        lambda: ops.gated_activation_backward_mvue(dh, gu, "silu", seed),
+        lambda: ops.gated_activation_backward_mvue(dh, gate_up, "silu", seed),
     )
     calls["backward + mvue + h ours", "r/r/r"] = (
         BACKWARD + MVUE + WITH_H,
-        lambda: ops.gated_activation_backward_mvue(dh, gu, "silu", seed, recompute_h=True),
+        lambda: ops.gated_activation_backward_mvue(dh, gate_up, "silu", seed, recompute_h=True),
     )
     calls["backward torch.compile, then mvue ours", "r/r/r"] = BACKWARD + MVUE, apart
     return calls
 
 
 def operands(tokens: int, d_ff: int) -> tuple[dict[bool, torch.Tensor], dict[bool, torch.Tensor]]:
-    """dh and gu, each row-major (False) and column-major (True)."""
-    gu = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
+    """dh and gate_up, each row-major (False) and column-major (True)."""
+    gate_up = torch.randn(tokens, 2 * d_ff, device="cuda", dtype=torch.bfloat16)
     dh = torch.randn(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
-    return {False: dh, True: laid_out(dh, True)}, {False: gu, True: laid_out(gu, True)}
+    return {False: dh, True: laid_out(dh, True)}, {False: gate_up, True: laid_out(gate_up, True)}
 
 
 def counted_cases(tokens: int, d_ff: int) -> list[tuple[str, str, float]]:
@@ -149,12 +149,12 @@ def counted_cases(tokens: int, d_ff: int) -> list[tuple[str, str, float]]:
 
 def child() -> None:
     for _, tokens, d_ff in SHAPES:
-        dhs, gus = operands(tokens, d_ff)
+        dhs, gate_ups = operands(tokens, d_ff)
         for mix in MIXES:
-            counted(ours_forward(gus, *mix))
+            counted(ours_forward(gate_ups, *mix))
         for with_h in (False, True):
             for mix in BACKWARD_MIXES:
-                counted(ours_backward(dhs, gus, mix, with_h))
+                counted(ours_backward(dhs, gate_ups, mix, with_h))
 
 
 def dram_over_ideal() -> dict[tuple[str, str, str], float]:
@@ -209,9 +209,9 @@ def main() -> None:
     table = open_table(args, "activation", COLUMNS, key=3)
     table.add("copy", "1 GiB", "", 2 * 2**30 / copy / 1e6, copy, 1.0, "")
     for name, tokens, d_ff in SHAPES:
-        dhs, gus = operands(tokens, d_ff)
-        calls = {(f"forward {op}", where): (FORWARD, call) for (op, where), call in forward_calls(gus).items()}
-        calls |= backward_calls(dhs, gus)
+        dhs, gate_ups = operands(tokens, d_ff)
+        calls = {(f"forward {op}", where): (FORWARD, call) for (op, where), call in forward_calls(gate_ups).items()}
+        calls |= backward_calls(dhs, gate_ups)
         times = time_cold({key: call for key, (_, call) in calls.items()}, rounds=9)
         for (op, where), time_us in times.items():
             rate = calls[op, where][0] * tokens * d_ff / time_us / 1e6

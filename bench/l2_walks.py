@@ -35,7 +35,7 @@ COLUMNS += ["L2 B/element", "L2 hit %"]
 
 
 @triton.jit
-def walk_kernel(gu, h, tokens, d_ff, by_rows: tl.constexpr, block: tl.constexpr):
+def walk_kernel(gate_up, h, tokens, d_ff, by_rows: tl.constexpr, block: tl.constexpr):
     program = tl.program_id(0).to(tl.int64)
     length = d_ff if by_rows else tokens
     blocks = tl.cdiv(length, block)
@@ -43,29 +43,29 @@ def walk_kernel(gu, h, tokens, d_ff, by_rows: tl.constexpr, block: tl.constexpr)
     token = line if by_rows else along
     feature = along if by_rows else line
     inside = along < length
-    gate = tl.load(gu + token + feature * tokens, mask=inside).to(tl.float32)
-    up = tl.load(gu + token + (feature + d_ff) * tokens, mask=inside).to(tl.float32)
+    gate = tl.load(gate_up + token + feature * tokens, mask=inside).to(tl.float32)
+    up = tl.load(gate_up + token + (feature + d_ff) * tokens, mask=inside).to(tl.float32)
     tl.store(h + token * d_ff + feature, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
 
 
-def walk(gu: torch.Tensor, h: torch.Tensor, by_rows: bool) -> None:
+def walk(gate_up: torch.Tensor, h: torch.Tensor, by_rows: bool) -> None:
     tokens, d_ff = h.shape
     lines, length = (tokens, d_ff) if by_rows else (d_ff, tokens)
-    walk_kernel[(lines * triton.cdiv(length, 1024),)](gu, h, tokens, d_ff, by_rows=by_rows, block=1024)
+    walk_kernel[(lines * triton.cdiv(length, 1024),)](gate_up, h, tokens, d_ff, by_rows=by_rows, block=1024)
 
 
 def child() -> None:
     """Counts each walk once; its result must be the library's, up to rounding."""
     for _, tokens, d_ff in SHAPES:
-        gu = torch.randn(2 * d_ff, tokens, device="cuda", dtype=torch.bfloat16).t()
+        gate_up = torch.randn(2 * d_ff, tokens, device="cuda", dtype=torch.bfloat16).t()
         h = torch.empty(tokens, d_ff, device="cuda", dtype=torch.bfloat16)
-        expected = ops.gated_activation(gu, "silu")
+        expected = ops.gated_activation(gate_up, "silu")
         for by_rows in (True, False):
-            walk(gu, h, by_rows)
+            walk(gate_up, h, by_rows)
             torch.testing.assert_close(h, expected)
-        counted(lambda gu=gu, h=h: walk(gu, h, by_rows=True))
-        counted(lambda gu=gu, h=h: walk(gu, h, by_rows=False))
-        counted(lambda gu=gu: ops.gated_activation(gu, "silu"))
+        counted(lambda gate_up=gate_up, h=h: walk(gate_up, h, by_rows=True))
+        counted(lambda gate_up=gate_up, h=h: walk(gate_up, h, by_rows=False))
+        counted(lambda gate_up=gate_up: ops.gated_activation(gate_up, "silu"))
 
 
 def plot(table: Table, folder: Path) -> Path:

@@ -100,19 +100,23 @@ def gradient_cases(tokens: int, features: int, seed: torch.Tensor) -> Iterator[C
 
 def activation_cases(tokens: int, d_ff: int, seed: torch.Tensor) -> Iterator[Case]:
     n, shape = tokens * d_ff, f"{tokens}x{d_ff}"
-    gu, dh = torch.randn(tokens, 2 * d_ff, **BF16), torch.randn(tokens, d_ff, **BF16)
-    column = gu.t().contiguous().t()
+    gate_up, dh = torch.randn(tokens, 2 * d_ff, **BF16), torch.randn(tokens, d_ff, **BF16)
+    column = gate_up.t().contiguous().t()
     op = "gated_activation"
 
     def forward(source: torch.Tensor, column_major: bool) -> Callable:
         return lambda: ops.gated_activation(source, "silu", column_major=column_major)
 
-    for name, source in (("row", gu), ("column", column)):
+    for name, source in (("row", gate_up), ("column", column)):
         yield Case(f"{op} {name}/row", shape, 6 * n, n, forward(source, False))
         yield Case(f"{op} {name}/column", shape, 6 * n, n, forward(source, True))
-    yield Case(f"{op}_backward", shape, 10 * n, n, lambda: ops.gated_activation_backward(dh, gu, "silu"))
+    yield Case(f"{op}_backward", shape, 10 * n, n, lambda: ops.gated_activation_backward(dh, gate_up, "silu"))
     yield Case(
-        f"{op}_backward_mvue", shape, 12.25 * n, n, lambda: ops.gated_activation_backward_mvue(dh, gu, "silu", seed)
+        f"{op}_backward_mvue",
+        shape,
+        12.25 * n,
+        n,
+        lambda: ops.gated_activation_backward_mvue(dh, gate_up, "silu", seed),
     )
 
 

@@ -133,13 +133,13 @@ def test_double_backward_is_refused(device, dtype):
 @pytest.mark.fault(52)
 def test_vmap_and_forward_mode_are_refused(device, dtype):
     x, w, b, packed, _ = make_layer(device, dtype)
-    gu = torch.randn(4, 32, device=device, dtype=dtype)
+    gate_up = torch.randn(4, 32, device=device, dtype=dtype)
     up, down = ops.prune_compress(w.detach(), dtype)[1:], ops.prune_compress(w.detach().t(), dtype)[1:]
     functions = (
         (lambda t: functional.sparse_linear(t, w, *packed, b), x.detach()),
         (lambda t: functional.mlp(t, w, up, w.t(), down), x.detach()),
-        (functional.gated_activation, gu),
-        (functional.activation, gu),
+        (functional.gated_activation, gate_up),
+        (functional.activation, gate_up),
     )
     for function, t in functions:
         for call in (
@@ -220,8 +220,8 @@ def test_whole_feed_forward_equals_its_parts(device, gated, mvue):
         )
     ours = torch.autograd.grad(whole, leaves, dy)
 
-    gu = functional.sparse_linear(x, up, *packed_up, b_up, mvue=mvue, seed=seeds[1])
-    h = functional.gated_activation(gu, "silu") if gated else functional.activation(gu, "gelu_tanh")
+    gate_up = functional.sparse_linear(x, up, *packed_up, b_up, mvue=mvue, seed=seeds[1])
+    h = functional.gated_activation(gate_up, "silu") if gated else functional.activation(gate_up, "gelu_tanh")
     parts = functional.sparse_linear(h, down, *packed_down, b_down, mvue=mvue, seed=seeds[0])
     theirs = torch.autograd.grad(parts, leaves, dy)
     assert_same_bits(whole, parts, "y")

@@ -172,35 +172,35 @@ def test_rows_of_a_product_have_a_leading_dimension(device, draw):
 @fuzz(400)
 def test_activations(device, draw):
     gated, kind = draw.random() < 0.5, draw.pick(KINDS)
-    gu = on(device, draw.tensor(dtypes=(*FLOATS, *DTYPES)))
-    right_width = gu.dim() > 0 and not (gated and gu.shape[-1] % 2)
-    valid, columns = kind != "tanh" and right_width and is_computed(gu), draw.random() < 0.5
-    h = attempt(valid, ops.gated_activation if gated else ops.activation, gu, kind, column_major=columns)
+    gate_up = on(device, draw.tensor(dtypes=(*FLOATS, *DTYPES)))
+    right_width = gate_up.dim() > 0 and not (gated and gate_up.shape[-1] % 2)
+    valid, columns = kind != "tanh" and right_width and is_computed(gate_up), draw.random() < 0.5
+    h = attempt(valid, ops.gated_activation if gated else ops.activation, gate_up, kind, column_major=columns)
     if h is None:
         return
-    expected = reference.gated_activation(plain(gu), kind, gated)
-    assert h.shape == expected.shape and h.dtype == gu.dtype
-    gate, up = plain(gu).chunk(2, -1) if gated else (plain(gu), torch.zeros(()))
+    expected = reference.gated_activation(plain(gate_up), kind, gated)
+    assert h.shape == expected.shape and h.dtype == gate_up.dtype
+    gate, up = plain(gate_up).chunk(2, -1) if gated else (plain(gate_up), torch.zeros(()))
     assert_units_apart(h.cpu(), expected, gate, gate, up)  # limits at infinity; a NaN stays one
-    dh = on(device, draw.tensor(draw.usually(h.shape, (*h.shape[:-1], h.shape[-1] + 2)), (gu.dtype,)))
+    dh = on(device, draw.tensor(draw.usually(h.shape, (*h.shape[:-1], h.shape[-1] + 2)), (gate_up.dtype,)))
     backward = ops.gated_activation_backward if gated else ops.activation_backward
-    d_gu = attempt(dh.shape == h.shape, backward, dh, gu, kind)
-    if d_gu is None:
+    d_gate_up = attempt(dh.shape == h.shape, backward, dh, gate_up, kind)
+    if d_gate_up is None:
         return
-    assert d_gu.shape == gu.shape
-    expected = reference.gated_activation_backward(plain(dh), plain(gu), kind, gated)[0]
+    assert d_gate_up.shape == gate_up.shape
+    expected = reference.gated_activation_backward(plain(dh), plain(gate_up), kind, gated)[0]
 
     def both_halves(t):
         return torch.cat([t, t], -1) if gated else t
 
     parts = [both_halves(part) for part in ((gate, up, plain(dh)) if gated else (gate, plain(dh)))]
     finite = torch.stack([part.isfinite() for part in parts]).all(0)
-    assert_units_apart(d_gu.cpu()[finite], expected[finite], *(part[finite] for part in (parts[0], *parts)))
+    assert_units_apart(d_gate_up.cpu()[finite], expected[finite], *(part[finite] for part in (parts[0], *parts)))
     packing = ops.gated_activation_backward_mvue if gated else ops.activation_backward_mvue
     seed = torch.tensor(SEED, device=device)
-    both = attempt(gu.dim() == 2, packing, dh, gu, kind, seed)
+    both = attempt(gate_up.dim() == 2, packing, dh, gate_up, kind, seed)
     if both is not None:
-        same(both, (d_gu, *ops.mvue_compress(d_gu, seed)), "both forms")
+        same(both, (d_gate_up, *ops.mvue_compress(d_gate_up, seed)), "both forms")
 
 
 def assert_units_apart(ours, theirs, *factors):

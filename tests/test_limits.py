@@ -53,7 +53,7 @@ def test_offsets_beyond_two_to_the_31_are_right_on_the_cpu(layout):
         assert_same_bits(ours, theirs, "MVUE")
     assert_same_bits(ops.gated_activation(far), ops.gated_activation(near), "h")
     dh = torch.randn(16, 12).bfloat16()
-    assert_same_bits(ops.gated_activation_backward(dh, far), ops.gated_activation_backward(dh, near), "d_gu")
+    assert_same_bits(ops.gated_activation_backward(dh, far), ops.gated_activation_backward(dh, near), "d_gate_up")
     expected = ops.masked_decay_(near.clone(), near, mask, 0.5)
     assert_same_bits(ops.masked_decay_(far, near, mask, 0.5), expected, "grad")
 
@@ -139,15 +139,15 @@ def test_gradients_of_more_than_two_to_the_31_elements(roomy):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_activations_of_more_than_two_to_the_31_elements(roomy, layout):
     shape = (ROWS, 2 * COLS) if layout == "rows" else (2 * COLS, ROWS)
-    gu = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
-    gu = gu if layout == "rows" else gu.t()
-    h = ops.gated_activation(gu)
+    gate_up = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    gate_up = gate_up if layout == "rows" else gate_up.t()
+    h = ops.gated_activation(gate_up)
     assert h.numel() > 1 << 31
-    assert all(torch.equal(h[part], ops.gated_activation(gu[part].contiguous())) for part in parts())
-    d_gu = ops.gated_activation_backward(h, gu)
+    assert all(torch.equal(h[part], ops.gated_activation(gate_up[part].contiguous())) for part in parts())
+    d_gate_up = ops.gated_activation_backward(h, gate_up)
     for part in parts():
-        expected = ops.gated_activation_backward(h[part].contiguous(), gu[part].contiguous())
-        assert torch.equal(d_gu[part], expected), part
+        expected = ops.gated_activation_backward(h[part].contiguous(), gate_up[part].contiguous())
+        assert torch.equal(d_gate_up[part], expected), part
 
 
 @pytest.mark.gpu

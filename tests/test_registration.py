@@ -20,7 +20,7 @@ def sample_calls(device):
     mask, packed, E, packed_t, E_t = ops.prune_compress(w, dtype)
     seed = torch.tensor([1, 2], device=device)
     packed_dy, E_dy = ops.mvue_compress(dy, seed)
-    gu, dh = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
+    gate_up, dh = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
     lists = [[mask], [packed], [E], [packed_t], [E_t]]
     packed_x, E_x = ops.mvue_compress(x, seed)
     decay = (torch.tensor([0.1], device=device), [w], [mask])
@@ -44,9 +44,9 @@ def sample_calls(device):
         "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros_like(w), True, *decay),
         "sparse_mm_grad_weight_input": (packed_x, E_x, dy, 32, None, *decay),
         "sparse_mm_grad_weight_input_": (packed_x, E_x, dy, 32, torch.zeros_like(w), True, *decay),
-        "activation": (gu, "silu", True, False),
-        "activation_backward": (dh, gu, "silu", True, True),
-        "activation_backward_mvue": (dh, gu, "silu", True, seed, True, True),
+        "activation": (gate_up, "silu", True, False),
+        "activation_backward": (dh, gate_up, "silu", True, True),
+        "activation_backward_mvue": (dh, gate_up, "silu", True, seed, True, True),
         "foreach_masked_decay_": ([torch.zeros_like(w)], [w], [mask], 0.1, None),
         **float8_calls(device, dtype),
     }
