@@ -4,8 +4,8 @@ One model and recipe; between the timings only the counting is switched. Everyth
 in both. A step is 8 x 1024 tokens under bf16 autocast, PyTorch eager, fused AdamW. Time is that of whole intervals of
 40 steps, host and all, since what counting could cost is waiting for the device.
 
-    counted      flips counted at each refresh, and read by the monitor
-    metrics      also recipe.metrics() after each refresh: flip rates and quantiles of the gaps
+    counted      flips counted at each search, and read by the monitor
+    metrics      also recipe.metrics() after each search: flip rates and quantiles of the gaps
     blocks       also flips per 4x4 block (track_blocks=True)
 
 The last columns bound it from above: the milliseconds of counting (and reading) alone on an idle device, host and

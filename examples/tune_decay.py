@@ -1,4 +1,4 @@
-"""Finding the decay factor by short probes: prints the table, draws mu against decay.
+"""Finding the decay factor by short runs: prints the table, draws mu against decay.
 
     python examples/tune_decay.py [--probe-step 60] [--out .]
 

@@ -222,15 +222,15 @@ def tune(
     grid: Annotated[
         list[float], typer.Option(help="A decay to try; may be repeated. Default: 0 and 1e-6 ... 1e-2.")
     ] = [],  # noqa: B006
-    probe_step: Annotated[int | None, typer.Option(help="Steps of each probe. Default: the warm-up.")] = None,
+    probe_step: Annotated[int | None, typer.Option(help="Steps of each short run. Default: the warm-up.")] = None,
     **values: Any,
 ) -> None:
-    """Find the masked decay for a run of `pretrain` by short probes inside its warm-up."""
+    """Find the masked decay for a run of `pretrain` by short runs inside its warm-up."""
     from .pretrain.tuning import tune
 
     try:
         result = tune(Settings(**given(context, values)), grid, probe_step)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with the probes that are left", file=sys.stderr)
+        print("interrupted; the same command goes on with the runs that are left", file=sys.stderr)
         raise typer.Exit(130) from None
     raise typer.Exit(0 if result.decay is not None else 1)

@@ -234,7 +234,7 @@ def test_no_bias():
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.fault(50)
 def test_evaluation_reads_masks_and_changes_nothing(mode):
-    """Evaluation uses the current mask and never refreshes it."""
+    """Evaluation uses the current mask and never searches another."""
     layer, x = sparse_linear().eval(), torch.randn(4, 16)
     with torch.no_grad():
         layer.weight[:, :2] *= 100  # a search now would find other masks

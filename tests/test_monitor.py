@@ -65,7 +65,7 @@ def test_history_is_written_as_csv_and_picture(tmp_path):
     assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_rates_per_step_are_those_per_refresh_over_the_interval():
+def test_rates_per_step_are_those_per_search_over_the_interval():
     monitor = FlipMonitor(["a", "b"], [1000, 500])
     feed(monitor, [(0.3, 0.2), (0.1, 0.05)], (1000, 500))
     assert monitor.layer_rates() == {"a": 0.1, "b": 0.05}

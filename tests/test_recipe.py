@@ -134,7 +134,7 @@ def test_metrics_are_floats_with_fixed_names():
     assert metrics["flip_rate_per_step"] == metrics["flip_rate"] / 4
 
 
-def test_flip_rate_counts_what_changed_between_two_refreshes():
+def test_flip_rate_counts_what_changed_between_two_searches():
     model, optimizer, recipe = make(lr=0.2, mask_interval=5, dense_fraction=0)
     before = [kept(layer) for layer in recipe.layers.values()]
     run(model, optimizer, 4)

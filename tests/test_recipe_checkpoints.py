@@ -108,6 +108,20 @@ def test_corrupt_state_is_refused_and_changes_nothing(key, value, words):
         recipe.load_state_dict([])
 
 
+def test_a_state_under_the_names_of_an_older_version_is_read():
+    """What is a search now was called a refresh."""
+    model, optimizer, recipe = make(lr=0.1, track_blocks=True)
+    run(model, optimizer, 5)
+    state = recipe.state_dict()
+    older = {key: value for key, value in state.items() if key not in ("last_search", "blocks")}
+    older["last_refresh"] = state["last_search"]
+    older["blocks"] = {"refreshes": state["blocks"]["searches"], "counts": state["blocks"]["counts"]}
+    *_, again = make(track_blocks=True)
+    again.load_state_dict(older)
+    assert again.last_search == recipe.last_search > 0
+    assert again.state_dict()["blocks"]["searches"] == state["blocks"]["searches"] > 0
+
+
 @pytest.mark.fault(46)
 def test_state_of_another_shape_or_model_is_refused():
     """Masks of other layers or sizes."""
@@ -151,7 +165,7 @@ def test_masks_of_a_state_serve_another_dtype():
 
 @pytest.mark.fault(62)
 def test_interrupt_inside_a_step_is_made_good_before_saving(monkeypatch):
-    """The refresh belongs to the step; a save right after an interrupt is that of a whole step."""
+    """The search belongs to the step; a save right after an interrupt is that of a whole step."""
     model, optimizer, recipe = make(lr=0.2, mvue=False)
     run(model, optimizer, 3)
     twin, twin_optimizer, twin_recipe = make(lr=0.2, mvue=False)

@@ -243,7 +243,7 @@ def test_accumulation_under_a_scaler_decays_once(fused):
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.fault(58)
 def test_step_that_the_scaler_skips_changes_and_counts_nothing(fused, method):
-    """No decay, no count, no refresh on Inf or NaN; fused optimizers run their hooks all the same."""
+    """No decay, no count, no search on Inf or NaN; fused optimizers run their hooks all the same."""
     model, optimizer, recipe = make(
         torch.optim.AdamW, opt=dict(fused=fused), decay=0.5, mask_interval=1, method=method, mvue=False
     )

@@ -281,7 +281,7 @@ def test_s_ste_multiplies_sparse_and_learns():
 
 
 def test_flip_counts_do_not_wait_for_the_device():
-    """A refresh while the GPU is busy returns at once; the counts arrive later."""
+    """A search while the GPU is busy returns at once; the counts arrive later."""
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     recipe = Recipe(model, optimizer, total_steps=100, mask_interval=1, dense_fraction=0)

@@ -135,7 +135,7 @@ def limit_losses(axes, arms: dict[str, list[Row]]) -> None:
 
 
 def plot_flip_rate(rows: list[Row], path: Path, title: str, mask_interval: int) -> None:
-    """Flip rate at each mask search; of a dense arm, whose masks are only probed, too."""
+    """Flip rate at each mask search; of a dense arm, whose masks a probe watches, too."""
     figure, (axes,) = new_figure(f"{title}: flip rate")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(f"part of the mask changed per search (every {mask_interval} steps)")

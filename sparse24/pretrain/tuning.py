@@ -27,7 +27,7 @@ def tune(
     probe_step: int | None = None,
     say: Callable[[str], None] = print,
 ) -> Any:
-    """Probe each decay of `grid` for `probe_step` steps of the run that `settings` describe; see `sparse24.tune_decay`.
+    """Try each decay of `grid` for `probe_step` steps of the run that `settings` describe; see `sparse24.tune_decay`.
 
     grid        decays to try; empty: a decade's thirds from 1e-6 to 1e-2
     probe_step  inside the warm-up; default: its end, at least three mask searches
@@ -43,7 +43,7 @@ def tune(
         "probe_step",
         f"must not exceed --steps ({s.steps})",
         probe_step,
-        "probe inside the warm-up",
+        "choose a step inside the warm-up",
     )
     out = Path(s.out).expanduser() if s.out else Path("runs") / f"tune-{s.model}-{s.preset}"
     with writable(out), locked(out):
@@ -78,7 +78,7 @@ def tune(
 
 
 def same_run(path: Path, wanted: dict[str, Any]) -> None:
-    """Probes in the folder must be of this model, text and schedule."""
+    """Runs in the folder must be of this model, text and schedule."""
     wanted = json.loads(json.dumps(wanted))
     if path.exists():
         try:

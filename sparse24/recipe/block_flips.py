@@ -32,7 +32,7 @@ class BlockFlips:
 
     def state_dict(self) -> dict:
         """Plain numbers and tensors."""
-        return {"refreshes": self.searches, "counts": [] if self.counts is None else [self.counts.clone()]}
+        return {"searches": self.searches, "counts": [] if self.counts is None else [self.counts.clone()]}
 
     def check_state(self, state: dict, masks: list[Tensor]) -> None:
         """Raises Sparse24Error when saved counts are not of layers with these uint8 `masks`."""
@@ -44,7 +44,7 @@ class BlockFlips:
         """Take up saved counts; raises as `check_state`."""
         self.check_state(state, masks)
         counts = state["counts"]
-        self.searches = state["refreshes"]
+        self.searches = state["searches"]
         self.counts = counts[0].to(masks[0].device, copy=True) if counts else None
 
     def plot(self, gaps: list[Tensor], path) -> None:

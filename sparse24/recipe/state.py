@@ -21,7 +21,7 @@ VERSION = 1
 #: what settings were before there was a choice: states of that time lack them
 OLDER_SETTINGS = {"decay_in": "step"}
 #: keys of older states -> their names now
-OLDER_KEYS = {"last_refresh": "last_search"}
+OLDER_KEYS = {"last_refresh": "last_search", "refreshes": "searches"}
 KEYS = {
     "version": int,
     "step": int,
@@ -140,7 +140,7 @@ def renewed(state: dict) -> dict:
     """A state under the keys of now, where an older version has written it."""
     if not isinstance(state, dict):
         return state
-    return {OLDER_KEYS.get(key, key): value for key, value in state.items()}
+    return {OLDER_KEYS.get(key, key): renewed(value) if key == "blocks" else value for key, value in state.items()}
 
 
 def check_state(
@@ -179,7 +179,7 @@ def check_state(
             "settings, or pass override=True to go on with this one's"
         )
     _check_monitor(state["monitor"])
-    _check_blocks(state.get("blocks", {"refreshes": 0, "counts": []}))
+    _check_blocks(state.get("blocks", {"searches": 0, "counts": []}))
     _check_frozen(state.get("frozen_layers", {}), state["masks"])
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
     if shapes is not None:
@@ -217,7 +217,7 @@ def _check_blocks(blocks: dict) -> None:
     counts = blocks.get("counts") if isinstance(blocks, dict) else None
     if (
         not isinstance(counts, list)
-        or type(blocks.get("refreshes")) is not int
+        or type(blocks.get("searches")) is not int
         or len(counts) > 1
         or not all(isinstance(count, Tensor) and count.dim() == 1 and not count.is_floating_point() for count in counts)
     ):

@@ -3,7 +3,7 @@
 For each decay train only to a probe step and compare flip rates: mu = flip rate of the sparse run / flip rate of a
 dense run whose masks are only watched. A mu between 0.60 and 0.95 has been found to train well: above it masks
 oscillate more than a dense run's would, below it they are held too tightly. No decay suits every model,
-hence the search.
+hence the grid.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TuneResult:
             lines.append(f"{name:>9}  {arm.flip_rate:9.5f}  {arm.mu:6.3f}  {arm.loss:8.4f}{mark}{note}")
         if self.decay is None:
             low, high = self.target
-            lines.append(f"no decay gives mu in [{low}, {high}]: widen the grid, or probe later in the warm-up")
+            lines.append(f"no decay gives mu in [{low}, {high}]: widen the grid, or take a later probe_step")
         return "\n".join(lines)
 
     def plot(self, path) -> None:
@@ -155,7 +155,7 @@ def tune_decay(
     never change.
     """
     grid = sorted({check_decay(decay) for decay in grid})
-    _check_search(grid, target, probe_step, mask_interval)
+    _check_grid(grid, target, probe_step, mask_interval)
     _check_read_again(batches)
     runs = _Runs(
         make_model=make_model, make_optimizer=make_optimizer, batches=batches, loss=loss or _default_loss,
@@ -183,7 +183,7 @@ def tune_decay(
     return TuneResult(best.decay if best else None, table, tuple(target), settings)
 
 
-def _check_search(grid: list[float], target: tuple[float, float], probe_step: int, mask_interval: int) -> None:
+def _check_grid(grid: list[float], target: tuple[float, float], probe_step: int, mask_interval: int) -> None:
     low, high = target
     if not grid:
         raise Sparse24Error("grid must hold at least one decay")
@@ -209,7 +209,7 @@ def _compare_arms(run: Callable, grid: list[float], target: tuple[float, float],
     dense = run(None, lambda step, rate: "")
     if dense.flip_rate == 0:
         raise Sparse24Error(
-            "the masks of the dense run never change up to probe_step: probe later, or check the optimizer"
+            "the masks of the dense run never change up to probe_step: choose a later one, or check the optimizer"
         )
     dense.mu = 1.0
     say(f"dense: flip rate {dense.flip_rate:.5f}")

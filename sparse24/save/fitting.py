@@ -145,13 +145,13 @@ def _expected_names(optimizer: torch.optim.Optimizer, group: dict, dim: int) -> 
     kind = next((base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")), None)
     if kind is None or kind is not type(optimizer) or kind is torch.optim.LBFGS:
         return None
-    probe = nn.Parameter(torch.zeros((2,) * dim))
-    probe.grad = torch.zeros_like(probe)
+    small = nn.Parameter(torch.zeros((2,) * dim))
+    small.grad = torch.zeros_like(small)
     try:
         trial = kind(
-            [{**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "params": [probe]}], lr=1e-3
+            [{**{k: v for k, v in group.items() if k not in ("params", "param_names")}, "params": [small]}], lr=1e-3
         )
         trial.step()
     except Exception:  # options that do not go together elsewhere, such as capturable on a CPU: nothing is known then
         return None
-    return set(trial.state[probe])
+    return set(trial.state[small])
