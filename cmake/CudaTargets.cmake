@@ -27,7 +27,7 @@ target_compile_options(sparse24_cuda_options INTERFACE
 set(no_contraction $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
 # Kernels around the GEMM.
 file(GLOB kernel_sources CONFIGURE_DEPENDS
-  csrc/mask/*.cu csrc/compress/*.cu csrc/activation/*.cu csrc/fused/*.cu)
+  csrc/mask/*.cu csrc/pack/*.cu csrc/activation/*.cu csrc/fused/*.cu)
 # Host code of the GEMM (heuristics) and its kernels.
 file(GLOB_RECURSE gemm_host_sources CONFIGURE_DEPENDS csrc/gemm/*.cpp)
 include(cmake/GemmKernels.cmake)

@@ -376,6 +376,7 @@ def test_without_a_gpu_the_command_says_so():
         ("void sparse24::(anonymous namespace)::forward_stream_kernel<(sparse24::Activation)0, true>", "activation"),
         ("void sparse24::(anonymous namespace)::mvue_kernel<sparse24::BFloat16, (sparse24::Layout)0>", "mvue"),
         ("void sparse24::pack_kernel<sparse24::BFloat16, sparse24::BFloat16, (sparse24::Layout)0>", "pack"),
+        ("void sparse24::(anonymous namespace)::unpack_rows_kernel<unsigned short>", "other"),
         ("void sparse24::(anonymous namespace)::masked_decay_kernel<float, float>", "decay"),
         ("nvjet_sm90_tst_320x128_64x3_1x2_h_bz_coopB_NTT", "dense products"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),

@@ -95,7 +95,7 @@ def test_weights_are_packed_as_the_reference_packs_them(device, shape, search):
     float8.pack_float8_(search, weights, found, zip(*outs, strict=True), scales, amaxes)
     for w, mask, got, out, amax in zip(weights, masks, found, outs, amaxes, strict=True):
         assert torch.equal(got, mask) and float(amax) == float(w.abs().max())
-        for ours, theirs in zip(out, plain.compress_float8(w, mask, scales[0], E4M3), strict=True):
+        for ours, theirs in zip(out, plain.pack_float8(w, mask, scales[0], E4M3), strict=True):
             assert torch.equal(bits(ours), bits(theirs))
         dense = float8.decompress_float8(*out[:2], scales[0], *shape)
         kept = torch.where(reference.unpack_mask(mask), plain.to_float8(w, scales[0]).float() * scales[0], 0)
@@ -127,7 +127,7 @@ def test_mvue_equals_the_reference_and_brings_the_cast(device, shape, dtype):
     )
     amax = scale(0.0, device)
     packed, E, dy8, bias = float8.mvue_quantize(dy, seed, one, float8=True, bias_grad=True, amax=amax)
-    values, positions = plain.mvue_compress_float8(dy, seed, one, E4M3)
+    values, positions = plain.mvue_pack_float8(dy, seed, one, E4M3)
     assert torch.equal(bits(packed), bits(values)) and torch.equal(E, positions)
     assert torch.equal(bits(dy8), bits(plain.to_float8(dy, one))) and torch.equal(amax, plain.amax(dy))
     torch.testing.assert_close(bias, dy.sum(0, dtype=torch.float32), rtol=1e-5, atol=1e-4)

@@ -97,7 +97,7 @@ def test_packing_and_products(device, draw):
         return
     found = reference.transposable_mask(plain(w)) if search else plain(mask)
     same(mask, found, "mask")
-    same(forms, reference8.compress_float8(plain(w), found, scale.cpu(), E4M3), "forms")
+    same(forms, reference8.pack_float8(plain(w), found, scale.cpu(), E4M3), "forms")
     assert_products(draw, device, (rows, cols), forms, scale)
 
 
@@ -129,7 +129,7 @@ def test_gradients_and_their_products(device, draw):
         return
     expected, cpu_seed = plain(dy), torch.tensor(SEED)
     if whole:
-        pruned = reference8.mvue_compress_float8(expected, cpu_seed, scale.cpu(), E4M3)
+        pruned = reference8.mvue_pack_float8(expected, cpu_seed, scale.cpu(), E4M3)
     else:
         pruned = reference.mvue_compress(expected, cpu_seed)
     same(out[:3], (*pruned, reference8.to_float8(expected, scale.cpu())), "mvue_quantize")

@@ -1,6 +1,6 @@
 """Who may include whom in csrc (CONTRIBUTING.md has the map). Includes point one way:
 
-bindings -> include/sparse24 <- api -> {cpu, fused} -> {mask, compress, activation}; api -> gemm -> activation;
+bindings -> include/sparse24 <- api -> {cpu, fused} -> {mask, pack, activation}; api -> gemm -> activation;
 all -> common
 
 Siblings do not include one another: what two need goes down to common, what joins two goes up to fused.
@@ -18,12 +18,12 @@ ALLOWED = {
     "include": set(),
     "common": {"include"},
     "mask": {"include", "common"},
-    "compress": {"include", "common"},
+    "pack": {"include", "common"},
     "activation": {"include", "common"},
     "gemm": {"include", "common", "activation"},
-    "fused": {"include", "common", "mask", "compress", "activation"},
-    "cpu": {"include", "common", "mask", "compress", "activation"},
-    "api": {"include", "common", "mask", "compress", "activation", "gemm", "fused", "cpu"},
+    "fused": {"include", "common", "mask", "pack", "activation"},
+    "cpu": {"include", "common", "mask", "pack", "activation"},
+    "api": {"include", "common", "mask", "pack", "activation", "gemm", "fused", "cpu"},
     "bindings": {"include"},
 }
 
@@ -33,7 +33,7 @@ EXTERNAL = {
     r"pybind11/": {"bindings"},
     r"(torch|ATen|c10)/": set(),
     r"Python\.h": set(),
-    r"cuda\w*\.h": {"common", "mask", "compress", "activation", "gemm", "fused", "api"},
+    r"cuda\w*\.h": {"common", "mask", "pack", "activation", "gemm", "fused", "api"},
 }
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]', re.MULTILINE)
@@ -83,7 +83,7 @@ def test_includes_point_one_way(path):
 @pytest.mark.parametrize(
     "folder, line",
     [
-        ("mask", '#include "compress/pack_group.h"'),
+        ("mask", '#include "pack/pack_group.h"'),
         ("common", '#include "mask/block_search.h"'),
         ("gemm", '#include "mask/block_search.h"'),
         ("cpu", "#include <cuda_runtime_api.h>"),

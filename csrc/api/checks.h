@@ -102,7 +102,7 @@ inline bool writes_float8(const Float8Output& to) {
 }
 
 /// Of an MVUE-packed result: seed, packed and E belong together, and the format must be one. Args:
-/// those of mvue_compress or of an activation pass.
+/// those of mvue_pack or of an activation pass.
 template <typename Args>
 void check_mvue(const Args& args, DType dtype, const Context& context, const char* name) {
   check_pointer(args.seed, "seed");

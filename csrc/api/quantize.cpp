@@ -5,7 +5,7 @@
 #include "api/dispatch.h"
 
 #ifdef SPARSE24_WITH_CUDA
-#include "compress/compress_cuda.h"
+#include "pack/pack_cuda.h"
 #endif
 
 namespace sparse24 {

@@ -107,12 +107,12 @@ void def_multi(py::module_& module, const char* name, py::ssize_t fields, Read r
   });
 }
 
-/// The fields of a weight on its way into packed form, as compress.cpp binds them.
+/// The fields of a weight on its way into packed form, as pack.cpp binds them.
 PackArgs read_pack(Fields& item);
 
 // One file an area, which binds the functions of one public header or two.
 void bind_activation(py::module_& module);
-void bind_compress(py::module_& module);
+void bind_pack(py::module_& module);
 void bind_device(py::module_& module);
 void bind_float8(py::module_& module);
 void bind_gemm(py::module_& module);

@@ -1,4 +1,4 @@
-// float8.cpp: packing to and casts in 8 bits: quantize.h, and what compress.h and activation.h have
+// float8.cpp: packing to and casts in 8 bits: quantize.h, and what pack.h and activation.h have
 // besides 16-bit results.
 //
 // Matrices, float8 outputs and packed operands travel as tuples:
@@ -11,9 +11,9 @@
 //   metadata_bytes_for(dtype, m, k), padded_tokens_for(dtype, tokens)
 //   pack_by_mask_float8, search_and_pack_float8(items, backend, device, stream): items as those of
 //       pack_by_mask with three fields more: scale, amax, counters
-//   decompress_packed(packed, transposed, out, backend, device, stream): out a matrix
+//   unpack_float8(packed, transposed, out, backend, device, stream): out a matrix
 //   quantize(x, float8, backend, device, stream): x a matrix; without x8 and x8_t amax alone
-//   mvue_pack(dy, mvue, float8, tile_sums, backend, device, stream)
+//   mvue_pack_outputs(dy, mvue, float8, tile_sums, backend, device, stream)
 //   activation_forward_outputs(kind, gated, gate_up, h, float8, mvue, backend, device, stream): h a
 //       matrix whose address may be 0
 //   activation_backward_outputs(kind, gated, d_h, gate_up, d_gate_up, h, float8, mvue, tile_sums,
@@ -54,7 +54,7 @@ Float8Output read_float8(const py::handle& item) {
   return to;
 }
 
-/// Args: of mvue_compress or of an activation pass.
+/// Args: of mvue_pack or of an activation pass.
 template <typename Args>
 void read_mvue(const py::handle& item, Args& args) {
   if (item.is_none()) return;
@@ -81,9 +81,9 @@ void bind_float8_packing(py::module_& module) {
              [](int dtype, int64_t tokens) { return padded_tokens(dtype_of(dtype), tokens); });
   def_multi<PackArgs>(module, "pack_by_mask_float8", 15, read_pack_float8, pack_by_mask);
   def_multi<PackArgs>(module, "search_and_pack_float8", 15, read_pack_float8, search_and_pack);
-  module.def("decompress_packed", [](const py::tuple& packed, int transposed, const py::tuple& out,
-                                     int backend, int device, Address stream) {
-    DecompressArgs args;
+  module.def("unpack_float8", [](const py::tuple& packed, int transposed, const py::tuple& out,
+                                 int backend, int device, Address stream) {
+    UnpackArgs args;
     Fields fields(packed, 4);
     args.packed = fields.next_pointer<const void>();
     args.packed_dtype = fields.next_dtype();
@@ -93,7 +93,7 @@ void bind_float8_packing(py::module_& module) {
     args.out = read_matrix(out);
     const Context context = context_of(backend, device, stream);
     const py::gil_scoped_release unlocked;
-    decompress(args, context);
+    unpack(args, context);
   });
   module.def("count_bad_metadata_for", [](Address E, int dtype, int64_t m, int64_t k, Address bad,
                                           int backend, int device, Address stream) {
@@ -110,17 +110,18 @@ void bind_float8_passes(py::module_& module) {
     const py::gil_scoped_release unlocked;
     quantize(args, context);
   });
-  module.def("mvue_pack", [](const py::tuple& dy, const py::tuple& mvue, const py::object& float8,
-                             Address tile_sums, int backend, int device, Address stream) {
-    MvueArgs args;
-    args.dy = read_const_matrix(dy);
-    read_mvue(mvue, args);
-    args.float8 = read_float8(float8);
-    args.tile_sums = pointer<float>(tile_sums);
-    const Context context = context_of(backend, device, stream);
-    const py::gil_scoped_release unlocked;
-    mvue_compress(args, context);
-  });
+  module.def("mvue_pack_outputs",
+             [](const py::tuple& dy, const py::tuple& mvue, const py::object& float8,
+                Address tile_sums, int backend, int device, Address stream) {
+               MvueArgs args;
+               args.dy = read_const_matrix(dy);
+               read_mvue(mvue, args);
+               args.float8 = read_float8(float8);
+               args.tile_sums = pointer<float>(tile_sums);
+               const Context context = context_of(backend, device, stream);
+               const py::gil_scoped_release unlocked;
+               mvue_pack(args, context);
+             });
   module.def("activation_forward_outputs",
              [](int kind, int gated, const py::tuple& gate_up, const py::tuple& h,
                 const py::object& float8, const py::object& mvue, int backend, int device,

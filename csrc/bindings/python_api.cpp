@@ -8,7 +8,7 @@ namespace {
 /// Of the signatures in this folder. Raised with each change of one, here and in
 /// sparse24/_library.py: an editable installation whose Python files are newer than its binding
 /// then says so instead of failing at some call.
-constexpr int kInterface = 5;
+constexpr int kInterface = 6;
 
 /// sparse24::Error becomes the package's own exception, looked up when it is first needed.
 void translate_errors(std::exception_ptr pending) {
@@ -29,7 +29,7 @@ PYBIND11_MODULE(_C, module) {
   pybind11::register_local_exception_translator(bindings::translate_errors);
   module.attr("interface") = bindings::kInterface;
   bindings::bind_device(module);
-  bindings::bind_compress(module);
+  bindings::bind_pack(module);
   bindings::bind_gemm(module);
   bindings::bind_activation(module);
   bindings::bind_recipe(module);

@@ -4,7 +4,7 @@
 // Tiles of all tensors are numbered through; a block finds its tensor by bisecting the numbers of
 // their first tiles. A list with room for one tensor has nothing to find: its kernel reads fixed
 // parameters, which saves a small tensor's launch some 0.3 microseconds
-// (bench/results/compress.csv).
+// (bench/results/packing.csv).
 #pragma once
 
 #include <cstdint>

@@ -120,7 +120,7 @@ MvueArgs packing_of(const Matrix& x, const Args& args) {
 }
 
 void write_others(const MvueArgs& mvue) {
-  if (mvue.packed != nullptr) return mvue_compress(mvue);
+  if (mvue.packed != nullptr) return mvue_pack(mvue);
   quantize({mvue.dy, mvue.float8});
 }
 

@@ -14,9 +14,9 @@ namespace sparse24::cpu {
 void search_mask(const PackArgs* weights, int count);
 void pack_by_mask(const PackArgs* weights, int count);
 void search_and_pack(const PackArgs* weights, int count);
-void mvue_compress(const MvueArgs& args);
+void mvue_pack(const MvueArgs& args);
 void quantize(const QuantizeArgs& args);
-void decompress(const DecompressArgs& args);
+void unpack(const UnpackArgs& args);
 void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols);
 void count_bad_blocks(const uint16_t* mask, int64_t blocks, int64_t* bad);
 void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad);

@@ -1,4 +1,4 @@
-// gemm.cpp: the sparse product on the CPU, for tests. Training on a CPU decompresses and leaves the
+// gemm.cpp: the sparse product on the CPU, for tests. Training on a CPU unpacks and leaves the
 // multiplication to PyTorch.
 #include <algorithm>
 #include <vector>

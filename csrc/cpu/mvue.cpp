@@ -1,11 +1,11 @@
 // mvue.cpp: MVUE packing on the CPU, in tiles of 64 x 64 elements. Tokens run along k of E,
 // features along m.
-#include "compress/mvue_group.h"
 #include "cpu/cpu.h"
 #include "cpu/float8_output.h"
 #include "cpu/packed_format.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
+#include "pack/mvue_group.h"
 
 namespace sparse24::cpu {
 namespace {
@@ -89,7 +89,7 @@ void pack_gradient(const MvueArgs& args) {
 
 }  // namespace
 
-void mvue_compress(const MvueArgs& args) {
+void mvue_pack(const MvueArgs& args) {
   with_type(args.dy.dtype, [&](auto zero) {
     using T = decltype(zero);
     const DType packed = args.packed_dtype.value_or(args.dy.dtype);

@@ -2,12 +2,12 @@
 // d_gate_up for the input gradient, and MVUE-packed for the weight gradient.
 //
 //   d_h, gate_up, d_gate_up, h   as in activation/backward.cu, bf16 or fp16, every mix of layouts
-//   packed [padded/2, 2*d_ff] (plain: d_ff), E, seed   as in compress/mvue_compress.cu, and with
-//                                the same bits as mvue_compress(d_gate_up, seed)
+//   packed [padded/2, 2*d_ff] (plain: d_ff), E, seed   as in pack/mvue_pack.cu, and with
+//                                the same bits as mvue_pack(d_gate_up, seed)
 //
 // Work     All row-major: backward_rows.cuh. Otherwise backward_tiles.cuh: tiles through shared
 //          memory. Both make d_gate and d_up in registers, round them, store them, and prune both
-//          as mvue_compress would (mvue_patch.cuh). The up half's groups lie d_ff features on.
+//          as mvue_pack would (mvue_patch.cuh). The up half's groups lie d_ff features on.
 // Traffic  10 B dense (6 read, 4 written) + 2.25 B packed an element of h; 2 B more for h itself.
 // Edges    Vectors must fit all operands, and metadata blocks of 64 must not straddle gate and up:
 //          d_ff % 64 == 0 (gated). Lines of tiles must not overlap. Otherwise the two passes run
@@ -18,11 +18,11 @@
 #include "activation/kinds.cuh"
 #include "common/cuda_check.h"
 #include "common/format.h"
-#include "compress/compress_cuda.h"
-#include "compress/tile_sums.cuh"
 #include "fused/backward_rows.cuh"
 #include "fused/backward_tiles.cuh"
 #include "fused/fused_cuda.h"
+#include "pack/pack_cuda.h"
+#include "pack/tile_sums.cuh"
 
 namespace sparse24 {
 namespace {
@@ -115,7 +115,7 @@ void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream
   const BackwardLayouts layouts(args);
   if (one_pass_fits(args, layouts)) return launch_one_pass(args, layouts, stream);
   activation_backward_dense(args, stream);
-  mvue_compress({view_of(args.d_gate_up), args.seed, args.packed, args.E, args.tile_sums}, stream);
+  mvue_pack({view_of(args.d_gate_up), args.seed, args.packed, args.E, args.tile_sums}, stream);
 }
 
 }  // namespace cuda

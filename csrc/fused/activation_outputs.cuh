@@ -1,11 +1,11 @@
 // activation_outputs.cuh: the activation of a layer, forward or backward, whose result leaves in
-// several forms from one read (compress/tile_outputs.cuh).
+// several forms from one read (pack/tile_outputs.cuh).
 //
 //   forward    gate_up [tokens, 2*d_ff] (plain: d_ff)            -> h [tokens, d_ff]
 //   backward   d_h [tokens, d_ff], gate_up                       -> d_gate_up [tokens, 2*d_ff]
 //
 // The result is rounded to 16 bits first, and every form is made of that: the bits are those of the
-// plain pass followed by quantize and mvue_compress.
+// plain pass followed by quantize and mvue_pack.
 //
 // Work     A block of 256 threads takes 128 tokens x 128 features of h, a thread 8 x 8: it loads
 // its
@@ -20,9 +20,9 @@
 #pragma once
 
 #include "activation/functions.h"
-#include "compress/compress_cuda.h"
-#include "compress/tile_outputs.cuh"
 #include "fused/backward_rows.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/tile_outputs.cuh"
 
 namespace sparse24 {
 
@@ -176,7 +176,7 @@ void write_others(const Args& args, const Matrix& result, float* tile_sums, cuda
   mvue.packed_dtype = args.packed_dtype, mvue.scale = args.scale, mvue.float8 = args.float8;
   mvue.tile_sums = tile_sums;
   if (args.packed == nullptr) return cuda::quantize({mvue.dy, mvue.float8}, stream);
-  cuda::mvue_compress(mvue, stream);
+  cuda::mvue_pack(mvue, stream);
 }
 
 }  // namespace sparse24

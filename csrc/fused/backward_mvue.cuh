@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/raster.h"
-#include "compress/stage.cuh"
+#include "pack/stage.cuh"
 
 namespace sparse24 {
 

@@ -14,10 +14,10 @@
 
 #include "activation/functions.h"
 #include "common/square_patch.cuh"
-#include "compress/mvue_patch.cuh"
-#include "compress/stage.cuh"
-#include "compress/tile_sums.cuh"
 #include "fused/backward_mvue.cuh"
+#include "pack/mvue_patch.cuh"
+#include "pack/stage.cuh"
+#include "pack/tile_sums.cuh"
 
 namespace sparse24 {
 

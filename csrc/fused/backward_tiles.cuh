@@ -13,8 +13,8 @@
 #pragma once
 
 #include "activation/backward_tile.cuh"
-#include "compress/mvue_patch.cuh"
 #include "fused/backward_mvue.cuh"
+#include "pack/mvue_patch.cuh"
 
 namespace sparse24 {
 

@@ -5,7 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "sparse24/activation.h"
-#include "sparse24/compress.h"
+#include "sparse24/pack.h"
 
 namespace sparse24::cuda {
 

@@ -1,13 +1,13 @@
 // search_and_pack.cu: mask search and packing in one read of each weight. The kernels are in
-// compress/pack_rows.cuh and pack_tile.cuh, the search of a block in mask/block_search.h; here they
+// pack/pack_rows.cuh and pack_tile.cuh, the search of a block in mask/block_search.h; here they
 // meet.
 //
 // A thread searches its two or four blocks from registers, about 130 instructions each, and writes
 // their masks.
-#include "compress/pack8.cuh"
-#include "compress/pack_launch.cuh"
 #include "fused/fused_cuda.h"
 #include "mask/search_patch.cuh"
+#include "pack/pack8.cuh"
+#include "pack/pack_launch.cuh"
 
 namespace sparse24 {
 namespace {

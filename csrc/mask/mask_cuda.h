@@ -1,10 +1,10 @@
 // mask_cuda.h: masks on the GPU. Arguments have been checked by csrc/api; the device of the tensors
-// is current. Semantics: include/sparse24/compress.h and recipe.h.
+// is current. Semantics: include/sparse24/pack.h and recipe.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "sparse24/compress.h"
+#include "sparse24/pack.h"
 #include "sparse24/recipe.h"
 
 namespace sparse24::cuda {

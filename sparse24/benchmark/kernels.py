@@ -12,7 +12,7 @@ import torch
 COSTS = {
     "sparse products": r"sparse24.*gemm|SparseMainloop|SparseGemm",
     "search": r"search_and_pack|search_mask",
-    "pack": r"pack_by_mask|sparse24.*pack(?!.*mvue)",
+    "pack": r"pack_by_mask|sparse24.*(?<!un)pack(?!.*mvue)",
     "mvue": r"(?<!backward_)mvue",
     "activation": r"sparse24.*(activation|forward_patch|forward_stream|backward)",
     "decay": r"masked_decay",

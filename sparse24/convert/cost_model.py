@@ -3,7 +3,7 @@
 A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
 as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
 come from an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm.csv, ffn.csv, tokens.csv,
-activation.csv, mvue.csv, compress.csv; epilogue.csv and grad_weight.csv of the H100 alone). The H200's results are of
+activation.csv, mvue.csv, packing.csv; epilogue.csv and grad_weight.csv of the H100 alone). The H200's results are of
 older kernels: what those took more is in its constants. `rates_for` carries those
 of the nearer one over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them
 anew and prints how far the estimates are from what was measured.

@@ -16,14 +16,14 @@ from .activation import (
     gated_activation_backward,
     gated_activation_backward_mvue,
 )
-from .compress import compress, decompress, empty_packed, is_valid_metadata, prune_compress
-from .compress_lists import compress_, compress_transposed, prune_compress_
 from .gemm.activation import sparse_mm_activation, sparse_mm_gated_activation
 from .gemm.products import sparse_mm, sparse_mm_grad_input
 from .gemm.tuned_products import tune_gemm
 from .gemm.weight_gradient import sparse_mm_grad_weight, sparse_mm_grad_weight_input
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
 from .mvue import draw_seed, draw_seeds, mvue_compress
+from .packing import compress, decompress, empty_packed, is_valid_metadata, prune_compress
+from .packing_lists import compress_, compress_transposed, prune_compress_
 from .recipe import foreach_masked_decay_, masked_decay_
 
 flops.register()

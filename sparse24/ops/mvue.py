@@ -56,7 +56,7 @@ def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) ->
         return reference.mvue_compress(dy, seed)
     dy = as_major(dy)
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
-    library.mvue_compress(
+    library.mvue_pack(
         dy.data_ptr(), DTYPE_CODE[dy.dtype], *dy.shape, *dy.stride(), seed.data_ptr(), packed.data_ptr(), E.data_ptr(),
         0 if tile_sums is None else tile_sums.data_ptr(), *place,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple
     is dy. Arithmetic is fp32, each value rounded once; what leaves fp16's range becomes Inf. Inf and NaN survive.
     Raises Sparse24Error for a dy that is not 2-D or a seed on another device; Sparse24DtypeError for dy's dtype, and
     for a seed that is not two int64.
-    Source: arXiv 2404.01847 (MVUE); csrc/compress/mvue_group.h has the exact draw.
+    Source: arXiv 2404.01847 (MVUE); csrc/pack/mvue_group.h has the exact draw.
     """
     op = _op_mvue_compress_and_sum if bias_grad else _op_mvue_compress
     return call_without_grad("mvue_compress", "functional.sparse_linear", op, (dy, seed))

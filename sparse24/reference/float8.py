@@ -65,7 +65,7 @@ def cast_counts(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3
     return torch.stack([clipped.sum(), flushed.sum(), torch.tensor(x.numel(), device=x.device)])
 
 
-def compress_float8(w: Tensor, mask: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def pack_float8(w: Tensor, mask: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """packed [rows, cols/2], E, packed_t [cols, rows/2], E_t: both along k, values w / scale rounded once."""
     w8, kept = to_float8(w, scale, dtype).view(torch.uint8), unpack_mask(mask)
     packed, E = pack_rows(w8, kept, torch.uint8, dtype)
@@ -79,7 +79,7 @@ def decompress_float8(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int) 
     return dense.view(packed.dtype).float() * scale
 
 
-def mvue_compress_float8(dy: Tensor, seed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def mvue_pack_float8(dy: Tensor, seed: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """dy [tokens, features] pruned along tokens without bias, and rounded without: [features, padded_tokens/2] and E.
 
     A kept value is rounded by the 16 random bits of the neighbouring feature's draw, the second one of a group by their

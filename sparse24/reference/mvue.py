@@ -64,7 +64,7 @@ def mvue_probabilities(groups: Tensor) -> Tensor:
 def mvue_groups(a: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """Prune groups a [..., 4] fp32 with uniforms u [...]: positions int64 [..., 2], values fp32 [..., 2].
 
-    The same steps as csrc/compress/mvue_group.h, on whole tensors; that header has the derivation.
+    The same steps as csrc/pack/mvue_group.h, on whole tensors; that header has the derivation.
     """
     total = (a[..., 0].abs() + a[..., 1].abs()) + (a[..., 2].abs() + a[..., 3].abs())
     finite = a.isfinite().all(-1)

@@ -212,7 +212,7 @@ TEST(backward_is_the_derivative_and_packs_like_mvue) {
         mvue.seed = seed;
         mvue.packed = expected_packed.data();
         mvue.E = expected_E.data();
-        mvue_compress(mvue, kCpu);
+        mvue_pack(mvue, kCpu);
         CHECK(packed.bytes() == expected_packed.bytes());
         CHECK(E == expected_E);
       }

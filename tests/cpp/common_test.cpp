@@ -10,7 +10,7 @@
 #include "common/convert.h"
 #include "common/metadata.h"
 #include "common/philox.h"
-#include "compress/pack_group.h"
+#include "pack/pack_group.h"
 #include "testing.h"
 
 using namespace sparse24;

@@ -107,7 +107,7 @@ inline void bench_tokens() {
       if (dtype == DType::kFloat32) continue;
       const auto pack = [&](const char* name, DType packed, bool x8, double bytes) {
         report(name + what, elements * bytes,
-               time_us(sets, [&](int i) { cuda::mvue_compress(m[i]->mvue(packed, x8), nullptr); }));
+               time_us(sets, [&](int i) { cuda::mvue_pack(m[i]->mvue(packed, x8), nullptr); }));
       };
       pack("mvue to bf16", DType::kBFloat16, false, 3.125);
       pack("mvue to bf16, and x8", DType::kBFloat16, true, 4.125);

@@ -19,11 +19,11 @@
 #include "common/cuda_check.h"
 #include "common/float8.h"
 #include "common/format.h"
-#include "compress/compress_cuda.h"
 #include "cpu/cpu.h"
 #include "float8_bench.h"
 #include "fused/fused_cuda.h"
 #include "mask/mask_cuda.h"
+#include "pack/pack_cuda.h"
 #include "twins.h"
 
 using namespace sparse24;
@@ -230,7 +230,7 @@ void test_many_weights() {
   for (size_t i = 0; i < weights.size(); ++i) weights[i]->compare(concat("weight ", i, " of many"));
 }
 
-void test_decompress() {
+void test_unpack() {
   for (const Shape s : kWeightShapes)
     for (bool transposed : {false, true})
       for (DType in : k8)
@@ -246,14 +246,14 @@ void test_decompress() {
             E.host()[i] = static_cast<uint8_t>(valid[random_source.below(6)] |
                                                valid[random_source.below(6)] << 4);
           packed.upload(), E.upload(), scale.upload();
-          cpu::decompress(
+          cpu::unpack(
               {packed.host<void>(), E.host(), transposed, dense.host(), in, scale.host<float>()});
-          cuda::decompress({packed.device<void>(), E.device(), transposed, dense.device(), in,
-                            scale.device<float>()},
-                           nullptr);
-          synchronize("decompress");
-          dense.twin().compare(concat("decompress [", s.rows, ", ", s.cols, "] ",
-                                      sparse24::name_of(in), "->", sparse24::name_of(out),
+          cuda::unpack({packed.device<void>(), E.device(), transposed, dense.device(), in,
+                        scale.device<float>()},
+                       nullptr);
+          synchronize("unpack");
+          dense.twin().compare(concat("unpack [", s.rows, ", ", s.cols, "] ", sparse24::name_of(in),
+                                      "->", sparse24::name_of(out),
                                       transposed ? " transposed" : ""));
         }
 }
@@ -337,7 +337,7 @@ void test_mvue_shape(Shape s, DType dtype, DType packed, Order order, int64_t ga
     to.ask(args, device);
     args.float8 = copy.output(device);
     args.tile_sums = to.sums_of(device);
-    device ? cuda::mvue_compress(args, nullptr) : cpu::mvue_compress(args);
+    device ? cuda::mvue_pack(args, nullptr) : cpu::mvue_pack(args);
   }
   synchronize(what);
   to.compare(what), copy.compare(what);
@@ -349,7 +349,7 @@ void test_mvue_shape(Shape s, DType dtype, DType packed, Order order, int64_t ga
     MvueArgs args;
     args.dy = device ? dy.const_device() : dy.const_host();
     alone.ask(args, device);
-    device ? cuda::mvue_compress(args, nullptr) : cpu::mvue_compress(args);
+    device ? cuda::mvue_pack(args, nullptr) : cpu::mvue_pack(args);
   }
   synchronize(what);
   alone.compare(what + ", packed alone,");
@@ -408,7 +408,7 @@ void test_activation_shape(Shape s, DType dtype, DType packed, Activation kind, 
   host.dy = plain.const_host(), host.float8 = copy.output(false);
   host.tile_sums = to.sums_of(false);
   to.ask(host, false);
-  cpu::mvue_compress(host);
+  cpu::mvue_pack(host);
 
   const bool one_pass = gap % 8 == 0 && s.cols % 8 == 0 &&
                         (backward ? !gated || s.cols % 64 == 0 : !is_float8(packed));
@@ -497,7 +497,7 @@ int main(int argc, char** argv) {
       test_widening<Float8E4M3>("e4m3"), test_widening<Float8E5M2>("e5m2");
       test_packing();
       test_many_weights();
-      test_decompress();
+      test_unpack();
       test_quantize();
       test_mvue();
       test_activations();

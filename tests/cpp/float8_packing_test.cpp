@@ -8,8 +8,8 @@
 
 #include "common/format.h"
 #include "common/mask_bits.h"
-#include "compress/mvue_group.h"
 #include "matrices.h"
+#include "pack/mvue_group.h"
 #include "testing.h"
 
 using namespace testing;
@@ -116,12 +116,12 @@ void check_pack(int64_t rows, int64_t cols, DType in, DType out, Order order) {
   for (DType dense_type : {DType::kFloat32, DType::kBFloat16})
     for (bool transposed : {false, true}) {
       TestMatrix dense(rows, cols, dense_type), once(1, 1, dense_type);
-      DecompressArgs back;
+      UnpackArgs back;
       back.packed = transposed ? got.values_t.data() : got.values.data();
       back.E = transposed ? got.E_t.data() : got.E.data();
       back.transposed = transposed, back.out = dense.view();
       back.packed_dtype = out, back.scale = &got.scale;
-      decompress(back, kCpu);
+      unpack(back, kCpu);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) {
           const uint32_t block = mask[static_cast<size_t>(r / 4 * (cols / 4) + c / 4)];
@@ -229,7 +229,7 @@ TEST(gradients_pack_to_8_bits_by_rounding_the_16_bit_values_at_random) {
           args.dy = dy.const_view(), args.seed = seed, args.packed = packed.data();
           args.E = E.data(), args.packed_dtype = out, args.scale = &scale;
           args.float8 = dense.output();
-          mvue_compress(args, kCpu);
+          mvue_pack(args, kCpu);
 
           TestMatrix rounded(1, 1, dtype);
           for (int64_t group = 0; group < padded / 4; ++group)
@@ -279,11 +279,11 @@ TEST(packed_gradients_keep_their_mean_far_below_the_smallest_number_of_the_forma
       MvueArgs args;
       args.dy = dy.const_view(), args.seed = seed, args.packed = packed.data();
       args.E = E.data(), args.packed_dtype = out, args.scale = &scale;
-      mvue_compress(args, kCpu);
-      DecompressArgs back;
+      mvue_pack(args, kCpu);
+      UnpackArgs back;
       back.packed = packed.data(), back.E = E.data(), back.transposed = true;
       back.out = dense.view(), back.packed_dtype = out, back.scale = &scale;
-      decompress(back, kCpu);
+      unpack(back, kCpu);
       for (int64_t i = 0; i < kTokens * kFeatures; ++i) {
         const double x = dense.get(i / kFeatures, i % kFeatures);
         sum[static_cast<size_t>(i)] += x, squares[static_cast<size_t>(i)] += x * x;
@@ -331,7 +331,7 @@ TEST(activation_passes_write_what_the_single_ops_write) {
         MvueArgs mvue;
         mvue.dy = plain.const_view(), mvue.seed = seed, mvue.packed = packed.data();
         mvue.E = E.data(), mvue.packed_dtype = packed_dtype, mvue.float8 = expected.output();
-        mvue_compress(mvue, kCpu);
+        mvue_pack(mvue, kCpu);
 
         const auto ask = [&](auto& args) {
           args.seed = seed, args.packed = got_packed.data(), args.E = got_E.data();
@@ -366,7 +366,7 @@ TEST(results_do_not_depend_on_threads) {
     MvueArgs draw;
     draw.dy = w.const_view(), draw.seed = seed, draw.packed = values.data(), draw.E = E.data();
     draw.packed_dtype = DType::kFloat8E4M3;
-    mvue_compress(draw, kCpu);
+    mvue_pack(draw, kCpu);
     drawn.push_back(values), drawn.push_back(E);
   }
   set_cpu_threads(1);
@@ -400,7 +400,7 @@ TEST(bad_arguments_are_named) {
   MvueArgs mvue;
   mvue.dy = w.const_view(), mvue.seed = seed, mvue.packed = bytes, mvue.E = bytes;
   mvue.packed_dtype = DType::kFloat16;
-  CHECK_THROWS(mvue_compress(mvue, kCpu), "packed_dtype must be that of dy, bfloat16, or a float8");
+  CHECK_THROWS(mvue_pack(mvue, kCpu), "packed_dtype must be that of dy, bfloat16, or a float8");
 }
 
 TEST_MAIN()

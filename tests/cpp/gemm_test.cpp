@@ -1,4 +1,4 @@
-// The CPU's sparse GEMM against a dense product of the decompressed operand, in all three passes.
+// The CPU's sparse GEMM against a dense product of the unpacked operand, in all three passes.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -52,14 +52,14 @@ Operand make_gradient(int64_t features, int64_t tokens, DType dtype, std::mt1993
   args.seed = seed;
   args.packed = packed.data();
   args.E = E.data();
-  mvue_compress(args, kCpu);
+  mvue_pack(args, kCpu);
 
-  DecompressArgs back;
+  UnpackArgs back;
   back.packed = packed.data();
   back.E = E.data();
   back.transposed = true;
   back.out = dense_t.view();
-  decompress(back, kCpu);
+  unpack(back, kCpu);
   TestMatrix dense(features, tokens, dtype);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t f = 0; f < features; ++f) dense.set(f, t, dense_t.get(t, f));

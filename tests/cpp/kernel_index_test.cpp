@@ -10,8 +10,8 @@
 #include "common/convert.h"
 #include "common/metadata.h"
 #include "common/tile.h"
-#include "compress/mvue_group.h"
-#include "compress/mvue_pair.h"
+#include "pack/mvue_group.h"
+#include "pack/mvue_pair.h"
 #include "testing.h"
 
 using namespace sparse24;

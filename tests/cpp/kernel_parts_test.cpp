@@ -10,8 +10,8 @@
 #include "common/raster.h"
 #include "common/tensor_list.h"
 #include "common/tile.h"
-#include "compress/pack_group.h"
 #include "mask/patterns.h"
+#include "pack/pack_group.h"
 #include "testing.h"
 
 using namespace sparse24;

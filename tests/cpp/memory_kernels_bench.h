@@ -15,9 +15,9 @@
 #include "activation/activation_cuda.h"
 #include "common/metadata.h"
 #include "common/philox.h"
-#include "compress/compress_cuda.h"
 #include "fused/fused_cuda.h"
 #include "mask/mask_cuda.h"
+#include "pack/pack_cuda.h"
 #include "twins.h"
 
 namespace gpu_testing {
@@ -186,16 +186,16 @@ inline void bench_mvue() {
       }
       DeviceMemory seed(16);
       cudaMemset(seed.as(), 7, 16);
-      report(concat("mvue_compress ", s.rows, "x", s.cols, " by ", name_of(order)),
-             elements * 3.125, time_us(sets, [&](int i) {
+      report(concat("mvue_pack ", s.rows, "x", s.cols, " by ", name_of(order)), elements * 3.125,
+             time_us(sets, [&](int i) {
                const ConstMatrix view = {dy[i]->as(),
                                          DType::kBFloat16,
                                          s.rows,
                                          s.cols,
                                          order == Order::kRows ? s.cols : 1,
                                          order == Order::kRows ? 1 : s.rows};
-               cuda::mvue_compress({view, seed.as<int64_t>(), packed[i]->as(), E[i]->as<uint8_t>()},
-                                   nullptr);
+               cuda::mvue_pack({view, seed.as<int64_t>(), packed[i]->as(), E[i]->as<uint8_t>()},
+                               nullptr);
              }));
     }
   }

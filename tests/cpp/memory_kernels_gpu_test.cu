@@ -1,4 +1,4 @@
-// memory_kernels_gpu_test.cu: the kernels of mask/, compress/, activation/ and fused/ on a GPU.
+// memory_kernels_gpu_test.cu: the kernels of mask/, pack/, activation/ and fused/ on a GPU.
 //
 //   equal       masks, packed values, E, MVUE draws, decay, flips, gaps: the bytes of the CPU
 //               backend, on all shapes, layouts, dtypes and alignments below, special values too.
@@ -18,7 +18,7 @@
 //   nvcc -gencode=arch=compute_90a,code=sm_90a -std=c++17 -O3 -DNDEBUG --fmad=false
 //     --expt-relaxed-constexpr -Xcompiler=-ffp-contract=off -Icsrc -Icsrc/include
 //     -Itests/cpp -o memory_kernels_gpu_test tests/cpp/memory_kernels_gpu_test.cu
-//     csrc/{mask,compress,activation,fused}/*.cu csrc/cpu/*.cpp
+//     csrc/{mask,pack,activation,fused}/*.cu csrc/cpu/*.cpp
 //
 // One line a failure, a summary at the end; exit status 0, 1 (failures) or 77 (no GPU).
 #include <cuda_runtime.h>
@@ -36,11 +36,11 @@
 #include "common/convert.h"
 #include "common/cuda_check.h"
 #include "common/metadata.h"
-#include "compress/compress_cuda.h"
 #include "cpu/cpu.h"
 #include "fused/fused_cuda.h"
 #include "mask/mask_cuda.h"
 #include "memory_kernels_bench.h"
+#include "pack/pack_cuda.h"
 #include "twins.h"
 
 using namespace sparse24;
@@ -273,7 +273,7 @@ void test_masks() {
   }
 }
 
-void test_decompress() {
+void test_unpack() {
   for (const Shape s : kWeightShapes) {
     for (bool transposed : {false, true}) {
       for (DType dtype : kDTypes) {
@@ -291,12 +291,11 @@ void test_decompress() {
             E.host()[i] = static_cast<uint8_t>(valid[random_source.below(6)] |
                                                valid[random_source.below(6)] << 4);
           packed.upload(), E.upload();
-          cpu::decompress({packed.host<void>(), E.host(), transposed, out.host()});
-          cuda::decompress({packed.device<void>(), E.device(), transposed, out.device()}, nullptr);
-          synchronize("decompress");
-          out.twin().compare(concat("decompress [", s.rows, ", ", cols, "] ",
-                                    sparse24::name_of(dtype), transposed ? " transposed" : "",
-                                    " gap ", gap));
+          cpu::unpack({packed.host<void>(), E.host(), transposed, out.host()});
+          cuda::unpack({packed.device<void>(), E.device(), transposed, out.device()}, nullptr);
+          synchronize("unpack");
+          out.twin().compare(concat("unpack [", s.rows, ", ", cols, "] ", sparse24::name_of(dtype),
+                                    transposed ? " transposed" : "", " gap ", gap));
         }
       }
     }
@@ -356,16 +355,16 @@ void test_mvue_shape(int64_t tokens, int64_t features, DType dtype, Order order,
       seed(16), sums(tile_sums_bytes(tokens, features));
   seed.host<int64_t>()[0] = 0x0123456789ABCDEFll, seed.host<int64_t>()[1] = random_source.bits();
   seed.upload();
-  cpu::mvue_compress(
+  cpu::mvue_pack(
       {dy.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(), sums.host<float>()});
   // Every other time without sums: that is a kernel of its own.
   static bool with_sums = false;
   with_sums = !with_sums;
-  cuda::mvue_compress({dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device(),
-                       with_sums ? sums.device<float>() : nullptr},
-                      nullptr);
+  cuda::mvue_pack({dy.const_device(), seed.device<int64_t>(), packed.device<void>(), E.device(),
+                   with_sums ? sums.device<float>() : nullptr},
+                  nullptr);
   const std::string what =
-      concat("mvue_compress [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
+      concat("mvue_pack [", tokens, ", ", features, "] ", sparse24::name_of(dtype), " by ",
              name_of(order), " gap ", gap, " shift ", shift, " fill ", static_cast<int>(fill));
   synchronize(what);
   packed.compare(what + " packed");
@@ -535,8 +534,8 @@ void test_activation_shape(int64_t tokens, int64_t d_ff, DType dtype, Activation
     seed.host<int64_t>()[0] = -7, seed.host<int64_t>()[1] = random_source.bits();
     seed.upload();
     // d_in holds on its host what the kernels make of it on the device: prune that on the CPU.
-    cpu::mvue_compress({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(),
-                        sums.host<float>()});
+    cpu::mvue_pack({d_in.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host(),
+                    sums.host<float>()});
     ActivationBackwardArgs args;
     args.kind = kind, args.gated = gated, args.d_h = d_h.const_device(),
     args.gate_up = in.const_device();
@@ -573,7 +572,7 @@ void test_shared_gradient_rows(bool gated, Order in_order, Order din_order) {
   Twin packed(kTokens / 2 * width * 2), E(meta_bytes(width, kTokens)), seed(16);
   seed.host<int64_t>()[0] = 3, seed.host<int64_t>()[1] = 4;
   seed.upload();
-  cpu::mvue_compress({expected.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
+  cpu::mvue_pack({expected.const_host(), seed.host<int64_t>(), packed.host<void>(), E.host()});
   ActivationBackwardArgs args;
   args.gated = gated, args.d_h = d_h, args.gate_up = in.const_device();
   args.d_gate_up = got.device();
@@ -633,7 +632,7 @@ void test_empty() {
   PackArgs empty;
   cuda::search_mask(&empty, 1, nullptr), cuda::pack_by_mask(&empty, 1, nullptr),
       cuda::search_and_pack(&empty, 0, nullptr);
-  cuda::mvue_compress({}, nullptr), cuda::decompress({}, nullptr),
+  cuda::mvue_pack({}, nullptr), cuda::unpack({}, nullptr),
       cuda::unpack_mask(nullptr, nullptr, 0, 4, nullptr);
   cuda::mask_gap({}, nullptr, nullptr), cuda::masked_decay(nullptr, 0, nullptr),
       cuda::mask_flips(nullptr, 0, nullptr);
@@ -664,7 +663,7 @@ int main(int argc, char** argv) {
       test_packing();
       test_lists();
       test_many_tensors();
-      test_decompress();
+      test_unpack();
       test_decay();
       test_mvue();
       test_activations();

@@ -6,7 +6,7 @@
 #include <random>
 #include <string>
 
-#include "compress/mvue_group.h"
+#include "pack/mvue_group.h"
 #include "testing.h"
 
 using namespace sparse24;

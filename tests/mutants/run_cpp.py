@@ -25,19 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-DNDEBUG", '-DSPARSE24_VERSION="0"']
 NEAREST = {
     "common/bits.h": ["mvue_test", "common_test"],
-    "common/convert.h": ["common_test", "compress_test"],
+    "common/convert.h": ["common_test", "pack_test"],
     "common/float8.h": ["float8_test", "float8_packing_test"],
-    "common/mask_bits.h": ["mask_test", "compress_test"],
-    "common/metadata.h": ["common_test", "compress_test", "float8_packing_test"],
+    "common/mask_bits.h": ["mask_test", "pack_test"],
+    "common/metadata.h": ["common_test", "pack_test", "float8_packing_test"],
     "common/philox.h": ["common_test", "mvue_test"],
     "common/tensor_list.h": ["kernel_parts_test", "common_test"],
     "common/tile.h": ["common_test", "kernel_index_test"],
-    "compress/mvue_group.h": ["mvue_test"],
-    "compress/pack_group.h": ["compress_test"],
+    "pack/mvue_group.h": ["mvue_test"],
+    "pack/pack_group.h": ["pack_test"],
     "activation/functions.h": ["activation_test"],
     "mask/block_search.h": ["mask_test"],
     "gemm/stream_k.h": ["stream_k_test"],
-    "cpu/parallel.cpp": ["compress_test"],
+    "cpu/parallel.cpp": ["pack_test"],
 }
 SWAPS = [
     (r"(?<![<>=!-])<=", "<"), (r"(?<![<>=-])<(?![<=])(?= )", "<="), (r"(?<![<>=-])>=", ">"), (r"(?<= )>(?= )", ">="),

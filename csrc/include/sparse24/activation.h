@@ -19,7 +19,7 @@ enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kS
 /// inside.
 ///
 /// What else may come out of the same read is made of h as it is rounded to gate_up's dtype, whether h is stored or not:
-/// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_compress of h, where the weight gradient prunes
+/// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_pack of h, where the weight gradient prunes
 /// the layer's input in place of dy.
 struct ActivationArgs {
   Activation kind = Activation::kSilu;
@@ -37,7 +37,7 @@ SP24_API void activation_forward(const ActivationArgs& args, const Context& cont
 
 /// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass.
 /// With `packed` and `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to
-/// mvue_compress(d_gate_up, seed), and `tile_sums`, if given, are those of that call.
+/// mvue_pack(d_gate_up, seed), and `tile_sums`, if given, are those of that call.
 struct ActivationBackwardArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;

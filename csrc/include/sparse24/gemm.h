@@ -108,7 +108,7 @@ struct SparseGemmArgs {
 };
 
 /// Why the GPU kernels cannot take these arguments ("" if they can): alignment, dtype, architecture. The caller then
-/// pads with zeros, or multiplies densely over the decompressed operand; the function that a layer computes does not
+/// pads with zeros, or multiplies densely over the unpacked operand; the function that a layer computes does not
 /// change.
 SP24_API std::string sparse_gemm_unsupported(const SparseGemmArgs& args, const Context& context);
 SP24_API int64_t sparse_gemm_workspace_bytes(const SparseGemmArgs& args, const Context& context);

@@ -31,7 +31,7 @@ def _mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor) -> tupl
 
 def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
     if float8:
-        return reference.mvue_compress_float8(dy, seed, scale, E4M3)
+        return reference.mvue_pack_float8(dy, seed, scale, E4M3)
     return torch.ops.sparse24.mvue_compress.default(dy, seed)
 
 
@@ -54,7 +54,7 @@ def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Te
     dy8, none = empty_float8(dy, *dy.shape, True, False)
     sums = empty_tile_sums(dy) if bias_grad else None
     fields = _mvue_fields(seed, packed, E, scale)
-    library.mvue_pack(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
+    library.mvue_pack_outputs(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
     return packed, E, dy8, dy.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
 
 

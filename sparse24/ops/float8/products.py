@@ -14,7 +14,7 @@ from .. import flops
 from .._common import check_same_device, define_op, where
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
 from .operands import E4M3, check_packed, check_scale, pointer
-from .weights import decompress_dense
+from .weights import unpack_dense
 
 #: sums of 8-bit products: the tensor cores keep some 14 bits of them; "promoted" adds every 256 k in fp32
 ACCUMULATIONS = {"auto": 0, "fast": 1, "promoted": 2}
@@ -34,7 +34,7 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     if backend != _library.CUDA:
         return False
     if why := library.sparse_gemm_unsupported(problem, rhs.stride(0), out.stride(0), backend, index, accumulation):
-        _library.warn_once(f"an 8-bit product multiplies densely over the decompressed operand: {why}")
+        _library.warn_once(f"an 8-bit product multiplies densely over the unpacked operand: {why}")
         return False
     config, scratch_bytes = _plan(problem, accumulation, index)
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
@@ -99,7 +99,7 @@ def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dty
     problem = (FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
     bias = None if bias is None else bias.to(y.dtype).contiguous()
     if not _launch(problem, (packed, E), scale, x8, x_scale, y, bias=bias, accumulation=accumulation):
-        w = decompress_dense(packed, E, scale, out_features, k, torch.float32)
+        w = unpack_dense(packed, E, scale, out_features, k, torch.float32)
         product = (x8.float() * x_scale) @ w.T
         y.copy_(product if bias is None else product + bias)
     return y.to(out_dtype)
@@ -148,7 +148,7 @@ def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> Non
     fits = out.is_contiguous() and out.dtype in (torch.bfloat16, torch.float32) and k > 0
     if fits and _launch(problem, (packed, E), scale, x8_t, x_scale, out, accumulate=accumulate):
         return
-    product = decompress_dense(packed, E, scale, m, k, torch.float32) @ (x8_t.float() * x_scale).T
+    product = unpack_dense(packed, E, scale, m, k, torch.float32) @ (x8_t.float() * x_scale).T
     out.add_(product) if accumulate else out.copy_(product)
 
 

@@ -90,7 +90,7 @@ def _pack_by_reference(search, weights, masks, forms, scales, amaxes) -> None:
     for i, (w, mask, scale, amax) in enumerate(zip(weights, masks, scales, amaxes, strict=True)):
         if search:
             mask.copy_(transposable_mask(w))
-        for form, value in zip(forms, reference.compress_float8(w, mask, scale, E4M3), strict=True):
+        for form, value in zip(forms, reference.pack_float8(w, mask, scale, E4M3), strict=True):
             form[i].copy_(value)
         note(amax, w)
 
@@ -127,12 +127,12 @@ def pack_float8_(
     _op_pack_float8_(search, list(weights), list(masks), *map(list, forms), list(scales), list(amaxes))
 
 
-def decompress_dense(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int, dtype: torch.dtype) -> Tensor:
+def unpack_dense(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int, dtype: torch.dtype) -> Tensor:
     library, *place = where(packed)
     if library is None or dtype not in DTYPE_CODE:
         return reference.decompress_float8(packed, E, scale, m, k).to(dtype)
     out = packed.new_empty((m, k), dtype=dtype)
-    library.decompress_packed(
+    library.unpack_float8(
         (packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), scale.data_ptr()), 0, matrix(out), *place
     )
     return out
@@ -148,7 +148,7 @@ def _check_decompress(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int, 
 
 def _decompress(packed, E, scale, m, k, dtype) -> Tensor:
     _check_decompress(packed, E, scale, m, k, dtype)
-    return decompress_dense(packed, E, scale, m, k, dtype)
+    return unpack_dense(packed, E, scale, m, k, dtype)
 
 
 def _decompress_fake(packed, E, scale, m, k, dtype) -> Tensor:

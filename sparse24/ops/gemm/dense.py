@@ -1,4 +1,4 @@
-"""Products where no sparse kernel runs: dense ones over the decompressed operand, the same function up to rounding."""
+"""Products where no sparse kernel runs: dense ones over the unpacked operand, the same function up to rounding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_values_fit(packed: Tensor, packed_name: str, t: Tensor, name: str) -> 
         check_same_device(t, name, **{packed_name: packed})
     if packed.dtype == t.dtype:
         return
-    # On the CPU an fp32 master may serve 16-bit activations: decompression casts, as autocast does for dense layers.
+    # On the CPU an fp32 master may serve 16-bit activations: unpacking casts, as autocast does for dense layers.
     on_cpu = t.device.type == "cpu" and packed.dtype in (torch.float32, torch.float64) and t.is_floating_point()
     if not on_cpu:
         raise Sparse24DtypeError(

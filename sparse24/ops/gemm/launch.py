@@ -129,7 +129,7 @@ def _run_padded(problem, lhs, rhs, out, index, *, bias, accumulate, config, deca
     padded = _whatever_tokens(GemmProblem(pass_code, to.m, to.n, to.k, *dtypes))
     why_not = unsupported(padded, to.rhs_ld, to.out_ld, index)
     if why_not:
-        _library.warn_once(f"{PASS_NAME[pass_code]} multiplies densely over the decompressed operand: {why_not}")
+        _library.warn_once(f"{PASS_NAME[pass_code]} multiplies densely over the unpacked operand: {why_not}")
         return False
     p = padding.pad(problem, lhs, rhs, out, accumulate)
     problem = problem_of(pass_code, p.extents[:3], p.rhs, p.out)

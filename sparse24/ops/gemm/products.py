@@ -1,7 +1,7 @@
 """The products of a 2:4 weight: forward and input gradient. Those that make an activation too: activation.py.
 
 Each runs the sparse GEMM where the library has one for the device and dtype, with zeros around operands of odd sizes
-(padding.py), and otherwise a dense product over the decompressed operand: the same function up to rounding, noted
+(padding.py), and otherwise a dense product over the unpacked operand: the same function up to rounding, noted
 once.
 """
 

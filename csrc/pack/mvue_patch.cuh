@@ -9,8 +9,8 @@
 
 #include "common/pair16.h"
 #include "common/patch.cuh"
-#include "compress/mvue_group.h"
-#include "compress/mvue_pair.h"
+#include "pack/mvue_group.h"
+#include "pack/mvue_pair.h"
 
 namespace sparse24 {
 

@@ -1,8 +1,8 @@
 // mvue_outputs.cu: MVUE packing to 8 bits, and MVUE packing of either kind with an e4m3 copy of the
-// gradient from the same read. Plain 16-bit packing is mvue_compress.cu.
+// gradient from the same read. Plain 16-bit packing is mvue_pack.cu.
 //
 //   dy       [tokens, features] bf16 or fp16; row-major in whole vectors is the fast way
-//   packed   16 bits: [padded/2, features], as in mvue_compress.cu, with the same bits
+//   packed   16 bits: [padded/2, features], as in mvue_pack.cu, with the same bits
 //            8 bits:  [features, padded/2], padded = tokens rounded up to 32, and E in the order of
 //            8 bits: the 16-bit values rounded at random (mvue8_patch.cuh)
 //   x8, x8_t, amax, counters of dy: quantize.h;  tile_sums: tile_sums.cuh
@@ -13,8 +13,8 @@
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"
-#include "compress/compress_cuda.h"
-#include "compress/tile_outputs.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/tile_outputs.cuh"
 
 namespace sparse24 {
 namespace {
@@ -54,7 +54,7 @@ void mvue_outputs(const MvueArgs& args, cudaStream_t stream) {
       }
     });
   });
-  SP24_CHECK_LAUNCH("mvue_compress of ", name_of(dy.dtype), " to ", name_of(packed_dtype), " [",
+  SP24_CHECK_LAUNCH("mvue_pack of ", name_of(dy.dtype), " to ", name_of(packed_dtype), " [",
                     dy.rows, ", ", dy.cols, "]");
 }
 

@@ -19,7 +19,7 @@
 #include <type_traits>
 
 #include "common/pair16.h"
-#include "compress/mvue_group.h"
+#include "pack/mvue_group.h"
 
 namespace sparse24 {
 

@@ -1,14 +1,14 @@
-// compress.cpp: masks, packing by mask and unpacking on the CPU, in tiles of 64 x 64 elements.
+// pack.cpp: masks, packing by mask and unpacking on the CPU, in tiles of 64 x 64 elements.
 #include <atomic>
 
 #include "common/metadata.h"
-#include "compress/pack_group.h"
 #include "cpu/cpu.h"
 #include "cpu/float8_output.h"
 #include "cpu/packed_format.h"
 #include "cpu/parallel.h"
 #include "cpu/strided.h"
 #include "mask/block_search.h"
+#include "pack/pack_group.h"
 
 namespace sparse24::cpu {
 namespace {
@@ -148,7 +148,7 @@ T dense_value(Packed x, float scale) {
 
 /// Rows of out from groups that run along them: packed [rows, cols/2].
 template <typename T, typename Packed>
-void decompress_along_rows(const DecompressArgs& args, int64_t row_begin, int64_t row_end) {
+void unpack_along_rows(const UnpackArgs& args, int64_t row_begin, int64_t row_end) {
   const Strided<T> out = typed<T>(args.out);
   const int64_t cols = args.out.cols;
   const float scale = args.scale == nullptr ? 1.0f : *args.scale;
@@ -165,7 +165,7 @@ void decompress_along_rows(const DecompressArgs& args, int64_t row_begin, int64_
 
 /// Groups of four rows from groups that run down the columns, any number of columns.
 template <typename T, typename Packed>
-void decompress_along_columns(const DecompressArgs& args, int64_t group_begin, int64_t group_end) {
+void unpack_along_columns(const UnpackArgs& args, int64_t group_begin, int64_t group_end) {
   const Strided<T> out = typed<T>(args.out);
   const int64_t cols = args.out.cols;
   const float scale = args.scale == nullptr ? 1.0f : *args.scale;
@@ -202,26 +202,26 @@ void search_and_pack(const PackArgs* weights, int count) {
 namespace {
 
 template <typename T, typename Packed>
-void decompress_as(const DecompressArgs& args) {
+void unpack_as(const UnpackArgs& args) {
   if (args.transposed) {
     parallel_for(args.out.rows / 4, args.out.cols * 4, [&](int64_t begin, int64_t end) {
-      decompress_along_columns<T, Packed>(args, begin, end);
+      unpack_along_columns<T, Packed>(args, begin, end);
     });
   } else {
     parallel_for(args.out.rows, args.out.cols, [&](int64_t begin, int64_t end) {
-      decompress_along_rows<T, Packed>(args, begin, end);
+      unpack_along_rows<T, Packed>(args, begin, end);
     });
   }
 }
 
 }  // namespace
 
-void decompress(const DecompressArgs& args) {
+void unpack(const UnpackArgs& args) {
   with_type(args.out.dtype, [&](auto zero) {
     using T = decltype(zero);
     const DType packed = args.packed_dtype.value_or(args.out.dtype);
-    if (!is_float8(packed)) return decompress_as<T, T>(args);
-    with_float8(packed, [&](auto code) { decompress_as<T, decltype(code)>(args); });
+    if (!is_float8(packed)) return unpack_as<T, T>(args);
+    with_float8(packed, [&](auto code) { unpack_as<T, decltype(code)>(args); });
   });
 }
 

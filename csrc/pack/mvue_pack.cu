@@ -1,4 +1,4 @@
-// mvue_compress.cu: unbiased 2:4 pruning of an output gradient along tokens, straight to the packed
+// mvue_pack.cu: unbiased 2:4 pruning of an output gradient along tokens, straight to the packed
 // operand.
 //
 //   dy       [tokens, features] bf16 or fp16, row- or column-major, any extents
@@ -25,11 +25,11 @@
 #include "common/patch.cuh"
 #include "common/raster.h"
 #include "common/weight_patch.cuh"
-#include "compress/compress_cuda.h"
-#include "compress/mvue_patch.cuh"
-#include "compress/stage.cuh"
-#include "compress/tile_outputs.cuh"
-#include "compress/tile_sums.cuh"
+#include "pack/mvue_patch.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/stage.cuh"
+#include "pack/tile_outputs.cuh"
+#include "pack/tile_sums.cuh"
 
 namespace sparse24 {
 namespace {
@@ -157,7 +157,7 @@ void launch_mvue(const MvueArgs& args, cudaStream_t stream) {
                       : layout == Layout::kColumnMajor ? mvue_kernel<T, Layout::kColumnMajor, false>
                                                        : mvue_kernel<T, Layout::kStrided, false>;
   kernel<<<tile_rows * tile_cols, kTileThreads, 0, stream>>>(params);
-  SP24_CHECK_LAUNCH("mvue_compress of ", name_of(dy.dtype), " [", dy.rows, ", ", dy.cols, "]");
+  SP24_CHECK_LAUNCH("mvue_pack of ", name_of(dy.dtype), " [", dy.rows, ", ", dy.cols, "]");
   if (sums && !in_one_pass) launch_tile_sums<T>(dy, args.tile_sums, stream);
 }
 
@@ -165,7 +165,7 @@ void launch_mvue(const MvueArgs& args, cudaStream_t stream) {
 
 namespace cuda {
 
-void mvue_compress(const MvueArgs& args, cudaStream_t stream) {
+void mvue_pack(const MvueArgs& args, cudaStream_t stream) {
   if (args.dy.rows == 0 || args.dy.cols == 0) return;
   check_extents32(args.dy.rows, args.dy.cols, "dy");
   const bool to_float8 = is_float8(args.packed_dtype.value_or(args.dy.dtype)),

@@ -1,4 +1,4 @@
-// pack_rows.cuh: the kernel behind compress and prune_compress for row-major weights in whole
+// pack_rows.cuh: the kernel behind pack_by_mask and search_and_pack for row-major weights in whole
 // vectors; everything else goes through pack_tile.cuh, where operands, values and traffic are told.
 //
 // Work     A block takes a tile of 64 x kCols elements of one of up to kCapacity weights, a thread
@@ -12,8 +12,8 @@
 #pragma once
 
 #include "common/row_patch.cuh"
-#include "compress/pack_list.cuh"
-#include "compress/stage.cuh"
+#include "pack/pack_list.cuh"
+#include "pack/stage.cuh"
 
 namespace sparse24 {
 

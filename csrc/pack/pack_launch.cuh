@@ -5,8 +5,8 @@
 
 #include "common/cuda_check.h"
 #include "common/format.h"
-#include "compress/pack_rows.cuh"
-#include "compress/pack_tile.cuh"
+#include "pack/pack_rows.cuh"
+#include "pack/pack_tile.cuh"
 
 namespace sparse24 {
 
@@ -56,7 +56,7 @@ PackKernel<kTensorsPerLaunch> choose_pack_kernel(const PackClass& c) {
 
 /// Wide tiles write the longest stretches, 512 B of packed_t and 256 B of packed. A single weight
 /// of fewer than kSmallWeight elements is too few of them for the chip: GPT-2 124M's has 144 of 64
-/// x 256 elements and 576 of 64 x 64, on 132 SMs (bench/results/compress.csv).
+/// x 256 elements and 576 of 64 x 64, on 132 SMs (bench/results/packing.csv).
 using WideTile = RowTile<256>;
 using SmallTile = RowTile<64>;
 constexpr int64_t kSmallWeight = int64_t{1} << 24;

@@ -29,10 +29,10 @@
 #include "common/raster.h"
 #include "common/stage8.cuh"
 #include "common/weight_patch.cuh"
-#include "compress/mvue8_patch.cuh"
-#include "compress/quantize_patch.cuh"
-#include "compress/stage.cuh"
-#include "compress/tile_sums.cuh"
+#include "pack/mvue8_patch.cuh"
+#include "pack/quantize_patch.cuh"
+#include "pack/stage.cuh"
+#include "pack/tile_sums.cuh"
 #include "sparse24/quantize.h"
 
 namespace sparse24 {
@@ -307,7 +307,7 @@ inline bool packing16_fits(const void* packed, int64_t features) {
   return is_aligned16(packed) && features % kPatch == 0;
 }
 
-/// And a packed form. Args: of mvue_compress or an activation pass.
+/// And a packed form. Args: of mvue_pack or an activation pass.
 template <typename Args>
 void add_packing(TileOutputs& p, const Args& args, DType packed_dtype) {
   p.seed = args.seed, p.packed = args.packed, p.E = args.E, p.packed_scale = args.scale;

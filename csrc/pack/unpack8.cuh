@@ -1,4 +1,4 @@
-// decompress8.cuh: the dense form of an 8-bit packed operand.
+// unpack8.cuh: the dense form of an 8-bit packed operand.
 //
 //   packed   [m, k/2], E for (m, k), in the order of 8 bits; one float scale
 //   out      [m, k] row-major fp32, bf16 or fp16, or `transposed` [k, m]: scale * packed, rounded
@@ -11,14 +11,14 @@
 
 #include "common/float8.h"
 #include "common/metadata.h"
-#include "sparse24/compress.h"
+#include "sparse24/pack.h"
 
 namespace sparse24 {
 
 template <typename F, typename T>
 __global__ void __launch_bounds__(256)
-    decompress8_kernel(const F* packed, const uint8_t* E, const float* scale, T* out,
-                       int64_t out_stride, int64_t m, int64_t k, bool transposed) {
+    unpack8_kernel(const F* packed, const uint8_t* E, const float* scale, T* out,
+                   int64_t out_stride, int64_t m, int64_t k, bool transposed) {
   const int64_t octets = (k + 7) / 8, index = int64_t{blockIdx.x} * 256 + threadIdx.x;
   if (index >= m * octets) return;
   const int64_t row = transposed ? index % m : index / octets;

@@ -1,8 +1,8 @@
 // pack_by_mask.cu: packing by given masks; what every optimizer step runs. The kernels are in
 // pack_rows.cuh, pack_tile.cuh and, for 8 bits, pack8.cuh.
-#include "compress/compress_cuda.h"
-#include "compress/pack8.cuh"
-#include "compress/pack_launch.cuh"
+#include "pack/pack8.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/pack_launch.cuh"
 
 namespace sparse24::cuda {
 

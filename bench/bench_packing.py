@@ -2,7 +2,7 @@
 
 Bytes an element: the weight (2 or 4), packed and packed_t with metadata (1.125 each), the mask (0.125).
 
-    python -m bench.bench_compress [--csv FOLDER] [--append] [--png FOLDER]
+    python -m bench.bench_packing [--csv FOLDER] [--append] [--png FOLDER]
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main() -> None:
     copy = copy_bandwidth()
     print(f"copy bandwidth {copy:.2f} TB/s")
     columns = ["op", "weight", "dtype", "time_us", "TB/s", "share of copy", "over greedy"]
-    table = open_table(args, "compress", columns, key=3)
+    table = open_table(args, "packing", columns, key=3)
     for name, rows, cols in WEIGHTS:
         for dtype in (torch.bfloat16, torch.float32):
             w = torch.randn(rows, cols, device="cuda", dtype=dtype)

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "common/metadata.h"
-#include "compress/mvue_group.h"
 #include "matrices.h"
+#include "pack/mvue_group.h"
 #include "testing.h"
 
 using namespace testing;
@@ -59,12 +59,12 @@ TEST(what_is_packed_comes_back_both_ways) {
 
           for (bool transposed : {false, true}) {
             TestMatrix dense(shape.rows, shape.cols, out, Order::kRowMajor, transposed ? 5 : 0);
-            DecompressArgs back;
+            UnpackArgs back;
             back.packed = transposed ? packed.values_t.data() : packed.values.data();
             back.E = transposed ? packed.E_t.data() : packed.E.data();
             back.transposed = transposed;
             back.out = dense.view();
-            decompress(back, kCpu);
+            unpack(back, kCpu);
             TestMatrix expected(1, 1, out);
             for (int64_t r = 0; r < shape.rows; ++r)
               for (int64_t c = 0; c < shape.cols; ++c) {
@@ -153,7 +153,7 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
         args.seed = seed;
         args.packed = packed.data();
         args.E = E.data();
-        mvue_compress(args, kCpu);
+        mvue_pack(args, kCpu);
 
         TestMatrix rounded(1, 1, dtype);
         for (int64_t group = 0; group < padded / 4; ++group)
@@ -189,14 +189,14 @@ TEST(a_gradient_of_any_width_comes_back) {
     args.seed = seed;
     args.packed = packed.data();
     args.E = E.data();
-    mvue_compress(args, kCpu);
+    mvue_pack(args, kCpu);
     TestMatrix dense(padded, features, DType::kBFloat16);
-    DecompressArgs back;
+    UnpackArgs back;
     back.packed = packed.data();
     back.E = E.data();
     back.transposed = true;
     back.out = dense.view();
-    decompress(back, kCpu);
+    unpack(back, kCpu);
     for (int64_t t = 0; t < padded; ++t)
       for (int64_t f = 0; f < features; ++f) {
         const uint32_t nibble = nibble_at(E, features, f, t / 4);
@@ -228,7 +228,7 @@ TEST(results_do_not_depend_on_threads) {
     draw.seed = seed;
     draw.packed = values.data();
     draw.E = E.data();
-    mvue_compress(draw, kCpu);
+    mvue_pack(draw, kCpu);
     mvue.push_back(values.bytes());
     mvue.push_back(E);
   }
@@ -275,8 +275,8 @@ TEST(empty_inputs_do_nothing) {
   empty.w.rows = 0, empty.w.cols = 64;
   search_and_pack(&empty, 1, kCpu);
   search_mask(nullptr, 0, kCpu);
-  mvue_compress(MvueArgs{}, kCpu);
-  decompress(DecompressArgs{}, kCpu);
+  mvue_pack(MvueArgs{}, kCpu);
+  unpack(UnpackArgs{}, kCpu);
   unpack_mask(nullptr, nullptr, 0, 8, kCpu);
   CHECK_EQ(metadata_bytes(0, 64), 0);
   CHECK_EQ(padded_tokens(0), 0);
@@ -305,7 +305,7 @@ TEST(bad_arguments_are_named) {
   CHECK_THROWS(search_and_pack(mixed, 2, kCpu), "out_dtype must be the same");
   MvueArgs mvue;
   mvue.dy = w.const_view();
-  CHECK_THROWS(mvue_compress(mvue, kCpu), "seed must not be null");
+  CHECK_THROWS(mvue_pack(mvue, kCpu), "seed must not be null");
   CHECK_THROWS(metadata_bytes(-1, 4), "m must not be negative, got -1");
 #ifndef SPARSE24_WITH_CUDA
   const Context cuda{Backend::kCuda, 0, nullptr};

@@ -1,4 +1,4 @@
-// decompress.cu: the dense form of a packed operand, and a check of metadata from outside.
+// unpack.cu: the dense form of a packed operand, and a check of metadata from outside.
 //
 //   packed   [rows, cols/2], E for (m = rows, k = cols): groups of four run along rows;
 //            `transposed`: [rows/2, cols], E for (m = cols, k = rows): along columns
@@ -16,8 +16,8 @@
 #include "common/layout.h"
 #include "common/metadata.h"
 #include "common/vector.cuh"
-#include "compress/compress_cuda.h"
-#include "compress/decompress8.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/unpack8.cuh"
 
 namespace sparse24 {
 namespace {
@@ -35,8 +35,8 @@ __device__ __forceinline__ void place(uint32_t nibble, Bits first, Bits second, 
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads)
-    decompress_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out, int64_t out_stride,
-                           int64_t rows, int64_t cols, bool vectors) {
+    unpack_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out, int64_t out_stride,
+                       int64_t rows, int64_t cols, bool vectors) {
   const int64_t bytes_a_row = (cols + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= rows * bytes_a_row) return;
   const int64_t row = index / bytes_a_row, col = index % bytes_a_row * 8;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Bits>
 __global__ void __launch_bounds__(kThreads)
-    decompress_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out, int64_t out_stride,
-                              int64_t rows, int64_t cols) {
+    unpack_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out, int64_t out_stride,
+                          int64_t rows, int64_t cols) {
   const int64_t bytes_a_column = (rows + 7) / 8,
                 index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (index >= cols * bytes_a_column) return;
@@ -109,24 +109,24 @@ __global__ void __launch_bounds__(kCountThreads)
 }
 
 template <typename Bits>
-void launch_decompress(const DecompressArgs& args, cudaStream_t stream) {
+void launch_unpack(const UnpackArgs& args, cudaStream_t stream) {
   const int64_t rows = args.out.rows, cols = args.out.cols;
   const int64_t bytes = args.transposed ? cols * ((rows + 7) / 8) : rows * ((cols + 7) / 8);
   const uint32_t blocks = static_cast<uint32_t>((bytes + kThreads - 1) / kThreads);
   const Bits* packed = static_cast<const Bits*>(args.packed);
   Bits* out = static_cast<Bits*>(args.out.data);
   if (args.transposed) {
-    decompress_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out,
-                                                               args.out.row_stride, rows, cols);
+    unpack_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride,
+                                                           rows, cols);
   } else {
     const bool vectors = vector_layout(args.out) == Layout::kRowMajor &&
                          reinterpret_cast<uintptr_t>(packed) % 8 == 0;
-    decompress_rows_kernel<<<blocks, kThreads, 0, stream>>>(
-        packed, args.E, out, args.out.row_stride, rows, cols, vectors);
+    unpack_rows_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride,
+                                                        rows, cols, vectors);
   }
 }
 
-void launch_decompress8(const DecompressArgs& args, cudaStream_t stream) {
+void launch_unpack8(const UnpackArgs& args, cudaStream_t stream) {
   const int64_t m = args.transposed ? args.out.cols : args.out.rows;
   const int64_t k = args.transposed ? args.out.rows : args.out.cols;
   const uint32_t blocks = static_cast<uint32_t>((m * ((k + 7) / 8) + 255) / 256);
@@ -134,10 +134,10 @@ void launch_decompress8(const DecompressArgs& args, cudaStream_t stream) {
     if constexpr (decltype(format)::kScaled) {
       using F = typename decltype(format)::Storage;
       with_type(args.out.dtype, [&](auto zero) {
-        decompress8_kernel<<<blocks, 256, 0, stream>>>(static_cast<const F*>(args.packed), args.E,
-                                                       args.scale,
-                                                       static_cast<decltype(zero)*>(args.out.data),
-                                                       args.out.row_stride, m, k, args.transposed);
+        unpack8_kernel<<<blocks, 256, 0, stream>>>(static_cast<const F*>(args.packed), args.E,
+                                                   args.scale,
+                                                   static_cast<decltype(zero)*>(args.out.data),
+                                                   args.out.row_stride, m, k, args.transposed);
       });
     }
   });
@@ -147,17 +147,17 @@ void launch_decompress8(const DecompressArgs& args, cudaStream_t stream) {
 
 namespace cuda {
 
-void decompress(const DecompressArgs& args, cudaStream_t stream) {
+void unpack(const UnpackArgs& args, cudaStream_t stream) {
   if (args.out.rows == 0 || args.out.cols == 0) return;
   check_extents32(args.out.rows, args.out.cols, "out");
   if (is_float8(args.packed_dtype.value_or(args.out.dtype))) {
-    launch_decompress8(args, stream);
+    launch_unpack8(args, stream);
   } else if (args.out.dtype == DType::kFloat32) {
-    launch_decompress<uint32_t>(args, stream);
+    launch_unpack<uint32_t>(args, stream);
   } else {
-    launch_decompress<uint16_t>(args, stream);
+    launch_unpack<uint16_t>(args, stream);
   }
-  SP24_CHECK_LAUNCH("decompress to [", args.out.rows, ", ", args.out.cols, "]");
+  SP24_CHECK_LAUNCH("unpack to [", args.out.rows, ", ", args.out.cols, "]");
 }
 
 void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int64_t* bad,

@@ -1,14 +1,14 @@
-// compress.cpp: public functions of compress.h: check, then dispatch.
-#include "sparse24/compress.h"
+// pack.cpp: public functions of pack.h: check, then dispatch.
+#include "sparse24/pack.h"
 
 #include "api/checks.h"
 #include "api/dispatch.h"
 #include "common/metadata.h"
 
 #ifdef SPARSE24_WITH_CUDA
-#include "compress/compress_cuda.h"
 #include "fused/fused_cuda.h"
 #include "mask/mask_cuda.h"
+#include "pack/pack_cuda.h"
 #endif
 
 namespace sparse24 {
@@ -83,17 +83,17 @@ void search_and_pack(const PackArgs* weights, int count, const Context& context)
   SP24_DISPATCH(context, search_and_pack, weights, count);
 }
 
-void mvue_compress(const MvueArgs& args, const Context& context) {
+void mvue_pack(const MvueArgs& args, const Context& context) {
   check_extents(args.dy, "dy");
   if (is_empty(args.dy)) return;
   MvueArgs checked = args;
   checked.dy = as_major(args.dy, "dy");
   check_mvue(args, args.dy.dtype, context, "dy");
   check_float8(args.float8, args.dy.rows, args.dy.cols);
-  SP24_DISPATCH(context, mvue_compress, checked);
+  SP24_DISPATCH(context, mvue_pack, checked);
 }
 
-void decompress(const DecompressArgs& args, const Context& context) {
+void unpack(const UnpackArgs& args, const Context& context) {
   check_extents(args.out, "out");
   // Only the packed axis comes in groups of four: an MVUE-packed gradient has any number of
   // columns.
@@ -111,7 +111,7 @@ void decompress(const DecompressArgs& args, const Context& context) {
              name_of(args.out.dtype), ", or a float8 format, got ", name_of(packed));
   SP24_CHECK(args.scale == nullptr || is_float8(packed),
              "scale goes with a float8 packed_dtype, got ", name_of(packed));
-  SP24_DISPATCH(context, decompress, args);
+  SP24_DISPATCH(context, unpack, args);
 }
 
 void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols,

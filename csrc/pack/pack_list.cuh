@@ -5,8 +5,8 @@
 
 #include "common/tensor_list.h"
 #include "common/weight_patch.cuh"
-#include "compress/pack_group.h"
-#include "sparse24/compress.h"
+#include "pack/pack_group.h"
+#include "sparse24/pack.h"
 
 namespace sparse24 {
 

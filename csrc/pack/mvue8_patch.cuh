@@ -14,7 +14,7 @@
 
 #include "common/float8.h"
 #include "common/stage8.cuh"
-#include "compress/mvue_patch.cuh"
+#include "pack/mvue_patch.cuh"
 
 namespace sparse24 {
 

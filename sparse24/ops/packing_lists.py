@@ -12,8 +12,8 @@ from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import META_BLOCK, as_major, mask_as_uint16, metadata_bytes
 from ._common import check_packed_operand, check_same_device, check_weight, define_op, where
 from .arguments import check_no_shared_memory, check_writable, names_wrong_types
-from .compress import check_compress, packed_dtype
 from .mask import pack_item
+from .packing import check_packable, packed_dtype
 
 
 def _check_lists(weights, masks, packed, E, packed_t, E_t) -> None:
@@ -24,7 +24,7 @@ def _check_lists(weights, masks, packed, E, packed_t, E_t) -> None:
             f"{[len(part) for part in (weights, masks, packed, E, packed_t, E_t)]}"
         )
     for w, mask, p, e, pt, et in zip(weights, masks, packed, E, packed_t, E_t, strict=True):
-        check_compress(w, mask)
+        check_packable(w, mask)
         rows, cols = w.shape
         if p.numel() or e.numel():  # an empty pair is not written
             check_packed_operand(p, e, "packed", (rows, cols // 2), rows, cols)

@@ -1,4 +1,4 @@
-// compress.h: transposable masks, packing by mask, packing by MVUE, and the way back.
+// pack.h: transposable masks, packing by mask, packing by MVUE, and the way back.
 //
 // The sparse operand of every GEMM is a pair: `packed`, the kept half of the values, and `E`, their positions in the
 // order the hardware reads (opaque outside common/metadata.h). `rows, cols` always mean the weight as stored.
@@ -74,11 +74,11 @@ struct MvueArgs {
   const float* scale = nullptr;  // of packed values; float8 only. Null: 1
   Float8Output float8;
 };
-SP24_API void mvue_compress(const MvueArgs& args, const Context& context);
+SP24_API void mvue_pack(const MvueArgs& args, const Context& context);
 
 /// The dense form: out [rows, cols], row-major, zeros where nothing was kept. `transposed`: packed is packed_t, or a
 /// gradient's. Float8 values are multiplied by *scale and rounded once to out's dtype.
-struct DecompressArgs {
+struct UnpackArgs {
   const void* packed = nullptr;
   const uint8_t* E = nullptr;
   bool transposed = false;
@@ -86,7 +86,7 @@ struct DecompressArgs {
   std::optional<DType> packed_dtype;  // absent: that of out, and values keep their bits
   const float* scale = nullptr;       // null: 1
 };
-SP24_API void decompress(const DecompressArgs& args, const Context& context);
+SP24_API void unpack(const UnpackArgs& args, const Context& context);
 
 /// mask uint16 [rows/4, cols/4] -> out, one byte (0 or 1) an element, [rows, cols] contiguous.
 SP24_API void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols, const Context& context);

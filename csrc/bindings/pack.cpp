@@ -1,4 +1,4 @@
-// compress.cpp: masks, packing and MVUE: compress.h.
+// pack.cpp: masks, packing and MVUE: pack.h.
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
@@ -20,7 +20,7 @@ PackArgs read_pack(Fields& item) {
   return args;
 }
 
-void bind_compress(py::module_& module) {
+void bind_pack(py::module_& module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("metadata_bytes", [](int64_t m, int64_t k) { return metadata_bytes(m, k); });
   module.def("padded_tokens", [](int64_t tokens) { return padded_tokens(tokens); });
@@ -29,7 +29,7 @@ void bind_compress(py::module_& module) {
   def_multi<PackArgs>(module, "search_and_pack", 12, read_pack, search_and_pack);
 
   module.def(
-      "mvue_compress",
+      "mvue_pack",
       [](Address dy, int dtype, int64_t tokens, int64_t features, int64_t row_stride,
          int64_t col_stride, Address seed, Address packed, Address E, Address tile_sums,
          int backend, int device, Address stream) {
@@ -39,21 +39,21 @@ void bind_compress(py::module_& module) {
         args.packed = pointer<void>(packed);
         args.E = pointer<uint8_t>(E);
         args.tile_sums = pointer<float>(tile_sums);
-        mvue_compress(args, context_of(backend, device, stream));
+        mvue_pack(args, context_of(backend, device, stream));
       },
       Unlocked());
 
   module.def(
-      "decompress",
+      "unpack",
       [](Address packed, Address E, int transposed, Address out, int out_dtype, int64_t rows,
          int64_t cols, int64_t row_stride, int64_t col_stride, int backend, int device,
          Address stream) {
-        DecompressArgs args;
+        UnpackArgs args;
         args.packed = pointer<const void>(packed);
         args.E = pointer<const uint8_t>(E);
         args.transposed = transposed != 0;
         args.out = matrix(out, dtype_of(out_dtype), rows, cols, row_stride, col_stride);
-        decompress(args, context_of(backend, device, stream));
+        unpack(args, context_of(backend, device, stream));
       },
       Unlocked());
 

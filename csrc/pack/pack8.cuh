@@ -1,5 +1,5 @@
 // pack8.cuh: weights to 8-bit packed form, both orientations from one read; the kernel behind
-// compress and prune_compress to float8.
+// pack_by_mask and search_and_pack to float8.
 //
 //   w          [rows, cols] bf16, fp16 or fp32, row- or column-major; rows % 4 == cols % 4 == 0
 //   mask       uint16 [rows/4, cols/4]: read, or searched and written, as the mask source says
@@ -28,8 +28,8 @@
 #include "common/cuda_check.h"
 #include "common/format.h"
 #include "common/stage8.cuh"
-#include "compress/pack_tile.cuh"
-#include "compress/quantize_patch.cuh"
+#include "pack/pack_tile.cuh"
+#include "pack/quantize_patch.cuh"
 
 namespace sparse24 {
 

@@ -12,8 +12,8 @@
 #include <algorithm>
 
 #include "common/cuda_check.h"
-#include "compress/compress_cuda.h"
-#include "compress/tile_outputs.cuh"
+#include "pack/pack_cuda.h"
+#include "pack/tile_outputs.cuh"
 
 namespace sparse24 {
 namespace {

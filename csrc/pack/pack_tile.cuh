@@ -1,6 +1,6 @@
 // pack_tile.cuh: weights to packed form, both orientations from one read; the kernel behind
-// compress and prune_compress for column-major weights and for any that no vector fits. Row-major
-// ones go through pack_rows.cuh.
+// pack_by_mask and search_and_pack for column-major weights and for any that no vector fits.
+// Row-major ones go through pack_rows.cuh.
 //
 //   w          [rows, cols] bf16, fp16 or fp32; rows % 4 == cols % 4 == 0
 //   mask       uint16 [rows/4, cols/4]: read, or searched and written, as the mask source says
@@ -23,8 +23,8 @@
 
 #include <type_traits>
 
-#include "compress/pack_list.cuh"
-#include "compress/stage.cuh"
+#include "pack/pack_list.cuh"
+#include "pack/stage.cuh"
 
 namespace sparse24 {
 

@@ -59,14 +59,14 @@ def empty_packed(rows: int, cols: int, dtype: torch.dtype, device) -> tuple[Tens
     )
 
 
-def check_compress(w: Tensor, mask: Tensor) -> None:
+def check_packable(w: Tensor, mask: Tensor) -> None:
     check_weight(w)
     check_mask(mask, *w.shape)
     check_same_device(w, "w", mask=mask)
 
 
 def _compress(w: Tensor, mask: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_compress(w, mask)
+    check_packable(w, mask)
     dtype = packed_dtype(w, dtype)
     library, *place = where(w)
     if library is None or dtype == torch.float64:
@@ -78,7 +78,7 @@ def _compress(w: Tensor, mask: Tensor, dtype: torch.dtype | None) -> tuple[Tenso
 
 
 def _compress_fake(w: Tensor, mask: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_compress(w, mask)
+    check_packable(w, mask)
     return empty_packed(*w.shape, packed_dtype(w, dtype), w.device)
 
 
@@ -166,7 +166,7 @@ def _decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: boo
     if library is None:
         return reference.decompress(packed, E, rows, cols, transposed)
     out = packed.new_empty((rows, cols))
-    library.decompress(
+    library.unpack(
         packed.data_ptr(), E.data_ptr(), transposed, out.data_ptr(), DTYPE_CODE[out.dtype], rows, cols, cols, 1, *place
     )
     return out
