@@ -11,7 +11,6 @@ from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, ops
-from sparse24.layers import float8 as layers_float8
 from sparse24.ops import float8
 
 pytestmark = pytest.mark.gpu
@@ -151,7 +150,7 @@ def trained(precision, steps=60, compiled=False):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     recipe = Recipe(model, optimizer, total_steps=200, mask_interval=10, dense_fraction=0)
     torch.manual_seed(1)
-    forward = torch.compile(model, fullgraph=layers_float8.COMPILES) if compiled else None
+    forward = torch.compile(model, fullgraph=True) if compiled else None
     return model, recipe, train(model, steps, forward, recipe, optimizer)
 
 
@@ -178,7 +177,7 @@ def test_compiled_gradients_are_those_of_eager(precision):
     """Losses of a short training hardly show that a layer's gradients are 0."""
     model, x = block(precision, mvue=False), torch.randn(512, 256, device="cuda").bfloat16()
     gradients = []
-    for forward in (model, torch.compile(model, fullgraph=layers_float8.COMPILES)):
+    for forward in (model, torch.compile(model, fullgraph=True)):
         model.zero_grad()
         forward(x).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])

@@ -109,6 +109,14 @@ def _computed(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16) if x.is_cuda and x.dtype not in HALF_DTYPES else x
 
 
+def _shaped_as(rows: Tensor, x: Tensor) -> Tensor:
+    """The rows as an output with the leading extents and dtype of x."""
+    y = rows.view(*x.shape[:-1], -1)
+    # Not `.to` alone, which returns y itself where nothing is to be cast: in a compiler's graph the output then has two
+    # names, and Dynamo before 2.13 gives its gradient to the wrong one, and zeros to backward.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
+
+
 def _product(x8: Tensor, cast: Cast, weight: Float8Weight, like: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, in the dtype of `like`."""
     packed, E, _, _, scale = weight
@@ -175,7 +183,7 @@ class _Float8Linear(torch.autograd.Function):
         ctx.x_shape, ctx.x_dtype, ctx.weight_shape, ctx.weight_dtype = x.shape, x.dtype, weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return _shaped_as(y, x)
 
     @staticmethod
     @once_differentiable
@@ -229,7 +237,7 @@ class _Float8FeedForward(torch.autograd.Function):
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
         ctx.leaves = [accumulation.leaf_of(w) for w in (down_weight, *up_weights)]
         ctx.columns = [is_column_major(w) for w in (down_weight, *up_weights)]
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return _shaped_as(y, x)
 
     @staticmethod
     @once_differentiable

@@ -103,25 +103,6 @@ def _prunes(layer: nn.Module) -> tuple[bool, bool]:
     return state.precision == "fp8" and bool(state.mvue), bool(state.mvue)
 
 
-#: Dynamo of older versions gives the backward of 8-bit layers zeros in place of the output's gradient, without a word
-#: (seen with 2.11, where 16-bit layers are right)
-COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-
-
-def _by_itself(function: Callable) -> Callable:
-    """`function`, outside of compiled graphs where those lose gradients: a compiled model has a break here, and
-    `fullgraph=True` says why.
-    """
-    if COMPILES:
-        return function
-    return torch.compiler.disable(
-        function,
-        reason="torch before 2.13 loses gradients of 8-bit layers in compiled graphs: leave out fullgraph=True, "
-        "or take a newer torch",
-    )
-
-
-@_by_itself
 def linear_forward(
     layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, forms: dict[str, Tensor]
 ) -> Tensor:
@@ -131,7 +112,6 @@ def linear_forward(
     return float8_linear(x, weight, bias, plan)
 
 
-@_by_itself
 def block_forward(block: nn.Module, kind: str, layers: list[nn.Module], x: Tensor) -> Tensor:
     """A whole feed-forward layer: h is cast as the down layer's x, the gradient of gate_up as gate's dy."""
     *ups, down = layers
