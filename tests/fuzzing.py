@@ -178,24 +178,22 @@ def attempt(valid: bool, function, *args, **kwargs):
     return True if result is None else result
 
 
-def assert_product(out, a, b, added=None, unit=2.0**-23):
-    """`out` is a @ b + added, up to the rounding of the sums and of `out`; each element by a bound of its own.
+def assert_product(out, a, b, *added, unit=2.0**-23):
+    """`out` is a @ b and what is added to it, up to the rounding of sums and of `out`; each element by its own bound.
 
     A sum of k products, taken in any order, lies within k units in the last place of the sum of their magnitudes,
     |a| @ |b|: where terms cancel, that is far more than a unit of the result. PyTorch errs as much, but where its order
-    happens to be the kinder one, twice its error is no bound.
+    happens to be the kinder one, twice its error is no bound. What is added may be added to a product that `out` has
+    rounded already, so then each term brings a rounding of its own, of what may cancel later.
 
     unit  of the sums; of fp32 a whole one, since tensor cores cut off what others round
     """
-    a, b, terms = a.cpu().double(), b.cpu().double(), a.shape[-1]
-    exact, reach = a @ b, a.abs() @ b.abs()
-    if added is not None:
-        added = added.cpu().double()
-        exact, reach, terms = exact + added, reach + added.abs(), terms + 1
-    dtype = torch.finfo(out.dtype)
+    a, b, added = a.cpu().double(), b.cpu().double(), [t.cpu().double() for t in added]
+    exact, reach = a @ b + sum(added), a.abs() @ b.abs() + sum(t.abs() for t in added)
+    dtype, terms = torch.finfo(out.dtype), a.shape[-1] + len(added)
     unit = dtype.eps if out.dtype == torch.float64 else unit
-    bound = terms * unit * reach + dtype.eps * exact.abs() + dtype.tiny
-    error = (out.cpu().double() - exact).abs()
+    roundings = dtype.eps * (exact.abs() + len(added) * reach)
+    error, bound = (out.cpu().double() - exact).abs(), terms * unit * reach + roundings + dtype.tiny
     assert out.shape == exact.shape and (error <= bound).all(), (
         f"{error.max():.2e} off, by a bound of {bound.max():.2e}"
     )

@@ -115,7 +115,7 @@ def assert_products(draw, device, shape, forms, scale):
     if y is None or not (dense.isfinite().all() and x8.float().isfinite().all()):
         return
     x = x8.float() * x_scale
-    assert_product(y, x, dense.T, bias, unit_of_sums(device))
+    assert_product(y, x, dense.T, *([] if bias is None else [bias]), unit=unit_of_sums(device))
 
 
 @fuzz(100)
@@ -147,7 +147,7 @@ def test_gradients_and_their_products(device, draw):
         return
     dense = float8.decompress_float8(*out[:2], scale, features, x8_t.shape[1])
     if dense.isfinite().all() and x8_t.float().isfinite().all() and before.isfinite().all():
-        assert_product(into, dense, x8_t.float().T, before, unit_of_sums(device))
+        assert_product(into, dense, x8_t.float().T, before, unit=unit_of_sums(device))
 
 
 @fuzz(100)

@@ -129,11 +129,11 @@ def test_weight_gradients_into_memory_of_the_caller(device, draw):
         assert_same_bits(out, before, "a refused out")
         return
     pruned = reference.decompress(*map(plain, packed_dy), 2 * packed_dy[0].shape[0], rows, transposed=True)[:tokens]
-    added = before.double() if accumulate else torch.zeros(rows, cols, dtype=torch.float64)
+    added = [before] if accumulate else []
     if decay is not None:
-        added += 0.5 * plain(w).double().masked_fill(reference.unpack_mask(plain(mask)), 0)
-    if added.isfinite().all():
-        assert_product(out, pruned.t(), x, added)
+        added.append(0.5 * plain(w).double().masked_fill(reference.unpack_mask(plain(mask)), 0))
+    if all(t.isfinite().all() for t in added):
+        assert_product(out, pruned.t(), x, *added)
 
 
 @fuzz(150)
@@ -245,7 +245,7 @@ def test_a_linear_layer_forward_and_backward(device, draw):
     assert y.shape == (*shape, rows) and x.grad.shape == x.shape and w.grad.shape == w.shape
     if not (x.isfinite().all() and dy.isfinite().all()):
         return
-    assert_product(y.detach(), x.detach(), masked.t(), b.detach() if bias else None)
+    assert_product(y.detach(), x.detach(), masked.t(), *([b.detach()] if bias else []))
     assert_product(x.grad, dy, masked)
     flat_dy, flat_x = plain(dy).reshape(-1, rows), plain(x.detach()).reshape(-1, cols)
     if bias:
