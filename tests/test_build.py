@@ -97,6 +97,28 @@ def test_sdist_holds_every_source(tmp_path):
     assert not [name for name in packed if name.endswith((".so", ".pyc"))]
 
 
+def test_a_wheel_is_built_for_each_python_that_starts(tmp_path, monkeypatch):
+    """A shim of pyenv lies on the PATH and does not start; below pyenv there is one that does."""
+    monkeypatch.syspath_prepend(ROOT / "packaging")
+    import wheels
+
+    def script(path, code):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\nexit {code}\n")
+        path.chmod(0o755)
+        return str(path)
+
+    script(tmp_path / "bin" / "python3.10", 127)
+    script(tmp_path / "bin" / "python3.11", 127)
+    on_path = script(tmp_path / "bin" / "python3.12", 0)
+    below = script(tmp_path / "pyenv" / "versions" / "3.11.7" / "bin" / "python3.11", 0)
+    script(tmp_path / "pyenv" / "versions" / "3.12.1" / "bin" / "python3.12", 0)  # a second of its version
+    script(tmp_path / "pyenv" / "versions" / "3.9.1" / "bin" / "python3.9", 0)  # too old
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    assert [path for path in wheels.pythons() if str(tmp_path) in path] == [below, on_path]
+
+
 @needs_library
 @pytest.mark.slow
 def test_a_ready_library_is_taken_as_it_is(tmp_path):
