@@ -83,18 +83,19 @@ template <typename T>
 using BackwardTile = PatchTile<T, 16, 16>;
 
 // A gated 16-bit patch holds 96 words of operands: two blocks an SM keep them in registers.
-template <Activation kKind, bool kGated, typename T>
+template <Activation kKind, bool kGated, typename T, typename Operand>
 __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
-    backward_tile_kernel(const __grid_constant__ TileBackward p) {
+    backward_tile_kernel(const __grid_constant__ TileBackward<Operand> p) {
+  if (!kRunsHere<Operand>) return;
   using Tile = BackwardTile<T>;
   extern __shared__ __align__(128) char staged[];
   __shared__ uint64_t arrived;
   const TileIndex tile = p.walk.tile();
   const int token = static_cast<int>(tile.row) * Tile::kTokens;
   const int feature = static_cast<int>(tile.col) * Tile::kFeatures;
-  if (threadIdx.x == 0) load_operands<Tile, kGated>(p, staged, &arrived, token, feature);
-  __syncthreads();  // the barrier is there
-  wait_for_bytes(&arrived);
+  if (!kByEngine<Operand> || threadIdx.x == 0)
+    load_operands<Tile, kGated>(p, staged, &arrived, token, feature);
+  wait_for_loads<Operand>(&arrived);
 
   const bool by_columns = p.gate.column_major;  // gate and up need no turning then
   SquarePatch<T> d_h, gate, up;
@@ -103,11 +104,11 @@ __global__ void __launch_bounds__(BackwardTile<T>::kThreads, 2)
 
   __syncthreads();  // all operands have been read
   stage_results<Tile, kGated>(p, staged, by_columns, d_h, gate, up);
-  fence_for_copies();
+  fence_results<Operand>();
   __syncthreads();  // all results are staged
-  if (threadIdx.x == 0) {
+  if (!kByEngine<Operand> || threadIdx.x == 0) {
     store_results<Tile, kGated>(p, staged, token, feature);
-    finish_stores();
+    finish_stores<Operand>();
   }
 }
 
@@ -119,9 +120,12 @@ struct LaunchTiles {
   template <Activation kKind, bool kGated, typename T>
   void launch() const {
     using Tile = BackwardTile<T>;
-    launch_tile_pass<Tile>(backward_tile_kernel<kKind, kGated, T>,
-                           tile_backward<Tile>(args, layouts), kBackwardBytes<Tile, kGated>,
-                           stream);
+    with_tile_operand([this](auto kind) {
+      using Operand = typename decltype(kind)::Type;
+      launch_tile_pass<Tile>(backward_tile_kernel<kKind, kGated, T, Operand>,
+                             tile_backward<Tile, Operand>(args, layouts),
+                             kBackwardBytes<Tile, kGated>, stream);
+    });
   }
 };
 

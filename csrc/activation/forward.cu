@@ -68,28 +68,28 @@ struct LaunchStream {
 template <typename T>
 using ForwardTile = PatchTile<T, 16, 16>;
 
+template <typename Operand>
 struct TileForward {
-  TileOperand gate, up, h;  // plain: no up
+  Operand gate, up, h;  // plain: no up
   TileWalk walk;
 };
 
-template <Activation kKind, bool kGated, typename T>
+template <Activation kKind, bool kGated, typename T, typename Operand>
 __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
-    forward_tile_kernel(const __grid_constant__ TileForward p) {
+    forward_tile_kernel(const __grid_constant__ TileForward<Operand> p) {
+  if (!kRunsHere<Operand>) return;
   using Tile = ForwardTile<T>;
   extern __shared__ __align__(128) char staged[];  // gate, up; h in the place of gate
   __shared__ uint64_t arrived;
   const TileIndex tile = p.walk.tile();
   const int token = static_cast<int>(tile.row) * Tile::kTokens;
   const int feature = static_cast<int>(tile.col) * Tile::kFeatures;
-  if (threadIdx.x == 0) {
-    start_barrier(&arrived);
-    announce_bytes(&arrived, (kGated ? 2 : 1) * Tile::kBytes);
-    load_tile(staged, p.gate, &arrived, token, feature);
-    if (kGated) load_tile(staged + Tile::kBytes, p.up, &arrived, token, feature);
+  if (!kByEngine<Operand> || threadIdx.x == 0) {
+    begin_loads<Operand>(&arrived, (kGated ? 2 : 1) * Tile::kBytes);
+    load_tile<Tile>(staged, p.gate, &arrived, token, feature);
+    if (kGated) load_tile<Tile>(staged + Tile::kBytes, p.up, &arrived, token, feature);
   }
-  __syncthreads();  // the barrier is there
-  wait_for_bytes(&arrived);
+  wait_for_loads<Operand>(&arrived);
 
   // Elementwise work does not care for the direction: h is turned on its way out.
   const typename Tile::Place place{};
@@ -113,11 +113,11 @@ __global__ void __launch_bounds__(ForwardTile<T>::kThreads, 3)
   if (column_major != p.h.column_major) turn(h);
   __syncthreads();  // gate has been read
   Tile::write(staged, place, p.h.column_major, h);
-  fence_for_copies();
+  fence_results<Operand>();
   __syncthreads();  // h is staged
-  if (threadIdx.x == 0) {
-    store_tile(p.h, staged, token, feature);
-    finish_stores();
+  if (!kByEngine<Operand> || threadIdx.x == 0) {
+    store_tile<Tile>(p.h, staged, token, feature);
+    finish_stores<Operand>();
   }
 }
 
@@ -130,12 +130,16 @@ struct LaunchTiles {
   void launch() const {
     using Tile = ForwardTile<T>;
     const int64_t d_ff = args.h.cols;
-    const TileForward p = {tile_operand<Tile>(args.gate_up, in, 0, d_ff),
-                           tile_operand<Tile>(args.gate_up, in, kGated ? d_ff : 0, d_ff),
-                           tile_operand<Tile>(args.h, out, 0, d_ff),
-                           tile_walk<Tile>(args.h.rows, d_ff, out)};
-    launch_tile_pass<Tile>(forward_tile_kernel<kKind, kGated, T>, p,
-                           (kGated ? 2 : 1) * Tile::kBytes, stream);
+    with_tile_operand([&](auto kind) {
+      using Operand = typename decltype(kind)::Type;
+      const TileForward<Operand> p = {
+          tile_operand<Tile, Operand>(args.gate_up, in, 0, d_ff),
+          tile_operand<Tile, Operand>(args.gate_up, in, kGated ? d_ff : 0, d_ff),
+          tile_operand<Tile, Operand>(args.h, out, 0, d_ff),
+          tile_walk<Tile>(args.h.rows, d_ff, out)};
+      launch_tile_pass<Tile>(forward_tile_kernel<kKind, kGated, T, Operand>, p,
+                             (kGated ? 2 : 1) * Tile::kBytes, stream);
+    });
   }
 };
 

@@ -1,9 +1,10 @@
 // tile_pass.cuh: passes over operands of mixed layouts, a tile at a time through shared memory.
 //
-// A block takes one tile. Every operand comes and goes by TMA, in lines of its own direction: 128
-// to 256 contiguous bytes each, which DRAM wants; patches loaded straight into registers had 64 B
-// on one side, and 10 to 25 % less bandwidth. In between a thread owns a square patch of 16-byte
-// lines (common/square_patch.cuh), and turns it in registers where two operands differ.
+// A block takes one tile. Every operand comes and goes in lines of its own direction, by TMA where
+// the GPU has it (tile_copies.cuh): 128 to 256 contiguous bytes each, which DRAM wants; patches
+// loaded straight into registers had 64 B on one side, and 10 to 25 % less bandwidth. In between a
+// thread owns a square patch of 16-byte lines (common/square_patch.cuh), and turns it in registers
+// where two operands differ.
 //
 // Blocks are short: one tile, no pipeline inside. Six or so an SM overlap loading, work and
 // storing.
@@ -11,12 +12,13 @@
 
 #include <cstdint>
 
+#include "activation/tile_copies.cuh"
 #include "activation/tile_place.h"
 #include "common/cuda_check.h"
+#include "common/current_arch.h"
 #include "common/layout.h"
 #include "common/raster.h"
 #include "common/square_patch.cuh"
-#include "common/tma.cuh"
 #include "sparse24/types.h"
 
 namespace sparse24 {
@@ -75,50 +77,6 @@ struct PatchTile {
   }
 };
 
-/// One operand, or one half of a gated one.
-struct TileOperand {
-  TensorMap map;
-  bool column_major;
-};
-
-/// `cols` columns from `first_col` of a matrix that `tiles_fit`.
-template <typename Tile, typename Pointer>
-TileOperand tile_operand(const MatrixView<Pointer>& m, Layout layout, int64_t first_col,
-                         int64_t cols) {
-  const bool column_major = layout == Layout::kColumnMajor;
-  const int64_t bytes = bytes_of(m.dtype), along = column_major ? m.rows : cols;
-  const int64_t lines = column_major ? cols : m.rows;
-  const int64_t stride = column_major ? m.col_stride : m.row_stride;
-  // The distance of a single line is nobody's, and may be anything.
-  const int64_t line_bytes = lines > 1 ? stride * bytes : (along * bytes + 15) / 16 * 16;
-  const char* first =
-      static_cast<const char*>(static_cast<const void*>(m.data)) + first_col * m.col_stride * bytes;
-  return {make_tensor_map(first, static_cast<int>(bytes), along, lines, line_bytes,
-                          column_major ? Tile::kTokens : Tile::kFeatures,
-                          column_major ? Tile::kFeatures : Tile::kTokens),
-          column_major};
-}
-
-/// Can the copy engine move this matrix? Lines must not overlap, besides what vectors want.
-template <typename Pointer>
-bool tiles_fit(const MatrixView<Pointer>& m, Layout layout) {
-  if (layout == Layout::kStrided) return false;
-  const bool column_major = layout == Layout::kColumnMajor;
-  const int64_t stride = column_major ? m.col_stride : m.row_stride;
-  return stride >= (column_major ? m.rows : m.cols) || (column_major ? m.cols : m.rows) == 1;
-}
-
-__device__ __forceinline__ void load_tile(char* to, const TileOperand& operand, uint64_t* barrier,
-                                          int token, int feature) {
-  load_box(to, operand.map, barrier, operand.column_major ? token : feature,
-           operand.column_major ? feature : token);
-}
-__device__ __forceinline__ void store_tile(const TileOperand& operand, const char* from, int token,
-                                           int feature) {
-  store_box(operand.map, from, operand.column_major ? token : feature,
-            operand.column_major ? feature : token);
-}
-
 /// How the tiles of [tokens, features] are walked: in bands along rows, or along columns.
 struct TileWalk {
   uint32_t tile_rows, tile_cols;
@@ -139,6 +97,26 @@ TileWalk tile_walk(int64_t tokens, int64_t features, Layout result) {
   SP24_CHECK(rows * cols < int64_t{1} << 31, "h must have fewer than 2^31 tiles, got [", tokens,
              ", ", features, "]");
   return {static_cast<uint32_t>(rows), static_cast<uint32_t>(cols), result == Layout::kColumnMajor};
+}
+
+/// One operand, or one half of a gated one: `cols` columns from `first_col` of a matrix that
+/// `tiles_fit`.
+template <typename Tile, typename Operand, typename Pointer>
+Operand tile_operand(const MatrixView<Pointer>& m, Layout layout, int64_t first_col, int64_t cols) {
+  return Operand::template of<Tile>(matrix_lines(m, layout, first_col, cols));
+}
+
+template <typename Operand>
+struct OperandKind {
+  using Type = Operand;
+};
+
+/// Calls function(OperandKind<Operand>{}) with what moves tiles on the current device.
+template <typename Function>
+void with_tile_operand(const Function& function) {
+  if constexpr (kBuiltSm90)
+    if (current_arch() == KernelArch::kSm90) return function(OperandKind<EngineOperand>{});
+  if constexpr (kBuiltSm80) return function(OperandKind<ThreadOperand>{});
 }
 
 /// Launches kernel(pass) with `smem_bytes` of shared memory.

@@ -1,4 +1,5 @@
 // tma.cuh: boxes of a matrix between global and shared memory by the copy engine of Hopper.
+// Code for other GPUs must not get here: activation/tile_copies.cuh chooses.
 //
 // A matrix is a number of lines, each contiguous: rows of a row-major one, columns of a
 // column-major one. A box is `box_lines` lines of `box_along` elements; in shared memory they lie
@@ -101,7 +102,7 @@ __device__ __forceinline__ void store_box(const TensorMap& map, const void* from
       : "memory");
 }
 /// Waits until this thread's stores have read shared memory, which is gone when a block ends.
-__device__ __forceinline__ void finish_stores() {
+__device__ __forceinline__ void wait_for_stores() {
   asm volatile("cp.async.bulk.commit_group;\n cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 

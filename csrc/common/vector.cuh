@@ -52,4 +52,17 @@ __device__ __forceinline__ void store8(void* address, uint2 v) {
   *static_cast<uint2*>(address) = v;
 }
 
+/// 16 bytes of global memory (zeros, if `there` is false) into shared memory, past the L1 and the
+/// registers.
+__device__ __forceinline__ void copy16_async(void* shared, const void* address, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(address), "r"(there ? 16 : 0)
+               : "memory");
+}
+/// Until all that this thread copies is there, for itself.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 }  // namespace sparse24

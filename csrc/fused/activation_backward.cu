@@ -84,9 +84,13 @@ struct LaunchOnePass {
   template <Activation kKind, bool kGated, typename T>
   void launch_tiles() const {
     using Tile = MvueTile<T>;
-    const TileBackwardMvue p = {tile_backward<Tile>(args, layouts), packed_backward(args)};
-    launch_tile_pass<Tile>(backward_mvue_tile_kernel<kKind, kGated, T>, p,
-                           kBackwardBytes<Tile, kGated>, stream);
+    with_tile_operand([this](auto kind) {
+      using Operand = typename decltype(kind)::Type;
+      const TileBackwardMvue<Operand> p = {tile_backward<Tile, Operand>(args, layouts),
+                                           packed_backward(args)};
+      launch_tile_pass<Tile>(backward_mvue_tile_kernel<kKind, kGated, T, Operand>, p,
+                             kBackwardBytes<Tile, kGated>, stream);
+    });
   }
 };
 

@@ -5,8 +5,8 @@
 //   activation_backward.cu
 //
 // Work     A block takes a tile of 64 tokens x 128 features of h, a thread 8 x 8 of it. Operands
-//          come and dense results leave by TMA, as in activation/backward.cu: 128 or 256 contiguous
-//          bytes at a time, whichever way they lie. While the results leave, a thread prunes its
+//          come and dense results leave as in activation/backward.cu: 128 or 256 contiguous bytes
+//          at a time, whichever way they lie. While the results leave, a thread prunes its
 //          patches of d_gate and d_up from registers, rounded as they are stored, one after the
 //          other in a loop: half the code.
 // Packed   goes straight to memory: a warp writes whole, aligned 64 B of each row (tile_place.h).
@@ -21,14 +21,16 @@ namespace sparse24 {
 template <typename T>
 using MvueTile = PatchTile<T, kTileRows / kPatch, kTileCols / kPatch>;
 
-struct TileBackwardMvue : TileBackward {
+template <typename Operand>
+struct TileBackwardMvue : TileBackward<Operand> {
   PackedBackward to;
 };
 
 // Four blocks an SM: 128 registers a thread, 51 KB of shared memory a block.
-template <Activation kKind, bool kGated, typename T>
+template <Activation kKind, bool kGated, typename T, typename Operand>
 __global__ void __launch_bounds__(kTileThreads, 4)
-    backward_mvue_tile_kernel(const __grid_constant__ TileBackwardMvue p) {
+    backward_mvue_tile_kernel(const __grid_constant__ TileBackwardMvue<Operand> p) {
+  if (!kRunsHere<Operand>) return;
   using Tile = MvueTile<T>;
   constexpr int kHalves = kGated ? 2 : 1;
   static_assert(Tile::kSide == kPatch && Tile::kThreads == kTileThreads, "16-bit elements");
@@ -38,10 +40,10 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   const TileIndex tile = p.walk.tile();
   const int token = static_cast<int>(tile.row) * kTileRows;
   const int feature = static_cast<int>(tile.col) * kTileCols;
-  if (threadIdx.x == 0) load_operands<Tile, kGated>(p, staged, &arrived, token, feature);
+  if (!kByEngine<Operand> || threadIdx.x == 0)
+    load_operands<Tile, kGated>(p, staged, &arrived, token, feature);
   const PhiloxKey key = philox_key(p.to.seed[0], p.to.seed[1]);
-  __syncthreads();  // the barrier is there
-  wait_for_bytes(&arrived);
+  wait_for_loads<Operand>(&arrived);
 
   // Patches are held by rows, as pruning wants them. What a tile has outside of the matrix is
   // zeros: with d_h = 0 all gradients are, and their groups keep nothing.
@@ -51,9 +53,10 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 
   __syncthreads();  // all operands have been read
   stage_results<Tile, kGated>(p, staged, false, d_h, gate, up);
-  fence_for_copies();
+  fence_results<Operand>();
   __syncthreads();  // all results are staged
-  if (threadIdx.x == 0) store_results<Tile, kGated>(p, staged, token, feature);
+  if (!kByEngine<Operand> || threadIdx.x == 0)
+    store_results<Tile, kGated>(p, staged, token, feature);
 
   const TilePlace patch = typename Tile::Place{}.patch;
   const uint32_t row = patch.token * kPatch, col = patch.feature * kPatch;  // within the tile
@@ -75,7 +78,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
   }
   __syncthreads();  // all bytes of the tile's blocks are staged
   store_halves<kGated>(p.to, meta_stage, tile);
-  if (threadIdx.x == 0) finish_stores();
+  if (!kByEngine<Operand> || threadIdx.x == 0) finish_stores<Operand>();
 }
 
 }  // namespace sparse24

@@ -17,6 +17,7 @@
 #include "activation/activation_cuda.h"
 #include "common/check.h"
 #include "common/cuda_check.h"
+#include "common/current_arch.h"
 #include "common/float8.h"
 #include "common/format.h"
 #include "cpu/cpu.h"
@@ -492,6 +493,7 @@ int main(int argc, char** argv) {
   if (asked("--tight")) guard = 0;
   quick = asked("--quick");
   try {
+    std::printf("kernels of %s\n", current_arch() == KernelArch::kSm90 ? "sm_90a" : "sm_80");
     if (!asked("--bench-only")) {
       test_conversions<Float8E4M3>("e4m3"), test_conversions<Float8E5M2>("e5m2");
       test_widening<Float8E4M3>("e4m3"), test_widening<Float8E5M2>("e5m2");
