@@ -75,26 +75,9 @@ SP24_HD float to_float(Float8E5M2 x) {
   return widen8<Float8E5M2>(x.bits);
 }
 
-#if defined(__CUDACC__)
-/// Two values to nearest, `low` in the lower byte; Inf saturates here, as everything too large.
+/// To nearest even, saturating, in integers; y is not NaN, and may be infinite.
 template <typename F>
-__device__ __forceinline__ uint32_t convert_pair8(float low, float high) {
-  uint16_t pair;
-  if constexpr (Float8Traits<F>::kMantissaBits == 3) {
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-  }
-  return pair;
-}
-#endif
-
-/// To nearest even, saturating; y is not NaN, and may be infinite.
-template <typename F>
-SP24_HD uint32_t saturated_code(float y) {
-#if defined(__CUDA_ARCH__)
-  return convert_pair8<F>(y, 0.0f) & 0xFFu;
-#else
+SP24_HD uint32_t saturated_code_by_bits(float y) {
   using Traits = Float8Traits<F>;
   constexpr int kDropped = 23 - Traits::kMantissaBits, kLowest = 1 - Traits::kBias;
   const uint32_t sign = float_bits(y) >> 24 & 0x80u;
@@ -108,6 +91,35 @@ SP24_HD uint32_t saturated_code(float y) {
   const uint32_t bits = float_bits(magnitude);
   const uint32_t rounded = bits + ((1u << (kDropped - 1)) - 1u) + (bits >> kDropped & 1u);
   return sign | (rounded - power_bits(kLowest - 1)) >> kDropped;
+}
+
+#if defined(__CUDACC__)
+/// Two values to nearest, `low` in the lower byte; Inf saturates here, as everything too large, and
+/// NaN becomes kNan8. One instruction from sm_89 on.
+template <typename F>
+__device__ __forceinline__ uint32_t convert_pair8(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  const auto code = [](float y) { return y != y ? kNan8 : saturated_code_by_bits<F>(y); };
+  return code(low) | code(high) << 8;
+#else
+  uint16_t pair;
+  if constexpr (Float8Traits<F>::kMantissaBits == 3) {
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#endif
+}
+#endif
+
+/// To nearest even, saturating; y is not NaN, and may be infinite.
+template <typename F>
+SP24_HD uint32_t saturated_code(float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  return convert_pair8<F>(y, 0.0f) & 0xFFu;
+#else
+  return saturated_code_by_bits<F>(y);
 #endif
 }
 
