@@ -3,6 +3,7 @@
 Environment:
 
 SPARSE24_CUDA      1, 0 or auto (default): see CMakeLists.txt
+SPARSE24_CUDA_ARCHS   GPUs to compile for: all, or a list such as "80;90a"; default: this machine's (cmake/CudaArchs.cmake)
 SPARSE24_LIBRARY   path of a ready libsparse24.so: only the binding is built
 CUTLASS_DIR        CUTLASS headers, for a CUDA build
 """
@@ -50,6 +51,7 @@ def build_library() -> Path:
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += [f"-DSPARSE24_CUDA={choice}", f"-DSPARSE24_PYTHON={sys.executable}"]
+    configure += [f"-DSPARSE24_CUDA_ARCHS={os.environ.get('SPARSE24_CUDA_ARCHS', '')}"]  # a cached choice is not kept
     subprocess.run(configure, check=True)
     subprocess.run([cmake, "--build", str(folder), "--target", "sparse24"], check=True)
     return folder / LIBRARY

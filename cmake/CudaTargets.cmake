@@ -1,4 +1,5 @@
-# The CUDA part of libsparse24, for Hopper (sm_90a: wgmma and TMA need the `a`).
+# The CUDA part of libsparse24: kernels around the products for all of SPARSE24_CUDA_ARCHS, products for Hopper (sm_90a:
+# wgmma and TMA need the `a`).
 
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # given below, in full
 enable_language(CUDA)
@@ -11,6 +12,20 @@ set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 
+include(cmake/CudaArchs.cmake)
+sparse24_cuda_archs(cuda_archs)
+sparse24_gencode(kernel_gencode ${cuda_archs})
+sparse24_gencode(hopper_gencode 90a)
+string(REPLACE ";" ", " archs_text "${cuda_archs}")
+message(STATUS "sparse24: kernels for ${archs_text}")
+# csrc/common/kernel_arch.h: paths of GPUs that nothing is compiled for are left out.
+set(what_is_built "")
+if(NOT 90a IN_LIST cuda_archs)
+  set(what_is_built SPARSE24_BUILT_SM90=0)
+elseif(cuda_archs STREQUAL "90a")
+  set(what_is_built SPARSE24_BUILT_SM80=0)
+endif()
+
 include(cmake/Cutlass.cmake)
 sparse24_find_cutlass(cutlass_include)
 
@@ -21,7 +36,8 @@ add_library(sparse24_cuda_options INTERFACE)
 target_link_libraries(sparse24_cuda_options INTERFACE sparse24_options)
 target_include_directories(sparse24_cuda_options INTERFACE ${CUDAToolkit_INCLUDE_DIRS})
 target_compile_options(sparse24_cuda_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CUDA>:-O3;-gencode=arch=compute_90a,code=sm_90a;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-O3;--expt-relaxed-constexpr;-Xcompiler=-ffp-contract=off>)
+set(for_kernels $<$<COMPILE_LANGUAGE:CUDA>:${kernel_gencode}>)
 
 # The same rounding as on the CPU, so no a*b + c in one step.
 set(no_contraction $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
@@ -35,11 +51,13 @@ sparse24_gemm_kernels(gemm_sources sm90 ${CMAKE_CURRENT_BINARY_DIR}/gemm/sm90)
 
 target_link_libraries(sparse24_host PRIVATE sparse24_cuda_options)
 target_sources(sparse24_host PRIVATE ${gemm_host_sources})
+target_compile_definitions(sparse24_host PRIVATE SPARSE24_CUDA_ARCHS="${archs_text}" ${what_is_built})
 
 if(kernel_sources)
   add_library(sparse24_kernels OBJECT ${kernel_sources})
   target_link_libraries(sparse24_kernels PRIVATE sparse24_cuda_options)
-  target_compile_options(sparse24_kernels PRIVATE ${no_contraction})
+  target_compile_options(sparse24_kernels PRIVATE ${no_contraction} "${for_kernels}")
+  target_compile_definitions(sparse24_kernels PRIVATE ${what_is_built})
   set_target_properties(sparse24_kernels PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
   list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
 endif()
@@ -48,7 +66,7 @@ if(gemm_sources)
   add_library(sparse24_gemm OBJECT ${gemm_sources})
   target_link_libraries(sparse24_gemm PRIVATE sparse24_cuda_options)
   target_include_directories(sparse24_gemm SYSTEM PRIVATE ${cutlass_include})
-  target_compile_options(sparse24_gemm PRIVATE ${no_contraction})
+  target_compile_options(sparse24_gemm PRIVATE ${no_contraction} ${hopper_gencode})
   if(SPARSE24_FAIL_ON_SPILLS)  # -v tells of them, and strict_nvcc.sh then fails
     target_compile_options(sparse24_gemm PRIVATE -Xptxas=-v)
   endif()

@@ -30,7 +30,8 @@ if(SPARSE24_WITH_CUDA)
     target_link_libraries(${name} PRIVATE sparse24_test_objects sparse24_cuda_options)
     target_include_directories(${name} SYSTEM PRIVATE ${cutlass_include})
     # Plain kernels of a test round as those of the library do (CudaTargets.cmake).
-    target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+    target_compile_options(${name} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false> "${for_kernels}")
+    target_compile_definitions(${name} PRIVATE ${what_is_built})
     set_target_properties(${name} PROPERTIES JOB_POOL_COMPILE gemm)
     add_test(NAME ${name} COMMAND ${name})
     set_tests_properties(${name} PROPERTIES LABELS gpu SKIP_RETURN_CODE 77)  # 77: no GPU here

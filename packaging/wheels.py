@@ -3,9 +3,10 @@
     python packaging/wheels.py [--out dist] [--python PATH ...]
 
 All of it is built from the sdist, so a file that the sdist lacks is missed here. The library is what takes long
-(SPARSE24_CUDA as for any build: 1 compiles the CUDA kernels, without a GPU too); the binding of a Python takes seconds.
-auditwheel then names the oldest glibc that a wheel runs on, and refuses one that needs what the system may lack. The
-wheel of this Python is installed into an empty environment and trains there (try_wheel.py).
+(SPARSE24_CUDA as for any build: 1 compiles the CUDA kernels, without a GPU too; they are for all GPUs unless
+SPARSE24_CUDA_ARCHS says which); the binding of a Python takes seconds. auditwheel then names the oldest glibc that a
+wheel runs on, and refuses one that needs what the system may lack. The wheel of this Python is installed into an empty
+environment and trains there (try_wheel.py).
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def build_library(source: Path, folder: Path) -> Path:
     tools = Path(sys.executable).parent
     configure = [tools / "cmake", "-S", source, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
     configure += [f"-DSPARSE24_CUDA={os.environ.get('SPARSE24_CUDA') or 'auto'}", f"-DSPARSE24_PYTHON={sys.executable}"]
+    configure += [f"-DSPARSE24_CUDA_ARCHS={os.environ.get('SPARSE24_CUDA_ARCHS') or 'all'}"]
     subprocess.run([*map(str, configure)], check=True)
     subprocess.run([str(tools / "cmake"), "--build", str(folder), "--target", "sparse24"], check=True)
     return folder / "libsparse24.so"

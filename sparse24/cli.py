@@ -51,6 +51,7 @@ def env() -> None:
     import sparse24
 
     print(f"sparse24      {sparse24.__version__}")
+    print(f"libsparse24   {what_was_built()}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     print(f"torch         {torch.__version__}, CUDA {torch.version.cuda or 'none'}")
     for package in ("transformers", "tokenizers", "safetensors"):
@@ -62,6 +63,18 @@ def env() -> None:
         state = "available" if found else "not available"
         reason = f" ({found.reason})" if found.reason else ""
         print(f"{device:13s} {name}: {state}, backend {found.backend}, arch {found.arch}{reason}")
+
+
+def what_was_built() -> str:
+    """For which GPUs the library was compiled."""
+    from . import _library
+
+    if _library.binding() is None:
+        return "not built"
+    if not _library.cuda_built():
+        return "for the CPU"
+    info = _library.device_info(-1)
+    return f"kernels for {info['cuda_archs']}; products for {info['gemm_archs']}"
 
 
 def installed_version(package: str) -> str:

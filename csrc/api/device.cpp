@@ -7,6 +7,7 @@
 #ifdef SPARSE24_WITH_CUDA
 #include <cuda_runtime_api.h>
 
+#include "common/kernel_arch.h"
 #include "gemm/arch.h"
 #endif
 
@@ -14,6 +15,22 @@ namespace sparse24 {
 namespace {
 
 #ifdef SPARSE24_WITH_CUDA
+
+/// Why no kernel around the products runs on a GPU ("" if they do): as built, and as SPARSE24_ARCH
+/// asks.
+std::string no_kernels_reason(int major, int minor) {
+  if (major >= 8 && !has_code_for(major, minor, SPARSE24_CUDA_ARCHS)) {
+    return concat("the GPU is sm_", major, minor, ", and libsparse24 was built for ",
+                  SPARSE24_CUDA_ARCHS, " alone; build it with SPARSE24_CUDA_ARCHS=all, or on this ",
+                  "machine");
+  }
+  try {
+    kernel_arch(major, minor, asked_arch());
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "";
+}
 
 /// Fills in what the driver says. Attributes are read without creating a context on the device.
 void ask_driver(int device, DeviceInfo& info) {
@@ -51,6 +68,8 @@ void ask_driver(int device, DeviceInfo& info) {
   if (gemm::arch_of(info.capability_major, info.capability_minor) == nullptr) {
     info.reason = gemm::no_arch_reason(info.capability_major, info.capability_minor);
   }
+  if (info.reason.empty())
+    info.reason = no_kernels_reason(info.capability_major, info.capability_minor);
 }
 
 #endif
@@ -63,6 +82,7 @@ DeviceInfo device_info(int device) {
   DeviceInfo info;
 #ifdef SPARSE24_WITH_CUDA
   info.cuda_built = true;
+  info.cuda_archs = SPARSE24_CUDA_ARCHS;
   info.gemm_archs = gemm::arch_names();
   if (device >= 0) {
     ask_driver(device, info);

@@ -10,6 +10,7 @@ void bind_device(py::module_& module) {
     const DeviceInfo info = device_info(device);
     py::dict result;
     result["cuda_built"] = info.cuda_built;
+    result["cuda_archs"] = info.cuda_archs;
     result["gemm_archs"] = info.gemm_archs;
     result["device_count"] = info.device_count;
     result["capability_major"] = info.capability_major;

@@ -14,10 +14,10 @@ TEST(device_info_never_throws) {
   for (int device : {-1, 0, 7, 1000000}) {
     const DeviceInfo info = device_info(device);
 #ifdef SPARSE24_WITH_CUDA
-    CHECK(info.cuda_built && !info.gemm_archs.empty());
+    CHECK(info.cuda_built && !info.gemm_archs.empty() && !info.cuda_archs.empty());
     if (device == 1000000) CHECK(!info.reason.empty());
 #else
-    CHECK(!info.cuda_built && info.gemm_archs.empty());
+    CHECK(!info.cuda_built && info.gemm_archs.empty() && info.cuda_archs.empty());
     CHECK(info.reason.find("SPARSE24_CUDA=1") != std::string::npos);
 #endif
   }

@@ -11,6 +11,7 @@ SP24_API const char* version();
 
 struct DeviceInfo {
   bool cuda_built = false;   // was this library compiled with CUDA?
+  std::string cuda_archs;    // GPUs that kernels were compiled for, such as "80, 90a"; "" without CUDA
   std::string gemm_archs;    // architectures with sparse GEMM kernels, such as "sm_90a"; "" without CUDA
   int device_count = 0;      // 0 without a driver, and when device < 0
   int capability_major = 0;  // of `device`
