@@ -423,7 +423,7 @@ def on_gpu(out_features, in_features, dtype=torch.bfloat16):
 def h200(monkeypatch):
     """A GPU to decide for."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
-    info = {"multiprocessors": 132, "memory_bandwidth": 4.9e12}
+    info = {"multiprocessors": 132, "memory_bandwidth": 4.9e12, "capability_major": 9, "capability_minor": 0}
     monkeypatch.setattr(sparse24._library, "device_info", lambda index: info)
     return info
 
@@ -457,6 +457,15 @@ def test_small_layers_and_few_tokens_are_dense_on_a_gpu_unless_forced(h200):
     assert not choose(small, "auto", training(8192))[0] and choose(small, "sparse", training(8192))[0]
     converts, reason = choose(large, "auto", training(8192, 8), (4096, 11008, True))
     assert converts and "feed-forward layer of 4096 x 11008 at 8192 tokens a call and 8 calls a step" in reason
+
+
+def test_estimates_for_gpus_that_nobody_has_measured_say_so_and_must_promise_more(h200):
+    h200.update(multiprocessors=108, memory_bandwidth=1.555e12, capability_major=8)
+    choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training
+    converts, reason = choose(on_gpu(11008, 4096), "auto", training(8192), (4096, 11008, True))
+    assert converts and "by published peaks (not measured by us), on GPU" in reason
+    converts, reason = choose(on_gpu(3072, 768), "auto", training(8192), (768, 3072, True))
+    assert not converts and "(not measured by us), less than the 1.20x asked for" in reason
 
 
 def test_the_decision_knows_the_gpu(h200):

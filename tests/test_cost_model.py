@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sparse24.benchmark import suite
-from sparse24.convert import cost_float8, cost_model
+from sparse24.convert import cost_float8, cost_model, cost_published
 from sparse24.convert.cost_model import MARGIN, Training, break_even_tokens, feed_forward, linear
 
 RESULTS = Path(__file__).parent.parent / "bench" / "results"
@@ -77,6 +77,39 @@ def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own(
     assert feed_forward(4096, 11008, True, Training(8192), pcie).sparse_us > feed_forward(
         4096, 11008, True, Training(8192), h100
     ).sparse_us  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", cost_published.PUBLISHED)
+def test_chips_that_nobody_has_measured_have_shares_of_their_published_peaks(capability):
+    published = cost_published.PUBLISHED[capability]
+    name = "NVIDIA GeForce RTX" if capability != (8, 0) else "NVIDIA A100"
+    rates = cost_published.rates_of_gpu(capability, published.multiprocessors, 0.0, name)
+    assert not rates.measured and rates.margin > cost_model.H100.margin == MARGIN
+    share = 1e3 / rates.dense_us_per_gflop / published.dense_tflops
+    assert share == pytest.approx(1e3 / cost_model.H100.dense_us_per_gflop / cost_published.H100_DENSE_TFLOPS)
+    assert rates.pack * 1e12 / published.memory_bandwidth == pytest.approx(
+        cost_model.H100.pack * 1e12 / cost_model.H100.memory_bandwidth
+    )
+    m, n, k = 128 * published.multiprocessors, 256, 8192  # a tile for each multiprocessor
+    sparse_share = 2e-6 * m * n * k / cost_model.sparse_product_us(m, n, k, rates) / published.dense_tflops
+    h100_m = 128 * cost_model.H100.multiprocessors
+    h100_share = 2e-6 * h100_m * n * k / cost_model.sparse_product_us(h100_m, n, k, cost_model.H100)
+    assert sparse_share == pytest.approx(h100_share / cost_published.H100_DENSE_TFLOPS, rel=0.1)
+    assert feed_forward(4096, 11008, True, Training(8192), rates).speedup > rates.margin
+
+
+def test_geforce_cards_have_half_the_products_of_their_chip():
+    geforce = cost_published.rates_of_gpu((8, 6), 82, 0.0, "NVIDIA GeForce RTX 3090")
+    workstation = cost_published.rates_of_gpu((8, 6), 84, 0.768e12, "NVIDIA RTX A6000")
+    assert workstation.dense_us_per_gflop == pytest.approx(geforce.dense_us_per_gflop / 2 * 82 / 84)
+    assert workstation.mvue == pytest.approx(geforce.mvue * 0.768 / 0.936)
+    a100 = [cost_published.rates_of_gpu((8, 0), 108, 0.0, name).dense_us_per_gflop for name in ("A100", "GeForce")]
+    assert a100[0] == a100[1]
+
+
+def test_hopper_keeps_its_measured_rates():
+    assert cost_published.rates_of_gpu((9, 0), 132, 4.9e12, "NVIDIA H200") == cost_model.H200
+    assert cost_model.H200.measured and cost_model.H200.margin == MARGIN
 
 
 def test_shared_last_rounds_cost_less_than_whole_ones():

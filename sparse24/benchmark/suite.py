@@ -135,11 +135,15 @@ def _pytorch_us(times: dict[str, float]) -> float:
     return times.get("pytorch", float("nan")) + times.get("pytorch pack", float("nan"))
 
 
+def rates_here() -> cost_model.Rates:
+    """The cost model's rates on the current GPU."""
+    return rates_on(torch.device("cuda")) if torch.cuda.is_available() else cost_model.H200
+
+
 def estimate(shape: ModelShape, master: torch.dtype, mvue: bool = True, micro_batches: int = 1) -> float:
     """The speed-up that `sparsify` expects."""
     training = cost_model.Training(shape.tokens, micro_batches, master.itemsize, mvue)
-    rates = rates_on(torch.device("cuda")) if torch.cuda.is_available() else cost_model.H200
-    return cost_model.feed_forward(shape.d_model, shape.d_ff, shape.gated, training, rates).speedup
+    return cost_model.feed_forward(shape.d_model, shape.d_ff, shape.gated, training, rates_here()).speedup
 
 
 def feed_forwards(

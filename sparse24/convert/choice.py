@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import _library
 from ..layers import tensor_parallel
-from . import cost_float8, cost_model, structure
+from . import cost_float8, cost_model, cost_published, structure
 from .cost_model import Training
 
 
@@ -47,16 +47,19 @@ def choose_function(
     rival = "a compiled dense" if training.precision is None else "the faster of a compiled bf16 and FP8 dense"
     finding = f"estimated {speedup:.2f}x of {rival} {what} at {training.tokens} tokens a call{calls}"
     finding += " (assumed: say tokens=)" if assumed else ""
-    if speedup >= cost_model.MARGIN:
+    finding += "" if rates.measured else ", by published peaks (not measured by us)"
+    if speedup >= rates.margin:
         return True, f"{finding}, on {torch.cuda.get_device_name(device)}"
     remedies = ["backend='sparse' converts it anyway"]
-    if training.mvue and (without := estimate(training.of(mvue=False))) >= cost_model.MARGIN:
+    if training.mvue and (without := estimate(training.of(mvue=False))) >= rates.margin:
         remedies.insert(0, f"with mvue=False it is {without:.2f}x")
-    return False, f"{finding}, less than the {cost_model.MARGIN:.2f}x asked for; {', '.join(remedies)}"
+    return False, f"{finding}, less than the {rates.margin:.2f}x asked for; {', '.join(remedies)}"
 
 
 def rates_on(device: torch.device) -> cost_model.Rates:
     """The cost model's rates on a GPU."""
     index = torch.cuda.current_device() if device.index is None else device.index
     info = _library.device_info(index)
-    return cost_model.rates_for(info["multiprocessors"], info["memory_bandwidth"])
+    capability = (info["capability_major"], info["capability_minor"])
+    name = torch.cuda.get_device_name(index)
+    return cost_published.rates_of_gpu(capability, info["multiprocessors"], info["memory_bandwidth"], name)

@@ -6,7 +6,8 @@ come from an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm
 activation.csv, mvue.csv, packing.csv; epilogue.csv and grad_weight.csv of the H100 alone). The H200's results are of
 older kernels: what those took more is in its constants. `rates_for` carries those
 of the nearer one over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them
-anew and prints how far the estimates are from what was measured.
+anew and prints how far the estimates are from what was measured. Ampere and Ada have not been measured by us: their
+rates are shares of published peaks (`cost_published`).
 
 The dense side is what `torch.compile` makes of the layer; run eagerly, it is slower than estimated here. Only the
 layer itself is counted, both passes, and for the 2:4 side everything that it adds to a step: re-packing, masked decay,
@@ -19,6 +20,8 @@ from dataclasses import dataclass, replace
 
 #: an estimate must promise this much before `sparsify(backend="auto")` believes it: what they err by at most on an H100
 MARGIN = 1.08
+#: and this much where rates are guesses, since nobody has measured how far off they are
+MARGIN_OF_GUESSES = 1.2
 #: tokens a forward call that are assumed where the caller says nothing
 ASSUMED_TOKENS = 8192
 
@@ -47,6 +50,12 @@ class Rates:
     # What a product takes longer for a million elements of h, or of a weight gradient that it adds to.
     activation_us: float = 1.2
     accumulation_us: float = 0.75
+    measured: bool = True  # else guessed, from published peaks
+
+    @property
+    def margin(self) -> float:
+        """What an estimate must promise before `sparsify(backend="auto")` believes it."""
+        return MARGIN if self.measured else MARGIN_OF_GUESSES
 
     def on(self, multiprocessors: int, memory_bandwidth: float) -> Rates:
         """The same on a chip of so many multiprocessors, whose memory could move so many bytes a second (0: unknown).
