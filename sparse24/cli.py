@@ -102,6 +102,7 @@ def bench(
     micro_batches: Annotated[int, typer.Option(help="Its forward calls an optimizer step.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of the suite only.")] = False,
     csv: Annotated[str | None, typer.Option(help="Folder for tables as CSV.")] = None,
+    report: Annotated[str | None, typer.Option(help="One JSON file of device, versions, tables, to send.")] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Training steps under FSDP2, on all ranks of torchrun.")
     ] = False,
@@ -120,16 +121,19 @@ def bench(
     from .benchmark import command
 
     folder = Path(csv).expanduser() if csv else None
+    file = Path(report).expanduser() if report else None
     if distributed:
-        if parts or d_model is not None or d_ff is not None or quick:
-            raise Sparse24Error("--distributed times whole models: leave out parts, --quick, --d-model and --d-ff")
+        if parts or d_model is not None or d_ff is not None or quick or report:
+            raise Sparse24Error(
+                "--distributed times whole models: leave out parts, --quick, --d-model, --d-ff and --report"
+            )
         from .benchmark.distributed import Plan, run
 
         chosen = tuple(arm.strip() for arm in arms.split(",") if arm.strip())
         run(Plan(model, layers, tokens, chosen, warm, steps, rounds, compiled), folder, name)
         return
     if d_model is None and d_ff is None:
-        command.run_suite(tuple(parts or ()), quick, folder)
+        command.run_suite(tuple(parts or ()), quick, folder, file)
         return
     if d_model is None or d_ff is None:
         raise Sparse24Error("--d-model and --d-ff belong together; give both, or neither for the suite")
@@ -138,7 +142,7 @@ def bench(
     labels = {"bf16": "bf16", "fp32": "fp32 master"}
     if master not in labels:
         raise Sparse24Error(f"--master must be bf16 or fp32, got {master!r}")
-    command.own_layer(tokens, d_model, d_ff, gated, labels[master], micro_batches, folder)
+    command.own_layer(tokens, d_model, d_ff, gated, labels[master], micro_batches, folder, file)
 
 
 # ---- pretrain ------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from .._library import is_available
-from ..convert import cost_model
 from ..errors import Sparse24Error
 
 PARTS = ("ffn", "tokens", "block", "step")
@@ -18,7 +17,8 @@ def check_gpu() -> None:
     """Raises Sparse24Error, with the reason, where no sparse product can run."""
     if not torch.cuda.is_available():
         raise Sparse24Error(
-            "the benchmark needs an NVIDIA Hopper GPU, and torch finds no GPU here; `python -m sparse24 env` tells more"
+            "the benchmark needs an NVIDIA GPU that runs 2:4 products, and torch finds no GPU here; "
+            "`python -m sparse24 env` tells more"
         )
     if not (found := is_available("cuda")):
         raise Sparse24Error(f"the benchmark needs 2:4 products on the GPU: {found.reason}")
@@ -35,7 +35,14 @@ def check_sizes(tokens: int, d_model: int, d_ff: int, micro_batches: int) -> Non
 
 
 def own_layer(
-    tokens: int, d_model: int, d_ff: int, gated: bool, master: str, micro_batches: int, csv: Path | None
+    tokens: int,
+    d_model: int,
+    d_ff: int,
+    gated: bool,
+    master: str,
+    micro_batches: int,
+    csv: Path | None,
+    report: Path | None = None,
 ) -> None:
     """Measure one layer, and the tokens from which on it is ahead of dense, by halving and doubling."""
     check_sizes(tokens, d_model, d_ff, micro_batches)
@@ -44,12 +51,15 @@ def own_layer(
     from .timing import Table, header
 
     print(header())
+    followed = open_report(report)
     shape = suite.ffn_shape(f"{d_model} x {d_ff}", tokens, d_model, d_ff, gated)
     dtype = suite.MASTERS[master]
     run = suite.FeedForwardTimes(shape, dtype, rounds=10, warm=2.0)
     for line in describe(run, shape, master, micro_batches):
         print(line)
     table = Table("own", suite.TOKENS_COLUMNS, folder=csv)
+    if followed:
+        followed.follow(table)
     counts = [tokens * 2**power for power in range(-3, 2) if tokens * 2**power >= LEAST_TOKENS]
     suite.tokens_sweep(table, [(shape.name, d_model, d_ff, gated)], [int(c) for c in counts], [master])
     for label, column in (("with MVUE", "speedup"), ("with mvue=False", "speedup mvue=False")):
@@ -57,11 +67,22 @@ def own_layer(
         print(f"break-even {label}: {break_even_text(points, suite.break_even(points))}")
     if csv:
         print("wrote", csv / "own.csv")
+    if report:
+        print("wrote", report)
+
+
+def open_report(path: Path | None):
+    """A report at `path`, begun; None where none is wanted."""
+    if path is None:
+        return None
+    from .report import Report
+
+    return Report(path)
 
 
 def describe(run, shape, master: str, micro_batches: int) -> list[str]:
     """The measured layer in words."""
-    from .suite import MASTERS, estimate
+    from .suite import MASTERS, estimate, rates_here
 
     times = run.times
     lines = [
@@ -79,7 +100,7 @@ def describe(run, shape, master: str, micro_batches: int) -> list[str]:
             f"speed-up of a step of {micro_batches} micro-batches: {run.speedup(micro_batches=micro_batches):.2f}x"
         )
     expected = estimate(shape, MASTERS[master], micro_batches=micro_batches)
-    converts = "would convert it" if expected >= cost_model.MARGIN else "would leave it dense"
+    converts = "would convert it" if expected >= rates_here().margin else "would leave it dense"
     lines.append(
         f"sparsify(tokens={shape.tokens}, micro_batches={micro_batches}) expects {expected:.2f}x: it {converts}"
     )
@@ -93,8 +114,9 @@ def break_even_text(points: list[tuple[int, float]], found: float | None) -> str
     return f"about {found:.0f} tokens a call" if found > low else f"at or below {low} tokens a call"
 
 
-def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
-    """The parts of the suite that are asked for, all by default."""
+def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None, report: Path | None = None) -> None:
+    """The parts of the suite that are asked for, all by default. `report`: one file for all of it, with where the time
+    of a layer goes."""
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise Sparse24Error(f"no benchmark {', '.join(unknown)}; there are {', '.join(PARTS)}")
@@ -110,8 +132,12 @@ def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
         "step": suite.STEP_COLUMNS,
     }  # fmt: skip
     tables = {name: Table(name, columns[name], folder=csv) for name in columns}
+    costs = None
+    if followed := open_report(report):
+        costs = Table("ffn_costs", suite.COST_COLUMNS, quiet=True)
+        followed.follow(*tables.values(), costs)
     if "ffn" in parts:
-        suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels)
+        suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels, costs)
     if "tokens" in parts:
         sizes = (
             [("4096 x 11008", 4096, 11008, True)]
@@ -128,3 +154,5 @@ def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None) -> None:
         for table in tables.values():
             if table.rows:
                 print("wrote", csv / f"{table.name}.csv")
+    if report:
+        print("wrote", report)

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -136,6 +137,7 @@ class Table:
     key     so many of the first columns tell what was measured
     folder  where NAME.csv is written, anew after each row, so that nothing measured is lost
     quiet   print nothing
+    report  if given, told of each row by report.write()
     append  rows of a CSV that is there already, of this device, stay; but new ones take the place of those with their
             key. Where the headers differ (commit, date), the line has both values, the newest first
     """
@@ -147,6 +149,7 @@ class Table:
     append: bool = False
     quiet: bool = False
     rows: list[list] = field(default_factory=list)
+    report: Any = None
 
     def add(self, *cells) -> None:
         self.rows.append(list(cells))
@@ -155,6 +158,8 @@ class Table:
             print(f"{self.name:<12} {text}", flush=True)
         if self.folder:
             self.write(self.folder)
+        if self.report is not None:
+            self.report.write()
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,71 @@
+"""One file that says how fast this library is on a GPU: the device, what was built, and every table of a run.
+
+It is JSON, written anew after each row, so that an interrupted run has reported what it measured. Nothing in it names
+the machine or its user. `python -m bench.add_report FILE` makes of it what bench/results has of a device.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .. import _library
+from ..convert import rates_on
+from ..errors import Sparse24Error
+from .timing import Table, copy_bandwidth, header
+
+FORMAT = 1
+
+
+class Report:
+    """What `bench --report` writes. Tables that are followed are in it, as far as they have been measured."""
+
+    def __init__(self, path: Path):
+        self.path, self.tables = path, []
+        self.head: dict = {"format": FORMAT, "header": header(), "build": build(), "device": device()}
+        self.write()  # before anything is measured: a path that cannot be written is told of at once
+
+    def follow(self, *tables: Table) -> None:
+        for table in tables:
+            table.report = self
+        self.tables += tables
+
+    def write(self) -> None:
+        rows = {t.name: {"columns": t.columns, "rows": t.rows} for t in self.tables if t.rows}
+        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
+        try:
+            unfinished.write_text(json.dumps({**self.head, "tables": rows}, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self.path)
+        except OSError as error:
+            raise Sparse24Error(f"--report cannot write {self.path}: {error.strerror}; name another file") from None
+
+
+def build() -> dict:
+    """Versions, and for which GPUs the library was compiled."""
+    info = _library.device_info(-1) if _library.binding() is not None else {}
+    return {
+        "kernels": info.get("cuda_archs", ""),
+        "products": info.get("gemm_archs", ""),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def device() -> dict:
+    """The current GPU, by its driver; what a copy reaches there; and the rates that estimates go by."""
+    index = torch.cuda.current_device()
+    info, rates = _library.device_info(index), rates_on(torch.device("cuda", index))
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "name": properties.name,
+        "capability": f"{info['capability_major']}.{info['capability_minor']}",
+        "multiprocessors": info["multiprocessors"],
+        "memory_bytes": properties.total_memory,
+        "memory_bandwidth": info["memory_bandwidth"],
+        "copy_tb_s": round(copy_bandwidth(), 3),
+        "rates": asdict(rates),
+    }
