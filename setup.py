@@ -3,7 +3,7 @@
 Environment:
 
 SPARSE24_CUDA      1, 0 or auto (default): see CMakeLists.txt
-SPARSE24_CUDA_ARCHS   GPUs to compile for: all, or a list such as "80;90a"; default: this machine's (cmake/CudaArchs.cmake)
+SPARSE24_CUDA_ARCHS   GPUs to compile for: all, or a list such as "80;90a"; default: those of this machine
 SPARSE24_LIBRARY   path of a ready libsparse24.so: only the binding is built
 CUTLASS_DIR        CUTLASS headers, for a CUDA build
 """
