@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run.
+    """One training run. Arms of equal settings are equal, whatever they are called.
 
     activation  "relu2" or "gelu"          wide      d_ff over 4 * width
     sparse      trained by a Recipe        method    of the Recipe
@@ -16,9 +16,10 @@ class Arm:
                 down, what "auto" settles on with squared ReLU
     dense       last part of the steps that is dense
     decay, interval, lr, seed              as ever
+    precision   of the 2:4 layers: fp8 or fp8-hybrid, else 16 bits
     """
 
-    name: str
+    name: str = field(compare=False)
     activation: str = "relu2"
     sparse: bool = False
     wide: float = 1.0
@@ -32,9 +33,25 @@ class Arm:
     precision: str = ""
 
     @property
+    def plain(self) -> Arm:
+        """Without what does not matter: settings of a recipe where there is none."""
+        return self if self.sparse else Arm(self.name, self.activation, wide=self.wide, lr=self.lr, seed=self.seed)
+
+    @property
     def group(self) -> str:
-        """The name without its seed: arms to be averaged."""
-        return " ".join(part for part in self.name.split() if not part.startswith("seed="))
+        """The name without its seed, and without what is so by default: arms to be averaged."""
+        return " ".join(part for part in self.spelled.split() if not part.startswith("seed="))
+
+    @property
+    def spelled(self) -> str:
+        """The one spelling of arms that are equal."""
+        arm, kind = self.plain, "2:4" if self.sparse else "dense"
+        said = [f for f in fields(Arm)[3:] if f.name == "seed" or getattr(arm, f.name) != f.default]
+        return " ".join([arm.activation, kind, *(f"{f.name}={_text(getattr(arm, f.name))}" for f in said)])
+
+    @property
+    def slug(self) -> str:
+        return self.spelled.translate(str.maketrans({" ": "_", "/": "-", "=": "-", ":": "-"}))
 
 
 def parse(name: str) -> Arm:
@@ -43,12 +60,28 @@ def parse(name: str) -> Arm:
     if activation not in ("relu2", "gelu") or kind not in ("dense", "2:4"):
         raise ValueError(f"an arm begins with relu2 or gelu, then dense or 2:4, got {name!r}")
     values = dict(setting.split("=") for setting in settings)
-    return Arm(name, activation, kind == "2:4", **{key: _value(key, text) for key, text in values.items()})
+    if unknown := values.keys() - {f.name for f in fields(Arm)[3:]}:
+        raise ValueError(f"an arm has no setting {', '.join(sorted(unknown))}: {name!r}")
+    arm = Arm(name, activation, kind == "2:4", **{key: _value(key, text) for key, text in values.items()})
+    if arm.precision and arm.mvue in ("h", "input", "auto"):
+        raise ValueError(f"8-bit layers prune output gradients alone: write mvue=True or mvue=False in {name!r}")
+    return arm
 
 
 def _value(key: str, text: str):
     kind = Arm.__dataclass_fields__[key].type
-    return float(Fraction(text)) if key == "dense" else {"int": int, "float": float}.get(kind, str)(text)
+    return {"int": int, "float": lambda text: float(Fraction(text))}.get(kind, str)(text)
+
+
+def _text(value: object) -> str:
+    """As names have it: 2/3 and 1.375, 6e-3."""
+    if not isinstance(value, float):
+        return str(value)
+    if 0 < value < 0.1:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    near = Fraction(value).limit_denominator(9)
+    return str(near) if float(near) == value and near.denominator in (3, 6, 7, 9) else f"{value:g}"
 
 
 def mvue_of(arm: Arm) -> bool | str:

@@ -1,16 +1,22 @@
 """Results of the study as a page and a picture: bench/results/quality/*.json -> docs/results/quality.md, quality.png.
 
-    python -m bench.quality.report [--time-ratio 1.54]
+    python -m bench.quality.report [--time-ratio 1.54] [--fp8-ratio R] [--hybrid-ratio R] [--mvue-ratio R]
 
 Time is that of the feed-forward layers: a dense step of width 1 takes 1, a dense one of width w takes w, a 2:4 one
-w / time-ratio, the speed that bench_equal_time has for a layer of 4096 x 16384.
+w / ratio, the speed over dense that bench_equal_time has for a layer of 4096 x 16384. An arm whose ratio is not given
+has no time.
+
+Differences are paired: an arm's loss less that of its base with the same seed, which begins with the same weights and
+sees the same batches; the mean over the seeds that both have, and its standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,39 +30,80 @@ RESULTS, PAGE, PICTURE = (
 MARKS = ("<!-- results of the study -->\n", "<!-- end of results -->")
 
 
-def read() -> dict[str, list[dict]]:
-    """Runs by the arm's name without its seed."""
+def read(folder: Path = RESULTS) -> dict[str, list[dict]]:
+    """Runs by what their arms are called without a seed, in the one spelling of it."""
     groups = defaultdict(list)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         run = json.loads(path.read_text())
-        groups[run["group"]].append(run)
+        groups[parse(run["arm"]).group].append(run)
     return dict(groups)
 
 
-def ffn_time(arm: Arm, ratio: float) -> float:
+def ratio_of(arm: Arm, ratios: dict[str, float | None]) -> float | None:
+    """How much faster than dense the layers of a 2:4 arm are while they are sparse."""
+    return ratios.get("mvue" if arm.method == "mvue" else arm.precision)
+
+
+def ffn_time(arm: Arm, ratios: dict[str, float | None]) -> float | None:
     """Time of all steps of an arm, with that of dense ones of width 1 as 1."""
     if not arm.sparse:
         return arm.wide
-    return arm.wide * ((1 - arm.dense) / ratio + arm.dense)
+    ratio = ratio_of(arm, ratios)
+    return None if ratio is None else arm.wide * ((1 - arm.dense) / ratio + arm.dense)
 
 
-def rows(groups: dict[str, list[dict]], ratio: float) -> list[list[str]]:
-    """A row an arm; what it is compared with is the dense arm of width 1 of its activation."""
+def difference(runs: list[dict], base: list[dict]) -> str:
+    """By how much the loss of `runs` is above that of `base`, seed by seed, in percent."""
+    bases = {run["seed"]: run["mean"] for run in base}
+    percent = [100 * (run["mean"] / bases[run["seed"]] - 1) for run in runs if run["seed"] in bases]
+    if not percent:
+        return "-"
+    error = f" ± {stdev(percent) / math.sqrt(len(percent)):.2f}" if len(percent) > 1 else ""
+    return f"{mean(percent):+.2f}{error} %"
+
+
+def loss(runs: list[dict]) -> float:
+    return mean(run["mean"] for run in runs)
+
+
+def best_dense(groups: dict[str, list[dict]], arm: Arm) -> str | None:
+    """The dense arm of width 1 with the arm's activation, at the best of the learning rates that were tried."""
+    arms = {name: parse(name) for name in groups}
+    fitting = [n for n, a in arms.items() if not a.sparse and a.activation == arm.activation and a.wide == 1]
+    return min(fitting, key=lambda name: loss(groups[name]), default=None)
+
+
+def rows(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> list[list[str]]:
+    """A row an arm, the lowest loss first."""
     table = []
-    for group, runs in sorted(groups.items(), key=lambda item: mean(run["mean"] for run in item[1])):
-        arm, losses = parse(group), [run["mean"] for run in runs]
-        base = baseline(groups, arm)
-        spread = f"± {stdev(losses):.4f}" if len(losses) > 1 else "one seed"
-        against = f"{100 * (mean(losses) / mean(base) - 1):+.2f} %" if base else "-"
-        table.append([group, f"{mean(losses):.4f}", spread, str(len(losses)), f"{ffn_time(arm, ratio):.2f}", against])
+    for group, runs in sorted(groups.items(), key=lambda item: loss(item[1])):
+        arm, base = parse(group), best_dense(groups, parse(group))
+        spread = f"± {stdev(run['mean'] for run in runs):.4f}" if len(runs) > 1 else "one seed"
+        time = ffn_time(arm, ratios)
+        against = "-" if base is None else "0" if base == group else difference(runs, groups[base])
+        shown = "-" if time is None else f"{time:.2f}"
+        table.append([group, f"{loss(runs):.4f}", spread, str(len(runs)), shown, against])
     return table
 
 
-def baseline(groups: dict[str, list[dict]], arm: Arm) -> list[float]:
-    """Losses of the dense runs of width 1 and of the arm's activation."""
-    dense = {name: parse(name) for name in groups if not parse(name).sparse}
-    fitting = [name for name, other in dense.items() if other.activation == arm.activation and other.wide == 1]
-    return [run["mean"] for name in fitting for run in groups[name]]
+def precision_rows(groups: dict[str, list[dict]]) -> list[list[str]]:
+    """A row an 8-bit arm, against the same one in 16 bits."""
+    table = []
+    for group, runs in sorted(groups.items()):
+        arm = parse(group)
+        base = replace(arm, precision="").group
+        if arm.precision and base in groups:
+            seeds = {run["seed"] for run in runs} & {run["seed"] for run in groups[base]}
+            table.append([group, base, str(len(seeds)), difference(runs, groups[base])])
+    return table
+
+
+def tables(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> str:
+    header = ["arm", "validation loss", "spread", "seeds", "time of its FFNs", "against dense"]
+    text = markdown(header, rows(groups, ratios))
+    if eight_bit := precision_rows(groups):
+        text += "\n" + markdown(["arm in 8 bits", "in 16 bits", "seeds", "loss against 16 bits"], eight_bit)
+    return text
 
 
 def smooth(curve: list, window: int = 5) -> tuple[list[float], list[float]]:
@@ -66,25 +113,27 @@ def smooth(curve: list, window: int = 5) -> tuple[list[float], list[float]]:
     return list(steps), [mean(part) for part in near]
 
 
-def draw(groups: dict[str, list[dict]], ratio: float) -> None:
+def draw(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, facecolor="white")
-    for group, runs in groups.items():
+    colors = plt.get_cmap("tab20").colors
+    for i, (group, runs) in enumerate(groups.items()):
         arm, (steps, losses) = parse(group), smooth(runs[0]["curve"])
-        sparse_until = (1 - arm.dense) * runs[0]["steps"] if arm.sparse else 0
-        times = [
-            arm.wide * (min(s, sparse_until) / ratio + max(0.0, s - sparse_until)) / runs[0]["steps"] for s in steps
-        ]
-        for axis, x in zip(axes, (steps, times), strict=True):
-            axis.plot(x, losses, label=group, linewidth=1.2)
+        line = dict(label=group, linewidth=1.2, color=colors[2 * i % 20 + i // 10 % 2])
+        axes[0].plot(steps, losses, **line)
+        ratio = ratio_of(arm, ratios) if arm.sparse else 1.0
+        if ratio is not None:
+            sparse_until = (1 - arm.dense) * runs[0]["steps"] if arm.sparse else 0
+            spent = [arm.wide * (min(s, sparse_until) / ratio + max(0.0, s - sparse_until)) for s in steps]
+            axes[1].plot([time / runs[0]["steps"] for time in spent], losses, **line)
     late = [loss for runs in groups.values() for loss in smooth(runs[0]["curve"])[1][len(runs[0]["curve"]) // 4 :]]
     axes[0].set(xlabel="optimizer steps", ylabel="training loss", ylim=(min(late) - 0.02, max(late)))
-    axes[1].set(xlabel=f"time of the feed-forward layers, 2:4 at {ratio:g}x (dense = 1)")
-    axes[1].legend(fontsize=7)
+    axes[0].legend(fontsize=7)
+    axes[1].set(xlabel=f"time of the feed-forward layers, 2:4 at {ratios['']:g}x (dense = 1)")
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=120)
 
@@ -92,14 +141,19 @@ def draw(groups: dict[str, list[dict]], ratio: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--time-ratio", type=float, default=1.54, help="speed of a 2:4 layer over a dense one")
+    parser.add_argument("--fp8-ratio", type=float, help="the same with precision=fp8")
+    parser.add_argument("--hybrid-ratio", type=float, help="the same with precision=fp8-hybrid")
+    parser.add_argument("--mvue-ratio", type=float, help="the same with method=mvue")
     args = parser.parse_args()
+    ratios = {
+        "": args.time_ratio, "fp8": args.fp8_ratio, "fp8-hybrid": args.hybrid_ratio, "mvue": args.mvue_ratio
+    }  # fmt: skip
     groups = read()
-    header = ["arm", "validation loss", "spread", "seeds", "time of its FFNs", "against dense"]
-    table = markdown(header, rows(groups, args.time_ratio))
+    text = tables(groups, ratios)
     before, _, rest = PAGE.read_text().partition(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + table + MARKS[1] + rest.partition(MARKS[1])[2])
-    draw(groups, args.time_ratio)
-    print(table)
+    PAGE.write_text(before + MARKS[0] + text + MARKS[1] + rest.partition(MARKS[1])[2])
+    draw(groups, ratios)
+    print(text)
 
 
 if __name__ == "__main__":

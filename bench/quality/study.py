@@ -1,140 +1,121 @@
-"""Trains arms of the study one after the other and writes a row each: loss, time, what the masks did.
+"""Trains arms of the study and writes a file each: loss, time, what the masks did.
 
     python -m bench.quality.study TOKENS --arms "relu2 dense seed=0" "relu2 2:4 wide=1.5 seed=0" --out FOLDER
+                                  [--at-once 3] [--captured] [--seconds S]
 
 10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), batches of 32,768 tokens, one
 pass over TOKENS: nothing is seen twice, so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All
-arms see the same batches in the same order. Several processes may work on one list: an arm belongs to the process that
-makes its file first.
+arms see the same batches in the same order.
+
+Results add up over runs: an arm that has a result in --out or in bench/results/quality, under any spelling of its name,
+is left out, and one that was interrupted begins anew. Several processes may work on one list (--at-once starts them).
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
+import subprocess
+import sys
 import time
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
 
-import sparse24
-from bench.quality.arms import Arm, mvue_of, parse
-from bench.quality.model import SmallGPT, matrices_and_others, to_device
-from bench.quality.text import CONTEXT, VOCABULARY
+from bench.quality import training
+from bench.quality.arms import Arm, parse
+from bench.quality.text import CONTEXT
 from sparse24.benchmark.timing import header
 
-WIDTH, LAYERS, BATCH = 384, 6, 64
-VALID_BATCHES = 24
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+RESULTS = Path(__file__).parent.parent / "results" / "quality"
 
 
 def load(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.uint16, mode="r").reshape(-1, CONTEXT + 1)
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    warmup = max(100, steps // 20)
-    done = max(0, step - warmup) / max(1, steps - warmup)
-    return peak * min((step + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+def known(folders: list[Path]) -> set[Arm]:
+    """Arms that have a result; a file of a killed run, empty or cut off, is none."""
+    arms = set()
+    for path in (path for folder in folders for path in folder.glob("*.json")):
+        try:
+            arms.add(parse(json.loads(path.read_text())["arm"]).plain)
+        except json.JSONDecodeError:
+            continue
+    return arms
 
 
-def autocast():
-    return torch.autocast(DEVICE.type, torch.bfloat16)
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this process may make `path`; the claim ends with the process, however that ends."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
-def make(arm: Arm, steps: int) -> tuple[SmallGPT, torch.optim.Optimizer, sparse24.Recipe | None]:
-    torch.manual_seed(arm.seed)
-    d_ff = round(4 * arm.wide * WIDTH / 64) * 64
-    model = SmallGPT(VOCABULARY, CONTEXT, WIDTH, LAYERS, d_ff, arm.activation).to(DEVICE)
-    if arm.sparse:
-        settings = {"precision": arm.precision} if arm.precision else {}
-        sparse24.sparsify(model, backend="sparse", dtype=torch.bfloat16, **settings)
-    fused = DEVICE.type == "cuda"
-    optimizer = torch.optim.AdamW(matrices_and_others(model), lr=arm.lr, betas=(0.9, 0.95), fused=fused)
-    recipe = None
-    if arm.sparse:
-        recipe = sparse24.Recipe(
-            model, optimizer, steps, decay=arm.decay, mask_interval=arm.interval, dense_fraction=arm.dense,
-            mvue=mvue_of(arm), method=arm.method,
-        )  # fmt: skip
-        if arm.mvue == "h":
-            for name, layer in recipe.layers.items():
-                layer.set_mvue("input" if name.endswith("down_proj") else "output")
-    return model, optimizer, recipe
-
-
-def batches(rows: np.ndarray, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for step in range(steps):
-        yield to_device(rows[step * BATCH : (step + 1) * BATCH], DEVICE)
-
-
-@torch.no_grad()
-def validate(forward, valid: dict[str, np.ndarray]) -> dict[str, float]:
-    losses = {}
-    for source, rows in valid.items():
-        with autocast():
-            losses[source] = sum(float(forward(*batch)) for batch in batches(rows, VALID_BATCHES)) / VALID_BATCHES
-    return losses | {"mean": sum(losses.values()) / len(losses)}
-
-
-def train(arm: Arm, train_rows: np.ndarray, valid: dict[str, np.ndarray], steps: int) -> dict:
-    """One arm, from its seed to its validation loss."""
-    torch._dynamo.reset()
-    model, optimizer, recipe = make(arm, steps)
-    forward = torch.compile(model, dynamic=False)
-    curve, start = [], time.perf_counter()
-    for step, batch in enumerate(batches(train_rows, steps)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, arm.lr)
-        with autocast():
-            loss = forward(*batch)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0:
-            curve.append((step, round(float(loss.detach()), 4)))
-    losses = validate(forward, valid)
-    return {
-        "arm": arm.name, "group": arm.group, "seed": arm.seed, "steps": steps, "tokens": steps * BATCH * CONTEXT,
-        "block_parameters": model.block_parameters(), "seconds": round(time.perf_counter() - start, 1), **losses,
-        "flip_rate": recipe.metrics().get("flip_rate", 0.0) if recipe else 0.0, "curve": curve,
-        "events": [str(event) for event in recipe.events] if recipe else [],
-    }  # fmt: skip
+def work(arms: list[Arm], out: Path, seconds: float, make) -> int:
+    """Makes the results of `arms` that nobody has or makes; returns how many failed. make(arm) -> dict."""
+    begin, longest, failed = time.perf_counter(), 0.0, 0
+    for arm in arms:
+        if time.perf_counter() - begin + 1.1 * longest > seconds:
+            break
+        path = out / f"{arm.slug}.json"
+        with claimed(path) as mine:
+            if not mine or arm.plain in known([out, RESULTS]):
+                continue
+            arm_begin = time.perf_counter()
+            try:
+                result = make(arm)
+            except Exception:
+                traceback.print_exc()
+                failed += 1
+                continue
+            part = path.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(result))
+            part.replace(path)
+            longest = max(longest, time.perf_counter() - arm_begin)
+            print({key: value for key, value in result.items() if key not in ("curve", "made_by")}, flush=True)
+    return failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path)
-    parser.add_argument("--arms", nargs="+", required=True)
+    parser.add_argument("--arms", nargs="+", required=True, type=parse)
     parser.add_argument("--out", type=Path, required=True, help="folder of results, a JSON file an arm")
     parser.add_argument("--fraction", type=float, default=1.0, help="part of the training rows that each arm sees")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no arm that would end later")
+    parser.add_argument("--at-once", type=int, default=1, help="processes on this GPU")
+    parser.add_argument("--captured", action="store_true", help="whole training steps as CUDA graphs")
     args = parser.parse_args()
-    rows = load(args.tokens / "train.bin")
-    valid = {path.name.split("_valid")[0]: load(path) for path in sorted(args.tokens.glob("*_valid.bin"))}
-    steps = int(len(rows) * args.fraction) // BATCH
     args.out.mkdir(parents=True, exist_ok=True)
-    begin, longest = time.perf_counter(), 0.0
-    for name in args.arms:
-        if time.perf_counter() - begin + 1.1 * longest > args.seconds:
-            break
-        path = args.out / f"{name.replace(' ', '_').replace('/', '-').replace('=', '-').replace(':', '-')}.json"
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            continue  # another process has it
-        arm_begin = time.perf_counter()
-        result = train(parse(name), rows, valid, steps) | {"made_by": header()}
-        with os.fdopen(handle, "w") as file:
-            json.dump(result, file)
-        longest = max(longest, time.perf_counter() - arm_begin)
-        print({key: value for key, value in result.items() if key not in ("curve", "made_by")}, flush=True)
+    if args.at_once > 1:
+        command = [sys.executable, "-m", "bench.quality.study", *sys.argv[1:], "--at-once", "1"]
+        processes = [subprocess.Popen(command) for _ in range(args.at_once)]
+        raise SystemExit(max(process.wait() for process in processes))
+    rows = load(args.tokens / "train.bin")
+    steps = int(len(rows) * args.fraction) // training.BATCH
+    rows = training.on_device(rows[: steps * training.BATCH])
+    valid = {
+        path.name.split("_valid")[0]: training.on_device(load(path)[: training.BATCH * training.VALID_BATCHES])
+        for path in sorted(args.tokens.glob("*_valid.bin"))
+    }
+
+    def make(arm: Arm) -> dict:
+        return training.train(arm, rows, valid, steps, args.captured) | {"made_by": header()}
+
+    if failed := work(args.arms, args.out, args.seconds, make):
+        raise SystemExit(f"error: {failed} of the arms failed")
 
 
 if __name__ == "__main__":
