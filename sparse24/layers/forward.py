@@ -64,6 +64,7 @@ def check_weight_is_packed(layer: nn.Module) -> None:
     evaluation passes look at the first rows, see `unseen`.
     """
     weight, state = layer._parameters.get("weight"), state_of(layer)
+    state.passed = state.packs
     if state.shards is not None and not packing.is_dtensor(weight):
         state.shards.ensure_forward()
     elif weight is state.packed_weight:
@@ -71,7 +72,7 @@ def check_weight_is_packed(layer: nn.Module) -> None:
             return
         if state.stamp != packing.stamp(weight):
             weights_moved(layer)
-        elif state.evaluated or not torch.is_grad_enabled():
+        elif state.must_look or not torch.is_grad_enabled():
             unseen.look(layer)
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(

@@ -16,7 +16,7 @@ from ..errors import Sparse24Warning
 class Owner(Protocol):
     def detach(self) -> None: ...
 
-    def weights_moved(self, unseen=None) -> None: ...
+    def weights_moved(self, *unseen) -> None: ...
 
     def model_changed(self) -> None: ...
 
@@ -49,7 +49,7 @@ def weights_moved(layer, *, unseen: bool = False) -> None:
         return
     owner = owner_of(layer)
     if owner is not None:
-        owner.weights_moved(layer if unseen else None)
+        owner.weights_moved(*([layer] if unseen else []))
         return
     layer.pack_written()
     if layer in _told or layer.follows():  # copies of a trained model are written by averages

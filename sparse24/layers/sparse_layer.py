@@ -256,6 +256,8 @@ class SparseLayer(WatchedWeight):
         weight, state = self._parameters.get("weight"), state_of(self)
         state.packs += 1
         state.generation += searched
+        if state.lookout is not None and state.lookout.wary:
+            state.must_look = True
         if weight is None:
             state.packed_weight = COMPUTED
         else:

@@ -44,6 +44,7 @@ class LayerState:
     watch          what to look at before the next forward pass; see `copies`
     generation     changes of mask, scale or phase so far: what copies look at
     packs          packings so far, as well
+    passed         the packing that an eager forward pass has used last
     fingerprint    of phase and masks, with its generation
     copied_from    of a copy, until it is packed
     precision      None: 16-bit products; "fp8-hybrid", "fp8": see `float8`
@@ -51,9 +52,10 @@ class LayerState:
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
     shards         the rows of this rank of FSDP2, where packed forms are gathered, `row_shards.RowShards`; or None
-    lookout        of the model, None of a layer that stands alone; with the next three see `unseen`
-    looked         packings and alarms when an evaluation pass compared last
-    evaluated      since the last training pass there was one without gradients, or a change of mode
+    lookout        of the model, None of a layer that stands alone; with the next four see `unseen`
+    looked         packings and alarms when a pass compared last
+    must_look      the next training pass compares: one without gradients came before it, or a change of mode
+    sampled        it does so for neither reason, but because a recipe has asked
     recomputed     activation checkpointing runs it without gradients, and again in backward
     """
 
@@ -70,6 +72,7 @@ class LayerState:
     watch: Any = None
     generation: int = 0
     packs: int = 0
+    passed: int = 0
     fingerprint: tuple[int, str] | None = None
     copied_from: Any = None
     precision: str | None = None
@@ -79,7 +82,8 @@ class LayerState:
     shards: Any = None
     lookout: Any = None
     looked: tuple[int, int] | None = None
-    evaluated: bool = False
+    must_look: bool = False
+    sampled: bool = False
     recomputed: bool = False
 
     def for_copy(self, origin) -> LayerState:

@@ -1,10 +1,15 @@
 """Writes that leave no trace: `weight.data.copy_(...)`, as averages swap themselves in and out of a model.
 
 A weight counts its writes, but not those that go through `.data`, and comparing all of it in each forward pass would
-cost as much as packing it. Somebody who swaps weights evaluates them, and trains on after swapping back. So the first
-rows are compared with their packed form where an evaluation (a pass without gradients) or a training begins: by each
-layer after a packing and after `model.eval()` or `train()`, and in every pass by one layer of the model, the lookout.
-What it finds makes the others look too. A training step, compiled code and a captured graph compare nothing.
+cost as much as packing it. So its first rows are compared with their packed form, and not everywhere at all times:
+
+- where an evaluation (passes without gradients) or a training begins, by each layer: after a packing, and after
+  `model.eval()` or `train()`. Somebody who swaps weights evaluates them, and trains on after swapping back;
+- in each pass of an evaluation by the first layer of the model, and by one other, in turn;
+- in a training pass every so many steps by one layer, in turn, which a recipe asks for: who writes between steps does
+  so in all of them. Once that has been found, each layer looks in each step.
+
+What one layer finds makes all others look. Compiled passes and captured graphs compare nothing.
 """
 
 from __future__ import annotations
@@ -22,17 +27,30 @@ ROWS, ROWS_FLOAT8 = 4, 64
 
 
 class Lookout:
-    """Which layer of a model looks in each evaluation pass: the first that runs. Copies of a model have their own."""
+    """Which layers of a model look in an evaluation pass: the first that runs, and one more, another in each pass.
+
+    alarms  writes found so far: each makes all layers look once more
+    wary    some were found between the steps of a training: from there on every layer looks in every step
+
+    Copies of a model have their own.
+    """
 
     def __init__(self):
-        self.alarms = 0
-        self._layer = None
+        self.alarms, self.wary = 0, False
+        self._first = None
+        self._calls = self._turn = 0  # of layers in this pass; which of them looks, beside the first
 
     def is_on(self, layer) -> bool:
-        """Whether `layer` is the one, or becomes it."""
-        if self._layer is None or self._layer() is None:
-            self._layer = weakref.ref(layer)
-        return self._layer() is layer
+        """Whether it is `layer`'s turn. A pass begins with the layer that was the first to ask."""
+        first = None if self._first is None else self._first()
+        if first is None:
+            self._first, first = weakref.ref(layer), layer
+        if first is layer:
+            self._turn = self._turn + 1 if self._turn + 1 < self._calls else 1
+            self._calls = 1
+            return True
+        self._calls += 1
+        return self._calls == self._turn + 1
 
     def __deepcopy__(self, memo):
         return Lookout()  # deepcopy keeps it in `memo`, for all layers that are copied together
@@ -42,16 +60,19 @@ class Lookout:
 
 
 def share_lookout(layers) -> None:
-    """Of the layers of one model one looks for all."""
+    """Of the layers of one model some look for all."""
     lookout = Lookout()
     for layer in layers:
         state_of(layer).lookout = lookout
 
 
-def look_again(layer) -> None:
-    """Somebody begins an evaluation or a training: the next pass compares, whatever was compared before."""
+def look_again(layer, *, between_steps: bool = False) -> None:
+    """The next pass compares, whatever was compared before: somebody begins an evaluation or a training.
+
+    between_steps  nobody does: what is found then was written by something that takes part in the training
+    """
     state = state_of(layer)
-    state.looked, state.evaluated = None, True
+    state.looked, state.must_look, state.sampled = None, True, between_steps
 
 
 def look(layer) -> None:
@@ -59,21 +80,23 @@ def look(layer) -> None:
     if torch._C._len_torch_dispatch_stack() or (layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     state, trains = state_of(layer), torch.is_grad_enabled()
-    state.evaluated = not trains
+    lookout, (sampled, state.sampled) = state.lookout, (state.sampled, False)
+    state.must_look = not trains
     if trains and torch._C._current_graph_task_id() != -1:
         state.recomputed = True  # a checkpoint's second pass: the first had no gradients and was training all the same
-    if state.recomputed and layer.training:
+    wary = lookout is not None and lookout.wary
+    if state.recomputed and layer.training and not (sampled or wary):
         return
-    lookout = state.lookout
+    has_turn = not trains and lookout is not None and lookout.is_on(layer)
     now = (state.packs, 0 if lookout is None else lookout.alarms)
-    looks_always = lookout is not None and lookout.is_on(layer)
-    if not trains and not looks_always and now == state.looked:
+    if not trains and not has_turn and now == state.looked:
         return
     state.looked = now
     if first_rows_are_packed(layer):
         return
     if lookout is not None:
         lookout.alarms += 1
+        lookout.wary |= sampled
     state.looked = None
     weights_moved(layer, unseen=True)
 

@@ -8,18 +8,25 @@ between steps (SAM's first_step, Lookahead's step, Schedule-Free's eval and trai
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import torch
 
+from ..layers import sharding
 from ..layers.unseen import seems_packed
 from .capture import Capture, is_capturing
 from .steps import Steps
+from .writes import WriteWatch, watch_other_optimizers
 
 #: methods of optimizers and their wrappers, beside the hooked step, after which weights may be others
 MOVERS = ("step", "first_step", "second_step", "ascent_step", "descent_step", "eval", "train", "sync_lookahead")
+#: those of them that end a step of training
+ENDS = ("step", "second_step", "descent_step")
+#: packages whose wrappers hand calls on and move nothing themselves
+PLAIN_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning")
 
 
 class StepHooks:
@@ -33,6 +40,10 @@ class StepHooks:
         self.steps, self.capture = steps, capture
         self.keep = keep
         self.optimizer: torch.optim.Optimizer = chain[-1]
+        self._chain = chain
+        self._in_step, self._in_movers = False, 0
+        self._writes = WriteWatch(steps.layers)
+        watch_other_optimizers(self)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before),
             self.optimizer.register_step_post_hook(self._after),
@@ -40,6 +51,7 @@ class StepHooks:
         self._movers = [
             _Mover(one, name, self)
             for one in chain
+            if type(one).__module__.partition(".")[0] not in PLAIN_WRAPPERS
             for name in MOVERS
             if callable(getattr(one, name, None)) and not (one is self.optimizer and name == "step")
         ]
@@ -54,10 +66,12 @@ class StepHooks:
         return bool(self._handles)
 
     def _before(self, optimizer, args, kwargs):
+        self._in_step = True
         if is_capturing():
             self.capture.check(optimizer)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
+            self._look_for_writes()
             self.steps.before()
             return None
         closure = self._with_decay(closure)
@@ -80,18 +94,50 @@ class StepHooks:
         return closure_then_decay
 
     def _after(self, optimizer, args, kwargs) -> None:
+        self._in_step = False
         if is_capturing():
             self.capture.record()
         else:
             self.steps.after()
+            self._writes.after_step(self.steps.taken)
 
-    def moved(self) -> None:
+    def _look_for_writes(self) -> None:
+        if not self._in_movers and not is_capturing():  # SAM has put its weights back by now, for one
+            self._writes.before_step(self.steps.taken, self.optimizer)
+
+    @contextlib.contextmanager
+    def around(self, owner, name: str) -> Iterator[None]:
+        """Around a call of one of MOVERS: have moved weights packed, and the end of a step counted."""
+        if name in ENDS:
+            self._look_for_writes()
+        taken, self._in_movers = self.steps.taken, self._in_movers + 1
+        try:
+            yield
+        finally:
+            self._in_movers -= 1
+        moved = not is_capturing() and self._pack_moved()
+        if moved and name in ENDS and not self._in_movers and taken == self.steps.taken:
+            self._writes.tell_uncounted(owner, name, self.optimizer)
+
+    def _pack_moved(self) -> bool:
         """A wrapper may have moved weights, through `.data` perhaps, which only the weights themselves show."""
-        if is_capturing():
-            return
         layers = self.steps.layers.values()
-        if any(layer.weight_has_changed() for layer in layers) or not all(map(seems_packed, islice(layers, 1))):
+        moved = any(layer.weight_has_changed() for layer in layers) or not all(map(seems_packed, islice(layers, 1)))
+        if moved:
             self.steps.repack()
+        return moved
+
+    # -- another optimizer's step ---------------------------------------------------------------------------------
+
+    def expects(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether a step of `optimizer` is part of one that is counted."""
+        return self._in_step or self._in_movers > 0 or any(optimizer is one for one in self._chain)
+
+    def other_step(self, layers: list) -> None:
+        """Another optimizer has written these layers' weights."""
+        if not is_capturing():
+            sharding.reshard(self.steps.sharded)
+            self.keep.weights_moved(*layers)
 
 
 class _Mover:
@@ -106,10 +152,9 @@ class _Mover:
     def __call__(self, *args, **kwargs):
         owner = self._owner()
         call = self._own if self._own is not None else getattr(type(owner), self._name).__get__(owner)
-        result = call(*args, **kwargs)
-        if (hooks := self._hooks()) is not None:
-            hooks.moved()
-        return result
+        hooks = self._hooks()
+        with contextlib.nullcontext() if hooks is None else hooks.around(owner, self._name):
+            return call(*args, **kwargs)
 
     def __getattr__(self, name):  # schedulers look at __func__, __self__ and names of a bound method
         owner = self.__dict__["_owner"]()

@@ -187,10 +187,10 @@ class Recipe(Readings):
         """
         self._capture.replay(graph)
 
-    def weights_moved(self, unseen: nn.Module | None = None) -> None:
-        """Called by a forward pass that finds weights written since they were packed: pack them, and say so once.
+    def weights_moved(self, *unseen: nn.Module) -> None:
+        """Called when weights are found written since they were packed: pack them, and say so once.
 
-        unseen  a layer whose weight does not show that it was written
+        unseen  layers whose weights do not show that they were written
         """
         self._steps.finish_interrupted()
         self._has_told |= pack_moved(self.layers, self.step, self.optimizer, unseen, tell=not self._has_told)

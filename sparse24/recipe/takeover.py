@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -50,16 +51,16 @@ def take_over(recipe, takeover: bool) -> None:
 
 
 def pack_moved(
-    layers: Layers, step: int, optimizer: torch.optim.Optimizer, unseen: nn.Module | None, *, tell: bool
+    layers: Layers, step: int, optimizer: torch.optim.Optimizer, unseen: Collection[nn.Module], *, tell: bool
 ) -> bool:
     """Pack the layers whose weights were written since they were packed; returns whether it has said so.
 
-    unseen  one of them, known to be written although it does not show
+    unseen  those of them that are known to be written although it does not show
     """
     moved = {
         name: layer
         for name, layer in layers.items()
-        if layer is unseen or (layer.weight_has_changed() and not layer.shares_memory())
+        if any(layer is one for one in unseen) or (layer.weight_has_changed() and not layer.shares_memory())
     }
     for layer in moved.values():
         layer.pack_written()

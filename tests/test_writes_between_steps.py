@@ -1,0 +1,214 @@
+"""Something writes weights between the steps of a recipe: it is found, whatever runs and whatever shows."""
+
+import warnings
+
+import pytest
+import torch
+from test_recipe_wrappers import loss_of
+from test_unseen_writes import X, assert_right, evaluated, masked_output
+from tiny_models import MLP
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sparse24
+from sparse24 import Recipe, Sparse24Warning
+from sparse24.convert import sparse_layers
+from sparse24.layers import unseen
+from sparse24.layers.state import state_of
+from sparse24.recipe.writes import EVERY
+
+
+@pytest.fixture(autouse=True)
+def silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Sparse24Warning)
+        yield
+
+
+def train(model, optimizer, steps, *, forward=None, after=lambda: None, before=lambda: None):
+    for step in range(steps):
+        loss_of(model if forward is None else forward, step).backward()
+        before()
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+
+
+def prepared(make_optimizer=lambda weights: torch.optim.SGD(weights, 0.1), **settings):
+    torch.manual_seed(0)
+    model = MLP()
+    sparse24.sparsify(model, mvue=False)
+    optimizer = make_optimizer(model.parameters())
+    return model, optimizer, Recipe(model, optimizer, **(dict(total_steps=200, dense_fraction=0) | settings))
+
+
+@torch.no_grad()
+def clip_by_data(model, names=("fc1", "fc2"), limit=0.02):
+    for name in names:
+        model.get_submodule(name).weight.data.clamp_(-limit, limit)
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("names", [("fc1",), ("fc2",), ("fc1", "fc2")])
+def test_weights_clipped_by_data_after_each_step_are_found_and_packed_from_then_on(names):
+    model, optimizer, _ = prepared()
+    with pytest.warns(Sparse24Warning, match="after step .* does not hear of"):
+        train(model, optimizer, 2 * EVERY + 1, after=lambda: clip_by_data(model, names))
+    for _ in range(3):
+        assert_right(model, model(X))
+        train(model, optimizer, 1, after=lambda: clip_by_data(model, names))
+
+
+@pytest.mark.fault(83)
+def test_under_activation_checkpointing_they_are_found_too():
+    model, optimizer, _ = prepared()
+
+    def forward(x):
+        return checkpoint(model, x.requires_grad_(), use_reentrant=True)
+
+    with pytest.warns(Sparse24Warning, match="does not hear of"):
+        train(model, optimizer, 2 * EVERY + 1, forward=forward, after=lambda: clip_by_data(model))
+    assert_right(model, model(X))
+
+
+@pytest.mark.fault(83)
+def test_a_training_that_nobody_writes_into_compares_one_layer_in_so_many_steps(monkeypatch):
+    looked, first_rows = [], unseen.first_rows_are_packed
+    monkeypatch.setattr(unseen, "first_rows_are_packed", lambda la: looked.append(la) or first_rows(la))
+    model, optimizer, _ = prepared()
+    train(model, optimizer, 3 * EVERY + 1)
+    assert looked == [model.fc2, model.fc1, model.fc2]
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("write", ["by data", "in place"])
+def test_weights_written_between_backward_and_step_are_nobodys_business_in_eager_mode(write):
+    model, optimizer, _ = prepared()
+
+    def shrink():
+        for p in model.parameters():
+            with torch.no_grad():
+                (p.data if write == "by data" else p).mul_(0.999)
+
+    train(model, optimizer, 2 * EVERY + 2, before=shrink)
+    assert sparse24.verify(model)
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("write", ["by data", "in place"])
+def test_a_compiled_training_is_told_of_writes_after_its_steps(write):
+    model, optimizer, _ = prepared()
+    compiled = torch.compile(model, backend="eager")
+
+    def write_all():
+        for p in model.parameters():
+            with torch.no_grad():
+                (p.data if write == "by data" else p).clamp_(-0.02, 0.02)
+
+    with pytest.warns(Sparse24Warning, match=r"compiled forward passes do not look.*sparse24\.refresh") as caught:
+        train(model, optimizer, 2 * EVERY + 1, forward=compiled, after=write_all)
+    assert len([w for w in caught if issubclass(w.category, Sparse24Warning)]) == 1
+
+
+@pytest.mark.fault(83)
+def test_refresh_after_each_write_is_right_and_told_of_by_nobody():
+    model, optimizer, _ = prepared()
+    compiled = torch.compile(model, backend="eager")
+    outputs = []
+
+    def write_all():
+        clip_by_data(model)
+        sparse24.refresh(model)
+        outputs.append((compiled(X).detach(), masked_output(model)))
+
+    train(model, optimizer, 2 * EVERY + 1, forward=compiled, after=write_all)
+    for ours, expected in outputs:
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fault(83)
+def test_another_optimizer_is_packed_after_and_so_right_in_a_compiled_model():
+    model, optimizer, recipe = prepared()
+    compiled = torch.compile(model, backend="eager")
+    train(model, optimizer, 1, forward=compiled)
+    other = torch.optim.SGD([model.fc2.weight], lr=5.0)
+    loss_of(compiled).backward()
+    with pytest.warns(Sparse24Warning, match=r"fc2 \(1 sparse layers\).*after step 1 of SGD"):
+        other.step()
+    assert_right(model, compiled(X))
+    other.step()  # told of once
+    assert_right(model, compiled(X))
+    assert recipe.step == 1
+    recipe.detach()
+    other.step()
+
+
+class InTwo(torch.optim.SGD):
+    """An optimizer inside which another one does the work."""
+
+    def __init__(self, params, lr):
+        params = list(params)
+        super().__init__(params, lr)
+        self.parts = [torch.optim.SGD([p], lr) for p in params]
+
+    def step(self, closure=None):
+        for part in self.parts:
+            part.step()
+
+
+@pytest.mark.fault(83)
+def test_optimizers_inside_of_the_counted_one_are_no_other_ones():
+    model, optimizer, recipe = prepared(lambda weights: InTwo(weights, 0.1))
+    train(model, optimizer, 3)
+    assert recipe.step == 3 and sparse24.verify(model)
+
+
+class Own(torch.optim.SGD):
+    def second_step(self):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.sub_(0.1 * p.grad)
+
+
+@pytest.mark.fault(83)
+def test_a_wrapper_that_steps_without_the_counted_step_is_named():
+    model, optimizer, recipe = prepared(lambda weights: Own(weights, 0.1))
+    loss_of(model).backward()
+    with pytest.warns(Sparse24Warning, match=r"second_step\(\) of Own has moved the weights.*not counted"):
+        optimizer.second_step()
+    optimizer.second_step()
+    assert recipe.step == 0 and sparse24.verify(model)
+
+
+class Deep(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(MLP() for _ in range(3)))
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_write_into_one_layer_is_found_after_as_many_evaluations_as_there_are_layers(mode):
+    torch.manual_seed(0)
+    model = Deep().train(mode)
+    sparse24.sparsify(model)
+    layers = sparse_layers(model)
+    evaluated(model)
+    for name, layer in layers.items():
+        layer.weight.data.mul_(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Sparse24Warning)
+            for _ in layers:
+                evaluated(model)
+        assert sparse24.verify(model), name
+
+
+def test_an_evaluation_compares_two_layers_in_a_pass():
+    model = Deep()
+    sparse24.sparsify(model)
+    layers = list(sparse_layers(model).values())
+    lookout = state_of(layers[0]).lookout
+    for _ in range(3):
+        seen = [[la for la in layers if lookout.is_on(la)] for _ in range(len(layers) - 1)]
+    assert all(first is layers[0] and len(rest) == 1 for first, *rest in seen)
+    assert {id(rest[0]) for _, *rest in seen} == set(map(id, layers[1:]))
