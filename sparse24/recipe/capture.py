@@ -38,6 +38,7 @@ class Capture:
                 "forward and backward only"
             )
         self.steps.finish_interrupted()
+        _make_cublas_handles({layer.weight.device for layer in self.steps.layers.values()})
         self._allowed, self._held = True, None
         try:
             yield
@@ -84,6 +85,17 @@ class Capture:
         if self.decay.decay_in == "step":
             return self.steps.phase, f"decay {self.steps.current_decay:g}"
         return self.steps.phase, "a decay in backward" if self.decay.is_read() else "no decay in backward"
+
+
+def _make_cublas_handles(devices: set[torch.device]) -> None:
+    """A dense product forward and backward on each GPU. cuBLAS makes a handle at a thread's first product, and may not
+    while a step is captured: autograd's thread has had none if all of the steps so far were sparse.
+    """
+    for device in devices:
+        if device.type == "cuda" and not is_capturing():
+            x = torch.zeros(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+            with torch.enable_grad():
+                torch.autograd.grad((x @ x).sum(), x)
 
 
 def is_capturing() -> bool:
