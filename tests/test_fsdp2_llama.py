@@ -17,7 +17,8 @@ def torchrun(ranks, *options, check=True, gpus=False):
     """The example's output; without `gpus` it sees none, and so its ranks are CPUs over gloo."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launch, str(SCRIPT), *TINY, *map(str, options)]
-    env = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
+    path = os.pathsep.join(filter(None, [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": path} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert not check or run.returncode == 0, run.stdout + run.stderr
     return run.stdout if check else run.stdout + run.stderr
