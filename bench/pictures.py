@@ -30,7 +30,7 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     layers = speeds()
-    figure, axes = plt.subplots(figsize=(7, 4), facecolor="white")
+    figure, axes = plt.subplots(figsize=(1.2 * len(layers) + 2.2, 4), facecolor="white")
     width = 0.8 / len(ARMS)
     for index, (name, (colour, _)) in enumerate(ARMS.items()):
         places = [at + (index - (len(ARMS) - 1) / 2) * width for at in range(len(layers))]

@@ -171,18 +171,15 @@ def limits(device: str = "") -> str:
 
 
 def ffn_fp8(device: str = "") -> str:
-    """8-bit layers beside both dense rivals. Of gated layers one weight's packing was left out when this was measured:
-    half of the packing time is added, which is at most what that weight takes.
-    """
+    """8-bit layers beside both dense rivals."""
     header = [
         "layer", "bf16 dense, ms", "FP8 dense, ms", "2:4 bf16, ms", "fp8-hybrid, ms", "fp8, ms",
         "2:4 bf16 / bf16 dense", "fp8-hybrid / bf16 dense", "fp8 / bf16 dense", "fp8 / FP8 dense",
     ]  # fmt: skip
     rows = []
     for row in read("ffn_fp8", device):
-        left_out = 0.0 if row["layer"].startswith("gpt2") else float(row["fp8 repack us"]) / 2
         bf16, fp8_dense = float(row["bf16 dense us"]), float(row["FP8 dense tensorwise us"])
-        ours = [float(row["2:4 us"]), *(float(row[f"{mode} us"]) + left_out for mode in ("fp8-hybrid", "fp8"))]
+        ours = [float(row[f"{kind} us"]) for kind in ("2:4", "fp8-hybrid", "fp8")]
         times = [milliseconds(str(us)) for us in (bf16, fp8_dense, *ours)]
         ratios = [f"{bf16 / us:.2f}x" for us in ours] + [f"{fp8_dense / ours[-1]:.2f}x"]
         rows.append([row["layer"], *times, *ratios])
