@@ -10,8 +10,8 @@
 #include "cutlass/arch/reg_reconfig.h"
 #include "cutlass/gemm/collective/collective_builder.hpp"
 #include "cutlass/pipeline/pipeline.hpp"
+#include "gemm/scheduler.h"
 #include "gemm/sm90/partial_sums.h"
-#include "gemm/sm90/scheduler.h"
 #include "gemm/sm90/stage_release.h"
 
 namespace sparse24::gemm::sm90 {

@@ -10,7 +10,7 @@
 #include "cutlass/fast_math.h"
 #include "gemm/stream_k.h"
 
-namespace sparse24::gemm::sm90 {
+namespace sparse24::gemm {
 
 /// A part of a tile: K tiles k_begin to k_end of it.
 struct Part {
@@ -135,4 +135,4 @@ class Scheduler {
   int cut_done_ = 0;  // of its cut tiles: K tiles of a helper; 1 once a lane has been given
 };
 
-}  // namespace sparse24::gemm::sm90
+}  // namespace sparse24::gemm
