@@ -1,5 +1,5 @@
-# The CUDA part of libsparse24: kernels around the products for all of SPARSE24_CUDA_ARCHS, products for Hopper (sm_90a:
-# wgmma and TMA need the `a`).
+# The CUDA part of libsparse24, for SPARSE24_CUDA_ARCHS: kernels around the products; products for Hopper (sm_90a: wgmma and
+# TMA need the `a`), and products for sm_80, 86 and 89.
 
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # given below, in full
 enable_language(CUDA)
@@ -15,6 +15,9 @@ set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 include(cmake/CudaArchs.cmake)
 sparse24_cuda_archs(cuda_archs)
 sparse24_gencode(kernel_gencode ${cuda_archs})
+# Products for older GPUs run on a Hopper GPU too, where SPARSE24_ARCH asks: without a compiler, as `90` (no `a`).
+string(REPLACE "90a" "90" mma_sp_archs "${cuda_archs}")
+sparse24_gencode(mma_sp_gencode ${mma_sp_archs})
 sparse24_gencode(hopper_gencode 90a)
 string(REPLACE ";" ", " archs_text "${cuda_archs}")
 message(STATUS "sparse24: kernels for ${archs_text}")
@@ -47,7 +50,14 @@ file(GLOB kernel_sources CONFIGURE_DEPENDS
 # Host code of the GEMM (heuristics) and its kernels.
 file(GLOB_RECURSE gemm_host_sources CONFIGURE_DEPENDS csrc/gemm/*.cpp)
 include(cmake/GemmKernels.cmake)
-sparse24_gemm_kernels(gemm_sources sm90 ${CMAKE_CURRENT_BINARY_DIR}/gemm/sm90)
+set(gemm_sources "")
+if(90a IN_LIST cuda_archs)
+  sparse24_gemm_kernels(gemm_sources sm90 ${CMAKE_CURRENT_BINARY_DIR}/gemm/sm90)
+endif()
+set(gemm_sm80_sources "")
+if(NOT cuda_archs STREQUAL "90a")
+  sparse24_gemm_kernels(gemm_sm80_sources sm80 ${CMAKE_CURRENT_BINARY_DIR}/gemm/sm80)
+endif()
 
 target_link_libraries(sparse24_host PRIVATE sparse24_cuda_options)
 target_sources(sparse24_host PRIVATE ${gemm_host_sources})
@@ -62,16 +72,25 @@ if(kernel_sources)
   list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
 endif()
 
-if(gemm_sources)
-  add_library(sparse24_gemm OBJECT ${gemm_sources})
-  target_link_libraries(sparse24_gemm PRIVATE sparse24_cuda_options)
-  target_include_directories(sparse24_gemm SYSTEM PRIVATE ${cutlass_include})
-  target_compile_options(sparse24_gemm PRIVATE ${no_contraction} ${hopper_gencode})
+# sparse24_add_gemm(TARGET GENCODE SOURCE...)  an object library of GEMM kernels
+function(sparse24_add_gemm target gencode)
+  add_library(${target} OBJECT ${ARGN})
+  target_link_libraries(${target} PRIVATE sparse24_cuda_options)
+  target_include_directories(${target} SYSTEM PRIVATE ${cutlass_include})
+  target_compile_options(${target} PRIVATE ${no_contraction} ${gencode})
   if(SPARSE24_FAIL_ON_SPILLS)  # -v tells of them, and strict_nvcc.sh then fails
-    target_compile_options(sparse24_gemm PRIVATE -Xptxas=-v)
+    target_compile_options(${target} PRIVATE -Xptxas=-v)
   endif()
-  set_target_properties(sparse24_gemm PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
+  set_target_properties(${target} PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
+endfunction()
+
+if(gemm_sources)
+  sparse24_add_gemm(sparse24_gemm "${hopper_gencode}" ${gemm_sources})
   list(APPEND objects $<TARGET_OBJECTS:sparse24_gemm>)
+endif()
+if(gemm_sm80_sources)  # seconds each: no CUTLASS collective
+  sparse24_add_gemm(sparse24_gemm_sm80 "${mma_sp_gencode}" ${gemm_sm80_sources})
+  list(APPEND objects $<TARGET_OBJECTS:sparse24_gemm_sm80>)
 endif()
 
 # A GEMM kernel takes about 5 GiB to compile: as many at a time as memory holds.
@@ -83,7 +102,7 @@ if(CMAKE_GENERATOR MATCHES "Ninja")
     set_target_properties(sparse24_gemm PROPERTIES JOB_POOL_COMPILE gemm)
   endif()
   list(LENGTH gemm_sources gemm_count)
-  message(STATUS "sparse24: ${gemm_count} GEMM files, ${gemm_jobs} at a time")
+  message(STATUS "sparse24: ${gemm_count} GEMM files for Hopper, ${gemm_jobs} at a time")
 else()
   message(WARNING "Only the Ninja generator limits how many GEMM kernels compile at a time (5 GiB each); "
     "with ${CMAKE_GENERATOR} build with -j${gemm_jobs}, or configure with -G Ninja")

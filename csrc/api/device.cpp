@@ -16,20 +16,19 @@ namespace {
 
 #ifdef SPARSE24_WITH_CUDA
 
-/// Why no kernel around the products runs on a GPU ("" if they do): as built, and as SPARSE24_ARCH
-/// asks.
-std::string no_kernels_reason(int major, int minor) {
-  if (major >= 8 && !has_code_for(major, minor, SPARSE24_CUDA_ARCHS)) {
-    return concat("the GPU is sm_", major, minor, ", and libsparse24 was built for ",
-                  SPARSE24_CUDA_ARCHS, " alone; build it with SPARSE24_CUDA_ARCHS=all, or on this ",
-                  "machine");
-  }
+/// Why kernels do not run on a GPU ("" if they do): as built, and as SPARSE24_ARCH asks. First the
+/// products, then what is around them.
+std::string no_kernels_reason(gemm::Capability gpu) {
   try {
-    kernel_arch(major, minor, asked_arch());
+    const gemm::Capability chosen = gemm::chosen_capability(gpu);
+    if (gemm::arch_of(chosen) == nullptr) return gemm::no_arch_reason(chosen);
   } catch (const Error& error) {
     return error.what();
   }
-  return "";
+  if (has_code_for(gpu.major, gpu.minor, SPARSE24_CUDA_ARCHS)) return "";
+  return concat("the GPU is sm_", gpu.major, gpu.minor, ", and libsparse24 was built for ",
+                SPARSE24_CUDA_ARCHS, " alone; build it with SPARSE24_CUDA_ARCHS=all, or on this ",
+                "machine");
 }
 
 /// Fills in what the driver says. Attributes are read without creating a context on the device.
@@ -65,11 +64,8 @@ void ask_driver(int device, DeviceInfo& info) {
   } else {
     cudaGetLastError();  // an estimate goes without
   }
-  if (gemm::arch_of(info.capability_major, info.capability_minor) == nullptr) {
-    info.reason = gemm::no_arch_reason(info.capability_major, info.capability_minor);
-  }
   if (info.reason.empty())
-    info.reason = no_kernels_reason(info.capability_major, info.capability_minor);
+    info.reason = no_kernels_reason({info.capability_major, info.capability_minor});
 }
 
 #endif

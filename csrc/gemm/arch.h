@@ -9,9 +9,18 @@
 
 namespace sparse24::gemm {
 
+/// A compute capability.
+struct Capability {
+  int major = 0, minor = 0;
+};
+constexpr bool operator==(Capability a, Capability b) {
+  return a.major == b.major && a.minor == b.minor;
+}
+
 /// Where a kernel is launched; `stream` is a cudaStream_t.
 struct Target {
   int device, multiprocessors;
+  int shared_bytes;  // that a block may have
   void* stream;
 };
 
@@ -24,12 +33,26 @@ struct TileCost {
   double store;   // what shows of the epilogue
 };
 
+/// A product for which the formula (config.cpp) is more than 3 % off: its best config, as measured.
+struct MeasuredChoice {
+  GemmPass pass;
+  int64_t m, n, k;
+  int multiprocessors;
+  int tile_n;
+  Raster raster;
+  int strip;
+  bool stream_k;
+};
+
 struct GemmArch {
-  const char* name;            // such as "sm_90a"
-  int major, minor;            // the compute capability that runs its kernels: this one alone
-  const KernelEntry* kernels;  // its kernels.def
-  int count;                   // of kernels
-  Launcher* const* launchers;  // one a kernel; null in a build without CUDA
+  const char* name;                // such as "sm_90a"
+  Capability capabilities[3];      // that run its kernels; {0, 0} where there are fewer
+  bool is_built;                   // in this library
+  const KernelEntry* kernels;      // its kernels.def
+  int count;                       // of kernels
+  Launcher* const* launchers;      // one a kernel; null in a build without CUDA
+  const MeasuredChoice* measured;  // of products of 16 bits
+  int measured_count;
   TileCost (*cost)(const KernelEntry& kernel);
   /// Why its kernels cannot take these arguments, beyond there being none ("" if they can).
   std::string (*unsupported)(const SparseGemmArgs& args);
@@ -39,11 +62,21 @@ struct GemmArch {
 std::string arch_names();
 
 /// The one whose kernels run on a GPU of this compute capability, or null.
-const GemmArch* arch_of(int major, int minor);
+const GemmArch* arch_of(Capability gpu);
 
-/// Why none does: "the GPU is sm_80, and ...".
-std::string no_arch_reason(int major, int minor);
+/// Why none does: "the GPU is sm_75, and ...".
+std::string no_arch_reason(Capability gpu);
 
+/// The capability that kernels are chosen for: the GPU's own, or what SPARSE24_ARCH names
+/// (common/kernel_arch.h), so that kernels of older GPUs run on newer ones. Throws Error where that
+/// is none, or cannot be.
+Capability chosen_capability(Capability gpu);
+Capability chosen_capability(Capability gpu, const std::string& asked);  // "": nothing was asked
+
+/// Shared memory that a block may have, in bytes.
+int shared_bytes_of(Capability gpu);
+
+extern const GemmArch kSm80;
 extern const GemmArch kSm90;
 
 }  // namespace sparse24::gemm

@@ -74,20 +74,6 @@ void choose_walk(GemmConfig& config, const GemmDesc& desc) {
   config.strip = 8;
 }
 
-/// Products of the sweep for which the formula is more than 3 % off: their best config there.
-struct Measured {
-  GemmPass pass;
-  int64_t m, n, k;
-  int tile_n;
-  Raster raster;
-  int strip;
-  bool stream_k;
-};
-constexpr int kMeasuredMultiprocessors = 132;
-constexpr Measured kMeasured[] = {
-    {GemmPass::kGradWeight, 768, 3072, 16384, 192, Raster::kAlongM, 8, true},
-};
-
 GemmConfig config_of(const KernelEntry& entry, const GemmDesc& desc, bool stream_k) {
   GemmConfig config{entry.tile_m,    entry.tile_n,       entry.tile_k,    entry.cluster_m,
                     entry.cluster_n, entry.accumulation, Raster::kAlongM, 1,
@@ -148,15 +134,16 @@ GemmConfig choose_config(const GemmArch& arch, const GemmDesc& desc, int multipr
     }
   }
   SP24_CHECK(best_cycles >= 0, "no sparse GEMM kernel is compiled for ", to_string(desc));
-  if (multiprocessors == kMeasuredMultiprocessors && !is_float8(desc.format)) {
-    for (const Measured& known : kMeasured) {
-      if (known.pass != desc.pass || known.m != desc.m || known.n != desc.n || known.k != desc.k)
-        continue;
-      best.tile_n = known.tile_n;
-      best.raster = known.raster;
-      best.strip = known.strip;
-      best.stream_k = known.stream_k;
-    }
+  if (is_float8(desc.format)) return best;
+  for (int i = 0; i < arch.measured_count; ++i) {
+    const MeasuredChoice& known = arch.measured[i];
+    if (known.multiprocessors != multiprocessors || known.pass != desc.pass || known.m != desc.m ||
+        known.n != desc.n || known.k != desc.k)
+      continue;
+    best.tile_n = known.tile_n;
+    best.raster = known.raster;
+    best.strip = known.strip;
+    best.stream_k = known.stream_k;
   }
   return best;
 }

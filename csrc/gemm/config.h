@@ -24,7 +24,7 @@ struct GemmDesc {
 /// A product of these arguments, with kAuto resolved.
 GemmDesc describe(const SparseGemmArgs& args);
 
-/// Strips of the walk over tiles go along this extent (sm90/scheduler.h).
+/// Strips of the walk over tiles go along this extent (scheduler.h).
 enum class Raster : int { kAlongM, kAlongN };
 
 /// How a kernel computes it. The first fields pick a compiled kernel; the rest are run-time

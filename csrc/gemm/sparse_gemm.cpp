@@ -1,6 +1,7 @@
 // sparse_gemm.cpp: validate, choose, launch.
 #include "gemm/sparse_gemm.h"
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 
@@ -14,36 +15,48 @@ namespace sparse24::gemm {
 namespace {
 
 struct Gpu {
-  int major = 0, minor = 0, multiprocessors = 0;
+  Capability capability;  // that kernels are chosen for
+  int multiprocessors = 0, shared_bytes = 0;
 };
 
-/// Properties of a device, asked for once: the three attributes cost microseconds.
+Gpu ask_driver(int device) {
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    SP24_CHECK_CUDA(cudaDeviceGetAttribute(&value, which, device));
+    return value;
+  };
+  const Capability own = {attribute(cudaDevAttrComputeCapabilityMajor),
+                          attribute(cudaDevAttrComputeCapabilityMinor)};
+  const Capability chosen = chosen_capability(own);
+  return {chosen, attribute(cudaDevAttrMultiProcessorCount),
+          std::min(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin), shared_bytes_of(chosen))};
+}
+
+/// Properties of a device, asked for once: the attributes cost microseconds.
 Gpu gpu(int device) {
   static std::array<std::atomic<uint64_t>, 64> known{};
   const bool cached = device >= 0 && device < 64;
   if (cached) {
     if (const uint64_t packed = known[device].load(std::memory_order_relaxed)) {
-      return {static_cast<int>(packed >> 48), static_cast<int>(packed >> 32 & 0xFFFF),
-              static_cast<int>(packed)};
+      return {{static_cast<int>(packed >> 56), static_cast<int>(packed >> 48 & 0xFF)},
+              static_cast<int>(packed >> 32 & 0xFFFF),
+              static_cast<int>(packed & 0xFFFFFFFF)};
     }
   }
-  Gpu out;
-  SP24_CHECK_CUDA(cudaDeviceGetAttribute(&out.major, cudaDevAttrComputeCapabilityMajor, device));
-  SP24_CHECK_CUDA(cudaDeviceGetAttribute(&out.minor, cudaDevAttrComputeCapabilityMinor, device));
-  SP24_CHECK_CUDA(
-      cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  const Gpu out = ask_driver(device);
   if (cached) {
-    known[device].store(static_cast<uint64_t>(out.major) << 48 |
-                            static_cast<uint64_t>(out.minor) << 32 |
-                            static_cast<uint32_t>(out.multiprocessors),
+    known[device].store(static_cast<uint64_t>(out.capability.major) << 56 |
+                            static_cast<uint64_t>(out.capability.minor) << 48 |
+                            static_cast<uint64_t>(out.multiprocessors) << 32 |
+                            static_cast<uint32_t>(out.shared_bytes),
                         std::memory_order_relaxed);
   }
   return out;
 }
 
 const GemmArch& arch_on(const Gpu& gpu) {
-  const GemmArch* arch = arch_of(gpu.major, gpu.minor);
-  SP24_CHECK(arch != nullptr, no_arch_reason(gpu.major, gpu.minor));
+  const GemmArch* arch = arch_of(gpu.capability);
+  SP24_CHECK(arch != nullptr, no_arch_reason(gpu.capability));
   return *arch;
 }
 
@@ -82,6 +95,11 @@ void check_addresses(const SparseGemmArgs& args) {
              "h must be 16-byte aligned, got ", args.h);
 }
 
+bool has_float8(const GemmArch& arch) {
+  return std::any_of(arch.kernels, arch.kernels + arch.count,
+                     [](const KernelEntry& entry) { return is_float8(entry.format); });
+}
+
 /// A product of no k.
 void write_zeros(const SparseGemmArgs& args, cudaStream_t stream) {
   const bool m_rows = args.pass == GemmPass::kGradWeight;
@@ -94,12 +112,16 @@ void write_zeros(const SparseGemmArgs& args, cudaStream_t stream) {
 
 std::string unsupported(const SparseGemmArgs& args, int device) {
   const Gpu properties = gpu(device);
-  const GemmArch* arch = arch_of(properties.major, properties.minor);
-  if (arch == nullptr) return no_arch_reason(properties.major, properties.minor);
+  const GemmArch* arch = arch_of(properties.capability);
+  if (arch == nullptr) return no_arch_reason(properties.capability);
   if (args.lhs.format == DType::kFloat32)
     return "float32 operands (sparse tensor cores take bfloat16, float16 and float8_e4m3fn)";
-  if (const GemmDesc desc = describe(args); !is_compiled(*arch, desc))
-    return concat("no kernel is compiled for ", to_string(desc));
+  if (const GemmDesc desc = describe(args); !is_compiled(*arch, desc)) {
+    return concat("no kernel is compiled for ", to_string(desc),
+                  has_float8(*arch) || !is_float8(desc.format)
+                      ? ""
+                      : concat(" on ", arch->name, "; products of 8 bits need a Hopper GPU"));
+  }
   return arch->unsupported(args);
 }
 
@@ -128,12 +150,14 @@ void run(const SparseGemmArgs& args, int device, cudaStream_t stream) {
              "; sparse_gemm_workspace_bytes says how many");
   const GemmArch& arch = arch_on(properties);
   try {
-    arch.launchers[row_of(arch, desc, config)](args, config,
-                                               {device, properties.multiprocessors, stream});
+    arch.launchers[row_of(arch, desc, config)](
+        args, config, {device, properties.multiprocessors, properties.shared_bytes, stream});
   } catch (const Error& error) {
     throw Error(concat(error.what(), "; ", to_string(desc), " by ", to_string(config)));
   }
 }
+
+const GemmArch& arch_on(int device) { return arch_on(gpu(device)); }
 
 std::string config_text(const SparseGemmArgs& args, int device) {
   return to_string(config_of(args, gpu(device)));

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm/arch.h"
 #include "sparse24/gemm.h"
 
 namespace sparse24::gemm {
@@ -14,6 +15,8 @@ namespace sparse24::gemm {
 std::string unsupported(const SparseGemmArgs& args, int device);
 int64_t workspace_bytes(const SparseGemmArgs& args, int device);
 void run(const SparseGemmArgs& args, int device, cudaStream_t stream);
+/// The architecture whose kernels run there. Throws Error where there are none.
+const GemmArch& arch_on(int device);
 std::string config_text(const SparseGemmArgs& args, int device);
 std::vector<int64_t> configs(const SparseGemmArgs& args, int device);
 

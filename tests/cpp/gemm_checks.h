@@ -43,7 +43,7 @@ inline std::vector<Kernel> first_walks(const SparseGemmArgs& args) {
   const gemm::GemmDesc desc = gemm::describe(args);
   std::map<std::pair<int, bool>, int64_t> first;
   for (const int64_t code : gemm::configs(args, 0)) {
-    const gemm::GemmConfig config = gemm::decode(gemm::kSm90, desc, code);
+    const gemm::GemmConfig config = gemm::decode(gemm::arch_on(0), desc, code);
     first.try_emplace({config.tile_n, config.stream_k}, code);
   }
   std::vector<Kernel> kernels;
@@ -58,7 +58,7 @@ inline bool has_kernel(const Problem& p, const Variant& v) {
   args.lhs.format = p.format;
   args.out_dtype = out_dtype(p, v);
   args.accumulation = v.accumulation;
-  return gemm::is_compiled(gemm::kSm90, gemm::describe(args));
+  return gemm::is_compiled(gemm::arch_on(0), gemm::describe(args));
 }
 
 /// dW of a product and the decay of its weight, whichever of m and n are the rows.

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/kernel_arch.h"
 #include "gemm/arch.h"
 #include "gemm/config.h"
 #include "testing.h"
@@ -22,6 +23,7 @@ namespace {
 
 constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight};
 constexpr DType kHalves[] = {DType::kBFloat16, DType::kFloat16};
+const GemmArch* const kArchs[] = {&kSm80, &kSm90};
 
 /// A plain product.
 GemmDesc desc_of(GemmPass pass, int64_t m, int64_t n, int64_t k, DType format, DType out_dtype) {
@@ -31,29 +33,72 @@ GemmDesc desc_of(GemmPass pass, int64_t m, int64_t n, int64_t k, DType format, D
 }  // namespace
 
 TEST(every_kernel_is_listed_once) {
-  CHECK(kSm90.count > 0 && kSm90.count < 255);  // codes of configs have eight bits for the row
-  std::set<std::string> seen;
-  for (int i = 0; i < kSm90.count; ++i) {
-    const KernelEntry& e = kSm90.kernels[i];
-    CHECK(e.tile_m > 0 && e.tile_n > 0 && e.tile_k > 0 && e.cluster_m > 0 && e.cluster_n > 0);
-    CHECK(e.format != DType::kFloat32);
-    CHECK(e.out_dtype == (is_float8(e.format) ? DType::kBFloat16 : e.format) ||
-          e.out_dtype == DType::kFloat32);
-    CHECK(e.accumulation == Accumulation::kFast || is_float8(e.format));
-    const GemmDesc desc{e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation};
-    const GemmConfig config{e.tile_m,       e.tile_n,        e.tile_k, e.cluster_m, e.cluster_n,
-                            e.accumulation, Raster::kAlongM, 1,        false};
-    CHECK(seen.insert(to_string(desc) + to_string(config)).second);
-    CHECK_EQ(row_of(kSm90, desc, config), i);
+  for (const GemmArch* arch : kArchs) {
+    CHECK(arch->count > 0 && arch->count < 255);  // codes of configs have eight bits for the row
+    std::set<std::string> seen;
+    for (int i = 0; i < arch->count; ++i) {
+      const KernelEntry& e = arch->kernels[i];
+      CHECK(e.tile_m > 0 && e.tile_n > 0 && e.tile_k > 0 && e.cluster_m > 0 && e.cluster_n > 0);
+      CHECK(e.format != DType::kFloat32);
+      CHECK(e.out_dtype == (is_float8(e.format) ? DType::kBFloat16 : e.format) ||
+            e.out_dtype == DType::kFloat32);
+      CHECK(e.accumulation == Accumulation::kFast || is_float8(e.format));
+      const GemmDesc desc{e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation};
+      const GemmConfig config{e.tile_m,       e.tile_n,        e.tile_k, e.cluster_m, e.cluster_n,
+                              e.accumulation, Raster::kAlongM, 1,        false};
+      CHECK(seen.insert(to_string(desc) + to_string(config)).second);
+      CHECK_EQ(row_of(*arch, desc, config), i);
+    }
   }
 }
 
-TEST(an_architecture_is_for_one_compute_capability) {
-  CHECK(arch_of(9, 0) == &kSm90);
-  CHECK(arch_of(9, 1) == nullptr && arch_of(8, 0) == nullptr && arch_of(10, 0) == nullptr);
-  CHECK_EQ(arch_names(), std::string("sm_90a"));
-  CHECK_EQ(no_arch_reason(8, 6),
-           std::string("the GPU is sm_86, and sparse GEMM kernels are built for sm_90a"));
+TEST(every_16_bit_product_of_one_architecture_is_one_of_the_others) {
+  const auto products = [](const GemmArch& arch) {
+    std::set<std::string> all;
+    for (int i = 0; i < arch.count; ++i) {
+      const KernelEntry& e = arch.kernels[i];
+      if (!is_float8(e.format))
+        all.insert(to_string({e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation}));
+    }
+    return all;
+  };
+  CHECK(products(kSm80) == products(kSm90));
+}
+
+TEST(an_architecture_is_for_its_compute_capabilities) {
+  CHECK(arch_of({9, 0}) == (kBuiltSm90 ? &kSm90 : nullptr));
+  for (const int minor : {0, 6, 9}) CHECK(arch_of({8, minor}) == (kBuiltSm80 ? &kSm80 : nullptr));
+  for (const Capability none : {Capability{7, 5}, {8, 7}, {9, 1}, {10, 0}, {12, 0}, {0, 0}})
+    CHECK(arch_of(none) == nullptr);
+}
+
+TEST(a_gpu_without_kernels_is_told_which_there_are) {
+  const std::string older = kBuiltSm80 ? "sm_80, sm_86, sm_89" : "",
+                    hopper = kBuiltSm90 ? "sm_90a" : "";
+  CHECK_EQ(arch_names(), older + (kBuiltSm80 && kBuiltSm90 ? ", " : "") + hopper);
+  CHECK_EQ(no_arch_reason({7, 5}),
+           "the GPU is sm_75, and sparse GEMM kernels are built for " + arch_names());
+  CHECK(no_arch_reason({10, 0}).find("; Blackwell's tensor cores read other instructions") !=
+        std::string::npos);
+}
+
+TEST(kernels_of_older_gpus_can_be_asked_for) {
+  const Capability h100{9, 0}, a100{8, 0}, rtx4090{8, 9}, b200{10, 0};
+  CHECK(chosen_capability(h100, "") == h100 && chosen_capability(b200, "") == b200);
+  if (!kBuiltSm80) SKIP("this library has no kernels for them");
+  CHECK(chosen_capability(h100, "sm80") == a100 && chosen_capability(b200, "sm80") == a100);
+  CHECK(chosen_capability(h100, "sm89") == rtx4090 && chosen_capability(a100, "sm89") == rtx4090);
+  CHECK_THROWS(chosen_capability({7, 5}, "sm80"),
+               "needs a GPU of compute capability 8.0 or later, this one has 7.5");
+  CHECK_THROWS(chosen_capability(a100, "sm90"), "needs a GPU of compute capability 9.0");
+  CHECK_THROWS(chosen_capability(h100, "hopper"), "must be sm80, sm86, sm89 or sm90");
+}
+
+TEST(a_block_has_the_shared_memory_of_its_gpu) {
+  CHECK_EQ(shared_bytes_of({8, 0}), 163 * 1024);
+  CHECK_EQ(shared_bytes_of({8, 6}), 99 * 1024);
+  CHECK_EQ(shared_bytes_of({8, 9}), 99 * 1024);
+  CHECK_EQ(shared_bytes_of({9, 0}), 227 * 1024);
 }
 
 /// What a caller asks for in 8 bits, with operands in the orientations of the kernels.
@@ -132,12 +177,13 @@ TEST(a_compiled_kernel_is_chosen_for_every_shape) {
       for (DType dtype : kHalves)
         for (DType out_dtype : {dtype, DType::kFloat32}) {
           const GemmDesc desc = desc_of(pass, extent(), extent(), extent(), dtype, out_dtype);
-          for (int multiprocessors : {2, 78, 114, 132}) {
-            const GemmConfig config = choose_config(kSm90, desc, multiprocessors);
-            CHECK_EQ(encode(kSm90, desc, config) >> 18, 0);  // it has a row
-            CHECK(config.strip >= 1 && config.strip < 256);
-            CHECK_EQ(to_string(config), to_string(choose_config(kSm90, desc, multiprocessors)));
-          }
+          for (const GemmArch* arch : kArchs)
+            for (int multiprocessors : {2, 78, 108, 132}) {
+              const GemmConfig config = choose_config(*arch, desc, multiprocessors);
+              CHECK_EQ(encode(*arch, desc, config) >> 18, 0);  // it has a row
+              CHECK(config.strip >= 1 && config.strip < 256);
+              CHECK_EQ(to_string(config), to_string(choose_config(*arch, desc, multiprocessors)));
+            }
         }
   }
 }
@@ -145,16 +191,25 @@ TEST(a_compiled_kernel_is_chosen_for_every_shape) {
 TEST(configs_survive_encoding) {
   const GemmDesc desc =
       desc_of(GemmPass::kGradWeight, 3072, 768, 16384, DType::kBFloat16, DType::kBFloat16);
-  std::set<int64_t> codes;
-  const std::vector<GemmConfig> all = candidate_configs(kSm90, desc, 132);
-  CHECK(all.size() > 4);
-  CHECK_EQ(to_string(all[0]), to_string(choose_config(kSm90, desc, 132)));
-  for (const GemmConfig& config : all) {
-    const int64_t code = encode(kSm90, desc, config);
-    CHECK(code > 0);
-    CHECK(codes.insert(code).second);  // no config twice
-    CHECK_EQ(to_string(decode(kSm90, desc, code)), to_string(config));
+  for (const GemmArch* arch : kArchs) {
+    std::set<int64_t> codes;
+    const std::vector<GemmConfig> all = candidate_configs(*arch, desc, 132);
+    CHECK(all.size() > 4);
+    CHECK_EQ(to_string(all[0]), to_string(choose_config(*arch, desc, 132)));
+    for (const GemmConfig& config : all) {
+      const int64_t code = encode(*arch, desc, config);
+      CHECK(code > 0);
+      CHECK(codes.insert(code).second);  // no config twice
+      CHECK_EQ(to_string(decode(*arch, desc, code)), to_string(config));
+    }
   }
+}
+
+TEST(what_was_measured_on_one_architecture_is_none_of_the_others) {
+  const GemmDesc desc =
+      desc_of(GemmPass::kGradWeight, 768, 3072, 16384, DType::kBFloat16, DType::kBFloat16);
+  CHECK_EQ(choose_config(kSm90, desc, 132).tile_n, 192);
+  CHECK_EQ(choose_config(kSm80, desc, 132).tile_n, 128);
 }
 
 TEST(codes_that_name_no_config_are_refused) {

@@ -1,4 +1,5 @@
-// gemm_gpu_test.cu: the sparse GEMM on a Hopper GPU, in every pass.
+// gemm_gpu_test.cu: the sparse GEMM on a GPU, in every pass; those of older GPUs on a Hopper one by
+// SPARSE24_ARCH=sm80 (as on an A100) or sm86 (with the shared memory of a 3090 or 4090).
 //
 //   metadata  our order of E equals that of CUTLASS' own compressor
 //   exact     small integers, by every config: equal to the host's product, with bias,
@@ -66,8 +67,8 @@ void test_products() {
   }
 }
 
-/// On 132 multiprocessors, 66 clusters run at a time: one lane a tile and helpers; and a whole wave
-/// before the shared one.
+/// On 132 multiprocessors, 66 clusters (sm80: 132 blocks, each of a tile half as wide) run at a
+/// time: one lane a tile and helpers; and a whole wave before the shared one.
 constexpr int kTilesOfHelpers = 44, kTilesOfTwoWaves = 70;
 
 void test_every_config() {

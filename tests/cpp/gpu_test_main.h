@@ -1,5 +1,5 @@
 // gpu_test_main.h: main() of a program of GPU tests: arguments choose tests by name; one line a
-// test, a summary at the end; exit status 0, 1 (failures) or 77 (no Hopper GPU).
+// test, a summary at the end; exit status 0, 1 (failures) or 77 (no GPU with kernels).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm/arch.h"
 #include "gemm_problems.h"
 
 namespace gpu_testing {
@@ -25,8 +26,19 @@ inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** 
   int devices = 0;
   cudaDeviceProp properties;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
-      cudaGetDeviceProperties(&properties, 0) != cudaSuccess || properties.major != 9) {
-    std::printf("skipped: no Hopper GPU\n");
+      cudaGetDeviceProperties(&properties, 0) != cudaSuccess) {
+    std::printf("skipped: no GPU\n");
+    return 77;
+  }
+  gemm::Capability gpu;
+  try {
+    gpu = gemm::chosen_capability({properties.major, properties.minor});
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 1;
+  }
+  if (gemm::arch_of(gpu) == nullptr) {
+    std::printf("skipped: %s\n", gemm::no_arch_reason(gpu).c_str());
     return 77;
   }
   int ran = 0;
@@ -47,8 +59,8 @@ inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** 
     std::printf("%s %s, %.1f s\n", failures == before ? "ok  " : "FAIL", test.name, seconds);
     std::fflush(stdout);
   }
-  std::printf("%lld cases, %d failed, on %s\n", static_cast<long long>(cases), failures,
-              properties.name);
+  std::printf("%lld cases, %d failed, on %s by kernels for sm_%d%d\n",
+              static_cast<long long>(cases), failures, properties.name, gpu.major, gpu.minor);
   return failures == 0 && ran > 0 ? 0 : 1;
 }
 

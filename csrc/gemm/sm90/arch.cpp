@@ -1,9 +1,7 @@
 // arch.cpp: Hopper (sm_90a): its kernels, their costs, and what they cannot take.
-#include <limits>
-
-#include "common/check.h"
-#include "common/convert.h"
 #include "gemm/arch.h"
+#include "common/kernel_arch.h"
+#include "gemm/operands.h"
 #include "gemm/sm90/launch.h"
 
 namespace sparse24::gemm {
@@ -27,7 +25,7 @@ constexpr KernelEntry kKernels[] = {
 };
 constexpr int kCount = static_cast<int>(sizeof kKernels / sizeof kKernels[0]);
 
-#ifdef SPARSE24_WITH_CUDA
+#if defined(SPARSE24_WITH_CUDA) && SPARSE24_BUILT_SM90
 constexpr Launcher* kLaunchers[] = {
 #define SP24_GEMM_KERNEL(...) &sm90::SP24_GEMM_LAUNCHER(__VA_ARGS__),
 #include "gemm/sm90/kernels.def"
@@ -43,66 +41,19 @@ TileCost cost_of(const KernelEntry& kernel) {
   return {kernel.tile_n == 256 ? 690.0 : 520.0, store};  // wgmma waits for shared memory
 }
 
-const char* name_of(Orientation orientation) {
-  return orientation == Orientation::kKMajor ? "K-major" : "MN-major";
-}
-
-/// Why the operands cannot be read as they lie: TMA moves rows of whole 16-byte units.
-std::string unsupported_operands(const SparseGemmArgs& args) {
-  const DType format = args.lhs.format;
-  const Orientation lhs = lhs_orientation(args.pass, format),
-                    rhs = rhs_orientation(args.pass, format);
-  if (args.lhs.orientation != lhs || args.rhs.orientation != rhs) {
-    return concat("operands that are ", name_of(args.lhs.orientation), " and ",
-                  name_of(args.rhs.orientation), "; ", gemm::name_of(args.pass), " of ",
-                  sparse24::name_of(format), " takes them ", name_of(lhs), " and ", name_of(rhs));
-  }
-  const int64_t unit = 16 / bytes_of(format);
-  if (args.rhs.ld % unit != 0) {
-    return concat("rows of the dense operand ", args.rhs.ld, " elements apart, not a multiple of ",
-                  unit);
-  }
-  if (lhs == Orientation::kKMajor && args.k % (2 * unit) != 0) {
-    const bool tokens = is_grad_weight(args.pass);
-    return concat(tokens                              ? "tokens "
-                  : args.pass == GemmPass::kGradInput ? "out_features "
-                                                      : "in_features ",
-                  args.k, ", not a multiple of ", 2 * unit,
-                  tokens ? "; pad both operands with zeros" : "");
-  }
-  if (lhs == Orientation::kMnMajor && args.m % unit != 0) {
-    return concat(args.pass == GemmPass::kGradWeight ? "out_features " : "in_features ", args.m,
-                  ", not a multiple of ", unit);
-  }
-  return "";
-}
-
-std::string unsupported(const SparseGemmArgs& args) {
-  if (std::string reason = unsupported_operands(args); !reason.empty()) return reason;
-  const int64_t out_unit = 16 / bytes_of(args.out_dtype);
-  if (args.out_ld % out_unit != 0) {
-    return concat("rows of the output ", args.out_ld, " elements apart, not a multiple of ",
-                  out_unit);
-  }
-  if (args.pass == GemmPass::kForward && args.k == 0) return "a forward product of no features";
-  if (args.epilogue != GemmEpilogue::kPlain && args.h_ld % out_unit != 0) {
-    return concat("rows of h ", args.h_ld, " elements apart, not a multiple of ", out_unit);
-  }
-  // Coordinates are 32-bit; addresses are not.
-  constexpr int64_t kLargest = std::numeric_limits<int>::max() - 1024;
-  if (args.m > kLargest || args.n > kLargest || args.k > kLargest)
-    return "an extent of 2^31 or more";
-  return "";
-}
+/// On 132 multiprocessors (bench/results/gemm_sweep.csv).
+constexpr MeasuredChoice kMeasured[] = {
+    {GemmPass::kGradWeight, 768, 3072, 16384, 132, 192, Raster::kAlongM, 8, true},
+};
 
 }  // namespace
 
-const GemmArch kSm90 = {"sm_90a",   9,          0, kKernels, kCount,
-#ifdef SPARSE24_WITH_CUDA
+const GemmArch kSm90 = {"sm_90a",   {{9, 0}}, kBuiltSm90, kKernels,          kCount,
+#if defined(SPARSE24_WITH_CUDA) && SPARSE24_BUILT_SM90
                         kLaunchers,
 #else
                         nullptr,
 #endif
-                        cost_of,    unsupported};
+                        kMeasured,  1,        cost_of,    unsupported_layout};
 
 }  // namespace sparse24::gemm

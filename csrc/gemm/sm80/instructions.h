@@ -1,0 +1,98 @@
+// instructions.h: the instructions of sm_80 that the kernels are made of.
+#pragma once
+
+#include <cstdint>
+
+#include "cutlass/cutlass.h"
+#include "sparse24/types.h"
+
+namespace sparse24::gemm::sm80 {
+
+/// This thread's number in its block, read anew: what the epilogue derives from it is not worked
+/// out before the main loop, where it would be spilled.
+CUTLASS_DEVICE int thread_in_block() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+CUTLASS_DEVICE uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+/// 16 bytes to shared memory, of which the first `bytes` are read and the rest are zeros. L2 gets
+/// the whole line: its other half is wanted soon.
+CUTLASS_DEVICE void copy_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+CUTLASS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+CUTLASS_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+/// Four 8 x 8 matrices of 16 bits; kTranspose: each of them transposed.
+template <bool kTranspose>
+CUTLASS_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t from) {
+  if constexpr (kTranspose) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  }
+}
+
+CUTLASS_DEVICE uint2 load_pair(uint32_t from) {
+  uint2 pair;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(pair.x), "=r"(pair.y)
+               : "r"(from)
+               : "memory");
+  return pair;
+}
+
+// Positions in rising order are what newer hardware is quick with; the word came with PTX 8.5.
+#if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
+#define SP24_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+#else
+#define SP24_MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col.f32."
+#endif
+#define SP24_MMA_SP_OF(types, selector)                                                        \
+  asm volatile(SP24_MMA_SP types                                                               \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "                 \
+               "{%0, %1, %2, %3}, %12, " selector ";"                                          \
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])                    \
+               : "r"(lhs[0]), "r"(lhs[1]), "r"(lhs[2]), "r"(lhs[3]), "r"(rhs[0]), "r"(rhs[1]), \
+                 "r"(rhs[2]), "r"(rhs[3]), "r"(meta))
+
+/// sums (16 x 8) += lhs (16 x 32, 2:4) rhs (32 x 8); the words of `meta` that count are those of
+/// the first or second two lanes of each four.
+template <DType kFormat, int kSelector>
+CUTLASS_DEVICE void multiply_sparse(float (&sums)[4], const uint32_t (&lhs)[4],
+                                    const uint32_t (&rhs)[4], uint32_t meta) {
+  static_assert(kFormat == DType::kBFloat16 || kFormat == DType::kFloat16);
+  if constexpr (kFormat == DType::kBFloat16) {
+    if constexpr (kSelector == 0) {
+      SP24_MMA_SP_OF("bf16.bf16", "0x0");
+    } else {
+      SP24_MMA_SP_OF("bf16.bf16", "0x1");
+    }
+  } else {
+    if constexpr (kSelector == 0) {
+      SP24_MMA_SP_OF("f16.f16", "0x0");
+    } else {
+      SP24_MMA_SP_OF("f16.f16", "0x1");
+    }
+  }
+}
+#undef SP24_MMA_SP_OF
+#undef SP24_MMA_SP
+
+}  // namespace sparse24::gemm::sm80

@@ -1,0 +1,16 @@
+// launch.h: names of the launchers that the generated files define, one for each row of
+// kernels.def.
+#pragma once
+
+#include "gemm/arch.h"
+
+#define SP24_SM80_LAUNCHER(lhs, rhs, format, tile_m, tile_n, tile_k) \
+  launch_##lhs##_##rhs##_##format##_##tile_m##x##tile_n##x##tile_k
+
+namespace sparse24::gemm::sm80 {
+
+#define SP24_GEMM_KERNEL(...) Launcher SP24_SM80_LAUNCHER(__VA_ARGS__);
+#include "gemm/sm80/kernels.def"
+#undef SP24_GEMM_KERNEL
+
+}  // namespace sparse24::gemm::sm80
