@@ -171,6 +171,57 @@ def test_cuda_without_nvcc_says_so(tmp_path):
 
 
 @needs_cmake
+@pytest.mark.parametrize(
+    "asked, archs",
+    [
+        ("all", "80;86;89;90a;89-virtual"),
+        ("80;90a", "80;90a"),
+        (" 86, 80-virtual ", "86;80-virtual"),
+        ("80 80", "80"),
+    ],
+)
+def test_gpus_to_compile_for_by_environment(tmp_path, asked, archs):
+    done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_cuda_archs(result)", SPARSE24_CUDA_ARCHS=asked)
+    assert done.returncode == 0 and done.text.endswith(f"got {archs}")
+
+
+@needs_cmake
+@pytest.mark.fault(99)
+@pytest.mark.parametrize("asked", ["75", "80;sm_90", "all;80", "90"])
+def test_gpus_that_nothing_can_be_compiled_for_are_named(tmp_path, asked):
+    done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_cuda_archs(result)", SPARSE24_CUDA_ARCHS=asked)
+    assert done.returncode != 0
+    assert f"must be all, or a list of 80;86;89;90a;80-virtual;86-virtual;89-virtual, got '{asked}'" in done.text
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    "capabilities, archs",
+    [("8.6", "86"), ("9.0 9.0", "90a"), ("8.0 9.0", "80;90a"), ("8.7", "86"), ("12.0", "89-virtual"), ("7.5", "90a")],
+)
+def test_the_default_is_what_the_gpus_of_this_machine_need(tmp_path, capabilities, archs):
+    found = tmp_path / "bin" / "nvidia-smi"
+    found.parent.mkdir()
+    found.write_text(f"#!/bin/sh\nprintf '%s\\n' {capabilities}\n")
+    found.chmod(0o755)
+    without = {"SPARSE24_CUDA_ARCHS": None, "PATH": f"{found.parent}:{os.environ['PATH']}"}
+    done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_cuda_archs(result)", **without)
+    assert done.text.endswith(f"got {archs}")
+    found.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_cuda_archs(result)", **without)
+    assert done.text.endswith("got 90a"), "without a GPU, Hopper"
+
+
+@needs_cmake
+def test_flags_of_nvcc_for_real_code_and_for_ptx(tmp_path):
+    done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_gencode(result 80 90a 89-virtual)")
+    assert done.text.endswith(
+        "got -gencode=arch=compute_80,code=sm_80;-gencode=arch=compute_90a,code=sm_90a;"
+        "-gencode=arch=compute_89,code=compute_89"
+    )
+
+
+@needs_cmake
 @pytest.mark.parametrize("below", [".", "include", "cutlass_library/source/include"])
 def test_cutlass_dir_may_be_a_checkout_or_the_wheel(tmp_path, below):
     header = tmp_path / "cutlass dir" / below / "cutlass"

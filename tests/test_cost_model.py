@@ -107,6 +107,17 @@ def test_geforce_cards_have_half_the_products_of_their_chip():
     assert a100[0] == a100[1]
 
 
+def test_the_page_has_these_estimates():
+    page = (RESULTS.parents[1] / "docs" / "when-it-pays.md").read_text(encoding="utf-8")
+    for capability, name in (((8, 0), "A100 40 GB"), ((8, 6), "RTX 3090"), ((8, 9), "RTX 4090")):
+        published = cost_published.PUBLISHED[capability]
+        gpu = name if capability == (8, 0) else f"GeForce {name}"
+        rates = cost_published.rates_of_gpu(capability, published.multiprocessors, 0.0, gpu)
+        speedup = feed_forward(4096, 11008, True, Training(8192), rates).speedup
+        tflops, tb = f"{published.dense_tflops:.0f}", f"{published.memory_bandwidth / 1e12:.3f}"
+        assert f"| {name} | {published.multiprocessors} | {tflops} | {tb} | {speedup:.2f}x |" in page
+
+
 def test_hopper_keeps_its_measured_rates():
     assert cost_published.rates_of_gpu((9, 0), 132, 4.9e12, "NVIDIA H200") == cost_model.H200
     assert cost_model.H200.measured and cost_model.H200.margin == MARGIN

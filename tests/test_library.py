@@ -11,6 +11,7 @@ import torch
 
 import sparse24
 from sparse24 import Sparse24BuildError, Sparse24Warning, _library, ops, reference
+from sparse24.cli import what_was_built
 from sparse24.ops._common import where
 from sparse24.testing import assert_same_bits
 
@@ -107,6 +108,21 @@ def test_a_gpu_without_kernels_is_named_once_and_its_ops_run_in_plain_pytorch(an
     recwarn.clear()
     assert where(tensors[0])[0] is None and where(tensors[1])[1] == _library.CUDA
     assert not recwarn.list
+
+
+@pytest.mark.fault(99)
+def test_what_was_built_and_why_a_gpu_has_no_kernels_is_told(another_library, monkeypatch):
+    """For which GPUs the library was compiled, and for one that it was not, the build that would have its code."""
+    built = Ampere()
+    reason = "the GPU is sm_80, and libsparse24 was built for 90a alone; build it with SPARSE24_CUDA_ARCHS=all"
+    info = {"cuda_built": True, "cuda_archs": "90a", "gemm_archs": "sm_90a", "reason": reason}
+    built.device_info = lambda index: {**info, "capability_major": 8, "capability_minor": 0}
+    another_library(built)
+    assert what_was_built() == "kernels for 90a; products for sm_90a"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = sparse24.is_available("cuda:0")
+    assert not found and found.reason == reason and found.arch == "sm_80"
 
 
 @pytest.mark.fault(39)
