@@ -75,22 +75,22 @@ SP24_HD float to_float(Float8E5M2 x) {
   return widen8<Float8E5M2>(x.bits);
 }
 
-/// To nearest even, saturating, in integers; y is not NaN, and may be infinite.
+/// To nearest even, saturating, in integers and without a branch; y is not NaN, and may be
+/// infinite.
 template <typename F>
 SP24_HD uint32_t saturated_code_by_bits(float y) {
   using Traits = Float8Traits<F>;
   constexpr int kDropped = 23 - Traits::kMantissaBits, kLowest = 1 - Traits::kBias;
-  const uint32_t sign = float_bits(y) >> 24 & 0x80u;
-  float magnitude = abs_float(y);
-  if (magnitude > Traits::kLargest) magnitude = Traits::kLargest;
-  if (magnitude < bits_float(power_bits(kLowest))) {
-    // Subnormal: in a sum with this number, the last place of fp32 is the last one of the format.
-    const float shifted = magnitude + bits_float(power_bits(kLowest + kDropped));
-    return sign | (float_bits(shifted) - power_bits(kLowest + kDropped));
-  }
+  const float whole = abs_float(y);
+  const float magnitude = whole > Traits::kLargest ? Traits::kLargest : whole;
+  // Subnormal: in a sum with this number, the last place of fp32 is the last one of the format.
+  const float shifted = magnitude + bits_float(power_bits(kLowest + kDropped));
+  const uint32_t subnormal = float_bits(shifted) - power_bits(kLowest + kDropped);
   const uint32_t bits = float_bits(magnitude);
   const uint32_t rounded = bits + ((1u << (kDropped - 1)) - 1u) + (bits >> kDropped & 1u);
-  return sign | (rounded - power_bits(kLowest - 1)) >> kDropped;
+  const uint32_t normal = (rounded - power_bits(kLowest - 1)) >> kDropped;
+  const bool is_subnormal = magnitude < bits_float(power_bits(kLowest));
+  return (float_bits(y) >> 24 & 0x80u) | (is_subnormal ? subnormal : normal);
 }
 
 #if defined(__CUDACC__)
