@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import nullcontext
+from statistics import median
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def on_device(rows: np.ndarray) -> Tensor:
     """uint16 rows [n, context + 1] as int16: ids are below 2^14. On the device, so that no step waits for a copy."""
-    return torch.from_numpy(np.ascontiguousarray(rows).view(np.int16)).to(DEVICE)
+    return torch.from_numpy(np.array(rows).view(np.int16)).to(DEVICE)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -124,6 +125,7 @@ def validate(forward, valid: dict[str, Tensor]) -> dict[str, float]:
 def train(arm: Arm, rows: Tensor, valid: dict[str, Tensor], steps: int, captured: bool = False) -> dict:
     torch._dynamo.reset()
     step, curve, start = Step(arm, steps, captured), [], time.perf_counter()
+    times, before = [], start
     side = torch.cuda.stream(torch.cuda.Stream()) if captured else nullcontext()  # what is captured begins on one
     with side:
         for i in range(steps):
@@ -131,12 +133,16 @@ def train(arm: Arm, rows: Tensor, valid: dict[str, Tensor], steps: int, captured
             step(rows[i * BATCH : (i + 1) * BATCH])
             if i % 100 == 0:
                 curve.append((i, round(float(step.loss), 4)))
+                now = time.perf_counter()
+                times, before = [*times, 10 * (now - before)], now
+            if i % 1000 == 100:
+                print(f"{arm.name}: step {i}, loss {curve[-1][1]}, {times[-1]:.1f} ms a step", flush=True)
         losses = validate(step.forward, valid)
     recipe = step.recipe
     return {
         "arm": arm.name, "group": arm.group, "seed": arm.seed, "steps": steps, "tokens": steps * BATCH * CONTEXT,
         "block_parameters": step.model.block_parameters(), "captured": captured,
-        "seconds": round(time.perf_counter() - start, 1), **losses,
+        "seconds": round(time.perf_counter() - start, 1), "step_ms": round(median(times), 2), **losses,
         "flip_rate": recipe.metrics().get("flip_rate", 0.0) if recipe else 0.0, "curve": curve,
         "events": [str(event) for event in recipe.events] if recipe else [],
     }  # fmt: skip
