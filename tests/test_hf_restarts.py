@@ -1,12 +1,13 @@
 """The Hugging Face Trainer starts again, goes on longer, and evaluates what was saved: masks and phase come along."""
 
+import copy
 import json
 import shutil
 import warnings
 
 import pytest
 import torch
-from tiny_models import gpt2, llama
+from tiny_models import gpt2, llama, tokens
 
 import sparse24
 from sparse24.errors import Sparse24Error, Sparse24Warning
@@ -236,20 +237,62 @@ def test_masks_must_be_a_known_word():
         Sparse24Callback(masks="find")
 
 
-@pytest.mark.fault(79)
-@pytest.mark.parametrize("follows", [False, True])
-def test_a_dense_reference_of_the_trainer_is_told_of(tmp_path, follows):
-    """As TRL's DPOTrainer has one, made before the callback converts the policy."""
-    trainer, _ = hf_trainer(tmp_path, steps=1)
-    dense = gpt2()
-    dense.load_state_dict(trainer.model.state_dict())
-    trainer.ref_model = dense
-    trainer.teacher = gpt2(width=64)  # of another shape: not compared
-    if follows:
-        sparse24.follow(trainer.ref_model, like=trainer.model)
+def trained_with_references(trainer) -> list[str]:
+    """What sparse24 warns of in a run of `trainer`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Sparse24Warning)
         trainer.train()
-    told = [str(w.message) for w in caught if "ref_model" in str(w.message)]
-    assert len(told) == (0 if follows else 1)
-    assert not any("teacher" in str(w.message) for w in caught)
+    return [str(w.message) for w in caught if issubclass(w.category, Sparse24Warning)]
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("references", ["follow", "keep"])
+def test_a_dense_reference_begins_as_the_model_does_unless_it_is_to_be_kept(tmp_path, references):
+    """As TRL's DPOTrainer has one, made before the callback converts the policy."""
+    trainer, _ = hf_trainer(tmp_path, steps=4, references=references)
+    policy = trainer.model
+    trainer.ref_model, start = gpt2(), copy.deepcopy(policy.state_dict())
+    trainer.ref_model.load_state_dict(start)
+    trainer.other_model = gpt2(width=64)  # of another shape: not compared
+    assert not any("_model" in told for told in trained_with_references(trainer))
+    if references == "keep":
+        assert not sparse_layers_of(trainer.ref_model)
+        return
+    begun = gpt2()
+    sparse24.sparsify(begun)
+    begun.load_state_dict(start)
+    x = tokens(2, 16)[0][None]
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.ref_model(x).logits, begun(x).logits)
+
+
+@pytest.mark.fault(79)
+def test_a_resumed_run_has_the_reference_that_it_began_with(tmp_path):
+    trainer, _ = hf_trainer(tmp_path, steps=8)
+    start = copy.deepcopy(trainer.model.state_dict())
+
+    def with_reference(trainer):
+        trainer.ref_model = gpt2()
+        trainer.ref_model.load_state_dict(start)
+        return trainer
+
+    trained_with_references(with_reference(trainer))
+    resumed, _ = hf_trainer(tmp_path, steps=8)
+    with_reference(resumed).train(resume_from_checkpoint=f"{tmp_path}/checkpoint-5")
+    x = tokens(2, 16)[0][None]
+    with torch.no_grad():
+        torch.testing.assert_close(resumed.ref_model(x).logits, trainer.ref_model(x).logits)
+
+
+@pytest.mark.fault(79)
+def test_another_dense_model_with_the_same_weights_is_told_of(tmp_path):
+    trainer, _ = hf_trainer(tmp_path, steps=1)
+    trainer.teacher = gpt2()
+    trainer.teacher.load_state_dict(trainer.model.state_dict())
+    told = trained_with_references(trainer)
+    assert any("trainer.teacher" in text for text in told) and not sparse_layers_of(trainer.teacher)
+
+
+def test_references_must_be_a_known_word():
+    with pytest.raises(Sparse24Error, match="references must be one of follow, keep, got 'dense'"):
+        Sparse24Callback(references="dense")

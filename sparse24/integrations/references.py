@@ -1,4 +1,8 @@
-"""Other models that a Trainer compares its model with: TRL's trainers make a reference before callbacks convert."""
+"""Other models that a Trainer compares its model with: TRL's trainers make a reference before callbacks convert.
+
+DPO means the policy as it begins, and its loss begins at ln 2: a `ref_model` with the policy's weights gets its masks.
+Any other model with these weights may be dense on purpose, such as a teacher, and is told of.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,28 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..convert import plain_name, sparse_layers, unwrap
-from ..errors import Sparse24Warning
+from ..convert import plain_name, refresh, sparse_layers, unwrap
+from ..errors import Sparse24Error, Sparse24Warning
+from ..layers.modules import SPARSE
+from ..recipe import follow
+
+REFERENCE = "ref_model"
 
 
-def tell_dense_references(model: nn.Module) -> None:
-    """Warn of models of the Trainer that calls this which have the weights of `model` and are dense."""
-    trainer = _calling_trainer()
-    for name, value in vars(trainer).items() if trainer is not None else ():
-        if isinstance(value, nn.Module) and unwrap(value) is not unwrap(model) and _is_dense_twin(value, model):
+def take_references(model: nn.Module, *, resumed: bool) -> bool:
+    """Make the `ref_model` of the Trainer that calls this 2:4 where it is a dense twin of `model`; warn of other twins.
+
+    resumed  it was one when the run began: by now the model's weights are others, and the masks those of the reference
+
+    Returns whether there is such a reference.
+    """
+    trainer, found = _calling_trainer(), False
+    for name, value in list(vars(trainer).items()) if trainer is not None else ():
+        if not isinstance(value, nn.Module) or unwrap(value) is unwrap(model):
+            continue
+        if name == REFERENCE and not sparse_layers(value) and (resumed or _is_dense_twin(value, model)):
+            found = _follow(value, model, resumed)
+        if _is_dense_twin(value, model):
             warnings.warn(
                 f"the {type(trainer).__name__} has a {name} with the weights of its model, and that is dense while the "
                 "model is 2:4: they do not begin as the same function, so that DPO's loss does not begin at ln 2. If "
@@ -25,6 +42,19 @@ def tell_dense_references(model: nn.Module) -> None:
                 Sparse24Warning,
                 stacklevel=2,
             )
+    return found
+
+
+def _follow(reference: nn.Module, model: nn.Module, resumed: bool) -> bool:
+    try:
+        follow(reference, like=model)
+    except Sparse24Error:  # a wrapped or quantised one, perhaps: told of where it is a twin
+        return False
+    if resumed:
+        for layer in sparse_layers(reference).values():
+            layer.enter(SPARSE)
+        refresh(reference, search=True)  # its weights are those in which the run's first masks were searched
+    return True
 
 
 def _calling_trainer() -> Trainer | None:

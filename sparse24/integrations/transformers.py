@@ -19,7 +19,7 @@ from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
 from ..layers.modules import DENSE
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
-from .references import tell_dense_references
+from .references import take_references
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, read_state, sparsify_once
 
@@ -43,6 +43,8 @@ class Sparse24Callback(TrainerCallback):
     override        resume although the checkpoint's recipe had other settings, such as fewer steps; these ones rule
     masks           "load": resume with the masks of the checkpoint. "search": find them in its weights, as after a
                     dense run, and count on from the Trainer's step
+    references      "follow": a dense `ref_model` of the Trainer with the weights of its model, as TRL's DPOTrainer has
+                    one, gets the masks that the model begins with. "keep": it stays dense
     settings        all others of `sparsify` (tokens, lean, ...) and of `Recipe` (decay, mask_interval, ...). The
                     Trainer gives dtype (what its fp16 or bf16 multiplies in) and micro_batches if they are left out
 
@@ -64,8 +66,12 @@ class Sparse24Callback(TrainerCallback):
         total_steps: int | None = None,
         override: bool = False,
         masks: str = "load",
+        references: str = "follow",
         **settings,
     ):
+        if references not in ("follow", "keep"):
+            raise Sparse24Error(f"references must be one of follow, keep, got {references!r}")
+        self.references, self._has_reference = references, False
         self.include, self.exclude, self.backend, self.total_steps = include, exclude, backend, total_steps
         self.override, self.masks = override, check_masks(masks)
         self.sparsify_settings, self.recipe_settings = split_settings(settings)
@@ -111,7 +117,9 @@ class Sparse24Callback(TrainerCallback):
         self.recipe = Recipe(model, optimizer, self.total_steps or state.max_steps, **settings)
         if state.global_step > 0:
             self._resume(args, state)
-        tell_dense_references(model)
+        if self.references == "follow":
+            resumed = bool((state.stateful_callbacks or {}).get(STATE_KEY, {}).get("reference"))
+            self._has_reference = take_references(model, resumed=resumed)
 
     def _resume(self, args, state) -> None:
         if self.masks == "search":
@@ -152,7 +160,7 @@ class Sparse24Callback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.recipe is not None and control.should_save:  # trainer_state.json is written before on_save
-            masks = {"masks": self.recipe.fingerprint()}
+            masks = {"masks": self.recipe.fingerprint(), "reference": self._has_reference}
             state.stateful_callbacks = (state.stateful_callbacks or {}) | {STATE_KEY: masks}
             _mark(model)
 
