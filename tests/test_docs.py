@@ -155,3 +155,14 @@ def test_every_kernel_page_is_in_the_index():
     folder = ROOT / "docs" / "kernels"
     index = (folder / "README.md").read_text(encoding="utf-8")
     assert [p.name for p in folder.glob("*.md") if p.name != "README.md" and f"({p.name})" not in index] == []
+
+
+def test_the_page_about_the_paper_names_files_and_tests_that_exist():
+    text = (ROOT / "docs/paper.md").read_text()
+    folders = (ROOT, ROOT / "sparse24", ROOT / "tests")
+    files = {name for name in re.findall(r"`([\w/.]+)`", text) if "/" in name or name.endswith(".py")}
+    missing = {name for name in files if not any((folder / name).exists() for folder in folders)}
+    tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+?)_?(?:\.\.\.)?`", text)
+    missing |= {name for name in named if f"def {name}" not in tests}
+    assert len(files) > 10 and len(named) > 5 and not missing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..convert import cost_float8
 from ..convert.cost_model import H100, Training, feed_forward
 from .metrics import Row
 from .settings import Settings
@@ -34,12 +35,17 @@ class LayerTime:
 def layer_time(s: Settings) -> LayerTime:
     hidden = round(REFERENCE_WIDTH * s.ffn_width / s.width / 64) * 64
     training = Training(REFERENCE_TOKENS, REFERENCE_CALLS, master_bytes=4, mvue=bool(s.mvue))
-    times = feed_forward(REFERENCE_WIDTH, hidden, s.model == "llama", training, H100)
-    size = f"a {REFERENCE_WIDTH} x {hidden} FFN, {REFERENCE_CALLS} x {REFERENCE_TOKENS} tokens a step"
+    layer = (REFERENCE_WIDTH, hidden, s.model == "llama")
+    times = feed_forward(*layer, training, H100)
+    ratio, kind = times.speedup, ""
+    if s.precision is not None:  # dense arms stay in 16 bits, so the 8-bit layer's time is held against theirs
+        ratio = times.dense_us / cost_float8.feed_forward(*layer, training.of(precision=s.precision), H100).sparse_us
+        kind = f", 2:4 in {s.precision}"
+    size = f"a {REFERENCE_WIDTH} x {hidden} FFN, {REFERENCE_CALLS} x {REFERENCE_TOKENS} tokens a step{kind}"
     source = f"estimate for an H100, {size}"
     if s.time_ratio is not None:
         source = f"{size}, 2:4 at {s.time_ratio:g}x as --time-ratio says"
-    return LayerTime(times.dense_us / 1e3, s.time_ratio or times.speedup, source)
+    return LayerTime(times.dense_us / 1e3, s.time_ratio or ratio, source)
 
 
 def run_ratio(s: Settings) -> float:

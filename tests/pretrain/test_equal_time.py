@@ -54,6 +54,16 @@ def test_the_cost_models_ratio_is_that_of_the_named_layer():
     assert equal_time.layer_time(s).ratio == 1.5 and "--time-ratio" in equal_time.layer_time(s).source
 
 
+def test_eight_bits_pay_for_more_width_against_the_same_dense_arm():
+    plain = resolve(Settings(device="cpu", width=768, heads=12))
+    arms = [plain, *(dataclasses.replace(plain, precision=precision) for precision in ("fp8-hybrid", "fp8"))]
+    times = [equal_time.layer_time(s) for s in arms]
+    assert times[0].ratio < times[1].ratio < times[2].ratio and len({time.dense_ms for time in times}) == 1
+    wide = [equal_time.ffn_width(s, "wide") for s in arms]
+    assert wide[0] < wide[1] < wide[2] and "2:4 in fp8" in times[2].source and "2:4" not in times[0].source
+    assert equal_time.layer_time(dataclasses.replace(arms[2], time_ratio=2.0)).ratio == 2.0
+
+
 def test_measured_time_counts_steps_that_were_not_timed_as_the_others():
     some = rows(4, 4, 100.0)
     some[1]["step_ms"] = None  # the first of a process is not timed
