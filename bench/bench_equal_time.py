@@ -1,8 +1,8 @@
 """How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
 
-The dense layer, dense ones of less width, and 2:4 ones of more, forward and backward, in one loop on a hot chip. The
-2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn. The width of equal time lies on the
-line between the two widths measured around it.
+The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits and in FP8, forward and backward, in one
+loop on a hot chip. Dense is bf16. The 2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn.
+The width of equal time lies on the line between the two widths measured around it.
 
     python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES]
 """
@@ -13,6 +13,7 @@ import torch
 
 from bench.common import arguments, chosen, header, open_table, time_hot
 from sparse24.benchmark import suite
+from sparse24.benchmark.float8_suite import PRECISIONS
 from sparse24.benchmark.models import ModelShape
 from sparse24.benchmark.step import Arm, between_us, feed_forward_arm
 
@@ -21,30 +22,35 @@ LAYERS = [
     suite.ffn_shape("4096 x 16384", 16384, 4096, 16384, gated=False),
     suite.ffn_shape("llama-8B", 16384, 4096, 14336),
 ]
-NARROW, WIDE = (0.5, 0.625, 0.75), (1.25, 1.5, 1.75)
+NARROW = (0.5, 0.625, 0.75)
+#: side -> widths of its layers beside 1
+WIDE = {"2:4": (1.25, 1.5, 1.75), "fp8-hybrid": (1.75, 2.0, 2.25), "fp8": (2.0, 2.25, 2.5)}
 COLUMNS = ["layer", "side", "width", "us", "of dense"]
 
 
-def arm_of(shape: ModelShape, width: float, *, sparse: bool) -> Arm:
-    shape = shape.of(d_ff=round(shape.d_ff * width / 128) * 128)
-    return feed_forward_arm(shape, sparse=sparse, master=torch.bfloat16, compiled=not sparse, one_gate=True)
+def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
+    shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side in PRECISIONS
+    settings = dict(sparse=sparse, compiled=not sparse, precision=PRECISIONS.get(side))
+    return feed_forward_arm(shape, master=torch.bfloat16, one_gate=True, **settings)
 
 
 def measure(shape: ModelShape) -> dict[tuple[str, float], float]:
     """Microseconds of an optimizer step with one micro-batch, by side and width."""
     suite.fresh()
-    arms = {("dense", width): arm_of(shape, width, sparse=False) for width in (1.0, *NARROW)}
-    arms |= {("2:4", width): arm_of(shape, width, sparse=True) for width in (1.0, *WIDE)}
+    keys = [("dense", width) for width in (1.0, *NARROW)]
+    keys += [(side, width) for side, widths in WIDE.items() for width in (1.0, *widths)]
+    arms = {(side, width): arm_of(shape, width, side) for side, width in keys}
     calls = {}
     for key, arm in arms.items():
         arm.micro_batch()
         calls[key] = arm.micro_batch
-        if key[0] == "2:4":
+        if arm.layers:
+            arm.repack()  # 8-bit scales are known from here on, as after a step
             calls |= {(key, part): getattr(arm, part) for part in ("repack", "search", "decay")}
     times = time_hot(calls, rounds=12, warm_seconds=2.0, calls=2)
     steps = {}
     for key in arms:
-        added = {part: times[key, part] for part in ("repack", "search", "decay")} if key[0] == "2:4" else None
+        added = {part: times[key, part] for part in ("repack", "search", "decay")} if arms[key].layers else None
         steps[key] = times[key] + (between_us(added) if added else 0.0)
     return steps
 
@@ -67,9 +73,12 @@ def main() -> None:
         dense = steps["dense", 1.0]
         for (side, width), us in steps.items():
             table.add(shape.name, side, width, us, us / dense)
-        wide = equal_width([(w, us) for (side, w), us in steps.items() if side == "2:4"], dense)
-        narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps["2:4", 1.0])
-        print(f"# {shape.name}: in dense's time 2:4 is {wide:.2f} as wide; in the time of 2:4 dense is {narrow:.2f}")
+        for kind in WIDE:
+            wide = equal_width([(w, us) for (side, w), us in steps.items() if side == kind], dense)
+            narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps[kind, 1.0])
+            print(
+                f"# {shape.name}, {kind}: {wide:.2f} as wide in dense's time; dense is {narrow:.2f} as wide in its time"
+            )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from bench import bench_step, common
+from bench import bench_equal_time, bench_step, common
 from sparse24.benchmark import models, suite, timing
 
 SMALL = [("gpt2-small", 64, 64, 128)]
@@ -166,3 +166,16 @@ def test_options_of_the_shared_parser_reach_the_table(tmp_path):
     table = common.open_table(args, "t", ["a", "b"], key=2)
     assert (table.folder, table.append, table.key) == (tmp_path, True, 2)
     assert common.open_table(timing.arguments("").parse_args([]), "t", ["a"]).folder is None
+
+
+def test_equal_time_measures_dense_and_each_kind_of_sparse_layer(monkeypatch):
+    arm = bench_equal_time.feed_forward_arm
+    on_cpu = lambda shape, **settings: arm(shape, **settings | dict(compiled=False, device="cpu"))  # noqa: E731
+    monkeypatch.setattr(bench_equal_time, "feed_forward_arm", on_cpu)
+    monkeypatch.setattr(bench_equal_time, "time_hot", call_each)
+    steps = bench_equal_time.measure(suite.ffn_shape("small", 64, 64, 256, gated=False))
+    assert {side for side, _ in steps} == {"dense", "2:4", "fp8-hybrid", "fp8"} and len(steps) == 16
+    assert all(
+        us == (10 if side == "dense" else 30) for (side, _), us in steps.items()
+    )  # re-packing and decay: 10 each
+    assert bench_equal_time.equal_width([(1.0, 10), (2.0, 30)], 15) == 1.25
