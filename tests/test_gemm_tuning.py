@@ -100,6 +100,17 @@ def test_the_cache_is_read_again_by_another_process(tuner):
     assert [p.name for p in tuner.parent.iterdir()] == ["gemm.json"]  # no scratch file stays
 
 
+def test_kernels_of_another_gpu_are_tuned_apart(monkeypatch):
+    gpu = type("Properties", (), {"name": "H200", "multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    keys = set()
+    for asked in ("", "sm80", "sm86"):
+        monkeypatch.setenv("SPARSE24_ARCH", asked)
+        keys.add(gemm_tuning.device_key.__wrapped__(0))
+    monkeypatch.delenv("SPARSE24_ARCH")
+    assert gemm_tuning.device_key.__wrapped__(0) in keys and len(keys) == 3
+
+
 def test_configs_that_this_build_does_not_have_are_not_used(tuner):
     gemm_tuning.remember(KEY, 99, 0)
     assert gemm_tuning.tuned_config(KEY, 0) == 0

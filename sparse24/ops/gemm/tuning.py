@@ -125,11 +125,15 @@ def cache_file() -> Path | None:
 
 @cache
 def device_key(index: int) -> str:
-    """What a measurement is good for: the GPU, its multiprocessors, these kernels, this version and CUDA's."""
+    """What a measurement is good for: the GPU, its multiprocessors, these kernels, this version and CUDA's.
+
+    A GPU that runs the kernels of another (SPARSE24_ARCH) is another GPU: codes of configs count other tables.
+    """
     properties = torch.cuda.get_device_properties(index)
+    asked = os.environ.get("SPARSE24_ARCH", "")
     return (
         f"{properties.name}, {properties.multi_processor_count} SMs, sparse24 {__version__}, kernels {KERNELS}, "
-        f"CUDA {torch.version.cuda}"
+        f"CUDA {torch.version.cuda}{', as ' if asked else ''}{asked}"
     )
 
 
