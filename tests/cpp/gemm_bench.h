@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "gemm/sparse_gemm.h"
@@ -58,6 +59,15 @@ class BenchProduct {
     args_.workspace = workspace_->get();
   }
   void run() const { gemm::run(args_, 0, nullptr); }
+
+  std::vector<int64_t> configs() const { return gemm::configs(args_, 0); }
+  std::string config_text() const { return gemm::config_text(args_, 0); }
+  /// From here on; 0: the library's choice.
+  void use(int64_t config) {
+    args_.config = config;
+    workspace_ = std::make_unique<Buffer>(gemm::workspace_bytes(args_, 0));
+    args_.workspace = workspace_->get();
+  }
 
   /// Milliseconds of `runs` launches.
   float time(int runs) const {

@@ -278,5 +278,5 @@ int main(int count, char** arguments) {
                         {"every_config", test_every_config},
                         {"repeats", test_repeats},
                         {"bench", bench_llama, true}},
-                       count, arguments);
+                       count, arguments, true);
 }

@@ -199,6 +199,12 @@ void test_refusals() {
   };
   if (const std::string reason = unsupported(good); !reason.empty())
     fail("good arguments refused: ", reason);
+  if (!has_kernels(&gemm::arch_on(0), true)) {
+    SparseGemmArgs float8 = good;
+    float8.lhs.format = DType::kFloat8E4M3;
+    if (unsupported(float8).find("products of 8 bits need a Hopper GPU") == std::string::npos)
+      fail("products of 8 bits are not refused with the reason: ", unsupported(float8));
+  }
   for (const auto& [name, change] : broken) {
     ++cases;
     SparseGemmArgs bad = good;

@@ -2,7 +2,7 @@
 // sm_80 and cuBLAS' dense product, on the same GPU, bf16, in turn on a hot chip. One program a pass
 // (CMake: gemm_sm80_bench_0 forward, _1 grad_input, _2 grad_weight), as CUTLASS compiles slowly.
 //
-//   SPARSE24_ARCH=sm80 build/gemm_sm80_bench_0
+//   SPARSE24_ARCH=sm80 build/gemm_sm80_bench_0 [configs]    `configs`: tries all, too
 //
 // CUTLASS' E has an order of its own and is filled with random positions: times alone are compared.
 // It writes row-major outputs, which costs the same. cuBLAS is looked up at run time, and left out
@@ -130,7 +130,25 @@ float time_of(const Contestant& c, int runs) {
   return ms / static_cast<float>(runs);
 }
 
-void compare(int m, int n, int k) {
+/// Of all that a tuner may try.
+void print_best_config(int m, int n, int k) {
+  BenchProduct product({kPass, m, n, k, false}, Accumulation::kAuto);
+  const std::string chosen = product.config_text();
+  float best = 0;
+  std::string text;
+  for (const int64_t config : product.configs()) {
+    product.use(config);
+    product.time(3);
+    std::vector<float> times;
+    for (int round = 0; round < 5; ++round) times.push_back(product.time(3) / 3);
+    std::sort(times.begin(), times.end());
+    const float tflops = 2e-9f * m * n * k / times[2];
+    if (tflops > best) best = tflops, text = product.config_text();
+  }
+  std::printf("  chosen %s\n  best   %s, %.0f TFLOP/s\n", chosen.c_str(), text.c_str(), best);
+}
+
+void compare(int m, int n, int k, bool all_configs) {
   constexpr int kRounds = 9, kRuns = 3;
   std::vector<Contestant> all;
   all.push_back(ours(m, n, k));
@@ -152,21 +170,23 @@ void compare(int m, int n, int k) {
     if (i > 0 && i <= 3) best = std::max(best, tflops);
   }
   std::printf("  sparse24 over CUTLASS' best  %6.2f\n", mine / best);
+  if (all_configs) print_best_config(m, n, k);
   std::fflush(stdout);
 }
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  const bool all_configs = count > 1 && std::string(arguments[1]) == "configs";
   cudaDeviceProp properties;
   SP24_CHECK_CUDA(cudaGetDeviceProperties(&properties, 0));
   std::printf("%s of bf16 on %s by kernels for %s\n", gemm::name_of(kPass), properties.name,
               gemm::arch_on(0).name);
-  const auto of_layer = [](int tokens, int in_features, int out_features) {
+  const auto of_layer = [&](int tokens, int in_features, int out_features) {
     switch (kPass) {
-      case GemmPass::kForward: return compare(out_features, tokens, in_features);
-      case GemmPass::kGradInput: return compare(in_features, tokens, out_features);
-      default: return compare(out_features, in_features, tokens);
+      case GemmPass::kForward: return compare(out_features, tokens, in_features, all_configs);
+      case GemmPass::kGradInput: return compare(in_features, tokens, out_features, all_configs);
+      default: return compare(out_features, in_features, tokens, all_configs);
     }
   };
   of_layer(8192, 4096, 11008);

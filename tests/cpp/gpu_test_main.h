@@ -22,7 +22,16 @@ struct NamedTest {
   bool only_by_name = false;  // not part of a run of all
 };
 
-inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** arguments) {
+inline bool has_kernels(const gemm::GemmArch* arch, bool of_8_bits) {
+  return arch != nullptr && std::any_of(arch->kernels, arch->kernels + arch->count,
+                                        [&](const gemm::KernelEntry& entry) {
+                                          return is_float8(entry.format) || !of_8_bits;
+                                        });
+}
+
+/// of_8_bits: the tests are of products that only some architectures have.
+inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** arguments,
+                         bool of_8_bits = false) {
   int devices = 0;
   cudaDeviceProp properties;
   if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0 ||
@@ -37,8 +46,9 @@ inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** 
     std::printf("%s\n", error.what());
     return 1;
   }
-  if (gemm::arch_of(gpu) == nullptr) {
-    std::printf("skipped: %s\n", gemm::no_arch_reason(gpu).c_str());
+  if (!has_kernels(gemm::arch_of(gpu), of_8_bits)) {
+    std::printf("skipped: %s%s\n", of_8_bits ? "products of 8 bits need a Hopper GPU; " : "",
+                gemm::no_arch_reason(gpu).c_str());
     return 77;
   }
   int ran = 0;
