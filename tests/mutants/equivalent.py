@@ -1,0 +1,21 @@
+"""Faults that change nothing that a user could see, each with the reason: they are not tried and not counted.
+
+(file, part of the fault's description as the runner prints it): reason. A fault that no CPU can see says so.
+"""
+
+EQUIVALENT: dict[tuple[str, str], str] = {}
+
+#: of those that are tried, the share that tests must see
+ENOUGH = 0.95
+
+
+def why_equivalent(file: str, what: str) -> str | None:
+    """The reason for which nobody could see this fault, or None."""
+    return next((why for (of, part), why in EQUIVALENT.items() if of == file and part in what), None)
+
+
+def verdict(killed: int, survived: int) -> bool:
+    """Prints the share and tells whether it is enough."""
+    share = killed / max(1, killed + survived)
+    print(f"{killed} of {killed + survived} killed: {100 * share:.1f} %, {survived} survived")
+    return share >= ENOUGH
