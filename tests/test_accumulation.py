@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import ANOTHER_ORDER
 from test_feedforward import Gated, Plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -64,7 +65,7 @@ def test_sums_are_those_of_autograd_and_made_by_the_product(make, width, shapes,
         p.grad = None
     monkeypatch.setattr(accumulation, "_nobody_watches", lambda leaf: False)
     for ours, autograds in zip(sums, train(module, width), strict=True):
-        torch.testing.assert_close(ours, autograds, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, autograds, **ANOTHER_ORDER)
 
 
 def test_a_gradient_stays_where_it_is():
@@ -192,7 +193,7 @@ def test_gradients_in_one_flat_buffer_are_added_to_where_they_lie(added, places)
     module.gate_proj.mvue = module.up_proj.mvue = module.down_proj.mvue = False
     train(module, 32, 1)
     for p, gradient in zip(module.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, gradient + 3, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(p.grad, gradient + 3, **ANOTHER_ORDER)
     assert (flat[rest] == 3).all()
 
 

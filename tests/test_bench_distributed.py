@@ -46,7 +46,9 @@ def test_two_ranks_time_all_arms_and_write_one_csv(tmp_path):
     for row in rows:
         assert row["model"] == "tiny 2 layers" and row["gpus"] == "2" and row["steps"] == "4"
         assert float(row["step_ms"]) > 0 and row["exposed_ms"] == row["MFU"] == row["power W"] == "nan"
+        # two numbers of three or four digits each: half a unit of either
         assert float(row["tokens/s a GPU"]) == pytest.approx(128e3 / float(row["step_ms"]), rel=2e-3)
+        # the same
         assert float(row["speedup"]) == pytest.approx(float(rows[0]["step_ms"]) / float(row["step_ms"]), rel=2e-3)
         assert float(row["gathered MB"]) > 0 and float(row["reduced MB"]) > 0
 
@@ -103,6 +105,7 @@ def test_the_llama_of_8_billion_weights_has_them():
     shape = MODELS["llama-8B"]
     attention = 2 * 4096**2 + 2 * 4096 * 1024
     weights = 32 * (attention + 3 * 4096 * 14336) + 2 * 128256 * 4096
+    # published as 8.03 billion: half a unit of the last digit is less than a thousandth
     assert weights == pytest.approx(8.03e9, rel=1e-3) and Plan().shape() == shape
     assert Plan(layers=8, tokens=16384).shape() == shape.of(layers=8, batch=2)
 

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tiny_models import MLP
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP
@@ -326,7 +329,9 @@ def truncate(path):
     ],
 )
 def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_path):
-    path = save_checkpoint(tmp_path, *make())
+    objects = make()
+    run(*objects[:2], 0, 2)  # so that the optimizer that is loaded has moments, others than those below
+    path = save_checkpoint(tmp_path, *objects)
     damage(path)
     model, optimizer, recipe = make(seed=1)
     run(model, optimizer, 0, 3)
@@ -335,8 +340,23 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_pat
         load_checkpoint(tmp_path, model, optimizer, recipe)
     assert_same(model, before)
     assert recipe.step == 3 and torch.equal(rng, torch.get_rng_state())
+    assert optimizer.state_dict()["state"].keys() == moments["state"].keys()
     for key, state in optimizer.state_dict()["state"].items():
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments["state"][key][k])) for k, v in state.items())
+
+
+def test_sharded_weights_are_refused_at_both_ends(tmp_path):
+    model, optimizer, recipe = make()
+    path = save_checkpoint(tmp_path, model, optimizer, recipe)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = fully_shard(MLP(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(Sparse24Error, match="sharded .FSDP2.: save them by torch.distributed.checkpoint"):
+            save_checkpoint(tmp_path / "other", sharded, optimizer, recipe)
+        with pytest.raises(Sparse24Error, match="sharded .FSDP2.: save them by torch.distributed.checkpoint"):
+            load_checkpoint(path, sharded, optimizer, recipe)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.fault(45)

@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from rounding import MANY_SUMS
 from tiny_models import MLP, VOCAB, from_config, gpt2, llama, tokens
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -100,7 +101,7 @@ def test_converted_model_is_the_model_with_masked_weights(make):
         mask = bits[name] if isinstance(layer, nn.Linear) else bits[name].t()
         with torch.no_grad():
             layer.weight.mul_(mask)
-    torch.testing.assert_close(model(input_ids=ids).logits, sparse, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model(input_ids=ids).logits, sparse, **MANY_SUMS)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -477,6 +478,22 @@ def test_the_decision_knows_the_gpu(h200):
         _, reason = choose(on_gpu(11008, 4096), "auto", training, (4096, 11008, True))
         speedups.append(float(re.search(r"estimated (\d\.\d\d)x", reason)[1]))
     assert speedups == sorted(speedups, reverse=True) and speedups[0] > speedups[-1]
+
+
+def test_a_part_of_a_tensor_parallel_block_is_judged_by_its_own_width(h200, monkeypatch):
+    choose, training = sparse24.convert.choose_function, sparse24.convert.cost_model.Training(8192)
+    cut = type("Cut", (), {"parts": 2, "dim": 0})()
+    monkeypatch.setattr(sparse24.convert.choice.tensor_parallel, "cut_of", lambda module: cut)
+    assert "layer of 4096 x 5504 at" in choose(on_gpu(11008, 4096), "auto", training, (4096, 11008, True))[1]
+    assert "layer of 5504 x 4096 at" in choose(on_gpu(11008, 4096), "auto", training)[1], "a layer without a block"
+
+
+@pytest.mark.parametrize(
+    "make, sizes", [(gpt2, (32, 128, False)), (llama, (32, 64, True)), (lambda: nn.Sequential(MLP()), (16, 32, False))]
+)
+def test_a_block_knows_its_sizes_and_whether_it_is_gated(make, sizes):
+    model = make()
+    assert [block.sizes(model) for block in sparse24.convert.structure.find_feed_forwards(model)][0] == sizes
 
 
 def test_whole_blocks_are_converted_or_none_of_their_layers(h200):

@@ -1,6 +1,7 @@
 """The estimate that decides which layers train 2:4: pure numbers, held against what was measured."""
 
 import csv
+import statistics
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,12 @@ def test_shared_last_rounds_cost_less_than_whole_ones():
     assert cost_model.waves(128 * 132 + 256, 256, 256, rates) == (2.0, 2.0)  # nothing to share in a short loop
 
 
+def assert_mean(constant, measured):
+    """Within two standard errors of the mean of what was measured, of shapes that differ."""
+    error = statistics.stdev(measured) / len(measured) ** 0.5
+    assert abs(constant - statistics.mean(measured)) <= 2 * error, measured
+
+
 def test_what_epilogues_add_is_what_was_measured_on_an_h100():
     shapes = SHAPES.items()
     elements = {name: tokens * d_ff for name, (tokens, _, d_ff, _) in shapes}
@@ -139,13 +146,13 @@ def test_what_epilogues_add_is_what_was_measured_on_an_h100():
         1e6 * (float(row["fused product_us"]) - float(row["product_us"])) / elements[row["shape"]]
         for row in rows("epilogue", "h100")
     ]
-    assert cost_model.H100.activation_us == pytest.approx(sum(added) / len(added), rel=0.15), added
+    assert_mean(cost_model.H100.activation_us, added)
     weights = {name: d_model * d_ff * (2 if gated else 1) for name, (_, d_model, d_ff, gated) in shapes}
     added = [
         1e6 * (float(row["accumulate_us"]) - float(row["product_us"])) / weights[row["shape"]]
         for row in rows("grad_weight", "h100")
     ]
-    assert cost_model.H100.accumulation_us == pytest.approx(sum(added) / len(added), rel=0.25), added
+    assert_mean(cost_model.H100.accumulation_us, added)
 
 
 @pytest.mark.parametrize("folder", DEVICES)
@@ -195,6 +202,7 @@ MEASURED_FP8_DENSE = {  # d_model, d_ff, tokens: ms of torchao's tensorwise laye
 def test_fp8_dense_layers_are_estimated_as_they_were_measured(size):
     d_model, d_ff, tokens = size
     estimated = cost_float8.feed_forward(d_model, d_ff, True, Training(tokens, precision="fp8")).dense_us / 1e3
+    # 2:4 gains a half over FP8 dense here, so an estimate that is off by a tenth decides the same
     assert estimated == pytest.approx(MEASURED_FP8_DENSE[size], rel=0.1)
 
 

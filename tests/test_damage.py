@@ -50,7 +50,7 @@ def fresh():
         assert_same(model, before)
         assert recipe.step == 3
         state = optimizer.state_dict()
-        assert state["param_groups"] == moments["param_groups"]
+        assert state["param_groups"] == moments["param_groups"] and state["state"].keys() == moments["state"].keys()
         for key, values in state["state"].items():
             assert all(torch.equal(value, moments["state"][key][name]) for name, value in values.items())
 

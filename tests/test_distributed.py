@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+from rounding import MANY_SUMS
 from tiny_models import MLP
 from torch import nn
 
@@ -120,7 +121,7 @@ def test_ddp_equals_the_single_process_run(on_two_ranks, decay_in):
     alone = numbers(single_process())
     assert first["mask"] == alone["mask"]
     for name in ("fc1.weight", "fc2.weight", "fc1.bias"):
-        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(alone[name]), **MANY_SUMS)
 
 
 def _noise(rank):
@@ -239,7 +240,7 @@ def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, decay_in,
     recipe = train(model, Recipe(model, optimizer, mvue=False, **SETTINGS), optimizer, lambda x: x[:, :width])
     assert masks == {name: mask.tolist() for name, mask in recipe.state_dict()["masks"].items()}
     for name, weight in model.named_parameters():
-        torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), **MANY_SUMS)
 
 
 @pytest.mark.fault(67)
@@ -407,7 +408,7 @@ def assert_close_outcomes(ours, theirs):
     (weights, masks, flips), (other_weights, other_masks, other_flips) = ours, theirs
     assert masks == other_masks and flips == other_flips
     for name, weight in weights.items():
-        torch.testing.assert_close(torch.tensor(weight), torch.tensor(other_weights[name]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(weight), torch.tensor(other_weights[name]), **MANY_SUMS)
 
 
 @pytest.mark.fault(63)

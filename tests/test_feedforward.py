@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from rounding import MANY_SUMS, ROUNDED_TO_16
 from tiny_models import MLP, VOCAB, from_config, gpt2, llama, tokens
 from torch import nn
 
@@ -78,7 +79,7 @@ def test_fused_block_computes_what_its_layers_do(name, autocast):
             y = block(inputs)
         y.backward(dy.to(y.dtype))
         results.append([y.detach().float(), inputs.grad, *(p.grad for p in block.parameters())])
-    tolerance = dict(rtol=3e-2, atol=3e-2) if autocast else dict(rtol=1e-4, atol=1e-5)
+    tolerance = ROUNDED_TO_16 if autocast else MANY_SUMS
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, **tolerance)
 
@@ -130,7 +131,7 @@ def test_whatever_changes_a_weight_changes_the_fused_form(change):
     changed = changed if isinstance(changed, FusedFeedForward) else block
     assert sparse24.verify(changed), str(sparse24.verify(changed))
     x = torch.randn(4, 32)
-    torch.testing.assert_close(changed(x), Gated.forward(changed, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(changed(x), Gated.forward(changed, x), **MANY_SUMS)
     if changed is not block:
         before = block.packed.clone()
         changed.gate_proj.reset_parameters()
@@ -162,7 +163,7 @@ def test_training_with_and_without_fusion_agrees(make):
             optimizer.zero_grad()
             losses[-1].append(loss.item())
         assert sparse24.verify(model)
-    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(*losses, **MANY_SUMS)
 
 
 def test_hooks_adapters_and_the_dense_phase_take_the_blocks_own_forward(monkeypatch):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import MANY_SUMS
 from tiny_models import MLP, gpt2, llama, tokens
 from torch import nn
 
@@ -101,7 +102,7 @@ def test_trainers_accumulation_shares_the_decay_in_backward(tmp_path):
         trainer.train()
         assert callback.recipe.micro_batches == 2
         weights.append(trainer.model.get_submodule(callback.report.converted[0]).weight.detach())
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*weights, **MANY_SUMS)
 
 
 @pytest.mark.fault(61)
@@ -448,7 +449,7 @@ def test_lightnings_accumulation_shares_the_decay_in_backward(tmp_path):
         module, callback, _ = fit(tmp_path / decay_in, 2, accumulate=2, gradient_clip_val=None, **settings)
         assert callback.recipe.micro_batches == 2 and callback.recipe.step == 2
         weights.append(module.net.fc1.weight.detach())
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*weights, **MANY_SUMS)
 
 
 @pytest.mark.fault(61)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rounding import ORDER
 from tiny_models import MLP
 from torch import nn
 
@@ -105,7 +106,7 @@ def average_of(kind):
 def test_an_average_is_validated_under_the_models_masks_and_phase(tmp_path, kind, first):
     module, callback, expected, losses = run(tmp_path, average_of(kind), first)
     assert callback.recipe.step == STEPS and len(losses) == STEPS
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=ORDER)
     assert sparse24.verify(module)
 
 
@@ -129,11 +130,11 @@ def test_averaging_changes_nothing_of_the_training_itself(tmp_path, kind, first)
 def test_the_module_ends_as_the_average_under_its_masks_and_so_does_its_checkpoint(tmp_path, first):
     module, callback, expected, _ = run(tmp_path, WeightAveraging(avg_fn=_half), first, dense_fraction=0)
     loss = sum(module.loss(batch).item() for batch in loader(1)) / len(loader(1))
-    assert loss == pytest.approx(expected[-1], rel=1e-5) and sparse24.verify(module)
+    assert loss == pytest.approx(expected[-1], rel=ORDER) and sparse24.verify(module)
     fresh = Regression()
     trainer = trainer_of(tmp_path, callback_of(mask_interval=3))
     result = trainer.test(fresh, loader(1), ckpt_path=tmp_path / "step=10.ckpt", verbose=False)
-    assert result[0]["loss"] == pytest.approx(expected[9], rel=1e-5)
+    assert result[0]["loss"] == pytest.approx(expected[9], rel=ORDER)
 
 
 def _half(average, now, count):

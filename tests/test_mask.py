@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import ANOTHER_ORDER
 
 from sparse24 import Sparse24DtypeError, Sparse24Error, ops, reference
 from sparse24.testing import assert_same_bits, column_major
@@ -56,6 +57,7 @@ def test_no_pattern_keeps_more_than_the_mask_on_normal_weights(device):
     assert_optimal(w, mask)
     assert ops.is_transposable(mask)
     share = (kept_magnitude(w, mask).sum() / w.abs().double().sum()).item()
+    # 32,768 blocks, whose shares spread by 0.05, know the mean to 0.0003: seven times that
     assert share == pytest.approx(0.7025, abs=0.002)
 
 
@@ -187,7 +189,7 @@ def test_mask_flips_counts_changed_elements(device):
 def test_mask_gap_equals_the_reference(device):
     w = torch.randn(132, 260)
     gap = ops.mask_gap(w.to(device)).cpu()
-    torch.testing.assert_close(gap, reference.mask_gap(w), rtol=0, atol=1e-5)
+    torch.testing.assert_close(gap, reference.mask_gap(w), **ANOTHER_ORDER)
     assert gap.mean().item() == pytest.approx(0.252, abs=0.02)  # sigma = 1
 
 

@@ -106,6 +106,7 @@ def test_gap_quantiles_are_those_of_all_blocks_or_of_a_fair_sample():
     sample = gap_sample(weights, most=gaps.numel() // 8)
     assert gaps.numel() / 8.5 < sample.numel() < gaps.numel() / 7.5
     places = [(gaps <= value).float().mean().item() for value in gap_quantiles(weights, gaps.numel() // 8).values()]
+    # a share of 1,900 blocks is known to 0.0115: three and a half standard errors
     assert places == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
 
 

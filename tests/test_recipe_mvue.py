@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from rounding import MANY_SUMS
 from tiny_models import MLP, gpt2, tokens
 from tiny_recipes import make, run
 from torch.utils.checkpoint import checkpoint
@@ -82,7 +83,7 @@ def test_the_method_keeps_the_function_of_a_pretrained_model():
             cosine = F.cosine_similarity(mine.grad.flatten(), theirs.grad.flatten(), dim=0)
             assert 0.5 < cosine < 0.999
         else:
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(mine.grad, theirs.grad, **MANY_SUMS)
     assert recipe.current_decay == 0 and recipe.phase == "dense"
 
 
@@ -122,8 +123,10 @@ def test_a_method_with_masks_after_it_prunes_no_dense_gradients():
 def test_relative_variance_is_that_of_the_draws():
     torch.manual_seed(0)
     normal = torch.randn(4096, 64)
+    # of 262,144 normal values known to 0.0012; the numbers have two digits
     assert relative_variance(normal) == pytest.approx(0.47, abs=0.01)
-    assert relative_variance(F.gelu(normal)) == pytest.approx(0.18, abs=0.02)
+    # the same
+    assert relative_variance(F.gelu(normal)) == pytest.approx(0.18, abs=0.01)
     sparse = torch.tensor([[1.0, 0.0, -2.0, 0.0]]).t()
     assert relative_variance(sparse) == 0 and relative_variance(torch.zeros(8, 2)) == 0
     for a in (torch.randn(8, 3), torch.tensor([[10.0, 1.0, 2.0, 0.5]]).t()):
@@ -133,6 +136,7 @@ def test_relative_variance_is_that_of_the_draws():
             packed, E = sparse24.ops.mvue_compress(a, seed)
             kept = sparse24.ops.decompress(packed, E, 2 * packed.shape[0], a.shape[1], transposed=True)
             total += (kept[: a.shape[0]] - a).square().sum()
+        # the error of a draw squared spreads by as much as its mean: 4,000 draws know it to 1.6 %, here six times that
         assert relative_variance(a) == pytest.approx(float(total / 4000 / a.square().sum()), rel=0.1)
 
 

@@ -6,6 +6,7 @@ replaced; on the GPU with its kernels.
 
 import pytest
 import torch
+from rounding import ROUNDED_TO_16
 from safetensors.torch import load_file
 from tiny_models import MLP, gpt2, tokens
 from torch import nn
@@ -242,4 +243,4 @@ def test_float32_master_weights_convert_to_the_packed_dtype_under_autocast():
         expected = model(x)
         to_semi_structured(model)
         assert model.fc1.weight.dtype == torch.bfloat16
-        torch.testing.assert_close(model(x), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(model(x), expected, **ROUNDED_TO_16)

@@ -29,6 +29,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from plain_twin import LAYERS, Plan, Twin, as_good, make_net
+from rounding import MANY_SUMS
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -56,7 +57,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 def assert_close(ours, expected) -> None:
     """As torch.testing.assert_close, which takes longer than what it compares. Where the twin has NaN, so have we."""
-    tolerances = dict(rtol=1e-4, atol=1e-5, equal_nan=True)
+    tolerances = MANY_SUMS | dict(equal_nan=True)
     if ours.dtype != expected.dtype or ours.shape != expected.shape or not torch.allclose(ours, expected, **tolerances):
         torch.testing.assert_close(ours, expected, **tolerances)
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from rounding import MANY_SUMS
 from tiny_models import MLP
 
 import sparse24
@@ -119,8 +120,8 @@ def test_micro_batches_are_one_batch():
         for split in (None, lambda x: x.chunk(4))
     ]
     for whole, parts in zip(*results, strict=True):
-        assert parts.flip_rate == pytest.approx(whole.flip_rate, rel=0.02)
-        assert parts.loss == pytest.approx(whole.loss, rel=1e-3)
+        assert parts.flip_rate == whole.flip_rate
+        assert parts.loss == pytest.approx(whole.loss, rel=MANY_SUMS["rtol"])
 
 
 @pytest.mark.fault(58)
