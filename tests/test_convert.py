@@ -404,7 +404,7 @@ def test_pytorchs_encoder_layer_does_not_bypass_the_sparse_layers():
 def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_forced(monkeypatch):
     """The reason is told, and only backend='sparse' makes it an error."""
     monkeypatch.setattr(
-        sparse24.convert.convert, "_why_unavailable", lambda model: "no 2:4 products on cuda:0: sm_75 is too old"
+        sparse24.convert.convert, "_why_unavailable", lambda *asked: "no 2:4 products on cuda:0: sm_75 is too old"
     )
     model = MLP()
     with pytest.warns(Sparse24Warning, match="left the model dense.*sm_75"):
@@ -412,6 +412,20 @@ def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_for
     assert not report and [s.name for s in report.skipped] == ["fc1", "fc2"]
     with pytest.raises(Sparse24Error, match="sm_75"):
         sparse24.sparsify(model, backend="sparse")
+
+
+@pytest.mark.fault(99)
+def test_a_gpu_without_8_bit_products_leaves_models_dense_and_says_what_else_there_is(monkeypatch):
+    model = MLP()
+    on_gpu = [type("OnGpu", (), {"device": torch.device("cuda:0")})()]
+    monkeypatch.setattr(sparse24.convert.convert, "is_available", lambda device: True)
+    monkeypatch.setattr(sparse24.convert.convert, "why_no_float8", lambda index: "no kernel is compiled for float8")
+    why = sparse24.convert.convert._why_unavailable
+    monkeypatch.setattr(model, "parameters", lambda: on_gpu)
+    assert why(model, None) is None
+    assert why(model, "fp8") == (
+        "no 8-bit 2:4 products on cuda:0: no kernel is compiled for float8; precision=None trains in 16 bits"
+    )
 
 
 def on_gpu(out_features, in_features, dtype=torch.bfloat16):

@@ -17,6 +17,7 @@ from .. import ops
 from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding, state_of
+from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_model, structure
 from .candidates import ALREADY_SPARSE, candidates, linear_names, patterns, some, weight_owners, why_not
 from .choice import choose_function
@@ -71,7 +72,7 @@ def sparsify(
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
-    unavailable = _why_unavailable(model)
+    unavailable = _why_unavailable(model, precision)
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
@@ -184,9 +185,14 @@ def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:
     check_switch("mvue", mvue)
 
 
-def _why_unavailable(model: nn.Module) -> str | None:
+def _why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:
     """Why the GPU that holds the model cannot multiply sparse, or None; a model elsewhere runs everywhere."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    if device is None or is_available(device):
+    if device is None:
         return None
-    return f"no 2:4 products on {device}: {is_available(device).reason}"
+    if not (found := is_available(device)):
+        return f"no 2:4 products on {device}: {found.reason}"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if precision is not None and (why := why_no_float8(index)):
+        return f"no 8-bit 2:4 products on {device}: {why}; precision=None trains in 16 bits"
+    return None
