@@ -13,6 +13,7 @@
 #   PYTHON=python3        the interpreter of the environment
 #   TORCH=torch==2.13.0   installed only where PYTHON has no torch of its own; '' leaves the choice to pip
 #   SPARSE24_CUDA=auto    1, 0 or auto (CMakeLists.txt)
+#   SPARSE24_CUDA_ARCHS=  GPUs to compile for: all, or a list such as "80;90a"; default: those of this machine
 #   VENV=.venv            where the environment goes
 #   PYTEST_ARGS=          for example: make test PYTEST_ARGS='-k mask'; likewise DEMO_ARGS, WHEEL_ARGS
 SHELL := /bin/bash
