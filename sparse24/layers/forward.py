@@ -18,7 +18,7 @@ from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.soft import soft_linear
 from . import float8, packing, tensor_parallel, unseen
 from .owners import weights_moved
-from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, state_of
+from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, SPARSE, state_of
 
 #: for those who would trace or convert a sparse layer
 OTHER_WAYS = (
@@ -145,6 +145,8 @@ def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
         return tensor_parallel.forward(_sparse_product, layer, x, weight, bias)
     if not torch.compiler.is_compiling():
         check_weight_is_packed(layer)
+        if state_of(layer).phase != SPARSE:  # an adapter was found merged into it
+            return dense_forward(layer, x, weight, bias)
     return _sparse_product(layer, x, weight, bias)
 
 

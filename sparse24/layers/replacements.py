@@ -1,8 +1,9 @@
 """Who puts another module in a sparse layer's place: refused where it would silently make the layer dense.
 
 Libraries of quantised training (torchao's float8 and QAT) replace every nn.Linear by a module of their own around the
-same Parameter, and a sparse layer is an nn.Linear. Adapters (PEFT) put a module around the layer, and may have changed
-its weight when they take it off again. torch calls a hook whenever a module is registered; it costs nothing else.
+same Parameter, and a sparse layer is an nn.Linear. Adapters (PEFT) put a module around the layer, and may have merged
+theirs into its weight when they take it off again (`merges`). torch calls a hook whenever a module is registered; it
+costs nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import Sparse24Error, Sparse24Warning
-from . import packing
+from . import merges, packing
 from .owners import model_changed
 from .state import HOLDER, MASK, SPARSE, state_of
 
@@ -34,9 +35,10 @@ def _look_at_registration(parent: nn.Module, name: str, new: nn.Module | None) -
         return
     if HOLDER in new.__dict__ and MASK in new._buffers:
         if any(child is new for child in old.modules()):
-            _check_merge(name, new)
+            _check_merge(name, old, new)
     elif HOLDER in old.__dict__ and MASK in old._buffers:
         _refuse_dense_twin(parent, name, old, new)
+        merges.note_adapter(old, new)
 
 
 def _tell_recipes(old: nn.Module, new: nn.Module | None) -> None:
@@ -55,9 +57,9 @@ def _refuse_dense_twin(parent: nn.Module, name: str, old: nn.Module, new: nn.Mod
         )
 
 
-def _check_merge(name: str, layer: nn.Module) -> None:
+def _check_merge(name: str, adapter: nn.Module, layer: nn.Module) -> None:
     """An adapter is taken off a sparse layer: has it been merged into the weight?"""
-    if _may_be_stale(layer):
+    if _may_be_stale(layer) and not merges.keep_function(layer, adapter, name):
         warnings.warn(
             f"the weight of the sparse layer {name!r} was changed under its adapter, by a merge perhaps: what was "
             "added outside the 2:4 mask will be lost, and the model compute another function. To keep it, call "

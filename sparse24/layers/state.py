@@ -52,6 +52,7 @@ class LayerState:
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
     shards         the rows of this rank of FSDP2, where packed forms are gathered, `row_shards.RowShards`; or None
+    adapter        weak reference to the adapter around it, which may be merged into it: see `merges`
     lookout        of the model, None of a layer that stands alone; with the next four see `unseen`
     looked         packings and alarms when a pass compared last
     must_look      the next training pass compares: one without gradients came before it, or a change of mode
@@ -80,6 +81,7 @@ class LayerState:
     scale_partner: Any = None
     cut: Any = None
     shards: Any = None
+    adapter: Any = None
     lookout: Any = None
     looked: tuple[int, int] | None = None
     must_look: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from . import copies, packing, unseen
+from . import copies, merges, packing, unseen
 from .state import PACKED, mask_of, state_of
 
 
@@ -63,6 +63,8 @@ class WatchedWeight:
 
     def pack_written(self) -> None:
         """Pack a weight that somebody has written: in place under its mask, at another address as one that arrives."""
+        if merges.keep_function(self):
+            return
         stamp = state_of(self).stamp
         arrived = stamp is not None and not self.shares_memory() and stamp[0] != self.weight.data_ptr()
         if arrived:
