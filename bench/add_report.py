@@ -30,6 +30,11 @@ def read(path: Path) -> dict:
     return report
 
 
+def text(cell) -> str:
+    """A cell as the benchmarks write it."""
+    return "nan" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
 def add(report: dict, folder: Path) -> list[Path]:
     """Writes each table of the report as CSV into a folder, under what the report says of its origin."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +46,7 @@ def add(report: dict, folder: Path) -> list[Path]:
                 file.write(f"# {key}: {value}\n")
             writer = csv.writer(file)
             writer.writerow(table["columns"])
-            writer.writerows([f"{c:.4g}" if isinstance(c, float) else c for c in row] for row in table["rows"])
+            writer.writerows([text(cell) for cell in row] for row in table["rows"])
         written.append(path)
     return written
 

@@ -46,8 +46,10 @@ def test_a_report_has_device_build_and_tables_and_is_whole_after_each_row(a100, 
     begun.follow(table)
     assert json.loads(path.read_text())["tables"] == {}
     table.add("bf16", "llama-7B", 1.5)
-    found = json.loads(path.read_text())
-    assert found["tables"] == {"ffn": {"columns": table.columns, "rows": [["bf16", "llama-7B", 1.5]]}}
+    table.add("bf16", "llama-8B", float("nan"))
+    found = json.loads(path.read_text(), parse_constant=pytest.fail)
+    rows = [["bf16", "llama-7B", 1.5], ["bf16", "llama-8B", None]]
+    assert found["tables"] == {"ffn": {"columns": table.columns, "rows": rows}}
     assert found["build"]["kernels"] == "80, 90a" and found["header"]["torch"] == "2.9"
     assert found["device"]["capability"] == "8.0" and found["device"]["copy_tb_s"] == 1.25
     rates = cost_published.rates_of_gpu((8, 0), 108, 1.555e12)
@@ -63,6 +65,18 @@ def test_a_report_becomes_results_of_a_device(a100, tmp_path):
     assert written.name == "ffn.csv" and lines[:3] == ["# device: NVIDIA A100", "# torch: 2.9", "# copy TB/s: 1.25"]
     (row,) = csv.DictReader(lines[3:])
     assert row["layer"] == "llama-7B" and row["dense_us"] == "100"
+    assert add_report.text(None) == "nan", "as the benchmarks write what was not measured"
+
+
+def test_what_a_small_gpu_does_not_hold_is_left_out_and_said(a100, monkeypatch, tmp_path, capsys):
+    def too_large(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(suite, "blocks", too_large)
+    path = tmp_path / "a100.json"
+    command.run_suite(("block", "ffn"), True, None, path)
+    assert list(json.loads(path.read_text())["tables"]) == ["ffn"]
+    assert "# block: this GPU has too little memory" in capsys.readouterr().out
 
 
 def test_paths_and_files_that_are_no_reports_are_named(a100, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -114,6 +115,23 @@ def break_even_text(points: list[tuple[int, float]], found: float | None) -> str
     return f"about {found:.0f} tokens a call" if found > low else f"at or below {low} tokens a call"
 
 
+def token_sizes(quick: bool) -> list[tuple[str, int, int, bool]]:
+    from . import suite
+
+    if quick:
+        return [("4096 x 11008", 4096, 11008, True)]
+    return [(s.name, s.d_model, s.d_ff, s.gated) for s in suite.LAYERS]
+
+
+def unless_out_of_memory(part: str, measure: Callable[[], object]) -> None:
+    """Run a part of the suite; what a smaller GPU does not hold is told of, and other parts go on."""
+    try:
+        measure()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        print(f"# {part}: this GPU has too little memory for the rest of it, which is left out", flush=True)
+
+
 def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None, report: Path | None = None) -> None:
     """The parts of the suite that are asked for, all by default. `report`: one file for all of it, with where the time
     of a layer goes."""
@@ -136,20 +154,20 @@ def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None, report: Pat
     if followed := open_report(report):
         costs = Table("ffn_costs", suite.COST_COLUMNS, quiet=True)
         followed.follow(*tables.values(), costs)
-    if "ffn" in parts:
-        suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels, costs)
-    if "tokens" in parts:
-        sizes = (
-            [("4096 x 11008", 4096, 11008, True)]
-            if quick
-            else [(s.name, s.d_model, s.d_ff, s.gated) for s in suite.LAYERS]
-        )
-        suite.tokens_sweep(tables["tokens"], sizes, (1024, 2048, 4096, 8192, 16384), labels[:1])
-    if "block" in parts:
-        suite.blocks(tables["block"], suite.BLOCKS[2:3] if quick else suite.BLOCKS, labels)
-    if "step" in parts:
-        for shape in [SHAPES["llama-7B x2"]] if quick else SHAPES.values():
+    measure = {
+        "ffn": lambda: suite.feed_forwards(tables["ffn"], suite.LAYERS[:3:2] if quick else suite.LAYERS, labels, costs),
+        "tokens": lambda: suite.tokens_sweep(
+            tables["tokens"], token_sizes(quick), (1024, 2048, 4096, 8192, 16384), labels[:1]
+        ),
+        "block": lambda: suite.blocks(tables["block"], suite.BLOCKS[2:3] if quick else suite.BLOCKS, labels),
+        "step": lambda: [
             suite.training_step(tables["step"], shape, "bf16")
+            for shape in ([SHAPES["llama-7B x2"]] if quick else SHAPES.values())
+        ],
+    }
+    for part in PARTS:
+        if part in parts:
+            unless_out_of_memory(part, measure[part])
     if csv:
         for table in tables.values():
             if table.rows:

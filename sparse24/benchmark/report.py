@@ -7,6 +7,7 @@ the machine or its user. `python -m bench.add_report FILE` makes of it what benc
 from __future__ import annotations
 
 import json
+import math
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -35,13 +36,18 @@ class Report:
         self.tables += tables
 
     def write(self) -> None:
-        rows = {t.name: {"columns": t.columns, "rows": t.rows} for t in self.tables if t.rows}
+        rows = {t.name: {"columns": t.columns, "rows": [in_json(row) for row in t.rows]} for t in self.tables if t.rows}
         unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         try:
             unfinished.write_text(json.dumps({**self.head, "tables": rows}, indent=1) + "\n", encoding="utf-8")
             unfinished.replace(self.path)
         except OSError as error:
             raise Sparse24Error(f"--report cannot write {self.path}: {error.strerror}; name another file") from None
+
+
+def in_json(row: list) -> list:
+    """What was not measured is NaN in a table; JSON has null."""
+    return [None if isinstance(cell, float) and math.isnan(cell) else cell for cell in row]
 
 
 def build() -> dict:

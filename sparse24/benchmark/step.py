@@ -19,8 +19,11 @@ from ..recipe import Recipe
 from . import float8_dense
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
 
-#: dense bf16 tensor-core peak by a part of the GPU's name, FLOP/s (NVIDIA data sheets, without sparsity)
-PEAK_FLOPS = {"H200": 989e12, "GH200": 989e12, "H100": 989e12, "H800": 989e12}
+#: dense bf16 tensor-core peak by a part of the GPU's name, FLOP/s (NVIDIA data sheets, without sparsity, fp32 sums)
+PEAK_FLOPS = {
+    "H200": 989e12, "GH200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "3090": 71e12,
+    "4090": 165.2e12,
+}  # fmt: skip
 MASK_INTERVAL = 40
 DECAY = 6e-5
 
