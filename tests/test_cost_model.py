@@ -95,6 +95,7 @@ def test_chips_that_nobody_has_measured_have_shares_of_their_published_peaks(cap
     sparse_share = 2e-6 * m * n * k / cost_model.sparse_product_us(m, n, k, rates) / published.dense_tflops
     h100_m = 128 * cost_model.H100.multiprocessors
     h100_share = 2e-6 * h100_m * n * k / cost_model.sparse_product_us(h100_m, n, k, cost_model.H100)
+    # the loop is scaled, what a product costs around it is not: 4 to 6 % on these chips
     assert sparse_share == pytest.approx(h100_share / cost_published.H100_DENSE_TFLOPS, rel=0.1)
     assert feed_forward(4096, 11008, True, Training(8192), rates).speedup > rates.margin
 

@@ -179,6 +179,48 @@ TEST(inf_and_nan_survive) {
       }
 }
 
+TEST(groups_that_are_not_finite_keep_two_as_they_are_what_is_not_finite_first) {
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::nanf("");
+  for (int code = 0; code < 81; ++code) {
+    Group group;
+    uint32_t order[4], count = 0;  // places: those of Inf and NaN, then the others
+    for (int i = 0, rest = code; i < 4; ++i, rest /= 3)
+      group.a[i] = rest % 3 == 0 ? -1.5f - static_cast<float>(i) : rest % 3 == 1 ? -inf : nan;
+    for (bool finite : {false, true})
+      for (uint32_t i = 0; i < 4; ++i)
+        if (std::isfinite(group.a[i]) == finite) order[count++] = i;
+    if (std::isfinite(group.a[order[0]])) continue;
+    const uint32_t first = std::min(order[0], order[1]), second = std::max(order[0], order[1]);
+    for (uint32_t bits : {kLowest, 0x5555u, kHighest}) {
+      const MvuePick pick = mvue_group(group.a, mvue_uniform(bits));
+      CHECK_EQ(pick.nibble, first | second << 2);
+      CHECK_EQ(float_bits(pick.first_value), float_bits(group.a[first]));
+      CHECK_EQ(float_bits(pick.second_value), float_bits(group.a[second]));
+    }
+  }
+}
+
+TEST(a_power_of_two_times_a_group_is_that_power_times_its_picks) {
+  // Denormals, and groups with an infinite sum, take ways of their own: even numbers below 2^11, so
+  // that half a sum of them is exact wherever they lie.
+  std::mt19937 random(4);
+  for (int n = 0; n < 20000; ++n) {
+    Group group;
+    for (float& x : group.a)
+      x = 2.0f * static_cast<float>(static_cast<int>(random() % 2047) - 1023);
+    const float u = mvue_uniform(random() & 0xFFFFu);
+    const MvuePick pick = mvue_group(group.a, u);
+    for (int power : {-149, -140, -120, -112, -80, -20, 40, 80, 110, 116}) {
+      Group scaled;
+      for (int i = 0; i < 4; ++i) scaled.a[i] = std::ldexp(group.a[i], power);
+      const MvuePick other = mvue_group(scaled.a, u);
+      CHECK_EQ(other.nibble, pick.nibble);
+      CHECK_EQ(other.first_value, std::ldexp(pick.first_value, power));
+      CHECK_EQ(other.second_value, std::ldexp(pick.second_value, power));
+    }
+  }
+}
+
 TEST(neighbouring_features_draw_different_numbers) {
   const PhiloxKey key = philox_key(7, 8);
   const Philox4 a = mvue_random(key, 0, 0), b = mvue_random(key, 0, 1), c = mvue_random(key, 1, 0);

@@ -34,7 +34,7 @@ NEAREST = {
     "common/tensor_list.h": ["kernel_parts_test", "common_test"],
     "common/tile.h": ["common_test", "kernel_index_test"],
     "pack/mvue_group.h": ["mvue_test"],
-    "pack/pack_group.h": ["pack_test"],
+    "pack/pack_group.h": ["kernel_parts_test", "pack_test"],
     "activation/functions.h": ["activation_test"],
     "mask/block_search.h": ["mask_test"],
     "gemm/stream_k.h": ["stream_k_test"],
@@ -91,14 +91,23 @@ def mutants(text: str) -> list[tuple[int, str, str]]:
 class Build:
     """Objects of the host library and of the tests, compiled once as they are and, for a mutant, anew where needed."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, nearest: dict[str, list[str]]):
         self.folder = folder
         shutil.copytree(ROOT / "csrc", folder / "csrc")
         shutil.copytree(ROOT / "tests" / "cpp", folder / "cpp")
+        self.objects: dict[Path, Path] = {}
+        self.alone = {test for tests in nearest.values() for test in tests if self.is_alone(test)}
         self.sources = [*(folder / "csrc" / "api").glob("*.cpp"), *(folder / "csrc" / "cpu").glob("*.cpp")]
+        if all(test in self.alone for tests in nearest.values() for test in tests):
+            return
         self.objects = {source: self.compile(source, folder / "whole") for source in self.sources}
         if None in self.objects.values():
             raise SystemExit("error: the library does not compile without any fault")
+
+    def is_alone(self, test: str) -> bool:
+        """Whether a test program needs headers alone, not the library."""
+        own = self.compile(self.folder / "cpp" / f"{test}.cpp", self.folder / "whole")
+        return own is not None and link(own, [], self.folder / "whole" / test)
 
     def compile(self, source: Path, to: Path) -> Path | None:
         to.mkdir(exist_ok=True)
@@ -116,24 +125,40 @@ class Build:
         whole = path.read_text()
         path.write_text(text)
         try:
-            objects = {s: self.compile(s, self.folder / "changed") if self.includes(s, path) else self.objects[s]
-                       for s in self.sources}  # fmt: skip
-            if None in objects.values():
-                return "refused"
-            return "SURVIVED" if all(self.passes(test, objects) for test in tests) else "killed"
+            # Programs that need the header alone tell in seconds; the library is compiled for those that survive them.
+            objects: dict[Path, Path | None] = {}
+            for test in sorted(tests, key=lambda test: test not in self.alone):
+                if test not in self.alone and not objects:
+                    objects = self.with_changed(path)
+                    if None in objects.values():
+                        return "refused"
+                result = self.result(test, [] if test in self.alone else [*objects.values()])
+                if result != "SURVIVED":
+                    return result
+            return "SURVIVED"
         finally:
             path.write_text(whole)
 
-    def passes(self, test: str, objects: dict) -> bool:
+    def with_changed(self, path: Path) -> dict[Path, Path | None]:
+        """The library's objects, of which those that include the file are compiled anew."""
+        changed = self.folder / "changed"
+        return {s: self.compile(s, changed) if self.includes(s, path) else self.objects[s] for s in self.sources}
+
+    def result(self, test: str, objects: list) -> str:
         own = self.compile(self.folder / "cpp" / f"{test}.cpp", self.folder / "changed")
         program = self.folder / "changed" / test
-        link = ["g++", str(own), *map(str, objects.values()), "-lpthread", "-o", str(program)]
-        if own is None or subprocess.run(link, capture_output=True).returncode:
-            return False
+        if own is None or not link(own, objects, program):
+            return "refused"
         try:
-            return subprocess.run([str(program)], capture_output=True, timeout=300).returncode == 0
+            done = subprocess.run([str(program)], capture_output=True, timeout=300)
         except subprocess.TimeoutExpired:
-            return False
+            return "killed"
+        return "killed" if done.returncode else "SURVIVED"
+
+
+def link(own: Path, objects: list, program: Path) -> bool:
+    command = ["g++", str(own), *map(str, objects), "-lpthread", "-o", str(program)]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def named() -> list[tuple[str, tuple]]:
@@ -158,13 +183,12 @@ def main() -> None:
         of_file = mutants((ROOT / "csrc" / header).read_text())
         picked = random.Random(f"{args.seed} {header}").sample(of_file, min(args.each, len(of_file)))
         todo += [(header, mutant) for mutant in sorted(picked)]
+    todo = [one for one in todo if not args.only or one[0] in args.only]
     counts = {"killed": 0, "SURVIVED": 0, "refused": 0}
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
-        build = Build(Path(folder))
+        build = Build(Path(folder), {header: NEAREST[header] for header, _ in todo})
         for header, (line, what, text) in todo:
-            if args.only and header not in args.only:
-                continue
             if why := why_equivalent(header, what):
                 print(f"nobody sees csrc/{header}:{line} {what} ({why})", flush=True)
                 continue
