@@ -31,6 +31,7 @@ class Format(NamedTuple):
     token_step   tokens of a pruned gradient are padded to a multiple of this
     mn_major     may a packed operand lie along m, [k/2, m]? Else [m, k/2] only
     scaled       values are x / scale, one power of two for a tensor
+    wide         what is computed beside values, and products of them, are in, where they are not float32; None: dtype
     """
 
     dtype: torch.dtype
@@ -41,6 +42,16 @@ class Format(NamedTuple):
     token_step: int = 8
     mn_major: bool = True
     scaled: bool = False
+    wide: torch.dtype | None = None
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        return self.wide or self.dtype
+
+    @property
+    def wants_loss_scaling(self) -> bool:
+        """Are small gradients lost, because its normal numbers end long before float32's?"""
+        return torch.finfo(self.dtype).smallest_normal > 2 * torch.finfo(torch.float32).smallest_normal
 
     @property
     def per_vector(self) -> int:
@@ -48,6 +59,8 @@ class Format(NamedTuple):
         return 16 // self.bytes
 
 
+#: of formats that are multiplied with a scale: order of E, steps, and dtype beside them
+_EIGHT_BITS = dict(meta_tile_k=128, token_step=32, mn_major=False, scaled=True, wide=torch.bfloat16)
 FORMATS = {
     format_.dtype: format_
     for format_ in (
@@ -55,8 +68,8 @@ FORMATS = {
         Format(torch.float32, 0, "cpu", 4),
         Format(torch.bfloat16, 1, "cuda", 2),
         Format(torch.float16, 2, "cuda", 2),
-        Format(torch.float8_e4m3fn, 3, "cuda", 1, meta_tile_k=128, token_step=32, mn_major=False, scaled=True),
-        Format(torch.float8_e5m2, 4, "cuda", 1, meta_tile_k=128, token_step=32, mn_major=False, scaled=True),
+        Format(torch.float8_e4m3fn, 3, "cuda", 1, **_EIGHT_BITS),
+        Format(torch.float8_e5m2, 4, "cuda", 1, **_EIGHT_BITS),
     )
 }
 #: dtype codes of the C++ library
@@ -66,6 +79,11 @@ HALF_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on == "cuda"
 FLOAT8_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.scaled)
 #: dtypes of a master weight and of what products make of 16-bit operands; float64 is the reference's own
 WEIGHT_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on != "reference" and not f.scaled)
+REFERENCE_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on == "reference")
+#: of packed values where nobody names another: a float32 weight on a GPU is a master weight for autocast
+DEFAULT_DTYPE = HALF_DTYPES[0]
+#: what 8-bit layers pack
+E4M3 = FLOAT8_DTYPES[0]
 
 #: the products of a layer: codes of the binding (csrc/bindings/gemm.cpp). The last is the weight gradient where the
 #: input was pruned in place of the output gradient
@@ -111,12 +129,23 @@ def round_up(value: int, step: int) -> int:
     return (value + step - 1) // step * step
 
 
-def metadata_bytes(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def names(dtypes: tuple[torch.dtype, ...], last: str = "or") -> str:
+    """ "float32, bfloat16 or float16", for messages."""
+    *others, final = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(others)} {last} {final}" if others else final
+
+
+def packed_dtype(dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
+    """The dtype of packed values of a weight in `dtype`: the same, but what sparse tensor cores multiply on a GPU."""
+    return DEFAULT_DTYPE if on_gpu and dtype not in HALF_DTYPES else dtype
+
+
+def metadata_bytes(m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Bytes of E for a sparse operand of m rows and k dense columns: padded to blocks, one bit an element."""
     return round_up(m, META_BLOCK) * round_up(k, FORMATS[dtype].meta_tile_k) // 8
 
 
-def padded_tokens(tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+def padded_tokens(tokens: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Rows of a gradient after padding for MVUE: whole bytes of metadata, and whole steps of the format."""
     return round_up(tokens, FORMATS[dtype].token_step)
 
@@ -164,7 +193,7 @@ def mask_as_uint16(mask: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def metadata_order(m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def metadata_order(m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> Tensor:
     """int64 [m64, k_tiles / 8]: offset in E of the byte for elements (row, 8*col .. 8*col + 7); extents padded.
 
     Blocks of 64 rows and one K tile are contiguous and run along m first, then along k. Inside a block of 16-bit

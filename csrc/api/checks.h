@@ -43,7 +43,7 @@ template <typename Pointer>
 void check_extents(const MatrixView<Pointer>& view, const char* name) {
   SP24_CHECK(view.rows >= 0 && view.cols >= 0, name, " must have extents of at least 0, got [",
              view.rows, ", ", view.cols, "]");
-  SP24_CHECK(!is_float8(view.dtype), name, " must be float32, bfloat16 or float16, got ",
+  SP24_CHECK(!is_float8(view.dtype), name, " must be ", computed_names(Types16{}), ", got ",
              name_of(view.dtype),
              "; float8 values belong to packed operands and quantize's outputs");
 }
@@ -80,9 +80,9 @@ void check_blocks(const MatrixView<Pointer>& view, const char* name) {
 }
 
 inline void check_gpu_packed_dtype(DType dtype, const char* name) {
-  SP24_CHECK(dtype != DType::kFloat32, name,
-             " must be bfloat16, float16, float8_e4m3fn or float8_e5m2 on a GPU, got float32; the "
-             "sparse tensor cores multiply 16- and 8-bit values");
+  SP24_CHECK(dtype != DType::kFloat32, name, " must be ", names_of(PackedTypes{}),
+             " on a GPU, got float32; the sparse tensor "
+             "cores multiply 16- and 8-bit values");
 }
 
 /// Rows of what quantize writes must not overlap.

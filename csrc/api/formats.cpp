@@ -5,16 +5,21 @@
 
 namespace sparse24 {
 
-std::vector<FormatInfo> packed_formats() {
-  std::vector<FormatInfo> all;
-  for (DType dtype : kPackedFormats) {
-    with_packed_format(dtype, [&](auto format) {
-      using F = decltype(format);
-      all.push_back({dtype, name_of(dtype), F::kBytes, F::kPerVector, F::kMetaTileK, F::kTokenStep,
-                     F::kMnMajor, F::kScaled});
-    });
-  }
-  return all;
+namespace {
+
+template <typename F>
+FormatInfo row() {
+  return {F::kDType,     F::Storage::kName, F::kBytes,  F::kPerVector, F::kMetaTileK,
+          F::kTokenStep, F::kMnMajor,       F::kScaled, F::kWide};
 }
+
+template <typename... T>
+std::vector<FormatInfo> rows_of(TypeList<T...>) {
+  return {row<FormatOf<T>>()...};
+}
+
+}  // namespace
+
+std::vector<FormatInfo> packed_formats() { return rows_of(PackedTypes{}); }
 
 }  // namespace sparse24

@@ -30,7 +30,8 @@ void check_activated(const SparseGemmArgs& args) {
   const int kind = static_cast<int>(args.activation);
   SP24_CHECK(kind >= 0 && kind <= static_cast<int>(Activation::kIdentity),
              "activation must be one of enum Activation, got ", kind);
-  const DType expected = is_float8(args.lhs.format) ? DType::kBFloat16 : args.lhs.format;
+  const DType expected =
+      args.lhs.format == DType::kFloat32 ? DType::kFloat32 : wide_of(args.lhs.format);
   SP24_CHECK(args.out_dtype == expected, "out_dtype of a product of ", name_of(args.lhs.format),
              " with an activation must be ", name_of(expected), ", got ", name_of(args.out_dtype));
   SP24_CHECK(!args.accumulate, "a product with an activation does not accumulate: h is not a sum");
@@ -41,8 +42,9 @@ void check_activated(const SparseGemmArgs& args) {
 void check_dtypes(const SparseGemmArgs& args) {
   const DType format = args.lhs.format, out = args.out_dtype;
   if (is_float8(format)) {
-    SP24_CHECK(out == DType::kBFloat16 || out == DType::kFloat32, "out_dtype of a product of ",
-               name_of(format), " must be bfloat16 or float32, got ", name_of(out));
+    SP24_CHECK(out == wide_of(format) || out == DType::kFloat32, "out_dtype of a product of ",
+               name_of(format), " must be ", name_of(wide_of(format)), " or float32, got ",
+               name_of(out));
     return;
   }
   SP24_CHECK(out == format || out == DType::kFloat32, "out_dtype must be that of the operands (",

@@ -1,53 +1,46 @@
 // activation.cpp: activations, forward and backward: activation.h.
+//
+//   activation_forward(kind, gated, gate_up, h, backend, device, stream): two matrices
+//   activation_backward(kind, gated, d_h, gate_up, d_gate_up, h, mvue, tile_sums, backend, device,
+//       stream): matrices, h may be None; mvue (seed, packed, E), or None where nothing is packed
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
 
 void bind_activation(py::module_& module) {
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def(
-      "activation_forward",
-      [](int kind, int gated, Address gate_up, int dtype, int64_t gate_up_rows,
-         int64_t gate_up_cols, int64_t gate_up_row_stride, int64_t gate_up_col_stride, Address h,
-         int64_t h_row_stride, int64_t h_col_stride, int backend, int device, Address stream) {
-        const DType type = dtype_of(dtype);
-        ActivationArgs args;
-        args.kind = activation_of(kind);
-        args.gated = gated != 0;
-        args.gate_up = const_matrix(gate_up, type, gate_up_rows, gate_up_cols, gate_up_row_stride,
-                                    gate_up_col_stride);
-        args.h = matrix(h, type, gate_up_rows, args.gated ? gate_up_cols / 2 : gate_up_cols,
-                        h_row_stride, h_col_stride);
-        activation_forward(args, context_of(backend, device, stream));
-      },
-      Unlocked());
-
-  module.def(
-      "activation_backward",
-      [](int kind, int gated, Address dh, int dtype, int64_t dh_rows, int64_t dh_cols,
-         int64_t dh_row_stride, int64_t dh_col_stride, Address gate_up, int64_t gate_up_row_stride,
-         int64_t gate_up_col_stride, Address d_gate_up, int64_t d_gate_up_row_stride,
-         int64_t d_gate_up_col_stride, Address h, int64_t h_row_stride, int64_t h_col_stride,
-         Address seed, Address packed, Address E, Address tile_sums, int backend, int device,
-         Address stream) {
-        const DType type = dtype_of(dtype);
-        const int64_t gate_up_cols = gated != 0 ? 2 * dh_cols : dh_cols;
-        ActivationBackwardArgs args;
-        args.kind = activation_of(kind);
-        args.gated = gated != 0;
-        args.d_h = const_matrix(dh, type, dh_rows, dh_cols, dh_row_stride, dh_col_stride);
-        args.gate_up = const_matrix(gate_up, type, dh_rows, gate_up_cols, gate_up_row_stride,
-                                    gate_up_col_stride);
-        args.d_gate_up = matrix(d_gate_up, type, dh_rows, gate_up_cols, d_gate_up_row_stride,
-                                d_gate_up_col_stride);
-        args.h = matrix(h, type, dh_rows, dh_cols, h_row_stride, h_col_stride);
-        args.seed = pointer<const int64_t>(seed);
-        args.packed = pointer<void>(packed);
-        args.E = pointer<uint8_t>(E);
-        args.tile_sums = pointer<float>(tile_sums);
-        activation_backward(args, context_of(backend, device, stream));
-      },
-      Unlocked());
+  module.def("activation_forward", [](int kind, int gated, const py::tuple& gate_up,
+                                      const py::tuple& h, int backend, int device, Address stream) {
+    ActivationArgs args;
+    args.kind = activation_of(kind);
+    args.gated = gated != 0;
+    args.gate_up = read_const_matrix(gate_up);
+    args.h = read_matrix(h);
+    const Context context = context_of(backend, device, stream);
+    const py::gil_scoped_release unlocked;
+    activation_forward(args, context);
+  });
+  module.def("activation_backward",
+             [](int kind, int gated, const py::tuple& d_h, const py::tuple& gate_up,
+                const py::tuple& d_gate_up, const py::object& h, const py::object& mvue,
+                Address tile_sums, int backend, int device, Address stream) {
+               ActivationBackwardArgs args;
+               args.kind = activation_of(kind);
+               args.gated = gated != 0;
+               args.d_h = read_const_matrix(d_h);
+               args.gate_up = read_const_matrix(gate_up);
+               args.d_gate_up = read_matrix(d_gate_up);
+               if (!h.is_none()) args.h = read_matrix(h);
+               if (!mvue.is_none()) {
+                 Fields fields(mvue, 3);
+                 args.seed = fields.next_pointer<const int64_t>();
+                 args.packed = fields.next_pointer<void>();
+                 args.E = fields.next_pointer<uint8_t>();
+               }
+               args.tile_sums = pointer<float>(tile_sums);
+               const Context context = context_of(backend, device, stream);
+               const py::gil_scoped_release unlocked;
+               activation_backward(args, context);
+             });
 }
 
 }  // namespace sparse24::bindings

@@ -3,13 +3,15 @@
 //
 // It knows no torch: tensors arrive as addresses, extents, strides (in elements) and codes, so one
 // build serves every torch version. All arguments are positional; flags are ints, because pybind11
-// takes a Python bool as int at once but an int as bool only in a second try.
+// takes a Python bool as int at once but an int as bool only in a second try. What belongs together
+// travels as a tuple, so that no function takes more than 12.
 //
 //   dtype     0 float32, 1 bfloat16, 2 float16,         (sparse24::DType)
 //             3 float8_e4m3fn, 4 float8_e5m2
 //   backend   0 cpu, 1 cuda                             (sparse24::Backend)
 //   stream    cudaStream_t as an integer                0 on the CPU
 //   address   0 is a null pointer
+//   matrix    (address, dtype, rows, cols, row_stride, col_stride)
 //
 // Callers keep the tensors alive until the call returns, on the GPU until its stream has run it.
 #pragma once
@@ -42,22 +44,13 @@ Enum checked_enum(int code, Enum last, const char* name) {
   return static_cast<Enum>(code);
 }
 
-inline DType dtype_of(int code) { return checked_enum(code, DType::kFloat8E5M2, "dtype"); }
+inline DType dtype_of(int code) { return checked_enum(code, kLastDType, "dtype"); }
 inline Activation activation_of(int code) {
   return checked_enum(code, Activation::kIdentity, "activation");
 }
 
 inline Context context_of(int backend, int device, Address stream) {
   return {checked_enum(backend, Backend::kCuda, "backend"), device, pointer<void>(stream)};
-}
-
-inline Matrix matrix(Address data, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                     int64_t col_stride) {
-  return {pointer<void>(data), dtype, rows, cols, row_stride, col_stride};
-}
-inline ConstMatrix const_matrix(Address data, DType dtype, int64_t rows, int64_t cols,
-                                int64_t row_stride, int64_t col_stride) {
-  return {pointer<void>(data), dtype, rows, cols, row_stride, col_stride};
 }
 
 /// Reads the fields of a tuple, in order.
@@ -83,6 +76,22 @@ class Fields {
   py::tuple item_;
   py::ssize_t index_ = 0;
 };
+
+inline Matrix read_matrix(const py::handle& item) {
+  Fields fields(item, 6);
+  Matrix m;
+  m.data = fields.next_pointer<void>();
+  m.dtype = fields.next_dtype();
+  m.rows = fields.next<int64_t>();
+  m.cols = fields.next<int64_t>();
+  m.row_stride = fields.next<int64_t>();
+  m.col_stride = fields.next<int64_t>();
+  return m;
+}
+inline ConstMatrix read_const_matrix(const py::handle& item) {
+  const Matrix m = read_matrix(item);
+  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
+}
 
 template <typename Args, typename Read>
 std::vector<Args> read_items(const py::sequence& items, py::ssize_t fields, const Read& read) {

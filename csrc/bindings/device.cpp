@@ -22,12 +22,13 @@ void bind_device(py::module_& module) {
   });
 
   // packed_formats() -> [(dtype, name, bytes, per_vector, meta_tile_k, token_step, mn_major,
-  // scaled)], the rows of common/format.h.
+  // scaled, wide)], the rows of common/format.h.
   module.def("packed_formats", [] {
     py::list rows;
     for (const FormatInfo& f : packed_formats()) {
       rows.append(py::make_tuple(static_cast<int>(f.dtype), f.name, f.bytes, f.per_vector,
-                                 f.meta_tile_k, f.token_step, f.mn_major, f.scaled));
+                                 f.meta_tile_k, f.token_step, f.mn_major, f.scaled,
+                                 static_cast<int>(f.wide)));
     }
     return rows;
   });

@@ -1,9 +1,8 @@
 // float8.cpp: packing to and casts in 8 bits: quantize.h, and what pack.h and activation.h have
 // besides 16-bit results.
 //
-// Matrices, float8 outputs and packed operands travel as tuples:
+// Beside matrices (arguments.h), float8 outputs and packed operands travel as tuples:
 //
-//   matrix   (address, dtype, rows, cols, row_stride, col_stride)
 //   float8   (x8, x8_ld, x8_t, x8_t_ld, scale, amax, counters), all addresses may be 0; None: none
 //   mvue     (seed, packed, packed_dtype, E, scale); None: not packed
 //   packed   (packed, packed_dtype, E, scale)
@@ -23,22 +22,6 @@
 
 namespace sparse24::bindings {
 namespace {
-
-Matrix read_matrix(const py::handle& item) {
-  Fields fields(item, 6);
-  Matrix m;
-  m.data = fields.next_pointer<void>();
-  m.dtype = fields.next_dtype();
-  m.rows = fields.next<int64_t>();
-  m.cols = fields.next<int64_t>();
-  m.row_stride = fields.next<int64_t>();
-  m.col_stride = fields.next<int64_t>();
-  return m;
-}
-ConstMatrix read_const_matrix(const py::handle& item) {
-  const Matrix m = read_matrix(item);
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
-}
 
 Float8Output read_float8(const py::handle& item) {
   Float8Output to;

@@ -5,8 +5,7 @@
 //   rhs         (values, ld, scale)
 //   out         (address, ld)
 //   terms       (bias, accumulate, decay, activation): decay None or (factor, two weights,
-//   row_stride, col_stride,
-//               two masks, first_rows), activation None or (h, h_ld, kind)
+//               row_stride, col_stride, two masks, first_rows), activation None or (h, h_ld, kind)
 //   plan        (config, workspace)
 //   accumulation  0 auto, 1 fast, 2 promoted
 #include "bindings/arguments.h"

@@ -28,34 +28,30 @@ void bind_pack(py::module_& module) {
   def_multi<PackArgs>(module, "pack_by_mask", 12, read_pack, pack_by_mask);
   def_multi<PackArgs>(module, "search_and_pack", 12, read_pack, search_and_pack);
 
-  module.def(
-      "mvue_pack",
-      [](Address dy, int dtype, int64_t tokens, int64_t features, int64_t row_stride,
-         int64_t col_stride, Address seed, Address packed, Address E, Address tile_sums,
-         int backend, int device, Address stream) {
-        MvueArgs args;
-        args.dy = const_matrix(dy, dtype_of(dtype), tokens, features, row_stride, col_stride);
-        args.seed = pointer<const int64_t>(seed);
-        args.packed = pointer<void>(packed);
-        args.E = pointer<uint8_t>(E);
-        args.tile_sums = pointer<float>(tile_sums);
-        mvue_pack(args, context_of(backend, device, stream));
-      },
-      Unlocked());
+  module.def("mvue_pack", [](const py::tuple& dy, Address seed, Address packed, Address E,
+                             Address tile_sums, int backend, int device, Address stream) {
+    MvueArgs args;
+    args.dy = read_const_matrix(dy);
+    args.seed = pointer<const int64_t>(seed);
+    args.packed = pointer<void>(packed);
+    args.E = pointer<uint8_t>(E);
+    args.tile_sums = pointer<float>(tile_sums);
+    const Context context = context_of(backend, device, stream);
+    const py::gil_scoped_release unlocked;
+    mvue_pack(args, context);
+  });
 
-  module.def(
-      "unpack",
-      [](Address packed, Address E, int transposed, Address out, int out_dtype, int64_t rows,
-         int64_t cols, int64_t row_stride, int64_t col_stride, int backend, int device,
-         Address stream) {
-        UnpackArgs args;
-        args.packed = pointer<const void>(packed);
-        args.E = pointer<const uint8_t>(E);
-        args.transposed = transposed != 0;
-        args.out = matrix(out, dtype_of(out_dtype), rows, cols, row_stride, col_stride);
-        unpack(args, context_of(backend, device, stream));
-      },
-      Unlocked());
+  module.def("unpack", [](Address packed, Address E, int transposed, const py::tuple& out,
+                          int backend, int device, Address stream) {
+    UnpackArgs args;
+    args.packed = pointer<const void>(packed);
+    args.E = pointer<const uint8_t>(E);
+    args.transposed = transposed != 0;
+    args.out = read_matrix(out);
+    const Context context = context_of(backend, device, stream);
+    const py::gil_scoped_release unlocked;
+    unpack(args, context);
+  });
 
   module.def(
       "unpack_mask",

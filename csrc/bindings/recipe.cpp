@@ -36,14 +36,13 @@ MaskFlipsArgs read_mask_flips(Fields& item) {
 void bind_recipe(py::module_& module) {
   def_multi<MaskedDecayArgs>(module, "masked_decay", 13, read_masked_decay, masked_decay);
   def_multi<MaskFlipsArgs>(module, "mask_flips", 4, read_mask_flips, mask_flips);
-  module.def(
-      "mask_gap",
-      [](Address w, int dtype, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
-         Address gap, int backend, int device, Address stream) {
-        mask_gap(const_matrix(w, dtype_of(dtype), rows, cols, row_stride, col_stride),
-                 pointer<float>(gap), context_of(backend, device, stream));
-      },
-      py::call_guard<py::gil_scoped_release>());
+  module.def("mask_gap",
+             [](const py::tuple& w, Address gap, int backend, int device, Address stream) {
+               const ConstMatrix weight = read_const_matrix(w);
+               const Context context = context_of(backend, device, stream);
+               const py::gil_scoped_release unlocked;
+               mask_gap(weight, pointer<float>(gap), context);
+             });
 }
 
 }  // namespace sparse24::bindings

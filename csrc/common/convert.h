@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <type_traits>
 
 #include "common/bits.h"
 #include "common/check.h"
@@ -20,20 +22,37 @@ namespace sparse24 {
 
 /// Storage types: plain bits with a name, so that overloads know the format.
 struct BFloat16 {
+  static constexpr DType kDType = DType::kBFloat16;
+  static constexpr const char* kName = "bfloat16";
   uint16_t bits;
 };
 struct Float16 {
+  static constexpr DType kDType = DType::kFloat16;
+  static constexpr const char* kName = "float16";
   uint16_t bits;
 };
+
+template <typename... T>
+struct TypeList {};
+template <typename... A, typename... B>
+TypeList<A..., B...> join(TypeList<A...>, TypeList<B...>);
+template <typename A, typename B>
+using Join = decltype(join(A{}, B{}));
+template <typename T, typename List>
+constexpr bool kIsIn = false;
+template <typename T, typename... All>
+constexpr bool kIsIn<T, TypeList<All...>> = (std::is_same_v<T, All> || ...);
+
+/// All 16-bit types. Sizes, names, dispatch and the packed formats (format.h) follow from this
+/// list; another type also needs to_float and from_float below.
+using Types16 = TypeList<BFloat16, Float16>;
 
 constexpr uint16_t kNan16 = 0x7FFF;
 
 template <typename T>
-constexpr DType kDTypeOf = DType::kFloat32;
+constexpr DType kDTypeOf = T::kDType;
 template <>
-constexpr DType kDTypeOf<BFloat16> = DType::kBFloat16;
-template <>
-constexpr DType kDTypeOf<Float16> = DType::kFloat16;
+constexpr DType kDTypeOf<float> = DType::kFloat32;
 
 SP24_HD float to_float(float x) { return x; }
 
@@ -92,38 +111,55 @@ SP24_HD Float16 from_float<Float16>(float x) {
 #endif
 }
 
+/// Calls function(T{}) with the type of the list that has this dtype; false where none has.
+template <typename... T, typename Function>
+bool with_type_of(TypeList<T...>, DType dtype, Function&& function) {
+  return ((dtype == kDTypeOf<T> && (function(T{}), true)) || ...);
+}
+
 inline int bytes_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kBFloat16:
-    case DType::kFloat16: return 2;
-    case DType::kFloat8E4M3:
-    case DType::kFloat8E5M2: return 1;
-  }
-  throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
+  int bytes = dtype == DType::kFloat32 ? 4 : is_float8(dtype) ? 1 : 0;
+  with_type_of(Types16{}, dtype, [&](auto zero) { bytes = sizeof zero; });
+  if (bytes == 0) throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
+  return bytes;
 }
 
 inline const char* name_of(DType dtype) {
+  const char* name = nullptr;
+  if (with_type_of(Types16{}, dtype, [&](auto zero) { name = decltype(zero)::kName; })) return name;
   switch (dtype) {
     case DType::kFloat32: return "float32";
-    case DType::kBFloat16: return "bfloat16";
-    case DType::kFloat16: return "float16";
     case DType::kFloat8E4M3: return "float8_e4m3fn";
     case DType::kFloat8E5M2: return "float8_e5m2";
+    default: break;
   }
   throw Error(concat("unknown dtype code ", static_cast<int>(dtype)));
 }
 
-/// Calls function(T{}) with the storage type of a dtype that is computed with: fp32, bf16, fp16.
+/// "float16, bfloat16 or another", for messages.
+template <typename... Names>
+std::string any_of(const Names&... names) {
+  std::string text;
+  size_t left = sizeof...(Names);
+  ((text += names, text += --left > 1 ? ", " : left == 1 ? " or " : ""), ...);
+  return text;
+}
+template <typename... T>
+std::string names_of(TypeList<T...>) {
+  return any_of(T::kName...);
+}
+/// Of what is computed with: fp32 and 16 bits.
+template <typename... T>
+std::string computed_names(TypeList<T...>) {
+  return any_of("float32", T::kName...);
+}
+
+/// Calls function(T{}) with the storage type of a dtype that is computed with: fp32 and 16 bits.
 template <typename Function>
 void with_type(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kFloat32: return function(float{});
-    case DType::kBFloat16: return function(BFloat16{});
-    case DType::kFloat16: return function(Float16{});
-    default: break;
-  }
-  throw Error(concat("a matrix to compute with must be float32, bfloat16 or float16, got ",
+  if (dtype == DType::kFloat32) return function(float{});
+  if (with_type_of(Types16{}, dtype, function)) return;
+  throw Error(concat("a matrix to compute with must be ", computed_names(Types16{}), ", got ",
                      name_of(dtype)));
 }
 

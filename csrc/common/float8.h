@@ -6,11 +6,9 @@
 //
 // Nearest   to nearest even; what is finite and too large becomes the largest value.
 // Special   Inf and NaN both become kNan8, so that an overflow upstream stays visible: the GPU's
-// own
-//           saturating conversion would hide it.
+//           own saturating conversion would hide it.
 // Random    to_float8_random rounds up with the probability that keeps the mean, from 16 random
-// bits,
-//           down to 2^-16 of the last place.
+//           bits, down to 2^-16 of the last place.
 // Scale     A scale is the factor of dequantisation, x ~= scale * x8; quantising multiplies by its
 //           inverse, exactly, because scales are powers of two.
 #pragma once
@@ -25,11 +23,16 @@
 namespace sparse24 {
 
 struct Float8E4M3 {
+  static constexpr DType kDType = DType::kFloat8E4M3;
+  static constexpr const char* kName = "float8_e4m3fn";
   uint8_t bits;
 };
 struct Float8E5M2 {
+  static constexpr DType kDType = DType::kFloat8E5M2;
+  static constexpr const char* kName = "float8_e5m2";
   uint8_t bits;
 };
+using Types8 = TypeList<Float8E4M3, Float8E5M2>;
 
 constexpr uint8_t kNan8 = 0x7F;
 

@@ -1,14 +1,17 @@
-// format.h: what each packed format is and can do. One row a format; its twin in Python is
-// sparse24/formats.py, and a test compares the two through the binding.
+// format.h: what each packed format is and can do. Its twin in Python is sparse24/formats.py, and a
+// test compares the two through the binding.
 //
 //   kPerVector   elements of 16 bytes
-//   kMetaTileK   extent along k of a block of E, whose order kMetaOffset gives (metadata.h)
+//   kMetaTileK   extent along k of a block of E, whose order meta_offset gives (metadata.h)
+//   kTokenStep   tokens are padded to a multiple of this where k is tokens
 //   kMnMajor     may a packed operand also lie along m ([k/2, m])? wgmma reads 8-bit ones along k
-//   only kScaled      values are x / scale, and products multiply by the scale again kTokenStep
-//   tokens are padded to a multiple of this where k is tokens
+//                only
+//   kScaled      values are x / scale, and products multiply by the scale again
+//   kWide        of what is computed beside them, and of products, where these are not fp32
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/convert.h"
 #include "common/float8.h"
@@ -36,56 +39,46 @@ struct Format8 {
   static int64_t meta_size(int64_t m, int64_t k) { return meta8_bytes(m, k); }
 };
 
-template <DType kDType>
-struct Format;
-template <>
-struct Format<DType::kBFloat16> : Format16 {
-  using Storage = BFloat16;
-  static constexpr DType kDType = DType::kBFloat16;
-};
-template <>
-struct Format<DType::kFloat16> : Format16 {
-  using Storage = Float16;
-  static constexpr DType kDType = DType::kFloat16;
-};
-template <>
-struct Format<DType::kFloat8E4M3> : Format8 {
-  using Storage = Float8E4M3;
-  static constexpr DType kDType = DType::kFloat8E4M3;
-};
-template <>
-struct Format<DType::kFloat8E5M2> : Format8 {
-  using Storage = Float8E5M2;
-  static constexpr DType kDType = DType::kFloat8E5M2;
+template <typename T>
+struct FormatOf : std::conditional_t<is_float8(T::kDType), Format8, Format16> {
+  using Storage = T;
+  static constexpr DType kDType = T::kDType;
+  static constexpr DType kWide = is_float8(kDType) ? DType::kBFloat16 : kDType;
 };
 
-constexpr DType kPackedFormats[] = {DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3,
-                                    DType::kFloat8E5M2};
+/// Every format of packed values on a GPU.
+using PackedTypes = Join<Types16, Types8>;
 
-/// Calls function(Format<dtype>{}); throws for a dtype that is no packed format of the GPU.
+/// function(FormatOf<T>{}) for the type of the list that has this dtype; the last where none has.
+template <typename First, typename... Rest, typename Function>
+auto with_format_of(TypeList<First, Rest...>, DType dtype, Function&& function) {
+  if constexpr (sizeof...(Rest) > 0)
+    if (dtype != First::kDType) return with_format_of(TypeList<Rest...>{}, dtype, function);
+  return function(FormatOf<First>{});
+}
+
+template <typename Types>
+void check_one_of(DType dtype, const char* what) {
+  if (!with_type_of(Types{}, dtype, [](auto) {}))
+    throw Error(concat(what, " must be ", names_of(Types{}), ", got ", name_of(dtype)));
+}
+
+/// Calls function(FormatOf<...>{}); throws for a dtype that is no packed format of the GPU.
 template <typename Function>
 auto with_packed_format(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kBFloat16: return function(Format<DType::kBFloat16>{});
-    case DType::kFloat16: return function(Format<DType::kFloat16>{});
-    case DType::kFloat8E4M3: return function(Format<DType::kFloat8E4M3>{});
-    case DType::kFloat8E5M2: return function(Format<DType::kFloat8E5M2>{});
-    default: break;
-  }
-  throw Error(
-      concat("a packed operand must be bfloat16, float16, float8_e4m3fn or float8_e5m2, got ",
-             name_of(dtype)));
+  check_one_of<PackedTypes>(dtype, "a packed operand");
+  return with_format_of(PackedTypes{}, dtype, function);
 }
 
 /// The same for the 16-bit formats alone.
 template <typename Function>
 auto with_packed16(DType dtype, Function&& function) {
-  switch (dtype) {
-    case DType::kBFloat16: return function(Format<DType::kBFloat16>{});
-    case DType::kFloat16: return function(Format<DType::kFloat16>{});
-    default: break;
-  }
-  throw Error(concat("these values must be bfloat16 or float16, got ", name_of(dtype)));
+  check_one_of<Types16>(dtype, "these values");
+  return with_format_of(Types16{}, dtype, function);
+}
+
+inline DType wide_of(DType dtype) {
+  return with_packed_format(dtype, [](auto format) { return decltype(format)::kWide; });
 }
 
 /// Bytes of E for m rows and k columns; fp32, which only the CPU packs, has the order of 16 bits.

@@ -108,17 +108,22 @@ struct WeightPatch<float, kLayout> {
   __device__ __forceinline__ Patch16 columns(const Patch16& rows) const { return transpose(rows); }
 };
 
+template <typename... T>
+static __device__ float read_as(TypeList<T...>, DType dtype, const void* data, int64_t offset) {
+  float value = 0.0f;
+  const bool known =
+      ((dtype == kDTypeOf<T> && (value = to_float(static_cast<const T*>(data)[offset]), true)) ||
+       ...);
+  if (!known) __trap();  // csrc/api has refused it
+  return value;
+}
+
 /// One element of any dtype, as fp32.
 static __device__ __noinline__ float read_value(const ConstMatrix& w, int row, int col) {
   if (row >= w.rows || col >= w.cols) return 0.0f;
   const int64_t offset = int64_t{row} * w.row_stride + col * w.col_stride;
-  switch (w.dtype) {
-    case DType::kFloat32: return static_cast<const float*>(w.data)[offset];
-    case DType::kBFloat16: return to_float(static_cast<const BFloat16*>(w.data)[offset]);
-    case DType::kFloat16: return to_float(static_cast<const Float16*>(w.data)[offset]);
-    default: __trap();  // csrc/api has refused it
-  }
-  return 0.0f;
+  if (w.dtype == DType::kFloat32) return static_cast<const float*>(w.data)[offset];
+  return read_as(Types16{}, w.dtype, w.data, offset);
 }
 
 /// One element as Out: the same dtype keeps its bits, another is rounded once.

@@ -96,6 +96,8 @@ SP24_HD PrunedPair prune_pair(const uint32_t (&words)[4], float u_low, float u_h
   out.second =
       raise_magnitudes<T>(choose(past3, words[3], choose(past2, words[2], words[1])), base);
 
+  static_assert(kIsIn<T, TypeList<BFloat16, Float16>>, "raise_magnitudes has these two alone");
+
   // Bits 0 and 1 of a nibble are the first index, bits 2 and 3 the second.
   const uint32_t first = choose(0x55555555u, short0 & ~short1, short1);
   const uint32_t second = choose(0x55555555u, past3 | ~past2, past2);

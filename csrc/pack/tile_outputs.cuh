@@ -41,7 +41,7 @@ namespace sparse24 {
 struct NoPacking {};
 struct AnyFloat8 {};
 template <typename Packed>
-constexpr bool packs16 = std::is_same_v<Packed, BFloat16> || std::is_same_v<Packed, Float16>;
+constexpr bool packs16 = kIsIn<Packed, Types16>;
 template <typename Packed>
 constexpr bool packs8 = std::is_same_v<Packed, AnyFloat8>;
 

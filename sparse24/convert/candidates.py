@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import Sparse24Error
+from ..formats import WEIGHT_DTYPES
 from ..layers import DTYPES, SparseLayer, tensor_parallel
 from ..layers.checks import is_plain_parameter
 from ..layers.packing import is_dtensor
@@ -93,7 +94,7 @@ def why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: b
         return f"{out_features} x {in_features} has no whole 4x4 block"
     if in_features % 4 or out_features % 4:
         return f"{out_features} x {in_features} is not a multiple of 4 both ways"
-    allowed = DTYPES[:3] if weight.device.type == "cuda" else DTYPES
+    allowed = WEIGHT_DTYPES if weight.device.type == "cuda" else DTYPES
     if weight.dtype not in allowed:
         return f"{weight.dtype} weights are not supported (supported: {', '.join(map(str, allowed))})"
     return None

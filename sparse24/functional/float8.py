@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import ops
-from ..formats import HALF_DTYPES, as_rows
+from ..formats import FORMATS, HALF_DTYPES, as_rows
 from ..ops import float8
 from . import accumulation
 from .operands import both, cast_as_autocast_does, check_no_transform
@@ -105,8 +105,8 @@ class FeedForwardPlan(NamedTuple):
 
 
 def _computed(x: Tensor) -> Tensor:
-    """x as the passes take it: 16 bits on a GPU, whose kernels write bfloat16."""
-    return x.to(torch.bfloat16) if x.is_cuda and x.dtype not in HALF_DTYPES else x
+    """x as the passes take it: 16 bits on a GPU."""
+    return x.to(FORMATS[float8.E4M3].wide_dtype) if x.is_cuda and x.dtype not in HALF_DTYPES else x
 
 
 def _shaped_as(rows: Tensor, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def _weight_gradient(dy: _Pruned, kept: Tensor, scale: Tensor, shape, target: Gr
     """
     dtype, into, _ = target
     if kept.dtype == float8.E4M3:
-        wide = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        wide = dtype if dtype == FORMATS[kept.dtype].wide_dtype else torch.float32
         out = kept.new_empty(shape, dtype=wide) if into is None else into
         float8.grad_weight_float8_(dy.packed, dy.E, dy.cast.scale, kept, scale, out, into is not None)
         return out.to(dtype) if into is None else None

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import Sparse24Error
+from ..formats import REFERENCE_DTYPES, WEIGHT_DTYPES
 from .packing import is_dtensor
 
 #: dtypes of weights, and of packed values on a CPU
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = WEIGHT_DTYPES + REFERENCE_DTYPES
 
 
 def check_switch(name: str, value) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
+from ..formats import FORMATS, names
 from ..functional.float8 import Cast, FeedForwardPlan, Float8Weight, LinearPlan, float8_feed_forward, float8_linear
 from ..ops.float8 import E4M3, scale_of
 from .state import HOLDER, METADATA, METADATA_T, PACKED, PACKED_T, state_of
@@ -46,9 +47,9 @@ def check_settings(precision: str, lean: bool, compute_dtype: torch.dtype | None
             f"lean=True packs the second direction anew from 16 bits; with precision={precision!r} leave it out: "
             "8-bit packed forms are smaller (1.25 bytes a weight)"
         )
-    if compute_dtype not in (None, torch.bfloat16):
+    if compute_dtype not in (None, wide := FORMATS[E4M3].wide_dtype):
         raise Sparse24Error(
-            f"precision={precision!r} packs float8_e4m3fn and computes the rest in bfloat16, got dtype="
+            f"precision={precision!r} packs {names((E4M3,))} and computes the rest in {names((wide,))}, got dtype="
             f"{compute_dtype}; leave it out"
         )
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from ..formats import FORMATS
+from ..formats import FORMATS, HALF_DTYPES
 from ..ops.float8 import E4M3
 from . import float8, packing
 from .checks import DTYPES
@@ -141,7 +141,7 @@ def _check_policies(name: str, how: Gathered) -> None:
     if (dtype := how.param.mp_policy.param_dtype) is not None and dtype not in DTYPES:
         raise Sparse24DtypeError(
             f"MixedPrecisionPolicy(param_dtype={dtype}) is not a dtype that {name} can be packed in; use "
-            "torch.bfloat16 or torch.float16"
+            f"{' or '.join(map(str, HALF_DTYPES))}"
         )
 
 

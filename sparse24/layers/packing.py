@@ -15,8 +15,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..formats import metadata_bytes
+from .. import formats, ops
+from ..formats import FLOAT8_DTYPES, metadata_bytes
 from ..functional.soft import row_mask, soft_threshold
 from . import float8
 from .state import MASK, PACKED, PACKED_BUFFERS, SOFT, TRANSPOSED_BUFFERS, mask_of, state_of
@@ -32,11 +32,7 @@ def packed_dtype(weight: Tensor, compute_dtype: torch.dtype | None = None) -> to
     The sparse tensor cores multiply 16-bit values. A float32 weight on a GPU is a master weight for autocast, whose
     usual dtype there is bfloat16; on a CPU it is packed as it is and cast like any other weight when autocast is on.
     """
-    if compute_dtype is not None:
-        return compute_dtype
-    if weight.device.type == "cuda" and weight.dtype not in (torch.bfloat16, torch.float16):
-        return torch.bfloat16
-    return weight.dtype
+    return compute_dtype or formats.packed_dtype(weight.dtype, weight.device.type == "cuda")
 
 
 #: the stamp of a packed weight in shared memory, which other processes write without a trace (Hogwild)
@@ -205,7 +201,7 @@ def pack_substitute(layer, weight: Tensor, dtype: torch.dtype) -> dict[str, Tens
 
 def as_bits(values: Tensor) -> Tensor:
     """8-bit floats as bytes, which compare; others as they are."""
-    return values.view(torch.uint8) if values.is_floating_point() and values.element_size() == 1 else values
+    return values.view(torch.uint8) if values.dtype in FLOAT8_DTYPES else values
 
 
 @torch.no_grad()

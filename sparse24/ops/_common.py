@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _library
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import BLOCK, DTYPE_CODE, WEIGHT_DTYPES, metadata_bytes
+from ..formats import BLOCK, DTYPE_CODE, REFERENCE_DTYPES, WEIGHT_DTYPES, metadata_bytes, names
 
 
 def define_op(name: str, signature: str, implementation: Callable, fake: Callable, tags=()) -> Callable:
@@ -19,6 +19,11 @@ def define_op(name: str, signature: str, implementation: Callable, fake: Callabl
     torch.library.impl(qualified, ("cpu", "cuda"), implementation)
     torch.library.register_fake(qualified, fake)
     return getattr(torch.ops.sparse24, name).default
+
+
+def matrix(t: Tensor) -> tuple[int, ...]:
+    """A 2-D tensor as the binding takes matrices."""
+    return t.data_ptr(), DTYPE_CODE[t.dtype], *t.shape, *t.stride()
 
 
 def where(t: Tensor) -> tuple[object, int, int, int]:
@@ -84,10 +89,11 @@ def check_weight(w: Tensor, name: str = "w") -> None:
 def check_weight_dtype(w: Tensor, name: str) -> None:
     if w.dtype in WEIGHT_DTYPES:
         return
-    if w.dtype == torch.float64 and w.device.type == "cpu":
-        return  # the reference takes it
-    also = " (float64 runs on the CPU only, by the reference)" if w.dtype == torch.float64 else ""
-    raise Sparse24DtypeError(f"{name} must be float32, bfloat16 or float16, got {w.dtype}{also}; cast it first")
+    slow = w.dtype in REFERENCE_DTYPES
+    if slow and w.device.type == "cpu":
+        return
+    also = f" ({names((w.dtype,))} runs on the CPU only, by the reference)" if slow else ""
+    raise Sparse24DtypeError(f"{name} must be {names(WEIGHT_DTYPES)}, got {w.dtype}{also}; cast it first")
 
 
 def check_mask(mask: Tensor, rows: int, cols: int, name: str = "mask") -> None:

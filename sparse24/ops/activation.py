@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..formats import DTYPE_CODE, as_major
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+from ..formats import as_major
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
 from .arguments import names_wrong_types
 from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel
 
@@ -53,12 +53,8 @@ def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Ten
     h = _empty_h(gate_up, width, column_major)
     if h.numel() == 0:
         return h
-    matrix = _as_matrix(gate_up)
     rows = h.reshape(-1, width) if h.dim() != 2 else h  # a view: h's leading dimensions are dense
-    library.activation_forward(
-        KINDS[kind], gated, matrix.data_ptr(), DTYPE_CODE[gate_up.dtype], *matrix.shape, *matrix.stride(),
-        rows.data_ptr(), *rows.stride(), *place,
-    )  # fmt: skip
+    library.activation_forward(KINDS[kind], gated, matrix(_as_matrix(gate_up)), matrix(rows), *place)
     return h
 
 
@@ -148,17 +144,11 @@ def _run_backward(kind: str, gated: bool, dh: Tensor, gate_up: Tensor, results: 
     library, *place = where(gate_up)
     dh, gate_up = _as_matrix(dh), _as_matrix(gate_up)
     d_gate_up = results.d_gate_up.reshape(gate_up.shape)  # views: leading dimensions of results are dense
-    h_place, mvue = (0, 0, 0), (0, 0, 0, 0)
-    if results.h is not None:
-        h = results.h.reshape(dh.shape)
-        h_place = (h.data_ptr(), *h.stride())
-    if results.mvue is not None:
-        sums = results.tile_sums
-        mvue = (*(t.data_ptr() for t in results.mvue), 0 if sums is None else sums.data_ptr())
-    matrices = (dh.data_ptr(), DTYPE_CODE[dh.dtype], *dh.shape, *dh.stride(), gate_up.data_ptr(), *gate_up.stride())
-    library.activation_backward(
-        KINDS[kind], gated, *matrices, d_gate_up.data_ptr(), *d_gate_up.stride(), *h_place, *mvue, *place
-    )
+    h = None if results.h is None else matrix(results.h.reshape(dh.shape))
+    mvue = None if results.mvue is None else tuple(t.data_ptr() for t in results.mvue)
+    sums = 0 if results.tile_sums is None else results.tile_sums.data_ptr()
+    operands = (matrix(dh), matrix(gate_up), matrix(d_gate_up))
+    library.activation_backward(KINDS[kind], gated, *operands, h, mvue, sums, *place)
 
 
 def _backward_fake(

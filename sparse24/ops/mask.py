@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import Sparse24Error
 from ..formats import BLOCK, DTYPE_CODE, as_major, mask_as_uint16
-from ._common import check_mask, check_same_device, check_weight, define_op, where
+from ._common import check_mask, check_same_device, check_weight, define_op, matrix, where
 from .arguments import check_has_values, names_wrong_types
 
 
@@ -186,7 +186,7 @@ def _mask_gap(w: Tensor) -> Tensor:
         return reference.mask_gap(w)
     w = as_major(w)
     gap = torch.empty((w.shape[0] // BLOCK, w.shape[1] // BLOCK), dtype=torch.float32, device=w.device)
-    library.mask_gap(w.data_ptr(), DTYPE_CODE[w.dtype], *w.shape, *w.stride(), gap.data_ptr(), *place)
+    library.mask_gap(matrix(w), gap.data_ptr(), *place)
     return gap
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, where
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
 from .arguments import names_wrong_types
 
 #: tokens that one row of `tile_sums` adds up
@@ -56,10 +56,8 @@ def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) ->
         return reference.mvue_compress(dy, seed)
     dy = as_major(dy)
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
-    library.mvue_pack(
-        dy.data_ptr(), DTYPE_CODE[dy.dtype], *dy.shape, *dy.stride(), seed.data_ptr(), packed.data_ptr(), E.data_ptr(),
-        0 if tile_sums is None else tile_sums.data_ptr(), *place,
-    )  # fmt: skip
+    sums = 0 if tile_sums is None else tile_sums.data_ptr()
+    library.mvue_pack(matrix(dy), seed.data_ptr(), packed.data_ptr(), E.data_ptr(), sums, *place)
     return packed, E
 
 

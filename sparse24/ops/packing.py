@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import formats, reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import BLOCK, DTYPE_CODE, FORMATS, HALF_DTYPES, as_major, mask_as_uint16, metadata_bytes
+from ..formats import (
+    BLOCK,
+    FORMATS,
+    HALF_DTYPES,
+    WEIGHT_DTYPES,
+    as_major,
+    mask_as_uint16,
+    metadata_bytes,
+    names,
+)
 from ._common import (
     call_without_grad,
     check_mask,
@@ -15,6 +24,7 @@ from ._common import (
     check_same_device,
     check_weight,
     define_op,
+    matrix,
     where,
 )
 from .arguments import check_has_values, names_wrong_types
@@ -22,17 +32,18 @@ from .mask import empty_mask, is_transposable, pack_item
 
 
 def packed_dtype(w: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of packed values: as asked for, else w's own (bf16 for an fp32 weight on a GPU).
+    """The dtype of packed values: as asked for, else w's own, or one of 16 bits on a GPU.
 
     Raises Sparse24DtypeError for a dtype that no GEMM reads.
     """
     on_gpu = w.device.type == "cuda"
     if dtype is None:
-        return torch.bfloat16 if on_gpu and w.dtype == torch.float32 else w.dtype
-    if dtype in HALF_DTYPES or (not on_gpu and dtype in (torch.float32, w.dtype)):
+        return formats.packed_dtype(w.dtype, on_gpu)
+    if dtype in HALF_DTYPES or (not on_gpu and dtype in (*WEIGHT_DTYPES, w.dtype)):
         return dtype
+    also = names(tuple(other for other in WEIGHT_DTYPES if other not in HALF_DTYPES))
     raise Sparse24DtypeError(
-        f"dtype must be torch.bfloat16 or torch.float16 (float32 on the CPU only), got {dtype} for a weight on "
+        f"dtype must be {' or '.join(map(str, HALF_DTYPES))} ({also} on the CPU only), got {dtype} for a weight on "
         f"{w.device}"
     )
 
@@ -166,9 +177,7 @@ def _decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: boo
     if library is None:
         return reference.decompress(packed, E, rows, cols, transposed)
     out = packed.new_empty((rows, cols))
-    library.unpack(
-        packed.data_ptr(), E.data_ptr(), transposed, out.data_ptr(), DTYPE_CODE[out.dtype], rows, cols, cols, 1, *place
-    )
+    library.unpack(packed.data_ptr(), E.data_ptr(), transposed, matrix(out), *place)
     return out
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import Sparse24Error
+from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
 from ..recipe.methods import METHODS
 from ..recipe.presets import PRESETS as RECIPES
 
@@ -24,7 +25,7 @@ ACTIVATIONS = {
     "silu": "silu",
     "relu": "relu",
 }  # transformers'
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 PRECISIONS = (None, "fp8-hybrid", "fp8")
 SCHEDULES = ("constant", "linear", "cosine")
 PLACES = ("auto", "start", "end", "none")
@@ -205,7 +206,7 @@ def resolve(settings: Settings) -> Settings:
         s,
         lr=rates(s.lr),
         device=device,
-        dtype=s.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+        dtype=s.dtype or (names((DEFAULT_DTYPE,)) if device.startswith("cuda") else "float32"),
         warmup=s.warmup if s.warmup is not None else s.steps // 10,
         log_interval=s.log_interval or (10 if device.startswith("cuda") else 1),
         max_bytes=s.max_bytes if s.max_bytes is not None or s.data else 8_000_000,
@@ -280,8 +281,8 @@ def check_choices(s: Settings) -> None:
     require(
         s.precision in PRECISIONS, "precision", "must be fp8-hybrid or fp8", s.precision, "leave it out for 16 bits"
     )
-    half = s.precision is not None and s.dtype == "float16"
-    rule_on(s)("dtype", not half, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
+    scaled_twice = s.precision is not None and FORMATS[DTYPES[s.dtype]].wants_loss_scaling
+    rule_on(s)("dtype", not scaled_twice, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
 
 
 def check_ranges(s: Settings) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..convert import sparsify
 from ..errors import Sparse24Error
+from ..formats import FORMATS
 from ..recipe import Recipe
 from ..recipe.probe import MaskProbe
 from ..save import verify
@@ -26,7 +27,7 @@ from .metrics import MetricsLog, Row
 from .model import build_model, build_optimizer, count_parameters, model_config, next_token_loss
 from .samples import write_samples
 from .saved import differences
-from .settings import Settings, kind_of
+from .settings import DTYPES, Settings, kind_of
 
 #: what a checkpoint's state.pt holds, beside version and step
 STATE_KEYS = {"step", "data", "seconds", "optimizer", "scaler", "recipe", "probe", "rng_cpu", "rng_device"}
@@ -59,7 +60,7 @@ def sparsify_settings(s: Settings) -> dict[str, Any]:
     return {
         "backend": s.backend,
         "precision": s.precision,
-        "dtype": getattr(torch, s.dtype) if in_16_bits else None,
+        "dtype": DTYPES[s.dtype] if in_16_bits else None,
         "tokens": s.micro_batch * s.ctx,
         "micro_batches": s.batch // s.micro_batch,
     }
@@ -110,7 +111,7 @@ class Trainer:
         s = self.settings = settings
         self.arm, self.data, self.out, self.say, self.on_step = arm, data, out, say, on_step
         self.device = torch.device(s.device)
-        self.dtype = getattr(torch, s.dtype)
+        self.dtype = DTYPES[s.dtype]
         self.batches = tokens.Batches(data.train, s.ctx, s.batch, s.seed)
         self.checkpoints = out / "checkpoint" / arm
         self.step, self.seconds, self.report = 0, 0.0, None
@@ -131,7 +132,7 @@ class Trainer:
         else:
             with contextlib.suppress(Sparse24Error):  # of a model whose widths no mask fits there is nothing to see
                 self.probe = MaskProbe(self.model, mask_interval=s.mask_interval)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=FORMATS[self.dtype].wants_loss_scaling)
         torch.manual_seed(s.seed)  # from here on a run's draws depend on nothing before
         if s.resume:
             self.restore()

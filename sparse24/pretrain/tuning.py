@@ -13,11 +13,12 @@ import torch
 
 from ..errors import Sparse24Error
 from ..files import locked, read_json, write_text_atomically
+from ..formats import FORMATS
 from ..recipe import tune_decay
 from . import tokens
 from .job import writable
 from .model import build_model, build_optimizer, model_config, next_token_loss
-from .settings import Settings, require, resolve
+from .settings import DTYPES, Settings, require, resolve
 from .train import learning_rate, sparsify_settings
 
 
@@ -58,7 +59,9 @@ def tune(
             probe_step=probe_step,
             loss=lambda model, batch: autocast_loss(model, batch, s),
             split=lambda batch: list(zip(*(ids.split(s.micro_batch) for ids in batch), strict=True)),
-            make_scaler=lambda: torch.amp.GradScaler(torch.device(s.device).type, enabled=s.dtype == "float16"),
+            make_scaler=lambda: torch.amp.GradScaler(
+                torch.device(s.device).type, enabled=FORMATS[DTYPES[s.dtype]].wants_loss_scaling
+            ),
             mask_interval=s.mask_interval,
             clip=s.clip or None,
             seed=s.seed,
@@ -104,7 +107,7 @@ def batches(s: Settings, data: tokens.TokenData, count: int) -> Iterator[tuple[t
 
 
 def autocast_loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor], s: Settings) -> torch.Tensor:
-    dtype = getattr(torch, s.dtype)
+    dtype = DTYPES[s.dtype]
     with torch.autocast(torch.device(s.device).type, dtype, enabled=dtype != torch.float32):
         return next_token_loss(model, *batch)
 

@@ -5,10 +5,12 @@ A scale is the factor of dequantisation, x ~= scale * x8, and a power of two: di
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..formats import padded_tokens, round_up
+from ..formats import E4M3, padded_tokens, round_up
 from .masks import unpack_mask
 from .mvue import mvue_groups, mvue_uniforms
 from .packing import decompress, encode_metadata, pack_rows
@@ -21,23 +23,25 @@ def _coded(codes: Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(like.isfinite(), codes, NAN).to(torch.uint8).view(dtype)
 
 
-def to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+def to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """x / scale to nearest even; what is finite and too large becomes the largest value, Inf and NaN become NaN."""
     largest = torch.finfo(dtype).max
     scaled = (x.float() / scale).clamp(-largest, largest)
     return _coded(scaled.to(dtype).view(torch.uint8), x, dtype)
 
 
-def to_float8_random(x: Tensor, scale: Tensor, bits: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+def to_float8_random(x: Tensor, scale: Tensor, bits: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """x / scale rounded up or down at random so that the mean is right; `bits` are 16 random ones, int64.
 
     The magnitude is moved to where the format's exponent and mantissa begin at a fixed bit of fp32. The random bits,
     and a half so that 0 and 65535 are alike, are added below it; what is above is the code.
     """
-    mantissa, bias, reserved = (3, 7, 1) if dtype == torch.float8_e4m3fn else (2, 15, 4)
-    dropped = 23 - mantissa
+    numbers = torch.finfo(dtype)
+    bias = 1 - round(math.log2(numbers.smallest_normal))
+    dropped = 23 + round(math.log2(numbers.eps))  # of fp32's mantissa
     spare = dropped - 16
-    largest = torch.tensor((0x7F - reserved) << dropped, dtype=torch.int32, device=x.device).view(torch.float32)
+    last = torch.tensor(numbers.max, device=x.device).to(dtype).view(torch.uint8)
+    largest = (last.int() << dropped).view(torch.float32)
     moved = torch.minimum((x.float() / scale).abs() * 2.0 ** (bias - 127), largest)
     code = (moved.view(torch.int32).long() + ((bits << spare) | (1 << (spare - 1)))) >> dropped
     return _coded(code | (x.float().signbit().long() << 7), x, dtype)
@@ -57,7 +61,7 @@ def amax(x: Tensor) -> Tensor:
     return magnitude.amax().reshape(1) if x.numel() else magnitude.new_zeros(1)
 
 
-def cast_counts(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+def cast_counts(x: Tensor, scale: Tensor, dtype: torch.dtype = E4M3) -> Tensor:
     """int64 [3]: finite values beyond the range of `dtype`, others that become zero without being it, all values."""
     finite = x[x.isfinite()].float()
     clipped = (finite / scale).abs() > torch.finfo(dtype).max
@@ -101,7 +105,7 @@ def mvue_pack_float8(dy: Tensor, seed: Tensor, scale: Tensor, dtype: torch.dtype
     return packed, encode_metadata(nibbles.T.contiguous(), dtype)
 
 
-def scale_of(amax: Tensor, margin: float = 2.0, dtype: torch.dtype = torch.float8_e4m3fn) -> Tensor:
+def scale_of(amax: Tensor, margin: float = 2.0, dtype: torch.dtype = E4M3) -> Tensor:
     """The smallest power of two by which amax * margin fits into `dtype`; 1 for an amax of 0. fp32, shape of amax."""
     largest = torch.finfo(dtype).max
     mantissa, exponent = torch.frexp(amax.float() * (margin / largest))

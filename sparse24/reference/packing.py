@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import PADDING_NIBBLE, metadata_order
+from ..formats import DEFAULT_DTYPE, PADDING_NIBBLE, metadata_order
 from .masks import unpack_mask
 
 
-def encode_metadata(nibbles: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def encode_metadata(nibbles: Tensor, dtype: torch.dtype = DEFAULT_DTYPE) -> Tensor:
     """Nibbles [m, k/4] -> E, uint8 in the order of the packed dtype; past m and k it holds the padding nibble."""
     m, groups = nibbles.shape
     order = metadata_order(m, 4 * groups, dtype).to(nibbles.device)
@@ -22,7 +22,7 @@ def encode_metadata(nibbles: Tensor, dtype: torch.dtype = torch.bfloat16) -> Ten
     return E
 
 
-def decode_metadata(E: Tensor, m: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def decode_metadata(E: Tensor, m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> Tensor:
     """E, in the order of the packed dtype -> nibbles [m, k/4], uint8."""
     pairs = E[metadata_order(m, k, dtype).to(E.device)]
     return torch.stack([pairs & 0xF, pairs >> 4], -1).flatten(1)[:m, : k // 4]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import FLOAT8_DTYPES, HALF_DTYPES
+from ..formats import FORMATS, HALF_DTYPES
 from ..layers import SparseLayer, feedforward, packing
 from ..layers.owners import end_recipes
 from ..layers.state import PACKED
@@ -137,12 +137,12 @@ def _why_not_backends(device: torch.device) -> dict[str, str | None]:
 def _dtype_of(name: str, layer: SparseLayer, dtype: torch.dtype | None) -> torch.dtype:
     if dtype is None:
         packed = layer._buffers[PACKED].dtype
-        dtype = torch.bfloat16 if packed in FLOAT8_DTYPES else packed
+        dtype = FORMATS[packed].wide_dtype
     if dtype not in HALF_DTYPES:
         # PyTorch takes float32 too, but there it means one of two, and would drop half of what is kept.
         raise Sparse24DtypeError(
-            f"the weight of {name} would be {dtype}; a 2:4 SparseSemiStructuredTensor is torch.bfloat16 or "
-            "torch.float16: pass dtype="
+            f"the weight of {name} would be {dtype}; a 2:4 SparseSemiStructuredTensor is "
+            f"{' or '.join(map(str, HALF_DTYPES))}: pass dtype="
         )
     return dtype
 

@@ -18,6 +18,7 @@ class SP24_API Error : public std::runtime_error {
 /// kFloat8E4M3 is OCP e4m3 without Inf (torch.float8_e4m3fn): finite values up to 448, NaN 0x7F and 0xFF. kFloat8E5M2
 /// has Inf and reaches 57344 (torch.float8_e5m2). common/format.h says what each packed format can do.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3, kFloat8E5M2 = 4 };
+constexpr DType kLastDType = DType::kFloat8E5M2;
 constexpr bool is_float8(DType dtype) { return dtype == DType::kFloat8E4M3 || dtype == DType::kFloat8E5M2; }
 
 enum class Backend : int { kCpu = 0, kCuda = 1 };

@@ -7,10 +7,10 @@ from torch import Tensor
 from ...formats import as_major
 from ...reference import float8 as reference
 from ...reference import gated_activation
-from .._common import define_op, where
+from .._common import define_op, matrix, where
 from ..activation import KINDS, check_input
 from ..arguments import names_wrong_types
-from .operands import check_matrix, check_noted, empty_float8, matrix, note, output, takes_one_pass
+from .operands import check_matrix, check_noted, empty_float8, note, output, takes_one_pass
 
 
 def _check(gate_up, kind, gated, scale, amax, counts) -> None:

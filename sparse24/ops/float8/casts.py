@@ -6,9 +6,9 @@ from torch import Tensor
 
 from ...formats import as_major
 from ...reference import float8 as reference
-from .._common import define_op, where
+from .._common import define_op, matrix, where
 from ..arguments import names_wrong_types
-from .operands import check_matrix, check_noted, empty_float8, matrix, note, output
+from .operands import check_matrix, check_noted, empty_float8, note, output
 
 
 def _quantize(

@@ -8,11 +8,11 @@ from torch import Tensor
 from ...formats import DTYPE_CODE, META_BLOCK, as_major, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
 from ...reference import gated_activation_backward
-from .._common import define_op, where
+from .._common import define_op, matrix, where
 from ..activation import KINDS, check_backward
 from ..arguments import names_wrong_types
 from ..mvue import check_seed, empty_tile_sums
-from .operands import E4M3, check_matrix, check_noted, empty_float8, matrix, note, output, pointer, takes_one_pass
+from .operands import E4M3, check_matrix, check_noted, empty_float8, note, output, pointer, takes_one_pass
 
 
 def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,14 @@ import torch
 from torch import Tensor
 
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import DTYPE_CODE, metadata_bytes, padded_tokens
+from ...formats import E4M3, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
 from .._common import check_same_device, check_weight_dtype
 from ..arguments import check_writable
 
-E4M3 = torch.float8_e4m3fn
-
 
 def pointer(t: Tensor | None) -> int:
     return 0 if t is None or t.numel() == 0 else t.data_ptr()
-
-
-def matrix(t: Tensor) -> tuple[int, ...]:
-    """A 2-D tensor as the binding takes matrices."""
-    return t.data_ptr(), DTYPE_CODE[t.dtype], *t.shape, *t.stride()
 
 
 def output(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import DTYPE_CODE, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES
+from ...formats import DTYPE_CODE, FORMATS, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES, names
 from .. import flops
 from .._common import check_same_device, define_op, where
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
@@ -80,14 +80,14 @@ def _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtyp
             f"bias must be floating of shape {(out_features,)}, got {bias.dtype} of shape {tuple(bias.shape)}"
         )
     if out_dtype not in WEIGHT_DTYPES:
-        raise Sparse24DtypeError(f"out_dtype must be float32, bfloat16 or float16, got {out_dtype}")
+        raise Sparse24DtypeError(f"out_dtype must be {names(WEIGHT_DTYPES)}, got {out_dtype}")
 
 
 def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
     _check_dense(x8_t, x_scale, "x8_t")
     if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
         raise Sparse24Error(
-            f"out must be float32, bfloat16 or float16 of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
+            f"out must be {names(WEIGHT_DTYPES)} of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
             f"shape {tuple(out.shape)}"
         )
     check_packed(packed, E, scale, "packed_dy", out.shape[0], x8_t.shape[1])
@@ -100,7 +100,7 @@ def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dty
     _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype)
     tokens, k = x8.shape
     on_gpu = x8.device.type == "cuda"
-    y = x8.new_empty((tokens, out_features), dtype=torch.bfloat16 if on_gpu else out_dtype)
+    y = x8.new_empty((tokens, out_features), dtype=FORMATS[E4M3].wide_dtype if on_gpu else out_dtype)
     if y.numel() == 0:
         return y.to(out_dtype)
     problem = (FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
@@ -129,7 +129,7 @@ _op_sparse_mm_float8 = define_op(
 @names_wrong_types
 def sparse_mm_float8(
     x8: Tensor, x_scale: Tensor, packed: Tensor, E: Tensor, scale: Tensor, out_features: int, *,
-    bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16, accumulation: str = "auto",
+    bias: Tensor | None = None, out_dtype: torch.dtype = FORMATS[E4M3].wide_dtype, accumulation: str = "auto",
 ) -> Tensor:  # fmt: skip
     """y = x W^T + bias for 8-bit x and W, W 2:4 sparse: forward, and with (packed_t, E_t) the input gradient.
 
@@ -152,7 +152,7 @@ def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> Non
     if out.numel() == 0:
         return
     problem = (GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(out.dtype, 0))
-    fits = out.is_contiguous() and out.dtype in (torch.bfloat16, torch.float32) and k > 0
+    fits = out.is_contiguous() and out.dtype in (FORMATS[E4M3].wide_dtype, torch.float32) and k > 0
     if fits and _launch(problem, (packed, E), scale, x8_t, x_scale, out, accumulate=accumulate):
         return
     product = unpack_dense(packed, E, scale, m, k, torch.float32) @ (x8_t.float() * x_scale).T

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import BLOCK, DTYPE_CODE, WEIGHT_DTYPES, as_major, metadata_bytes
+from ...formats import BLOCK, DTYPE_CODE, WEIGHT_DTYPES, as_major, metadata_bytes, names
 from ...reference import float8 as reference
 from ...reference import transposable_mask
-from .._common import check_mask, check_same_device, check_weight, define_op, where
+from .._common import check_mask, check_same_device, check_weight, define_op, matrix, where
 from ..arguments import check_no_shared_memory, check_writable, names_wrong_types
 from ..mask import pack_item
-from .operands import E4M3, check_packed, check_scale, matrix, note
+from .operands import E4M3, check_packed, check_scale, note
 
 
 def empty_packed_float8(rows: int, cols: int, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +142,7 @@ def _check_decompress(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int, 
     if k % BLOCK:
         raise Sparse24Error(f"k must be a multiple of {BLOCK}, got {k}")
     if dtype not in WEIGHT_DTYPES:
-        raise Sparse24DtypeError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise Sparse24DtypeError(f"dtype must be {names(WEIGHT_DTYPES)}, got {dtype}")
     check_packed(packed, E, scale, "packed", m, k)
 
 

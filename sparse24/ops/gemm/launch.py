@@ -22,6 +22,7 @@ from ...formats import (
     HALF_DTYPES,
     GemmProblem,
     SparseOperand,
+    names,
 )
 from .._common import where
 from . import padding, tuning
@@ -47,7 +48,7 @@ def problem_of(pass_code: int, mnk: tuple[int, int, int], operand: Tensor, out: 
 def unsupported(problem: GemmProblem, rhs_ld: int, out_ld: int, index: int) -> str:
     """Why the GPU's sparse GEMM cannot take a product ("" if it can); token counts never matter to the answer."""
     if (dtype := _DTYPE[problem.format]) not in HALF_DTYPES:
-        return f"dtype {dtype} (sparse tensor cores take bfloat16 and float16)"
+        return f"dtype {dtype} (sparse tensor cores take {names(HALF_DTYPES, 'and')})"
     return _library.binding().sparse_gemm_unsupported(problem, rhs_ld, out_ld, _library.CUDA, index)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ... import _library
 from ...errors import Sparse24Error
 from ...formats import (
+    DEFAULT_DTYPE,
     FORWARD,
     GRAD_INPUT,
     GRAD_WEIGHT,
@@ -29,7 +30,7 @@ def tune_gemm(
     tokens: int,
     in_features: int,
     out_features: int,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = DEFAULT_DTYPE,
     *,
     grad_dtype: torch.dtype | None = None,
     device=None,
@@ -37,7 +38,7 @@ def tune_gemm(
     """Find the fastest config of a layer's products on this GPU, and use it from now on.
 
     tokens, in_features, out_features  of the layer, as its products will see them (tokens of one call)
-    dtype       of its products: bfloat16 or float16
+    dtype       of its products, of 16 bits
     grad_dtype  of its weight gradient: dtype (default) or float32
     device      a CUDA device; default the current one
     returns     every config that was tried: its time, and whether its result was right
