@@ -7,7 +7,8 @@
 // The same three ways as in forward.cu: stream (all operands of one layout), tiles (mixed),
 // elements (anything else).
 //
-// Traffic  10 B a 16-bit element of h gated, 6 B plain; 2 B more for h.
+// Traffic  10 B a 16-bit element of h gated, 6 B plain; 2 B more for h. Gated, 8192 x 11008:
+//          902 MB, 215 us at 4.2 TB/s.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"

@@ -9,7 +9,8 @@
 //             (tile_pass.cuh)
 //   elements  anything else: odd widths, strides or addresses; one element a thread
 //
-// Traffic  6 B a 16-bit output element gated, 4 B plain; each byte once.
+// Traffic  6 B a 16-bit output element gated, 4 B plain; each byte once. Gated, 8192 x 11008:
+//          541 MB, 129 us at 4.2 TB/s.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"

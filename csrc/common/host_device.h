@@ -1,8 +1,7 @@
 // host_device.h: per-block mathematics is written once, for CPU and GPU.
 //
 // Both sides are compiled without fast-math and without contraction of a*b + c into one rounding
-// (-ffp-contract=off,
-// --fmad=false), so the same function gives the same bits on both.
+// (-ffp-contract=off, --fmad=false), so the same function gives the same bits on both.
 #pragma once
 
 #if defined(__CUDACC__)

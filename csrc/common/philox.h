@@ -2,7 +2,7 @@
 // counter, everywhere.
 //
 // Source   Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011),
-// section 4.3.
+//          section 4.3.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,8 @@
 // A tile is 128 x 128 elements, of 256 threads with patches of 8x8 each. What waits:
 //
 //   PackedStage   128 rows of m, the 64 bytes each keeps of its 128 elements along k, and two
-//   blocks
-//                 of E (64 x 128 elements, 1024 bytes): the byte of (m, k .. k + 7) is number
-//                 k / 8 of row m's 16
+//                 blocks of E (64 x 128 elements, 1024 bytes): the byte of (m, k .. k + 7) is
+//                 number k / 8 of row m's 16
 //   LineStage     128 lines of 128 bytes: a dense matrix, turned
 //
 // 16-byte vectors of a line are exchanged by its patch (line / 8): lanes that put a word of

@@ -9,6 +9,7 @@
 //          memory. Both make d_gate and d_up in registers, round them, store them, and prune both
 //          as mvue_pack would (mvue_patch.cuh). The up half's groups lie d_ff features on.
 // Traffic  10 B dense (6 read, 4 written) + 2.25 B packed an element of h; 2 B more for h itself.
+//          8192 x 11008: 1.10 GB, 263 us at 4.2 TB/s.
 // Edges    Vectors must fit all operands, and metadata blocks of 64 must not straddle gate and up:
 //          d_ff % 64 == 0 (gated). Lines of tiles must not overlap. Otherwise the two passes run
 //          one after the other, which is the same by definition.

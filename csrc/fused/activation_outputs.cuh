@@ -8,9 +8,8 @@
 // plain pass followed by quantize and mvue_pack.
 //
 // Work     A block of 256 threads takes 128 tokens x 128 features of h, a thread 8 x 8: it loads
-// its
-//          patches of all operands at once, makes the results in their place, and hands one half
-//          (gate, then up) after the other to its outputs.
+//          its patches of all operands at once, makes the results in their place, and hands one
+//          half (gate, then up) after the other to its outputs.
 // Traffic  Bytes an element of h, gated. Forward: 4 read; h 2, h8 1, h8_t 1, h packed 1.125. With
 //          h8 and h8_t 6 in all: 8192 x 11008 takes 541 MB, 129 us at 4.2 TB/s.
 //          Backward: 6 read; d_gate_up8 2, packed 2.25 in 16 bits, 1.25 in 8. FP8 9.25: 834 MB,
@@ -161,11 +160,11 @@ bool packing_fits(const Args& args, DType packed_dtype, int64_t features, bool h
 }
 
 inline void check_written(const Matrix& result, const char* name) {
-  SP24_CHECK(
-      result.data != nullptr, name,
-      " must be given where one pass cannot make all outputs: that takes bfloat16 or float16, "
-      "row-major in whole 16 bytes, and packing a gated gradient d_ff % 64 == 0; got ",
-      name_of(result.dtype), " [", result.rows, ", ", result.cols, "]");
+  SP24_CHECK(result.data != nullptr, name,
+             " must be given where one pass cannot make all outputs: that takes ",
+             names_of(Types16{}),
+             ", row-major in whole 16 bytes, and packing a gated gradient d_ff % 64 == 0; got ",
+             name_of(result.dtype), " [", result.rows, ", ", result.cols, "]");
 }
 
 /// The result was written; what else is wanted of it, by passes of its own.

@@ -1,15 +1,15 @@
 // backward_rows.cuh: activation backward with MVUE packing where all operands are row-major.
 //
-//   d_h [tokens, d_ff], gate_up and d_gate_up [tokens, 2*d_ff], h, packed, E:
-//   activation_backward.cu
+//   d_h [tokens, d_ff], gate_up and d_gate_up [tokens, 2*d_ff], h, packed and E are those of
+//   activation_backward.cu, with or without h
 //
 // Work     A tile is 64 tokens x 128 features of h, a warp takes eight tokens of it, a thread four
 //          features: quads of MVUE (mvue_patch.cuh). A thread loads its 8 x 4 elements of d_h, gate
 //          and up at once, then walks its two token groups in a loop that is not unrolled.
+// Traffic  Bytes and times at the bound are those of activation_backward.cu.
 // Why      8 bytes a lane are 256 contiguous ones a warp. The loop halves the code and its
-// registers:
-//          16384 x 14336 takes 703 us on an H200, unrolled 918; with three blocks an SM instead of
-//          two, which spill, 730 (docs/kernels/mvue.md).
+//          registers: 16384 x 14336 takes 703 us on an H200, unrolled 918; with three blocks an SM
+//          instead of two, which spill, 730 (docs/kernels/mvue.md).
 #pragma once
 
 #include "activation/functions.h"

@@ -1,14 +1,15 @@
 // backward_tiles.cuh: activation backward with MVUE packing where operands are column-major, all or
 // some of them.
 //
-//   d_h [tokens, d_ff], gate_up and d_gate_up [tokens, 2*d_ff], h, packed, E:
-//   activation_backward.cu
+//   d_h [tokens, d_ff], gate_up and d_gate_up [tokens, 2*d_ff], h, packed and E are those of
+//   activation_backward.cu, with or without h
 //
 // Work     A block takes a tile of 64 tokens x 128 features of h, a thread 8 x 8 of it. Operands
 //          come and dense results leave as in activation/backward.cu: 128 or 256 contiguous bytes
 //          at a time, whichever way they lie. While the results leave, a thread prunes its
 //          patches of d_gate and d_up from registers, rounded as they are stored, one after the
 //          other in a loop: half the code.
+// Traffic  Bytes and times are those of activation_backward.cu.
 // Packed   goes straight to memory: a warp writes whole, aligned 64 B of each row (tile_place.h).
 #pragma once
 

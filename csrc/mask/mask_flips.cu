@@ -5,7 +5,7 @@
 // Work     A block of threads takes a chunk of 16384 blocks of one of up to 32 tensors: 16-byte
 //          loads where both masks allow them, population counts of the differing bits, one atomic
 //          addition.
-// Traffic  4 B a mask block, 1/4 B an element.
+// Traffic  4 B a mask block, 1/4 B an element. 11008 x 4096: 11 MB, 3 us at 4.2 TB/s.
 #include <cuda_runtime.h>
 
 #include "common/block_sum.cuh"

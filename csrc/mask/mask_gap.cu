@@ -4,6 +4,8 @@
 //   w  [rows, cols] of any dtype and strides;  gap  fp32 [rows/4, cols/4]
 //
 // Work     One block a thread through all 90 patterns, some 3000 instructions: bound by arithmetic.
+// Traffic  bf16: 2 B read and 1/4 B written an element. 11008 x 4096: 101 MB, 24 us at 4.2 TB/s;
+//          the instructions take 285 us at one a lane and clock of an H200.
 #include <cuda_runtime.h>
 
 #include "common/cuda_check.h"

@@ -6,7 +6,8 @@
 // Work     Up to 32 tensors a launch. A thread takes a square patch whose lines are 16-byte vectors
 //          of grad and w (4x4 of fp32, 8x8 of 16 bits; 4x4 if the dtypes differ in size), and the
 //          masks of its blocks.
-// Traffic  bf16: 4 B read and 2 B written an element, 1/8 B of mask; fp32 twice that.
+// Traffic  bf16: 4 B read and 2 B written an element, 1/8 B of mask. 11008 x 4096: 276 MB, 66 us at
+//          4.2 TB/s; fp32 547 MB, 130 us.
 // Order    fp32 product of decay (times grad_scale) and w, fp32 sum, one rounding; kept elements
 //          are not touched.
 // Edges    Odd widths, strides or addresses go element by element.

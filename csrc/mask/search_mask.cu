@@ -7,7 +7,8 @@
 // Work     Up to 32 weights a launch, tiles of 64 x 128 elements, a thread searches the four blocks
 //          of an 8x8 patch (common/tile.h); the search itself is in block_search.h, about 130
 //          instructions a block.
-// Traffic  bf16 2 B, fp32 4 B read and 1/8 B written an element.
+// Traffic  bf16 2 B, fp32 4 B read and 1/8 B written an element. 11008 x 4096 in bf16: 96 MB, 23 us
+//          at 4.2 TB/s; fp32 186 MB, 44 us.
 // Ties     go by the order in block_search.h, in every layout: a patch is searched by rows.
 #include <cuda_runtime.h>
 

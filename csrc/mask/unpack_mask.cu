@@ -3,6 +3,7 @@
 //   mask  uint16 [rows/4, cols/4];  out  one byte (0 or 1) an element, [rows, cols]
 //
 // Work     A thread unpacks one block: four stores of 4 bytes, neighbouring threads along a row.
+// Traffic  1/8 B read and 1 B written an element. 11008 x 4096: 51 MB, 12 us at 4.2 TB/s.
 #include <cuda_runtime.h>
 
 #include "common/block_sum.cuh"

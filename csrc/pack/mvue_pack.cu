@@ -8,8 +8,8 @@
 // Work     A tile is 64 tokens x 128 features, a thread takes 8 x 8 of it: sixteen groups of four,
 //          two Philox calls (mvue_patch.cuh). Row-major gradients have their groups across four
 //          rows; column-major ones are turned in pairs of words.
-// Traffic  2 B read, 1 + 1/8 B written an element. About 13 instructions an element, half of what
-//          the SMs could issue meanwhile.
+// Traffic  2 B read, 1 + 1/8 B written an element. 8192 x 4096: 105 MB, 25 us at 4.2 TB/s. About 13
+//          instructions an element, half of what the SMs could issue meanwhile.
 // Edges    Tokens past the end read as zeros: their groups keep nothing, with padding nibbles.
 //          features % 8 != 0, odd strides or addresses go element by element (kStrided), as do
 //          column-major gradients with tokens % 8 != 0.

@@ -5,8 +5,7 @@
 //   mask       uint16 [rows/4, cols/4]: read, or searched and written, as the mask source says
 //   packed     8-bit [rows, cols/2], E for (m = rows, k = cols)
 //   packed_t   8-bit [cols, rows/2], E_t for (m = cols, k = rows): both along k, which is what
-//   wgmma
-//              reads of 8 bits
+//              wgmma reads of 8 bits
 //   scale      one float: packed values are w / *scale; amax, counters: quantize.h
 //
 // Work     A block of 256 threads takes a tile of 128 x 128 elements of one of up to 32 weights, a
@@ -17,8 +16,7 @@
 // Traffic  bf16: 2 B read, 0.625 + 0.625 B written, 0.125 B of mask an element; fp32 2 B more.
 //          11008 x 4096 in bf16: 152 MB, 36 us at 4.2 TB/s; fp32 242 MB, 58 us.
 // Edges    As in pack_tile.cuh. Rows that no 16-byte vector fits (cols or rows % 32 != 0) are
-// stored
-//          byte by byte.
+//          stored byte by byte.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -12,7 +12,8 @@
 // Values   Kept pairs are picked by byte permutations; their selectors are looked up by the bits of
 //          the mask (pack_group.h).
 // Traffic  bf16: 2 B read, 1.125 + 1.125 B written, 0.125 B of mask an element; fp32 2 B more.
-//          Metadata go through stage.cuh.
+//          11008 x 4096 in bf16: 197 MB, 47 us at 4.2 TB/s; fp32 287 MB, 68 us. Metadata go through
+//          stage.cuh.
 // Edges    Column-major weights may end after whole patches only; cols % 8 != 0, odd strides or
 //          addresses, and one 16-bit dtype to another take kStrided. The last tile of a row or
 //          column of tiles owns what is left; metadata past the edge, up to 64, become padding

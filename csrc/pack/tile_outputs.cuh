@@ -15,8 +15,7 @@
 // or 256 B of a row.
 //
 // Edges    Tokens and features past the end are zeros. Rows that no vector fits are stored element
-// by
-//          element. A gated result comes as two halves, gate and up, `features` wide each: with
+//          by element. A gated result comes as two halves, gate and up, `features` wide each: with
 //          packing, whole blocks of E, so features % 64 == 0.
 #pragma once
 

@@ -6,6 +6,9 @@
 // MVUE packing holds every element of the gradient in registers, so its kernels add them up on the
 // way. That spares the bias its own read of the gradient; what is left to add is 1/32 of its bytes.
 // The order is fixed, and the CPU's too: eight tokens of an octet, then the octets of the tile.
+//
+// Traffic  Of the kernel that reads a gradient for them alone: 2 B an element, and 1/16 B written.
+//          8192 x 4096: 69 MB, 16 us at 4.2 TB/s.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -7,6 +7,8 @@
 // Work     Along rows a thread takes one byte of E: four packed values to eight elements of a row,
 //          in vectors where they fit. Along columns it takes one column of eight rows. Neighbouring
 //          threads share rows.
+// Traffic  16 bits: 1.125 B read and 2 B written an element. 11008 x 4096: 141 MB, 34 us at 4.2
+//          TB/s.
 #include <cuda_runtime.h>
 
 #include "common/block_sum.cuh"

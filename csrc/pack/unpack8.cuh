@@ -2,11 +2,12 @@
 //
 //   packed   [m, k/2], E for (m, k), in the order of 8 bits; one float scale
 //   out      [m, k] row-major fp32, bf16 or fp16, or `transposed` [k, m]: scale * packed, rounded
-//   once
+//            once
 //
 // Work     A thread takes one byte of E: four packed values to eight elements. Neighbouring threads
 //          share a row of out: they follow k, or m where out is transposed.
-// Traffic  0.625 B read, 2 or 4 B written an element.
+// Traffic  0.625 B read, 2 or 4 B written an element. 11008 x 4096 to bf16: 118 MB, 28 us at
+//          4.2 TB/s.
 #pragma once
 
 #include "common/float8.h"

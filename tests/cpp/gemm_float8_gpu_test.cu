@@ -3,12 +3,10 @@
 //   metadata  our 8-bit order of E equals that of CUTLASS' own compressor
 //   identity  every finite e4m3 code, through every position of a K tile, comes out as it is
 //   exact     small integers, both accumulations, by every config: equal to the host's product,
-//   with
-//             scales, bias, accumulation, both output dtypes; canaries around outputs stay
+//             with scales, bias, accumulation, both output dtypes; canaries around outputs stay
 //   gate, activation, decay   as of 16 bits, after the scale
 //   bounded   normal values: promoted sums err at most twice as much as exact ones that are
-//   rounded;
-//             sums of one sign have no bias
+//             rounded; sums of one sign have no bias
 //   sanitize  few and small products that show each role of the kernels to compute-sanitizer
 //
 //   bench     only by name: TFLOP/s (counted dense) of both accumulations and of bf16

@@ -2,7 +2,7 @@
 //
 //   TEST(what_holds) { CHECK(condition); CHECK_EQ(got, expected); CHECK_THROWS(call(), "words"); }
 //   TEST_MAIN()   once a file; a program's arguments choose the tests whose names contain one of
-//   them
+//                 them
 //
 // A failed check reports itself and ends its test; the others run on. SKIP("reason") ends a test;
 // a program that skipped all its tests exits with 77, which ctest counts as skipped.

@@ -7,8 +7,7 @@
 //                grad_input             packed [k/2, m] MN-major   rhs [n, k] K-major   out [n, m]
 //                grad_weight            packed [k/2, m] MN-major   rhs [k, n] MN-major  out [m, n]
 //                grad_weight_of_input   packed [k/2, m] MN-major   rhs [k, n] MN-major  out [n, m]
-//   8 bits       all                    packed [m, k/2] K-major    rhs [n, k] K-major   out as
-//   above
+//   8 bits       all                    packed [m, k/2] K-major    rhs [n, k] K-major   as above
 //
 //   With a forward product, if wanted, h = act(out), or act(gate) * up of two halves.
 //
@@ -20,6 +19,8 @@
 // Bytes     a K tile of 64 at 128x256: lhs 8 KB + E 1 KB + rhs 32 KB for 2 x 256 x 128 x 64 dense
 //           flops; rhs comes once for the two blocks of a cluster. With 8 bits the same, of 128 k,
 //           but for E, 2 KB.
+// Bound     8192 tokens, 4096 -> 11008: 739 GFLOP in dense count, 373 us at the 1979 TFLOP/s of an
+//           H200's sparse bf16; 8 bits half of it.
 #pragma once
 
 #include <atomic>
