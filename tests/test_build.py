@@ -71,9 +71,22 @@ def test_errors_of_the_library_are_errors_of_the_package():
     with pytest.raises(sparse24.errors.Sparse24Error, match="k must not be negative, got -4"):
         _C.metadata_bytes(64, -4)
     with pytest.raises(sparse24.errors.Sparse24Error, match="dtype code must be between 0 and 4, got 9"):
-        _C.mask_gap(0, 9, 4, 4, 4, 1, 0, 0, 0, 0)
+        _C.mask_gap((0, 9, 4, 4, 4, 1), 0, 0, 0, 0)
     with pytest.raises(sparse24.errors.Sparse24Error, match="tuple of 4 fields"):
         _C.mask_flips([(0, 0, 0)], 0, 0, 0)
+
+
+@needs_library
+def test_no_function_of_the_binding_takes_more_than_12_arguments():
+    """What belongs together travels as a tuple. Signatures are those that pybind11 writes into docstrings."""
+    from sparse24 import _C
+
+    counts = {
+        name: max(line.count(": ") for line in function.__doc__.splitlines() if line.startswith(f"{name}("))
+        for name, function in vars(_C).items()
+        if callable(function)
+    }
+    assert len(counts) > 20 and {name: count for name, count in counts.items() if count > 12} == {}
 
 
 # ---- packaging ------------------------------------------------------------------------------------------------------
@@ -308,6 +321,27 @@ def test_serialised_wgmma_and_spills_fail_the_build(tmp_path, message, status, e
     assert done.returncode == expected
     assert message in done.stderr
     assert target.exists() == (expected != 1), "an object that is refused must not survive for the next build"
+
+
+@pytest.mark.parametrize("kernel, bytes_, expected", [("sm90/Known", 24, 0), ("sm90/Known", 28, 1), ("sm90/New", 4, 1)])
+def test_spills_are_allowed_by_kernel_and_bytes(tmp_path, kernel, bytes_, expected):
+    shutil.copy(ROOT / "cmake" / "strict_nvcc.sh", tmp_path)
+    (tmp_path / "allowed_spills.txt").write_text("# kernel bytes\nsm90/Known 24\n")
+    compiler = tmp_path / "compiler"
+    told = f"    32 bytes stack frame, 20 bytes spill stores, {bytes_} bytes spill loads"
+    compiler.write_text(f'#!/bin/sh\necho "{told}"\n')
+    compiler.chmod(0o755)
+    done = run("sh", tmp_path / "strict_nvcc.sh", compiler, "-o", f"build/gemm/{kernel}.cu.o")
+    assert done.returncode == expected
+    assert ("bytes allowed for " + kernel in done.stderr) == (expected == 1)
+
+
+def test_every_kernel_that_may_spill_is_in_the_table_of_kernels():
+    allowed = [line.split() for line in (ROOT / "cmake/allowed_spills.txt").read_text().splitlines() if line[0] != "#"]
+    for name, most in allowed:
+        arch, kernel = name.split("/")
+        row = f"SP24_GEMM_KERNEL({', '.join(kernel.split('_'))})"
+        assert row in (ROOT / f"csrc/gemm/{arch}/kernels.def").read_text() and int(most) > 0
 
 
 def test_what_ptxas_tells_of_a_good_kernel_is_not_shown(tmp_path):
