@@ -165,15 +165,8 @@ COLUMNS = ["gpus", "tokens a GPU", "arm", "step_ms", "collectives_ms", "exposed_
 def markdown(device: str = "") -> str:
     """The table of docs/when-it-pays.md: 8192 and 2048 tokens a GPU."""
     header = [
-        "GPUs",
-        "tokens a GPU",
-        "arm",
-        "step, ms",
-        "collectives, ms",
-        "exposed, ms",
-        "over dense bf16",
-        "gain kept",
-    ]
+        "GPUs", "tokens a GPU", "arm", "step, ms", "collectives, ms", "exposed, ms", "over dense bf16", "gain kept",
+    ]  # fmt: skip
     lines = []
     for tokens in (8192, 2048):
         for gpus, _, arm, total, collectives, exposed, speedup, kept in rows(tokens, device):

@@ -53,17 +53,9 @@ def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 def ffn(device: str = "") -> str:
     header = [
-        "weights",
-        "layer",
-        "dense, ms",
-        "2:4, ms",
-        "speed-up",
-        "8 micro-batches",
-        "`mvue=False`",
-        "`lean=True`",
-        '`decay_in="backward"`',
-        "PyTorch's own 2:4",
-    ]
+        "weights", "layer", "dense, ms", "2:4, ms", "speed-up", "8 micro-batches", "`mvue=False`", "`lean=True`",
+        '`decay_in="backward"`', "PyTorch's own 2:4",
+    ]  # fmt: skip
     rows = [
         [
             row["weights"], row["layer"], milliseconds(row["dense_us"]), milliseconds(row["sparse_us"]),

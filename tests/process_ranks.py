@@ -67,3 +67,10 @@ class Ranks:
             worker.join(timeout=5)
             if worker.is_alive():
                 worker.kill()
+
+
+def started(world, tmp_path_factory, backend="gloo"):
+    """The body of a fixture: the ranks of a module's tests, ended after the last of them."""
+    ranks = Ranks(world, tmp_path_factory.mktemp(backend) / "init", backend)
+    yield ranks
+    ranks.end()

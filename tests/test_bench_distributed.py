@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from process_ranks import Ranks
+from process_ranks import started
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -155,9 +155,7 @@ def _counted(rank, reshard):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    started = Ranks(2, tmp_path_factory.mktemp("gloo") / "init")
-    yield started
-    started.end()
+    yield from started(2, tmp_path_factory)
 
 
 @pytest.mark.parametrize("reshard", [True, False])

@@ -4,14 +4,12 @@ On one GPU the same functions run over nccl with a world of one; `multigpu` test
 """
 
 import functools
-import os
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
+from process_ranks import started
 from rounding import MANY_SUMS
 from tiny_models import MLP
 from torch import nn
@@ -24,41 +22,11 @@ WORLD = 2
 STEPS = 6
 
 
-def _worker(rank, init, tasks, results):
-    """A rank: runs function(rank) for each function it is sent, until it is sent None."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=WORLD)
-    while (function := tasks.get()) is not None:
-        try:
-            results.put((rank, function(rank), None))
-        except BaseException:
-            results.put((rank, None, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
     """Runs function(rank) in two processes, the same two for all tests, and returns both results."""
-    context = mp.get_context("spawn")
-    results, queues = context.Queue(), [context.Queue() for _ in range(WORLD)]
-    init = tmp_path_factory.mktemp("gloo") / "init"
-    workers = [context.Process(target=_worker, args=(r, init, queues[r], results), daemon=True) for r in range(WORLD)]
-    for worker in workers:
-        worker.start()
-
-    def run(function):
-        for queue in queues:
-            queue.put(function)
-        answers = sorted((results.get(timeout=120) for _ in range(WORLD)), key=lambda answer: answer[0])
-        for _, _, error in answers:
-            assert error is None, error
-        return [value for _, value, _ in answers]
-
-    yield run
-    for queue, worker in zip(queues, workers, strict=True):
-        queue.put(None)
-        worker.join(timeout=30)
+    for ranks in started(WORLD, tmp_path_factory):
+        yield ranks.run
 
 
 def data(step):
@@ -452,32 +420,26 @@ def test_a_world_of_one_over_nccl_trains_saves_and_resumes(alone_over_nccl, wrap
     assert_close_outcomes(whole, _save_and_go_on(0, tmp_path / "alone", "none", device="cuda")[1])
 
 
-def _over_nccl(rank, folder, wrap, results):
-    torch.cuda.set_device(rank)
-    dist.init_process_group("nccl", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
-    try:
-        model, optimizer, recipe = wrapped_run(wrap, device="cuda")
-        recipe.check_ranks_every = 1
-        torch.manual_seed(0)
-        steps(model, optimizer, 0, STEPS, rank, WORLD, "cuda")
-        results.put((rank, model.fc1.rank if wrap == "fsdp2" else model.module.fc1.rank, outcome(model, recipe)))
-    finally:
-        dist.destroy_process_group()
+def _over_nccl(rank, wrap):
+    model, optimizer, recipe = wrapped_run(wrap, device="cuda")
+    recipe.check_ranks_every = 1
+    torch.manual_seed(0)
+    steps(model, optimizer, 0, STEPS, rank, WORLD, "cuda")
+    return model.fc1.rank if wrap == "fsdp2" else model.module.fc1.rank, outcome(model, recipe)
+
+
+@pytest.fixture(scope="module")
+def on_two_gpus(tmp_path_factory):
+    for ranks in started(WORLD, tmp_path_factory, "nccl"):
+        yield ranks.run
 
 
 @pytest.mark.multigpu
 @pytest.mark.fault(64, 65)
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
-def test_two_gpus_over_nccl_keep_the_same_masks(wrap, tmp_path):
+def test_two_gpus_over_nccl_keep_the_same_masks(on_two_gpus, wrap):
     """The checksum runs at each step and finds nothing; each rank has noise of its own."""
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    workers = [context.Process(target=_over_nccl, args=(r, tmp_path, wrap, results)) for r in range(WORLD)]
-    for worker in workers:
-        worker.start()
-    (_, rank0, first), (_, rank1, second) = sorted(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=30)
+    (rank0, first), (rank1, second) = on_two_gpus(functools.partial(_over_nccl, wrap=wrap))
     assert (rank0, rank1) == (0, 1) and first == second
 
 

@@ -5,156 +5,47 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from process_ranks import Ranks
-from rounding import MANY_SUMS, ORDER
+from process_ranks import started
+from tensor_parallel_runs import (
+    HIDDEN,
+    SETTINGS,
+    STEPS,
+    WIDTH,
+    Gated,
+    assert_same_training,
+    data,
+    numbers,
+    one_process,
+    parallel_model,
+    plain_plan,
+    sequence_plan,
+    train,
+    whole,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import sparse24
 from sparse24 import Recipe
 from sparse24.errors import Sparse24Error
-from sparse24.layers import mask_of, tensor_parallel
-
-STEPS, WIDTH, HIDDEN, TOKENS = 6, 16, 128, 8
-SETTINGS = dict(total_steps=STEPS, mask_interval=2, dense_fraction=0, decay=1e-2)
+from sparse24.layers import mask_of
 
 
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, tmp_path_factory):
-    started = Ranks(request.param, tmp_path_factory.mktemp("gloo") / "init")
-    yield started
-    started.end()
+    yield from started(request.param, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    started = Ranks(2, tmp_path_factory.mktemp("gloo") / "init")
-    yield started
-    started.end()
+    yield from started(2, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    started = Ranks(4, tmp_path_factory.mktemp("gloo") / "init")
-    yield started
-    started.end()
-
-
-class Gated(nn.Module):
-    """A feed-forward layer as Llama has it."""
-
-    def __init__(self, bias=False, hidden=HIDDEN):
-        super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(WIDTH, hidden, bias), nn.Linear(WIDTH, hidden, bias)
-        self.down_proj = nn.Linear(hidden, WIDTH, bias)
-
-    def forward(self, x):
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Block(nn.Module):
-    """Norm and feed-forward layer, as sequence parallelism cuts them. Input and output [batch, length, WIDTH]."""
-
-    def __init__(self, bias=False, hidden=HIDDEN):
-        super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(WIDTH), Gated(bias, hidden)
-
-    def forward(self, x):
-        return x + self.mlp(self.norm(x))
-
-
-def plain_plan():
-    layers = {"mlp.gate_proj": ColwiseParallel(), "mlp.up_proj": ColwiseParallel()}
-    return layers | {"mlp.down_proj": RowwiseParallel()}
-
-
-def sequence_plan():
-    """The norm on its part of the sequence; the feed-forward layer on all of it."""
-    return {
-        "norm": SequenceParallel(use_local_output=True),
-        "mlp": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
-    }
-
-
-def data(step):
-    return torch.randn(4, TOKENS, WIDTH, generator=torch.Generator().manual_seed(step))
-
-
-def dense_model(bias=False, hidden=HIDDEN):
-    torch.manual_seed(0)
-    return nn.Sequential(Block(bias, hidden), Block(bias, hidden))
-
-
-def train(model, recipe, optimizer, part=lambda x: x):
-    losses = []
-    for step in range(STEPS):
-        x = part(data(step))
-        loss = (model(x) - x.flip(-1)).square().mean()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return losses
-
-
-def one_process(bias=False, hidden=HIDDEN, **settings):
-    model = dense_model(bias, hidden)
-    sparse24.sparsify(model, precision=settings.pop("precision", None))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, **{"mvue": False, **SETTINGS, **settings})
-    return model, recipe, train(model, recipe, optimizer)
-
-
-def parallel_model(order, mesh, plan=plain_plan, bias=False, hidden=HIDDEN, **convert):
-    model = dense_model(bias, hidden)
-    if order == "sparsify first":
-        sparse24.sparsify(model, **convert)
-    for block in model:
-        parallelize_module(block, mesh, plan())
-    if order == "plan first":
-        sparse24.sparsify(model, **convert)
-    return model
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def numbers(model, recipe, losses):
-    state = recipe.state_dict()
-    return {
-        "losses": losses,
-        "masks": {name: mask.tolist() for name, mask in state["masks"].items()},
-        "flips": state["monitor"]["flips"].tolist(),
-        "rates": recipe.monitor.layer_rates(),
-        "gaps": {k: v for k, v in recipe.metrics().items() if k.startswith("gap")},
-        "fingerprint": recipe.fingerprint(),
-        "weights": {name: whole(p.detach()).tolist() for name, p in model.named_parameters()},
-    }
-
-
-def assert_same_training(found, model, recipe, losses):
-    """Masks, flips and gaps to the bit; losses and weights up to the order of the sum over ranks."""
-    expected = numbers(model, recipe, losses)
-    assert found["masks"] == expected["masks"] and found["flips"] == expected["flips"]
-    assert found["rates"] == expected["rates"] and found["fingerprint"] == expected["fingerprint"]
-    # the difference of two sums of magnitudes, a few hundredths of either: so much more of their error
-    assert found["gaps"] == pytest.approx(expected["gaps"], rel=1e-3)
-    assert found["losses"] == pytest.approx(expected["losses"], rel=ORDER)
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(torch.tensor(found["weights"][name]), torch.tensor(weight), **MANY_SUMS)
+    yield from started(4, tmp_path_factory)
 
 
 # -- training -------------------------------------------------------------------------------------------------------
@@ -387,45 +278,6 @@ def test_layers_are_cut_on_the_meta_device_too(two):
     assert first == second and len(first["0.fc1"]) == 32
 
 
-def _halfway(average, new, count):
-    """Tensor by tensor: PyTorch's own averages of many tensors at once refuse DTensors beside plain ones."""
-    return average + 0.5 * (new - average)
-
-
-def _averaged(rank):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = parallel_model("sparsify first", mesh, bias=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, mvue=False, **SETTINGS)
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_halfway)
-    for step in range(STEPS):
-        _steps(model, optimizer, step, step + 1)
-        average.update_parameters(model)
-    sparse24.follow(average, like=model)
-    assert sparse24.verify(average, like=model), str(sparse24.verify(average, like=model))
-    y = average(data(0)).detach()
-    masks = recipe.state_dict()
-    sparse24.load_masks(average, masks)
-    assert torch.equal(average(data(0)), y)
-    return y.tolist()
-
-
-def test_averages_follow_the_parts(two):
-    """An average over parts computes what the average over the whole model does."""
-    model = dense_model(bias=True)
-    sparse24.sparsify(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    Recipe(model, optimizer, mvue=False, **SETTINGS)
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_halfway)
-    for step in range(STEPS):
-        _steps(model, optimizer, step, step + 1)
-        average.update_parameters(model)
-    sparse24.follow(average, like=model)
-    expected = average(data(0)).detach()
-    for found in two.run(_averaged):
-        torch.testing.assert_close(torch.tensor(found), expected, **MANY_SUMS)
-
-
 def _with_settings(rank, lean=False, mvue=True, frozen=False):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     model = parallel_model("plan first", mesh, lean=lean)
@@ -457,9 +309,7 @@ def test_settings_of_layers_hold_for_parts(two, settings):
     scope="module", params=[pytest.param(1, marks=pytest.mark.gpu), pytest.param(2, marks=pytest.mark.multigpu)]
 )
 def gpus(request, tmp_path_factory):
-    started = Ranks(request.param, tmp_path_factory.mktemp("nccl") / "init", "nccl")
-    yield started
-    started.end()
+    yield from started(request.param, tmp_path_factory, "nccl")
 
 
 class Big(nn.Module):
@@ -508,141 +358,3 @@ def test_parts_compute_what_the_whole_does_on_gpus(gpus, precision, limit, compi
     """Masks to the bit; outputs and gradients up to the rounding of bf16, or of casts by scales of parts."""
     for errors in gpus.run(functools.partial(_on_gpus, precision=precision, compiled=compiled)):
         assert all(error < limit for error in errors), errors
-
-
-# -- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-def _save(rank, folder):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = parallel_model("sparsify first", mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, mvue=False, track_blocks=True, **SETTINGS)
-    _steps(model, optimizer, 0, STEPS // 2)
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    state = recipe.state_dict()  # on all ranks: it gathers masks
-    if rank == 0:
-        torch.save(state, folder / "recipe.pt")
-    dist.barrier()
-    _steps(model, optimizer, STEPS // 2, STEPS)
-    return numbers(model, recipe, [])
-
-
-def _steps(model, optimizer, first, last):
-    for step in range(first, last):
-        x = data(step)
-        (model(x) - x.flip(-1)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def _resume(rank, folder, shape=(), method="load"):
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    if shape:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
-        model = parallel_model("plan first", mesh["tp"])
-        fully_shard(model, mesh=mesh["dp"])
-    else:
-        sparse24.sparsify(model := dense_model())
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recipe = Recipe(model, optimizer, mvue=False, track_blocks=True, **SETTINGS)
-    weights, moments = get_state_dict(model, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    recipe.load_state_dict(torch.load(folder / "recipe.pt", weights_only=True), rng=False)
-    assert recipe.step == STEPS // 2 and sparse24.verify(model)
-    _steps(model, optimizer, STEPS // 2, STEPS)
-    return numbers(model, recipe, [])
-
-
-def test_checkpoints_go_on_with_another_number_of_parts(two, four, tmp_path):
-    """From two parts to one process without any, and to two by two ranks; masks are loaded, never searched anew."""
-    expected, _ = two.run(functools.partial(_save, folder=tmp_path))
-    for shape, found in (
-        ((), [_resume(0, tmp_path)]),
-        ((2, 2), four.run(functools.partial(_resume, folder=tmp_path, shape=(2, 2)))),
-        ((1, 4), four.run(functools.partial(_resume, folder=tmp_path, shape=(1, 4)))),
-    ):
-        for one in found:
-            assert one["masks"] == expected["masks"] and one["flips"] == expected["flips"], shape
-            for name, weight in expected["weights"].items():
-                torch.testing.assert_close(torch.tensor(one["weights"][name]), torch.tensor(weight), **MANY_SUMS)
-
-
-def _exported(rank, folder):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    model = parallel_model("sparsify first", mesh)
-    for form in (dict(), dict(masked=True), dict(format="compressed")):
-        sparse24.export(model, folder / f"{form} of {rank}", **form)
-        assert sparse24.verify(model, folder / f"{form} of {rank}")
-    state = sparse24.save.exporting.load_exported(folder / f"{dict(masked=True)} of {rank}").weights
-    sparse24.densify(model, masked=True)
-    return {n: w.tolist() for n, w in state.items()}, {
-        n: whole(p.detach()).tolist() for n, p in model.named_parameters()
-    }
-
-
-def test_exports_are_whole_and_masked_weights_are_written_into_parts(two, tmp_path):
-    sparse24.sparsify(model := dense_model())
-    sparse24.densify(model, masked=True)
-    expected = {name: p.tolist() for name, p in model.named_parameters()}
-    for file, weights in two.run(functools.partial(_exported, folder=tmp_path)):
-        assert file == expected and weights == expected
-
-
-# -- bad input ------------------------------------------------------------------------------------------------------
-
-
-def _refused(rank, case):
-    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    layer = nn.Linear(16, 20) if case.startswith("uneven") else nn.Linear(16, 16)
-    model = nn.Sequential(layer)
-    if case != "uneven, plan first":
-        sparse24.sparsify(model, include=("0",))
-    try:
-        if case == "unknown layout":
-            parallelize_module(model, mesh, {"0": RowwiseParallel()})
-            from torch.distributed.tensor import distribute_tensor
-
-            model[0].forward(distribute_tensor(torch.ones(4, 16), mesh, [Replicate()]))
-        elif case == "bare forward":
-            parallelize_module(model, mesh, {"0": ColwiseParallel()})
-            model[0].forward(torch.ones(4, 16))
-        else:
-            parallelize_module(model, mesh, {"0": ColwiseParallel()})
-            sparse24.sparsify(model, include=("0",))
-    except Sparse24Error as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.fault(68)
-@pytest.mark.parametrize(
-    "case, words",
-    [
-        ("uneven", "out_features=20 over 2 tensor-parallel ranks cuts through 4x4 blocks; it must be a multiple of 8"),
-        ("uneven, plan first", "out_features=20 over 2 tensor-parallel ranks cuts through 4x4 blocks"),
-        ("unknown layout", "the input of this tensor-parallel layer has placements (Replicate(),)"),
-        ("bare forward", "the input of this tensor-parallel layer is no DTensor"),
-    ],
-)
-def test_what_parts_cannot_be_is_named_on_every_rank(two, case, words):
-    for message in two.run(functools.partial(_refused, case=case)):
-        assert words in message
-
-
-def test_cuts_say_their_part_of_a_mask():
-    """Two parts of four rows each, and of four columns each."""
-
-    class Mesh:
-        size, get_local_rank = (lambda self: 2), (lambda self: 1)
-
-    mask = torch.arange(8, dtype=torch.uint8).view(2, 4)
-    assert tensor_parallel.Cut(Mesh(), 0).part_of(mask).tolist() == [[4, 5, 6, 7]]
-    assert tensor_parallel.Cut(Mesh(), 1).part_of(mask).tolist() == [[2, 3], [6, 7]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from process_ranks import Ranks
+from process_ranks import started
 from rounding import MANY_SUMS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -201,9 +201,7 @@ def _part(x, mesh):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    started = Ranks(2, tmp_path_factory.mktemp("gloo") / "init")
-    yield started
-    started.end()
+    yield from started(2, tmp_path_factory)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])

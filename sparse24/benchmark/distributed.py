@@ -40,47 +40,23 @@ ARMS = {
     "2:4 fp8-hybrid": ("2:4", "fp8-hybrid"),
     "2:4 fp8": ("2:4", "fp8"),
 }
+
+
+def _llama(name: str, layers: int, d_model: int, heads: int, d_ff: int, tied: bool = True) -> ModelShape:
+    """One of Llama 3's sizes: 8 heads of keys and values, its vocabulary, one sequence of 8192 tokens a GPU."""
+    return ModelShape(
+        name, "llama", layers=layers, d_model=d_model, heads=heads, kv_heads=8, d_ff=d_ff, vocab=128256, length=8192,
+        batch=1, tied=tied,
+    )  # fmt: skip
+
+
 MODELS = {
     "tiny": ModelShape(
         "tiny", "llama", layers=2, d_model=64, heads=4, kv_heads=2, d_ff=128, vocab=512, length=64, batch=1, tied=False
     ),
-    "llama-1B": ModelShape(
-        "llama-1B",
-        "llama",
-        layers=16,
-        d_model=2048,
-        heads=32,
-        kv_heads=8,
-        d_ff=8192,
-        vocab=128256,
-        length=8192,
-        batch=1,
-    ),
-    "llama-3B": ModelShape(
-        "llama-3B",
-        "llama",
-        layers=28,
-        d_model=3072,
-        heads=24,
-        kv_heads=8,
-        d_ff=8192,
-        vocab=128256,
-        length=8192,
-        batch=1,
-    ),
-    "llama-8B": ModelShape(
-        "llama-8B",
-        "llama",
-        layers=32,
-        d_model=4096,
-        heads=32,
-        kv_heads=8,
-        d_ff=14336,
-        vocab=128256,
-        length=8192,
-        batch=1,
-        tied=False,
-    ),
+    "llama-1B": _llama("llama-1B", layers=16, d_model=2048, heads=32, d_ff=8192),
+    "llama-3B": _llama("llama-3B", layers=28, d_model=3072, heads=24, d_ff=8192),
+    "llama-8B": _llama("llama-8B", layers=32, d_model=4096, heads=32, d_ff=14336, tied=False),
 }
 COLUMNS = [
     "model", "gpus", "tokens a GPU", "arm", "step_ms", "speedup", "tokens/s a GPU", "MFU", "peak GB",
