@@ -5,14 +5,12 @@
 //          activation_forward
 //
 // Work      a warp stages eight lines of 64 of its sums at a time, as fp32, where lines run as
-// those
-//           of out do. A lane then has eight neighbours of a line: 16 bytes of a 16-bit output.
+//           those of out do. A lane then has eight neighbours of a line: 16 bytes of a 16-bit output.
 //           Rows of out that are there, weights and masks are read in the same places. All that
 //           differs between products is decided at run time, once for eight values: a tile of sums
 //           takes a twentieth of the time of a K loop of 4096, and kernels are few.
 // Memory    the chunks have a place of their own beside the stages, so that the next tile's
-// operands
-//           arrive meanwhile.
+//           operands arrive meanwhile.
 // Edges     what lies outside of out is not read and not written, in whole units of 16 bytes.
 #pragma once
 

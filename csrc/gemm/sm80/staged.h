@@ -10,8 +10,7 @@
 //           That is what ldmatrix delivers where lines run along k, and ldmatrix.trans where they
 //           run along m or n.
 // E         an instruction takes the positions of 16 (m) x 32 (k): 16 words of 32 bits, of two
-// lanes
-//           of each four. Which two is its selector. By the PTX manual (metadata of m16n8k32 with
+//           lanes of each four. Which two is its selector. By the PTX manual (metadata of m16n8k32 with
 //           16-bit types) lane 4g + q, q = 0 or 1 with selector 0, q = 2 or 3 with selector 1,
 //           gives
 //             bits  0-15   row g,     k 16 (q % 2) ... 16 (q % 2) + 15
