@@ -77,7 +77,9 @@ def test_a_training_that_nobody_writes_into_compares_one_layer_in_so_many_steps(
     looked, first_rows = [], unseen.first_rows_are_packed
     monkeypatch.setattr(unseen, "first_rows_are_packed", lambda la: looked.append(la) or first_rows(la))
     model, optimizer, _ = prepared()
-    train(model, optimizer, 3 * EVERY + 1)
+    train(model, optimizer, 1)
+    looked.clear()
+    train(model, optimizer, 3 * EVERY)
     assert looked == [model.fc2, model.fc1, model.fc2]
 
 
@@ -213,3 +215,61 @@ def test_an_evaluation_compares_two_layers_in_a_pass():
         seen = [[la for la in layers if lookout.is_on(la)] for _ in range(len(layers) - 1)]
     assert all(first is layers[0] and len(rest) == 1 for first, *rest in seen)
     assert {id(rest[0]) for _, *rest in seen} == set(map(id, layers[1:]))
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize(
+    "when", ["before a recipe", "under a recipe, before its first step", "after a pass, without a recipe"]
+)
+def test_weights_initialised_by_data_after_the_conversion_are_packed_in_the_next_training_pass(when):
+    torch.manual_seed(0)
+    model = MLP()
+    sparse24.sparsify(model)
+    if when.startswith("under"):
+        recipe = Recipe(model, torch.optim.SGD(model.parameters(), 0.1), total_steps=20)
+        assert recipe.step == 0
+    if when.startswith("after"):
+        model(X)
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Sparse24Warning)
+        assert_right(model, model(X))
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("make_layer", [lambda: sparse24.SparseLinear(16, 16), lambda: sparse24.SparseGatedMLP(16, 64)])
+def test_a_layer_that_stands_alone_looks_for_itself(make_layer):
+    layer = make_layer()
+    evaluated(layer)
+    evaluated(layer)
+    for parameter in layer.parameters():
+        parameter.data.mul_(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Sparse24Warning)
+        evaluated(layer)
+    assert sparse24.verify(layer)
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("write", ["by data", "in place"])
+def test_a_compiled_evaluation_looks_when_eval_is_called_and_not_otherwise(write):
+    """The boundary: compiled passes multiply with what was packed last. `eval`, `train` and `refresh` look."""
+    model, optimizer, _ = prepared()
+    compiled = torch.compile(model, backend="eager")
+    train(model, optimizer, 1, forward=compiled)
+    before = evaluated(compiled)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            (parameter.data if write == "by data" else parameter).mul_(2)
+    biases_alone = evaluated(compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Sparse24Warning)
+        compiled.eval()
+        assert_right(model, evaluated(compiled))
+    assert not torch.allclose(biases_alone, evaluated(compiled), atol=1e-3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data.mul_(0.5)
+    sparse24.refresh(model)
+    torch.testing.assert_close(evaluated(compiled), before)

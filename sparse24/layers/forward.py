@@ -72,7 +72,7 @@ def check_weight_is_packed(layer: nn.Module) -> None:
             return
         if state.stamp != packing.stamp(weight):
             weights_moved(layer)
-        elif state.must_look or not torch.is_grad_enabled():
+        elif state.must_look or not torch.is_grad_enabled() or (not state.has_owner and weight.requires_grad):
             unseen.look(layer)
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(

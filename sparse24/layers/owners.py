@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from ..errors import Sparse24Warning
+from .state import state_of
 
 
 class Owner(Protocol):
@@ -32,10 +33,12 @@ def owner_of(layer) -> Owner | None:
 
 def set_owner(layer, owner: Owner) -> None:
     _owners[layer] = weakref.ref(owner)
+    state_of(layer).has_owner = True
 
 
 def forget_owner(layer) -> None:
     _owners.pop(layer, None)
+    state_of(layer).has_owner = False
 
 
 def weights_moved(layer, *, unseen: bool = False) -> None:

@@ -248,6 +248,7 @@ class SparseLayer(WatchedWeight):
         if state_of(self).precision is not None and not self.weight.is_meta:
             packing.pack(packing.set_weight_scale(self), search=False)
         packing.pack([self], search=search)
+        state_of(self).must_look = True
         if state_of(self).shards is not None:
             state_of(self).shards.renew()
 

@@ -44,6 +44,7 @@ class LayerState:
     watch          what to look at before the next forward pass; see `copies`
     generation     changes of mask, scale or phase so far: what copies look at
     packs          packings so far, as well
+    has_owner      a recipe trains it, or has until it was forgotten
     passed         the packing that an eager forward pass has used last
     fingerprint    of phase and masks, with its generation
     copied_from    of a copy, until it is packed
@@ -73,6 +74,7 @@ class LayerState:
     watch: Any = None
     generation: int = 0
     packs: int = 0
+    has_owner: bool = False
     passed: int = 0
     fingerprint: tuple[int, str] | None = None
     copied_from: Any = None

@@ -3,13 +3,16 @@
 A weight counts its writes, but not those that go through `.data`, and comparing all of it in each forward pass would
 cost as much as packing it. So its first rows are compared with their packed form, and not everywhere at all times:
 
-- where an evaluation (passes without gradients) or a training begins, by each layer: after a packing, and after
-  `model.eval()` or `train()`. Somebody who swaps weights evaluates them, and trains on after swapping back;
-- in each pass of an evaluation by the first layer of the model, and by one other, in turn;
+- where an evaluation (passes without gradients) or a training begins, by each layer: after a packing that is not that
+  of a step, and after `model.eval()` or `train()`. Somebody who swaps weights evaluates them, and trains on after
+  swapping back;
+- in each pass of an evaluation, or of a model whose weights want gradients and have no recipe, by the first layer of
+  the model, and by one other, in turn;
 - in a training pass every so many steps by one layer, in turn, which a recipe asks for: who writes between steps does
   so in all of them. Once that has been found, each layer looks in each step.
 
-What one layer finds makes all others look. Compiled passes and captured graphs compare nothing.
+What one layer finds makes all others look. Compiled passes and captured graphs compare nothing; where there are such,
+`eval()` and `train()` compare at once.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from ..functional.soft import soft_threshold
 from . import packing
 from .owners import weights_moved
-from .state import PACKED, SOFT, mask_of, state_of
+from .state import PACKED, SOFT, SPARSE, mask_of, state_of
 
 ROWS, ROWS_FLOAT8 = 4, 64
 
@@ -75,21 +78,43 @@ def look_again(layer, *, between_steps: bool = False) -> None:
     state.looked, state.must_look, state.sampled = None, True, between_steps
 
 
+def look_if_compiled(layer) -> None:
+    """Somebody begins an evaluation or a training, and no eager pass has gone through since the layer was packed."""
+    if ran_compiled(layer) and not _cannot_look(layer) and not seems_packed(layer):
+        weights_moved(layer, unseen=True)
+
+
+def ran_compiled(layer) -> bool:
+    """Whether no eager pass has gone through a 2:4 layer since it was packed; it may have been left out as well."""
+    state = state_of(layer)
+    return state.passed != state.packs and state.phase == SPARSE and not layer.shares_memory()
+
+
+def _cannot_look(layer) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
+        return True
+    weight = layer._parameters.get("weight")
+    if weight is None or layer.weight is not weight:  # torch.fx shows a tracer in its place
+        return True
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def look(layer) -> None:
-    """Before an eager pass without gradients, and the first with them after such: have unseen writes packed."""
-    if torch._C._len_torch_dispatch_stack() or (layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """Before an eager pass that is not a step's of a recipe, and the first that is after such: pack unseen writes."""
+    if _cannot_look(layer):
         return
-    state, trains = state_of(layer), torch.is_grad_enabled()
-    lookout, (sampled, state.sampled) = state.lookout, (state.sampled, False)
-    state.must_look = not trains
-    if trains and torch._C._current_graph_task_id() != -1:
+    state, gradients = state_of(layer), torch.is_grad_enabled()
+    lookout, must, sampled = state.lookout, gradients and state.must_look, state.sampled
+    state.must_look, state.sampled = not gradients, False
+    if gradients and torch._C._current_graph_task_id() != -1:
         state.recomputed = True  # a checkpoint's second pass: the first had no gradients and was training all the same
     wary = lookout is not None and lookout.wary
     if state.recomputed and layer.training and not (sampled or wary):
         return
-    has_turn = not trains and lookout is not None and lookout.is_on(layer)
+    trains = gradients and (state.has_owner or not layer.weight.requires_grad)
+    has_turn = not trains and (lookout is None or lookout.is_on(layer))
     now = (state.packs, 0 if lookout is None else lookout.alarms)
-    if not trains and not has_turn and now == state.looked:
+    if not (must or has_turn or now != state.looked):
         return
     state.looked = now
     if first_rows_are_packed(layer):

@@ -88,4 +88,5 @@ class WatchedWeight:
     def train(self, mode: bool = True):
         if mode != self.training or not mode:  # trainers call train() in each step
             unseen.look_again(self)
+            unseen.look_if_compiled(self)
         return super().train(mode)

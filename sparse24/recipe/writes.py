@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import Sparse24Warning
 from ..layers.modules import SPARSE, SparseLayer
 from ..layers.state import state_of
-from ..layers.unseen import look_again, seems_packed
+from ..layers.unseen import look_again, ran_compiled, seems_packed
 from .steps import Steps
 
 EVERY = 16  # steps: a comparison waits for the device
@@ -45,7 +45,7 @@ class WriteWatch:
         """Tell, once, of layers that were written after the last packing and ran compiled since."""
         if self._told:
             return
-        compiled = {name: la for name, la in self.layers.items() if _ran_compiled(la)}
+        compiled = {name: la for name, la in self.layers.items() if ran_compiled(la)}
         written = [name for name, layer in compiled.items() if layer.weight_has_changed()]
         layer = self._in_turn(step)
         if layer is not None and not written:
@@ -80,12 +80,6 @@ class WriteWatch:
         if step % EVERY or not self.layers:
             return None
         return list(self.layers.values())[step // EVERY % len(self.layers)]
-
-
-def _ran_compiled(layer: SparseLayer) -> bool:
-    """Whether no eager pass has gone through a 2:4 layer since it was packed; it may have been left out as well."""
-    state = state_of(layer)
-    return state.passed != state.packs and state.phase == SPARSE and not layer.shares_memory()
 
 
 # -- other optimizers -------------------------------------------------------------------------------------------------
