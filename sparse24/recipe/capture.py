@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from ..errors import Sparse24Error
+from ..formats import DEFAULT_DTYPE
 from ..layers import packing
 from ..layers.modules import SPARSE
 from .decay import MaskedDecay
@@ -93,7 +94,7 @@ def _make_cublas_handles(devices: set[torch.device]) -> None:
     """
     for device in devices:
         if device.type == "cuda" and not is_capturing():
-            x = torch.zeros(16, 16, device=device, dtype=torch.bfloat16, requires_grad=True)
+            x = torch.zeros(16, 16, device=device, dtype=DEFAULT_DTYPE, requires_grad=True)
             with torch.enable_grad():
                 torch.autograd.grad((x @ x).sum(), x)
 

@@ -31,7 +31,7 @@ def _plan(problem: tuple[int, ...], accumulation: int, index: int) -> tuple[int,
 @lru_cache(maxsize=64)
 def why_unavailable(index: int) -> str:
     """Why the tensor cores of CUDA device `index` take no 8-bit products; "" if they do."""
-    problem = (FORWARD, 256, 256, 256, DTYPE_CODE[E4M3], DTYPE_CODE[torch.bfloat16])
+    problem = (FORWARD, 256, 256, 256, DTYPE_CODE[E4M3], DTYPE_CODE[FORMATS[E4M3].wide_dtype])
     return _library.binding().sparse_gemm_unsupported(problem, 256, 256, _library.CUDA, index, 0)
 
 
