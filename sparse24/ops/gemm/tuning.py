@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +21,7 @@ from torch import Tensor
 from ... import _library
 from ..._version import __version__
 from ...errors import Sparse24Error
+from ...files.writing import write_text_atomically
 from ...formats import GemmProblem
 
 #: of what the codes of configs stand for: raised when a kernel of the table is replaced or does something else
@@ -179,11 +179,4 @@ def remember(key: GemmProblem, config: int, index: int) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+    write_text_atomically(path, json.dumps(content, indent=1, sort_keys=True))
