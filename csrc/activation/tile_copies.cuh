@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "activation/tile_place.h"
 #include "common/layout.h"
 #include "common/tma.cuh"
 #include "common/vector.cuh"
@@ -110,10 +111,10 @@ struct VectorPlace {
                                          int i) {
     constexpr int kAcross = Tile::kFeatures / Tile::kSide, kDown = Tile::kTokens / Tile::kSide;
     const int per_line = operand.column_major ? kDown : kAcross;
-    const int number = i * Tile::kThreads + static_cast<int>(threadIdx.x);
-    const int line = (operand.column_major ? feature : token) + number / per_line;
-    const int vector = (operand.column_major ? token : feature) / Tile::kSide + number % per_line;
-    staged = 16 * number;
+    const TileVector of_tile = tile_vector(threadIdx.x, Tile::kThreads, i, per_line);
+    const int line = (operand.column_major ? feature : token) + of_tile.line;
+    const int vector = (operand.column_major ? token : feature) / Tile::kSide + of_tile.along;
+    staged = of_tile.staged;
     inside = line < operand.lines && vector < operand.vectors;
     at = operand.first + (inside ? line * operand.pitch + 16 * int64_t{vector} : 0);
   }

@@ -1,4 +1,5 @@
-// tile_place.h: which patch of a staged tile a thread takes. Plain integers, tested on the CPU.
+// tile_place.h: which patch of a staged tile a thread takes, and which vectors it copies. Plain
+// integers, tested on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,18 @@ SP24_HD TilePlace tile_place(uint32_t thread) {
   const uint32_t lane = thread % 8, eight = thread / 8 % 8, square = thread / 64;
   return {static_cast<int>(square % (kTokenPatches / 8) * 8 + lane),
           static_cast<int>(square / (kTokenPatches / 8) * 8 + (lane ^ eight))};
+}
+
+/// A vector of 16 bytes of a tile: its line, its place in it, and where it is staged, in bytes.
+struct TileVector {
+  int line, along, staged;
+};
+
+/// The i-th vector that thread `thread` of `threads` copies, of a tile with `per_line` in each
+/// line: neighbouring threads take neighbours.
+SP24_HD TileVector tile_vector(uint32_t thread, int threads, int i, int per_line) {
+  const int number = i * threads + static_cast<int>(thread);
+  return {number / per_line, number % per_line, 16 * number};
 }
 
 }  // namespace sparse24

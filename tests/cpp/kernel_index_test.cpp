@@ -107,6 +107,30 @@ TEST(warps_of_a_tile_store_aligned_pieces_of_64_bytes) {
   }
 }
 
+// Where there is no copy engine, threads copy a tile as it would: whole lines, one behind the other.
+TEST(threads_copy_each_vector_of_a_tile_once_and_stage_it_where_its_patch_is_read) {
+  constexpr int kSide = 8, kTokenPatches = kTileRows / kPatch, kFeaturePatches = kTileCols / kPatch;
+  constexpr int kThreads = kTokenPatches * kFeaturePatches;
+  for (const bool column_major : {false, true}) {
+    const int per_line = column_major ? kTokenPatches : kFeaturePatches;
+    std::vector<int> staged(kThreads * kSide, -1);  // line and place, by vector of shared memory
+    for (int i = 0; i < kSide; ++i)
+      for (uint32_t thread = 0; thread < kThreads; ++thread) {
+        const TileVector v = tile_vector(thread, kThreads, i, per_line);
+        CHECK(v.staged % 16 == 0 && staged[v.staged / 16] == -1);
+        staged[v.staged / 16] = v.line * per_line + v.along;
+      }
+    for (uint32_t thread = 0; thread < kThreads; ++thread) {
+      const TilePlace at = tile_place<kTokenPatches, kFeaturePatches>(thread);
+      const int lines = kSide * (column_major ? at.feature : at.token);
+      for (int i = 0; i < kSide; ++i) {  // PatchTile::Place: the patch's i-th line
+        const int along = column_major ? at.token : at.feature;
+        CHECK_EQ(staged[(lines + i) * per_line + along], (lines + i) * per_line + along);
+      }
+    }
+  }
+}
+
 // Groups made to be difficult: few mantissa bits (ties, exact sums), zeros of both signs,
 // denormals, Inf and NaN, one element equal to the sum of the others, all magnitudes, and uniforms
 // at both ends and around the running sums.
