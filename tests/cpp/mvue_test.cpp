@@ -221,6 +221,16 @@ TEST(a_power_of_two_times_a_group_is_that_power_times_its_picks) {
   }
 }
 
+TEST(eight_groups_share_the_halves_of_four_words) {
+  Philox4 random;  // its halves are 0xA001, 0xA002, ... 0xA008, the lower half of each word first
+  for (uint32_t i = 0; i < 4; ++i) random.word[i] = (0xA002u + 2 * i) << 16 | (0xA001u + 2 * i);
+  for (int group = 0; group < 2; ++group)
+    for (int feature = 0; feature < 4; ++feature) {
+      CHECK_EQ(mvue_bits(random, group, feature), 0xA001u + 4 * group + feature);
+      CHECK_EQ(mvue_rounding_bits(random, group, feature), 0xA001u + 4 * group + (feature ^ 1));
+    }
+}
+
 TEST(neighbouring_features_draw_different_numbers) {
   const PhiloxKey key = philox_key(7, 8);
   const Philox4 a = mvue_random(key, 0, 0), b = mvue_random(key, 0, 1), c = mvue_random(key, 1, 0);
