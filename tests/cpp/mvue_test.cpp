@@ -201,23 +201,31 @@ TEST(groups_that_are_not_finite_keep_two_as_they_are_what_is_not_finite_first) {
 }
 
 TEST(a_power_of_two_times_a_group_is_that_power_times_its_picks) {
-  // Denormals, and groups with an infinite sum, take ways of their own: even numbers below 2^11, so
-  // that half a sum of them is exact wherever they lie.
+  // Denormals, and groups with an infinite sum, take ways of their own; denormals of bf16, whose
+  // lower bits are zeros, take none. Even numbers, so that half a sum of them is exact wherever
+  // they lie: below 2^11, and below 2^6 as bf16 takes them.
+  const int fp32[] = {-149, -140, -120, -112, -80, -20, 40, 80, 110, 116};
+  const int bf16[] = {-133, -130, -126, -118};
   std::mt19937 random(4);
   for (int n = 0; n < 20000; ++n) {
+    const int limit = n % 2 ? 31 : 1023;
     Group group;
     for (float& x : group.a)
-      x = 2.0f * static_cast<float>(static_cast<int>(random() % 2047) - 1023);
+      x = 2.0f * static_cast<float>(static_cast<int>(random() % (2 * limit + 1)) - limit);
     const float u = mvue_uniform(random() & 0xFFFFu);
     const MvuePick pick = mvue_group(group.a, u);
-    for (int power : {-149, -140, -120, -112, -80, -20, 40, 80, 110, 116}) {
+    const auto check = [&](int power) {
       Group scaled;
       for (int i = 0; i < 4; ++i) scaled.a[i] = std::ldexp(group.a[i], power);
       const MvuePick other = mvue_group(scaled.a, u);
       CHECK_EQ(other.nibble, pick.nibble);
       CHECK_EQ(other.first_value, std::ldexp(pick.first_value, power));
       CHECK_EQ(other.second_value, std::ldexp(pick.second_value, power));
-    }
+    };
+    if (n % 2)
+      for (int power : bf16) check(power);
+    else
+      for (int power : fp32) check(power);
   }
 }
 
