@@ -57,6 +57,10 @@ TEST(whatever_a_mask_says_positions_rise) {
     for (int i = 0; i < 4; ++i) CHECK(meta_is_valid(meta_bytes_of(kept) >> (8 * i) & 0xFu));
 }
 
+TEST(lines_that_do_not_keep_two_count_as_the_first_two) {
+  for (uint32_t line : {0x0u, 0x7u, 0x8u, 0xFu}) CHECK_EQ(meta_bytes_of(line) & 0xFu, 0x4u);
+}
+
 TEST(selectors_pick_the_kept_pair) {
   const uint16_t values[4] = {0xA1A0, 0xB1B0, 0xC1C0, 0xD1D0};
   const uint32_t low = values[0] | static_cast<uint32_t>(values[1]) << 16;
