@@ -1,10 +1,11 @@
 """What looking costs a training step: whether weights were written, copies followed, blocks changed, the model altered.
 
-Each forward pass of a sparse layer or block looks at what may have changed since it was packed or fused. A model of
-gated blocks takes steps in turns with those looks and without, when compiled two models; all mask, pack and decay.
-"host" has products of no size, so that its time is that of the host; "llama-1B" those of a real model, whose time is
-the GPU's. Differences are those of neighbours in time; on a CPU time is that of the process, which others disturb
-less. "alone" is what an eager block calls in each pass, called by itself: microseconds.
+Each forward pass of a sparse layer or block looks at what may have changed since it was packed or fused, and so does
+the recipe around a step. A model of gated blocks takes steps in turns with those looks and without, when compiled two
+models; all mask, pack and decay. "host" has products of no size, so that its time is that of the host; "llama-1B" those
+of a real model, whose time is the GPU's. Differences are those of neighbours in time; on a CPU time is that of the
+process, which others disturb less. "alone" is what an eager block calls in each pass, called by itself: microseconds.
+Compiled models have fewer blocks, for each is compiled by itself, twice.
 
     python -m bench.bench_checks [--csv FOLDER] [--append] [--rounds 15]        # on a CPU: "host" only
 """
@@ -25,6 +26,7 @@ from bench.common import arguments, header, open_table
 from sparse24.layers import feedforward, forward
 from sparse24.layers.state import state_of
 from sparse24.layers.watched_weight import WatchedWeight
+from sparse24.recipe.writes import WriteWatch
 
 STEPS = 4  # of a timing
 
@@ -39,10 +41,10 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    sizes = [("host", 16, 64, 128, 24)]
+    all_cases = [Case("host", 16, 64, 128, 24, False), Case("host", 16, 64, 128, 6, True)]
     if torch.cuda.is_available():
-        sizes.append(("llama-1B", 8192, 2048, 8192, 4))
-    return [Case(*size, compiled) for size in sizes for compiled in (False, True)]
+        all_cases += [Case("llama-1B", 8192, 2048, 8192, 4, False), Case("llama-1B", 8192, 2048, 8192, 2, True)]
+    return all_cases
 
 
 class Block(nn.Module):
@@ -65,6 +67,8 @@ def no_looks():
         mock.patch.object(feedforward, "check_weight_is_packed", nothing),
         mock.patch.object(forward, "check_weight_is_packed", nothing),
         mock.patch.object(WatchedWeight, "look_in_forward", nothing),
+        mock.patch.object(WriteWatch, "before_step", nothing),
+        mock.patch.object(WriteWatch, "after_step", nothing),
     ):
         yield
 
