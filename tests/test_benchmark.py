@@ -374,6 +374,7 @@ def test_without_a_gpu_the_command_says_so():
     "kernel, cost",
     [
         ("_ZN7cutlass13device_kernelINS_4gemm6UniversalIN8sparse244gemm4sm9014SparseMainloop", "sparse products"),
+        ("void sparse24::gemm::sm80::sparse_gemm_kernel<sparse24::gemm::sm80::Kernel<Mainloop> >", "sparse products"),
         ("void sparse24::(anonymous namespace)::backward_mvue_kernel<true, sparse24::BFloat16>", "activation"),
         ("void sparse24::(anonymous namespace)::forward_stream_kernel<(sparse24::Activation)0, true>", "activation"),
         ("void sparse24::(anonymous namespace)::mvue_kernel<sparse24::BFloat16, (sparse24::Layout)0>", "mvue"),
