@@ -13,7 +13,7 @@ where=${1:-build/cuda}
 command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on the PATH; it comes with the CUDA toolkit" >&2; exit 2; }
 
 programs=$where
-[ -d "$where" ] && programs="$where/memory_kernels_gpu_test $where/float8_kernels_gpu_test $where/gemm_gpu_test $where/gemm_float8_gpu_test"
+[ -d "$where" ] && programs="$where/memory_kernels_gpu_test $where/activation_gpu_test $where/float8_kernels_gpu_test $where/gemm_gpu_test $where/gemm_float8_gpu_test"
 
 status=0
 for program in $programs; do

@@ -17,13 +17,13 @@
 #include "activation/activation_cuda.h"
 #include "common/check.h"
 #include "common/cuda_check.h"
-#include "common/current_arch.h"
 #include "common/float8.h"
 #include "common/format.h"
 #include "cpu/cpu.h"
 #include "float8_bench.h"
 #include "fused/fused_cuda.h"
 #include "mask/mask_cuda.h"
+#include "memory_kernels_main.h"
 #include "pack/pack_cuda.h"
 #include "twins.h"
 
@@ -480,35 +480,10 @@ void test_refusals() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::printf("no GPU here\n");
-    return 77;
-  }
-  const auto asked = [&](const char* name) {
-    for (int i = 1; i < argc; ++i)
-      if (std::strcmp(argv[i], name) == 0) return true;
-    return false;
-  };
-  if (asked("--tight")) guard = 0;
-  quick = asked("--quick");
-  try {
-    std::printf("kernels of %s\n", current_arch() == KernelArch::kSm90 ? "sm_90a" : "sm_80");
-    if (!asked("--bench-only")) {
-      test_conversions<Float8E4M3>("e4m3"), test_conversions<Float8E5M2>("e5m2");
-      test_widening<Float8E4M3>("e4m3"), test_widening<Float8E5M2>("e5m2");
-      test_packing();
-      test_many_weights();
-      test_unpack();
-      test_quantize();
-      test_mvue();
-      test_activations();
-      test_refusals();
-      std::printf("%lld checks, %d failures\n", static_cast<long long>(checks), failures);
-    }
-    if (asked("--bench") || asked("--bench-only")) run_float8_benchmarks();
-  } catch (const std::exception& error) {
-    fail("exception: ", error.what());
-  }
-  return failures == 0 ? 0 : 1;
+  return run_program(
+      argc, argv,
+      {[] { test_conversions<Float8E4M3>("e4m3"), test_conversions<Float8E5M2>("e5m2"); },
+       [] { test_widening<Float8E4M3>("e4m3"), test_widening<Float8E5M2>("e5m2"); }, test_packing,
+       test_many_weights, test_unpack, test_quantize, test_mvue, test_activations, test_refusals},
+      run_float8_benchmarks);
 }

@@ -211,4 +211,9 @@ constexpr Shape kWeightShapes[] = {{4, 4},    {4, 8},    {8, 4},      {12, 20},
                                    {64, 64},  {68, 132}, {128, 128},  {132, 260},
                                    {200, 72}, {72, 200}, {256, 4096}, {4096, 64}};
 
+/// Of sums of 64 tokens each (pack/tile_sums.cuh).
+inline int64_t tile_sums_bytes(int64_t tokens, int64_t features) {
+  return (tokens + 63) / 64 * features * 4;
+}
+
 }  // namespace gpu_testing
