@@ -257,14 +257,14 @@ def test_an_output_has_one_name_in_a_compiler_s_graph(make, precision):
 @pytest.mark.fault(98)
 @pytest.mark.parametrize("precision", MODES)
 @pytest.mark.parametrize("make", [Gated, Plain, nn.Linear])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_gradients_are_those_of_eager(make, precision, dtype):
+@pytest.mark.parametrize("dtype, dynamic", [(torch.float32, None), (torch.bfloat16, None), (torch.float32, True)])
+def test_compiled_gradients_are_those_of_eager(make, precision, dtype, dynamic):
     """In one graph, with scales that are not known yet and with those of a step before."""
     module = nn.Sequential(SparseLinear(64, 64, precision=precision)) if make is nn.Linear else block(make, precision)
     module, (x, dy) = module.to(dtype), torch.randn(2, 2, 32, 64).to(dtype)
     optimizer, _ = train(module, 20, precision)
     torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for _ in range(2):
         ours, theirs = (seeded_gradients(forward, x, dy) for forward in (compiled, module))
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -109,11 +109,19 @@ def _computed(x: Tensor) -> Tensor:
     return x.to(FORMATS[float8.E4M3].wide_dtype) if x.is_cuda and x.dtype not in HALF_DTYPES else x
 
 
+def _rows_of(x: Tensor) -> Tensor:
+    """x (..., features) as the passes take it, (tokens, features).
+
+    Made before the autograd function, whose forward then multiplies and does nothing else: Dynamo before 2.13 makes
+    all that happens in one an output of it. An output of two names (y, and y.to(y.dtype), which is y) gets its gradient
+    by the wrong one, and backward gets zeros; sizes in a dynamic graph are not taken at all.
+    """
+    return as_rows(_computed(x))
+
+
 def _shaped_as(rows: Tensor, x: Tensor) -> Tensor:
-    """The rows as an output with the leading extents and dtype of x."""
-    y = rows.view(*x.shape[:-1], -1)
-    # Not `.to` alone, which returns y itself where nothing is to be cast: in a compiler's graph the output then has two
-    # names, and Dynamo before 2.13 gives its gradient to the wrong one, and zeros to backward.
+    """The product's rows with the leading extents and the dtype of x."""
+    y = rows.view(*x.shape[:-1], rows.shape[-1])
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -172,18 +180,17 @@ def _cast_input(x: Tensor, cast: Cast, full: bool, needed: bool) -> tuple[Tensor
 
 class _Float8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, plan):
-        rows = as_rows(_computed(x))
+    def forward(ctx, rows, weight, bias, plan):
         cast_x = plan.x.settled(rows)
         x8, kept = _cast_input(rows, cast_x, plan.full, weight.requires_grad)
         y = _product(x8, cast_x, plan.weight, rows, bias)
         ctx.save_for_backward(kept, *plan.weight[2:], cast_x.scale, plan.seed, *plan.dy.saved())
         ctx.current = plan.dy.current
         ctx.full, ctx.mvue, ctx.rank = plan.full, plan.mvue, plan.rank
-        ctx.x_shape, ctx.x_dtype, ctx.weight_shape, ctx.weight_dtype = x.shape, x.dtype, weight.shape, weight.dtype
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
-        return _shaped_as(y, x)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -198,7 +205,7 @@ class _Float8Linear(torch.autograd.Function):
         pruned, dy8, db = _cast_gradient(dy, cast_dy, ctx.full, seed if need_weight and ctx.mvue else None, need_bias)
         dx = dw = None
         if need_x:
-            dx = _product_t(dy8, cast_dy, weight, dy).view(ctx.x_shape).to(ctx.x_dtype)
+            dx = _product_t(dy8, cast_dy, weight, dy)
         if need_weight:
             target = GradTarget(ctx.weight_dtype, accumulation.target(ctx.leaf, dy.dtype))
             dw = as_laid_out(_weight_gradient(pruned, kept, x_scale, ctx.weight_shape, target), ctx.columns)
@@ -211,9 +218,8 @@ class _Float8FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan, x, bias_up, bias_down, down_weight, first_weight, second_weight):
+    def forward(ctx, plan, rows, bias_up, bias_down, down_weight, first_weight, second_weight):
         up_weights = (first_weight,) if second_weight is None else (first_weight, second_weight)
-        rows = as_rows(_computed(x))
         need_up, need_down = any(w.requires_grad for w in up_weights), down_weight.requires_grad
         cast_x = plan.x.settled(rows)
         x8, kept_x = _cast_input(rows, cast_x, plan.full, need_up)
@@ -232,12 +238,11 @@ class _Float8FeedForward(torch.autograd.Function):
         ctx.current = plan.dy.current
         ctx.save_for_backward(kept_x, gate_up, kept_h, plan.seed, *casts, *plan.up[2:], *plan.down[2:])
         ctx.kind, ctx.gated, ctx.full, ctx.mvue, ctx.rank = plan.kind, plan.gated, plan.full, plan.mvue, plan.rank
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         ctx.weights = [(w.shape, w.dtype) for w in (down_weight, *up_weights)]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
         ctx.leaves = [accumulation.leaf_of(w) for w in (down_weight, *up_weights)]
         ctx.columns = [is_column_major(w) for w in (down_weight, *up_weights)]
-        return _shaped_as(y, x)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -263,7 +268,7 @@ class _Float8FeedForward(torch.autograd.Function):
             target = GradTarget(down_dtype, accumulation.target(ctx.leaves[0], dy.dtype))
             dw_down = as_laid_out(_weight_gradient(pruned, kept_h, h_scale, down_shape, target), ctx.columns[0])
         if need_x:
-            dx = _product_t(d8, cast_d, up, dy).view(ctx.x_shape).to(ctx.x_dtype)
+            dx = _product_t(d8, cast_d, up, dy)
         dw_ups = _stacked_gradients(ctx, d_up, kept_x, x_scale, dy.dtype) if need_up else [None]
         biases = [
             db.to(dtype) if need else None
@@ -306,7 +311,7 @@ def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPl
     """
     check_no_transform(x)
     x, bias = cast_as_autocast_does(x, bias)
-    return _Float8Linear.apply(x, weight, bias, plan)
+    return _shaped_as(_Float8Linear.apply(_rows_of(x), weight, bias, plan), x)
 
 
 def float8_feed_forward(
@@ -316,4 +321,4 @@ def float8_feed_forward(
     """A whole feed-forward layer by 8-bit products: `gated_mlp` where plan.gated, with up = (gate, up), else `mlp`."""
     check_no_transform(x)
     x, bias_up, bias_down = cast_as_autocast_does(x, bias_up, bias_down)
-    return _Float8FeedForward.apply(plan, x, bias_up, bias_down, down, *both(up))
+    return _shaped_as(_Float8FeedForward.apply(plan, _rows_of(x), bias_up, bias_down, down, *both(up)), x)
