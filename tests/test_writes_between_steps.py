@@ -1,5 +1,6 @@
 """Something writes weights between the steps of a recipe: it is found, whatever runs and whatever shows."""
 
+import copy
 import warnings
 
 import pytest
@@ -143,7 +144,8 @@ def test_another_optimizer_is_packed_after_and_so_right_in_a_compiled_model():
     assert_right(model, compiled(X))
     assert recipe.step == 1
     recipe.detach()
-    other.step()
+    with pytest.warns(Sparse24Warning, match="no recipe trains it"):
+        other.step()
 
 
 class InTwo(torch.optim.SGD):
@@ -273,3 +275,35 @@ def test_a_compiled_evaluation_looks_when_eval_is_called_and_not_otherwise(write
             parameter.data.mul_(0.5)
     sparse24.refresh(model)
     torch.testing.assert_close(evaluated(compiled), before)
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("whose", ["a model without a recipe", "a copy", "a model whose recipe was detached"])
+def test_a_compiled_training_without_a_recipe_is_packed_after_each_step_and_told_of(whose):
+    model, optimizer, recipe = prepared()
+    train(model, optimizer, 2)
+    if whose == "a copy":
+        model = copy.deepcopy(model)
+    elif whose.startswith("a model without"):
+        model = MLP()
+        sparse24.sparsify(model, mvue=False)
+    else:
+        recipe.detach()
+    compiled = torch.compile(model, backend="eager")
+    other = torch.optim.SGD(model.parameters(), 0.5)
+    with pytest.warns(Sparse24Warning, match="no recipe trains it"):
+        train(model, other, 3, forward=compiled)
+    assert_right(model, evaluated(compiled))
+
+
+@pytest.mark.fault(83)
+def test_weights_made_in_inference_mode_are_looked_at_too():
+    with torch.inference_mode():
+        model = MLP()
+        sparse24.sparsify(model)
+        model(X)
+        model.fc1.weight.mul_(2)
+        with pytest.warns(Sparse24Warning, match="no recipe trains it"):
+            y = model(X)
+        assert sparse24.verify(model)
+        torch.testing.assert_close(y, model(X))

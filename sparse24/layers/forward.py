@@ -69,6 +69,8 @@ def check_weight_is_packed(layer: nn.Module) -> None:
         state.shards.ensure_forward()
     elif weight is state.packed_weight:
         if state.stamp is None:
+            if weight.is_inference():  # without a version, and never trained
+                unseen.look(layer)
             return
         if state.stamp != packing.stamp(weight):
             weights_moved(layer)

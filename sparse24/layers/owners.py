@@ -8,10 +8,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
+from functools import cache
 from typing import Protocol
 
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
 from ..errors import Sparse24Warning
-from .state import state_of
+from .state import HOLDER, SPARSE, state_of
 
 
 class Owner(Protocol):
@@ -22,6 +26,8 @@ class Owner(Protocol):
     def model_changed(self) -> None: ...
 
 
+#: layers that no recipe trains
+_alone: weakref.WeakSet[object] = weakref.WeakSet()
 _told: weakref.WeakSet[object] = weakref.WeakSet()
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[Owner]] = weakref.WeakKeyDictionary()
 
@@ -32,13 +38,48 @@ def owner_of(layer) -> Owner | None:
 
 
 def set_owner(layer, owner: Owner) -> None:
-    _owners[layer] = weakref.ref(owner)
+    this = weakref.ref(layer)
+    _owners[layer] = weakref.ref(owner, lambda gone: _owner_is_gone(this(), gone))
     state_of(layer).has_owner = True
+    _alone.discard(layer)
 
 
 def forget_owner(layer) -> None:
     _owners.pop(layer, None)
-    state_of(layer).has_owner = False
+    if HOLDER in layer.__dict__:  # not dense meanwhile
+        state_of(layer).has_owner = False
+        watch_steps(layer)
+
+
+def _owner_is_gone(layer, owner: weakref.ref) -> None:
+    if layer is not None and _owners.get(layer) is owner:
+        forget_owner(layer)
+
+
+def watch_steps(layer) -> None:
+    """Pack a layer without a recipe after each step of an optimizer over its weight: compiled passes do not look."""
+    _register()
+    _alone.add(layer)
+
+
+@cache
+def _register() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    if not _alone or torch.compiler.is_compiling():
+        return
+    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+    for layer in list(_alone):
+        weight = layer._parameters.get("weight")
+        if id(weight) not in stepped or HOLDER not in layer.__dict__:
+            continue
+        state, frozen = state_of(layer), weight.grad is None and not layer.weight_has_changed()
+        if frozen or state.stamp is None or state.phase != SPARSE:
+            continue
+        if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            weights_moved(layer, unseen=True)
 
 
 def weights_moved(layer, *, unseen: bool = False) -> None:

@@ -18,7 +18,7 @@ from ..functional.soft import soft_scale
 from . import copies, float8, packing, tensor_parallel
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
-from .owners import model_changed
+from .owners import model_changed, watch_steps
 from .packing import packed_dtype
 from .replacements import watch_replacements
 from .state import (
@@ -186,6 +186,7 @@ class SparseLayer(WatchedWeight):
         float8.check_weight(self)
         add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
+        watch_steps(self)
 
     def _drop_sparse(self) -> None:
         """Forget everything that `_init_sparse` added; the class is the caller's business."""
@@ -351,6 +352,7 @@ class SparseLayer(WatchedWeight):
         watch_replacements()
         self._repack()
         copies.watch_origin(self)
+        watch_steps(self)
 
     def __prepare_scriptable__(self):
         raise Sparse24Error(f"2:4 layers cannot be compiled by torch.jit.script{OTHER_WAYS}")
