@@ -9,6 +9,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "pack/mvue_group.h",
         "{ return sum < bits_f",
     ): "the way of infinite sums, scaling by 2^-8, gives any group its bits",
+    ("pack/pack_group.h", "uint32_t i = 0; i < 5"): "no pair begins with a fifth element",
     ("pack/mvue_group.h", "i < 5"): "reads behind the group: seen under the sanitizers of .ci/run",
 }
 
