@@ -103,7 +103,7 @@ def main() -> None:
     if args.at_once > 1:
         command = [sys.executable, "-m", "bench.quality.study", *sys.argv[1:], "--at-once", "1"]
         processes = [subprocess.Popen(command) for _ in range(args.at_once)]
-        raise SystemExit(max(process.wait() for process in processes))
+        raise SystemExit(any([process.wait() for process in processes]))
     rows = load(args.tokens / "train.bin")
     steps = int(len(rows) * args.fraction) // training.BATCH
     rows = rows[: steps * training.BATCH]
