@@ -1,4 +1,7 @@
-"""Results of the study as a page and a picture: bench/results/quality/*.json -> docs/results/quality.md, quality.png.
+"""Results of the study as a page and pictures: bench/results/quality/*.json -> docs/results/quality.md, quality.png.
+
+Arms of bench/results/quality/fp8 were trained on another text. They are compared with one another alone: a table of
+their own, and fp8.png.
 
     python -m bench.quality.report [--time-ratio 1.54] [--fp8-ratio R] [--hybrid-ratio R] [--mvue-ratio R]
 
@@ -27,7 +30,9 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE, PICTURE = (
     ROOT / p for p in ("bench/results/quality", "docs/results/quality.md", "docs/results/quality.png")
 )
+FLOAT8, FLOAT8_PICTURE = RESULTS / "fp8", PICTURE.with_name("fp8.png")
 MARKS = ("<!-- results of the study -->\n", "<!-- end of results -->")
+FLOAT8_MARKS = ("<!-- results in 8 bits -->\n", "<!-- end of results in 8 bits -->")
 
 
 def read(folder: Path = RESULTS) -> dict[str, list[dict]]:
@@ -86,24 +91,32 @@ def rows(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> list
     return table
 
 
+def in_16_bits(group: str, groups: dict[str, list[dict]]) -> str | None:
+    """The arm that differs from an 8-bit one in its precision alone; None for others, and where it was not run."""
+    arm = parse(group)
+    twin = replace(arm, precision="").group
+    return twin if arm.precision and twin in groups else None
+
+
 def precision_rows(groups: dict[str, list[dict]]) -> list[list[str]]:
     """A row an 8-bit arm, against the same one in 16 bits."""
     table = []
     for group, runs in sorted(groups.items()):
-        arm = parse(group)
-        base = replace(arm, precision="").group
-        if arm.precision and base in groups:
+        if base := in_16_bits(group, groups):
             seeds = {run["seed"] for run in runs} & {run["seed"] for run in groups[base]}
-            table.append([group, base, str(len(seeds)), difference(runs, groups[base])])
+            losses = [f"{loss(each):.4f}" for each in (runs, groups[base])]
+            table.append([group, *losses, str(len(seeds)), difference(runs, groups[base])])
     return table
 
 
-def tables(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> str:
+def study_table(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> str:
     header = ["arm", "validation loss", "spread", "seeds", "time of its FFNs", "against dense"]
-    text = markdown(header, rows(groups, ratios))
-    if eight_bit := precision_rows(groups):
-        text += "\n" + markdown(["arm in 8 bits", "in 16 bits", "seeds", "loss against 16 bits"], eight_bit)
-    return text
+    return markdown(header, rows(groups, ratios))
+
+
+def float8_table(groups: dict[str, list[dict]]) -> str:
+    header = ["arm", "validation loss", "of the same in 16 bits", "seeds", "against 16 bits"]
+    return markdown(header, precision_rows(groups))
 
 
 def smooth(curve: list, window: int = 5) -> tuple[list[float], list[float]]:
@@ -138,6 +151,38 @@ def draw(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> None
     figure.savefig(PICTURE, dpi=120)
 
 
+def draw_float8(groups: dict[str, list[dict]]) -> None:
+    """Training loss in 8 bits less that of the same seed in 16, on the same batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.5), facecolor="white")
+    colors = {"fp8": "#223366", "fp8-hybrid": "#4477aa"}
+    for group, runs in groups.items():
+        if (base := in_16_bits(group, groups)) is None:
+            continue
+        bases = {run["seed"]: run for run in groups[base]}
+        for run in (run for run in runs if run["seed"] in bases):
+            (steps, ours), (_, theirs) = smooth(run["curve"]), smooth(bases[run["seed"]]["curve"])
+            percent = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
+            precision = parse(group).precision
+            label = None if run["seed"] else precision
+            axes.plot(steps, percent, color=colors[precision], linewidth=1.2, label=label)
+    axes.axhline(0, color="black", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="optimizer steps", ylabel="training loss against 16 bits, %", ylim=(-1, 1))
+    axes.legend(title="a line a seed")
+    figure.tight_layout()
+    figure.savefig(FLOAT8_PICTURE, dpi=120)
+
+
+def fill(page: str, marks: tuple[str, str], table: str) -> str:
+    """The page with what stands between the marks replaced."""
+    before, _, rest = page.partition(marks[0])
+    return before + marks[0] + table + marks[1] + rest.partition(marks[1])[2]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--time-ratio", type=float, default=1.54, help="speed of a 2:4 layer over a dense one")
@@ -148,12 +193,12 @@ def main() -> None:
     ratios = {
         "": args.time_ratio, "fp8": args.fp8_ratio, "fp8-hybrid": args.hybrid_ratio, "mvue": args.mvue_ratio
     }  # fmt: skip
-    groups = read()
-    text = tables(groups, ratios)
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + text + MARKS[1] + rest.partition(MARKS[1])[2])
+    groups, float8 = read(), read(FLOAT8)
+    study, eight_bits = study_table(groups, ratios), float8_table(float8)
+    PAGE.write_text(fill(fill(PAGE.read_text(), MARKS, study), FLOAT8_MARKS, eight_bits))
     draw(groups, ratios)
-    print(text)
+    draw_float8(float8)
+    print(study, eight_bits, sep="\n")
 
 
 if __name__ == "__main__":
