@@ -4,7 +4,8 @@ An eager forward pass finds most writes by itself, and packs (`layers/unseen.py`
 
 - a step of any other optimizer over the same weights is followed by a packing, for compiled passes do not look;
 - every so many steps one layer is asked to compare its first rows, in its next pass, for writes through `.data`;
-- before a step, layers that no eager pass has gone through are looked at: they ran compiled, with what was packed.
+- as often, before a step, layers that no eager pass has gone through are looked at: they ran compiled, with what was
+  packed.
 
 A write that comes once is over with the next packing, a step later. What matters are loops that write in every step.
 """
@@ -25,7 +26,7 @@ from ..layers.state import state_of
 from ..layers.unseen import look_again, ran_compiled, seems_packed
 from .steps import Steps
 
-EVERY = 16  # steps: a comparison waits for the device
+EVERY = 16  # steps: a comparison waits for the device, and looking at all layers costs the host 3 us each
 
 
 class WriteWatch:
@@ -43,7 +44,7 @@ class WriteWatch:
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Tell, once, of layers that were written after the last packing and ran compiled since."""
-        if self._told:
+        if self._told or step % EVERY:
             return
         compiled = {name: la for name, la in self.layers.items() if ran_compiled(la)}
         written = [name for name, layer in compiled.items() if layer.weight_has_changed()]
