@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -232,3 +235,29 @@ def test_checks_that_read_values_name_tensors_that_have_none():
             ops.is_valid_metadata(bare_E, 16, 32)
     with pytest.raises(Sparse24Error, match="a meta or fake tensor has none"):
         ops.compress(w.to("meta"), mask.to("meta"), validate=True)
+
+
+def test_no_address_is_taken_of_a_tensor_that_nobody_holds():
+    """A copy that is made inside of `matrix(...)` or before `.data_ptr()` is gone when the kernel reads it."""
+    for path in sorted(Path(ops.__file__).parents[1].rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            taken = node.args[:1] if name == "matrix" else [node.func.value] if name == "data_ptr" else []
+            for t in taken:
+                copies = isinstance(t, ast.Call) and getattr(t.func, "attr", "") not in (
+                    "reshape",
+                    "view",
+                    "untyped_storage",
+                )
+                assert not copies, f"{path.name}:{node.lineno}: hold {ast.unparse(t)} by a name"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_activations_of_matrices_in_any_order_of_memory(dtype):
+    """More than two dimensions, the last two swapped: the op copies them first."""
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).to(dtype).transpose(-1, -2)
+    for _ in range(5):
+        assert torch.equal(ops.column_major_copy(x), x)
+        assert torch.equal(ops.activation(x, "relu"), x.clamp(min=0))

@@ -54,7 +54,8 @@ def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Ten
     if h.numel() == 0:
         return h
     rows = h.reshape(-1, width) if h.dim() != 2 else h  # a view: h's leading dimensions are dense
-    library.activation_forward(KINDS[kind], gated, matrix(_as_matrix(gate_up)), matrix(rows), *place)
+    source = _as_matrix(gate_up)  # it may be a copy, which must live until the kernel has been called
+    library.activation_forward(KINDS[kind], gated, matrix(source), matrix(rows), *place)
     return h
 
 
