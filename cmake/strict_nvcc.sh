@@ -2,7 +2,7 @@
 # strict_nvcc.sh: runs the compiler command in its arguments; fails where ptxas reports C7510 or spilled registers.
 #
 # C7510 means that wgmma instructions are serialised: the kernel is right, and slower than a dense one. Spills are told
-# of where the command has -Xptxas=-v (SPARSE24_FAIL_ON_SPILLS, ON by default, for the GEMM): what is spilled in an
+# of where the command has -Xptxas=-v (SPARSE24_FAIL_ON_SPILLS, for the GEMM): what is spilled in an
 # epilogue may be loaded again in every step of the main loop. allowed_spills.txt beside this file has what is known
 # and borne, in bytes. ptxas only informs of both, so its output is read here.
 log=$(mktemp "${TMPDIR:-/tmp}/strict_nvcc.XXXXXX") || exit 1
