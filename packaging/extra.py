@@ -1,6 +1,6 @@
 """Prints the requirements of an extra of pyproject.toml, a line each: `pip install $(python packaging/extra.py dev)`.
 
-So tools can be installed without the package, whose installation compiles.
+`dependencies` names the package's own. So they can be installed without the package, whose installation compiles.
 """
 
 import re

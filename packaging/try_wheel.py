@@ -24,7 +24,12 @@ def names(requirements: list[str] | None) -> list[str]:
 
 
 def all_needed(required: list[str]) -> set[str]:
-    """Installed distributions that these and all their requirements are."""
+    """Installed distributions that these and all their requirements are; raises where one of these is not installed."""
+    for name in required:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            raise SystemExit(f"error: the wheel requires {name}: install it for {sys.executable} first") from None
     todo, found = [*required], set()
     while todo:
         name = todo.pop()
