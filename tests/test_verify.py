@@ -124,3 +124,21 @@ def test_a_plain_file_of_another_phase_or_other_masks_is_told_by_name(tmp_path):
     assert [name for name, _ in sparse24.verify(model, path).problems] == ["mlp.fc1"]
     layer.take_state("sparse", layer.mask.roll(-1, 0), None)
     assert sparse24.verify(model, path)
+
+
+def test_verify_tells_the_phase_and_what_is_wrong():
+    model = MLP()
+    assert not sparse24.verify(model) and "no sparse layers" in str(sparse24.verify(model))
+    sparse24.sparsify(model)
+    assert sparse24.verify(model).phase == "sparse"
+    model.fc1.E[0] ^= 0x11
+    report = sparse24.verify(model)
+    assert not report and ("fc1", "E does not match the mask") in report.problems
+    sparse24.refresh(model)
+    model.fc2.mask[0, 0] = 255
+    assert "fc2: its mask has a block" in str(sparse24.verify(model))
+    sparse24.refresh(model, search=True)
+    for layer in (model.fc1, model.fc2):
+        layer.phase = "dense"
+    report = sparse24.verify(model)
+    assert report and report.phase == "dense" and "masks are not applied" in str(report)

@@ -25,7 +25,7 @@ NAMED = [
     ("recipe/monitor.py", "EXPLOSION_RATE = 0.9, 0.1", "EXPLOSION_RATE = 0.9, 0.15", ["test_monitor"]),
     ("recipe/monitor.py", "FROZEN_RATE = 0.4, 1e-4", "FROZEN_RATE = 0.6, 1e-4", ["test_monitor"]),
     ("recipe/monitor.py", "EXPLOSION_PROGRESS = 0.5", "EXPLOSION_PROGRESS = 0.6", ["test_monitor"]),
-    ("convert/cost_model.py", "ASSUMED_TOKENS = 8192", "ASSUMED_TOKENS = 2048", ["test_convert", "test_cost_model"]),
+    ("convert/cost_model.py", "ASSUMED_TOKENS = 8192", "ASSUMED_TOKENS = 2048", ["test_choice", "test_cost_model"]),
     (
         "functional/accumulation.py",  # it would write over foreign memory
         "    if not adjacent or target(",

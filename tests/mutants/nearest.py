@@ -2,7 +2,7 @@
 
 _RECIPE = ["test_recipe", "test_recipe_checkpoints"]
 _CHECKPOINTS = ["test_damage", "test_checkpoints"]
-_CONVERT = ["test_convert"]
+_CHOICE = ["test_choice", "test_convert"]
 _PRETRAIN = ["pretrain/test_pretrain_data", "pretrain/test_pretrain_damage", "pretrain/test_pretrain_resume"]
 
 NEAREST = {
@@ -20,11 +20,11 @@ NEAREST = {
     "save/exporting.py": ["test_export", *_CHECKPOINTS, "test_fuzz_files"],
     "files/writing.py": ["test_files", "test_damage"],
     "files/digests.py": ["test_files", "test_damage"],
-    "convert/choice.py": _CONVERT,
-    "convert/convert.py": _CONVERT,
-    "convert/candidates.py": _CONVERT,
-    "convert/structure.py": _CONVERT,
-    "convert/cost_model.py": ["test_cost_model", *_CONVERT],
+    "convert/choice.py": _CHOICE,
+    "convert/convert.py": ["test_convert", "test_skipped_layers"],
+    "convert/candidates.py": ["test_skipped_layers", "test_convert"],
+    "convert/structure.py": ["test_families", "test_convert"],
+    "convert/cost_model.py": ["test_cost_model", *_CHOICE],
     "pretrain/tokens.py": _PRETRAIN[:2],
     "pretrain/text.py": _PRETRAIN[:1],
     "pretrain/train.py": [*_PRETRAIN[1:], "pretrain/test_pretrain_job"],
