@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sparse24.benchmark.report import FORMAT
 
-from . import tables
+from .measured import RESULTS
 
 
 def read(path: Path) -> dict:
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("name", help="of the device's folder in bench/results, such as a100")
     args = parser.parse_args()
-    for path in add(read(args.report), tables.RESULTS / args.name):
+    for path in add(read(args.report), RESULTS / args.name):
         print("wrote", path)
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from bench.tables import read
+from bench.measured import read
 from sparse24.benchmark.suite import LAYERS
 from sparse24.convert import cost_model
 from sparse24.convert.cost_model import H100, H200, Rates, Training, feed_forward

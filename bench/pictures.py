@@ -5,7 +5,8 @@ python -m bench.pictures          # after new results
 
 from __future__ import annotations
 
-from bench.tables import ROOT, ffn_fp8, read
+from bench.measured import ROOT, read
+from bench.tables import ffn_fp8
 
 PICTURE = ROOT / "docs" / "results" / "ffn.png"
 #: arm -> (colour, column of the table with its time in milliseconds)

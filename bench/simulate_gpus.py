@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import tables
+from . import measured
 from .common import Table
 
 # Llama 8B
@@ -69,7 +69,7 @@ class Arm:
 
 
 def _row(name: str, key: str, value: str, device: str) -> dict[str, str]:
-    return next(row for row in tables.read(name, device) if row[key] == value)
+    return next(row for row in measured.read(name, device) if row[key] == value)
 
 
 def measured_arms(device: str = "") -> list[Arm]:
@@ -85,7 +85,7 @@ def measured_arms(device: str = "") -> list[Arm]:
         Arm("2:4 bf16, dense weights gathered", rest + sparse, repack, extra=4.0),
         Arm("2:4 bf16, packed weights gathered", rest + sparse, repack, gather=1.125, divides=True),
     ]
-    if not (tables.RESULTS / device / "ffn_fp8.csv").exists():
+    if not (measured.RESULTS / device / "ffn_fp8.csv").exists():
         return arms
     fp8 = _row("ffn_fp8", "layer", "llama-8B", device)
     scale = dense / float(fp8["bf16 dense us"])  # of another day: only its ratios are taken
@@ -100,7 +100,7 @@ def measured_arms(device: str = "") -> list[Arm]:
 
 def head_us(tokens: int, device: str = "") -> float:
     """The product with the vocabulary, three times, at the rate of the measured products of this model."""
-    rates = [float(row["dense TFLOP/s"]) for row in tables.read("gemm", device) if row["layer"] == "llama-8B"]
+    rates = [float(row["dense TFLOP/s"]) for row in measured.read("gemm", device) if row["layer"] == "llama-8B"]
     return 3 * 2.0 * tokens * D_MODEL * VOCAB / (sum(rates) / len(rates) * 1e6)
 
 
@@ -173,7 +173,7 @@ def markdown(device: str = "") -> str:
             share = "-" if math.isnan(kept) else f"{100 * kept:.0f} %"
             numbers = [f"{total:.0f}", f"{collectives:.0f}", f"{exposed:.1f}", f"{speedup:.2f}x", share]
             lines.append([str(gpus), f"{tokens:,}", arm, *numbers])
-    return tables.markdown(header, lines, left=3)
+    return measured.markdown(header, lines, left=3)
 
 
 def main() -> None:

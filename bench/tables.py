@@ -8,47 +8,14 @@ the device that the page is about, and any other.
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from bench import simulate_gpus
+from bench.measured import ROOT, markdown, milliseconds, percent, ratio, read
+
 PAGE = ROOT / "docs" / "when-it-pays.md"
-RESULTS = ROOT / "bench" / "results"
 MARK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 THEIRS = "PyTorch's 2:4 over dense"
-
-
-def read(name: str, device: str = "") -> list[dict[str, str]]:
-    """The rows of a result of a device, bf16 weights first, numbers still as text."""
-    path = RESULTS / device / f"{name}.csv"
-    if not path.exists():
-        where = Path("bench", "results", device)
-        raise SystemExit(f"error: there is no {where / path.name}; measure it: python -m bench.bench_* --csv {where}")
-    with path.open() as file:
-        rows = csv.DictReader(line for line in file if not line.startswith("#"))
-        return sorted(rows, key=lambda row: row.get("weights", ""))
-
-
-def ratio(text: str) -> str:
-    return "-" if text in ("", "nan") else f"{float(text):.2f}x"
-
-
-def percent(text: str) -> str:
-    return "-" if text in ("", "nan") else f"{100 * float(text):.0f} %"
-
-
-def milliseconds(text: str) -> str:
-    return f"{float(text) / 1e3:.2f}"
-
-
-def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A table without the columns that no row has a value of; the first `left` are words."""
-    header, *rows = zip(
-        *(column for column in zip(header, *rows, strict=True) if set(column[1:]) != {"-"}), strict=True
-    )
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
 def ffn(device: str = "") -> str:
@@ -178,13 +145,6 @@ def ffn_fp8(device: str = "") -> str:
     return markdown(header, rows)
 
 
-def simulated(device: str = "") -> str:
-    """8, 64 and 512 GPUs, computed from the results of one: see simulate_gpus.py."""
-    from bench import simulate_gpus
-
-    return simulate_gpus.markdown(device)
-
-
 TABLES = {
     "ffn": ffn,
     "ffn_fp8": ffn_fp8,
@@ -193,7 +153,7 @@ TABLES = {
     "tokens": tokens,
     "block": block,
     "step": step,
-    "simulated": simulated,
+    "simulated": simulate_gpus.markdown,  # 8, 64 and 512 GPUs, from the results of one
 }
 
 

@@ -1,42 +1,35 @@
 """The tables of docs/when-it-pays.md are those of the results, and no others."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+from bench import measured, tables
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("bench_tables", ROOT / "bench" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_has_the_results(tables):
+def test_the_page_has_the_results():
     page = tables.PAGE.read_text()
     assert tables.fill(page) == page, "run python -m bench.tables"
 
 
 @pytest.mark.parametrize("name", ["ffn", "ffn_costs", "tokens", "block", "step"])
-def test_every_table_is_on_the_page_and_has_rows(tables, name):
+def test_every_table_is_on_the_page_and_has_rows(name):
     assert f"<!-- table: {name} -->" in tables.PAGE.read_text()
-    assert len(tables.read(name)) >= 2 and tables.TABLES[name]().count("\n") >= 4
+    assert len(measured.read(name)) >= 2 and tables.TABLES[name]().count("\n") >= 4
 
 
-def test_marked_tables_are_replaced_and_nothing_else(tables, monkeypatch):
+def test_marked_tables_are_replaced_and_nothing_else(monkeypatch):
     monkeypatch.setitem(tables.TABLES, "ffn", lambda device: f"| new {device} |\n")
     for mark, device in (("ffn", ""), ("ffn h100", "h100")):
         text = f"before\n<!-- table: {mark} -->\n| {{}} |\n<!-- end of table -->\nafter | old |\n"
         assert tables.fill(text.format("old")) == text.format(f"new {device}")
 
 
-def test_a_device_has_its_own_folder(tables, monkeypatch, tmp_path):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+def test_a_device_has_its_own_folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
     (tmp_path / "h100").mkdir()
     for folder, time_us in (("", 1000), ("h100", 2000)):
         (tmp_path / folder / "tokens.csv").write_text(
@@ -50,19 +43,19 @@ def test_a_device_has_its_own_folder(tables, monkeypatch, tmp_path):
         tables.fill("<!-- table: ffm -->\n<!-- end of table -->")
 
 
-def test_columns_that_nothing_was_measured_for_are_left_out(tables):
-    assert tables.markdown(["a", "b", "c"], [["x", "-", "1"], ["y", "-", "-"]]) == (
+def test_columns_that_nothing_was_measured_for_are_left_out():
+    assert measured.markdown(["a", "b", "c"], [["x", "-", "1"], ["y", "-", "-"]]) == (
         "| a | c |\n|---|---:|\n| x | 1 |\n| y | - |\n"
     )
 
 
-def test_results_of_devices_are_not_mixed(tables):
+def test_results_of_devices_are_not_mixed():
     """Those beside one another are of one device, those in a folder of the device that it is named after."""
     devices = {}
-    for path in tables.RESULTS.rglob("*.csv"):
+    for path in measured.RESULTS.rglob("*.csv"):
         device = re.search("^# device: (.*)$", path.read_text(), re.MULTILINE)
         assert device and "# commit: " in path.read_text(), path
         devices.setdefault(path.parent, set()).add(device[1])
     for folder, names in devices.items():
         assert len(names) == 1, names
-        assert folder == tables.RESULTS or folder.name in names.pop().lower()
+        assert folder == measured.RESULTS or folder.name in names.pop().lower()

@@ -23,8 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+from bench.measured import markdown
 from bench.quality.arms import Arm, parse
-from bench.tables import markdown
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE, PICTURE = (
