@@ -1,6 +1,10 @@
-# Decides whether CUDA kernels are built: sparse24_choose_cuda(RESULT) sets RESULT to TRUE or FALSE.
+# Two choices, by -D or by the environment, which is read anew each time that CMake runs:
+#
+#   sparse24_choose_cuda(RESULT)              sets RESULT to TRUE or FALSE: are CUDA kernels built?
+#   sparse24_fail_on_spills(RESULT VERSION)   does the build fail where nvcc of this version spills registers of a GEMM kernel?
 
 set(SPARSE24_CUDA "" CACHE STRING "1, 0 or auto; empty: the environment variable of this name, else auto")
+set(SPARSE24_FAIL_ON_SPILLS "" CACHE STRING "1, 0 or auto; empty: the environment variable of this name, else auto")
 
 function(sparse24_find_nvcc result)
   find_program(nvcc nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin
@@ -53,4 +57,20 @@ function(sparse24_choose_cuda result)
     set(CMAKE_CUDA_COMPILER "${nvcc}" CACHE FILEPATH "nvcc" FORCE)
   endif()
   set(${result} ${with_cuda} PARENT_SCOPE)
+endfunction()
+
+# auto: with the nvcc of allowed_spills.txt. What another one spills is no reason to refuse somebody's build.
+function(sparse24_fail_on_spills result version)
+  set(choice "${SPARSE24_FAIL_ON_SPILLS}")
+  if(choice STREQUAL "")
+    set(choice "$ENV{SPARSE24_FAIL_ON_SPILLS}")
+  endif()
+  if(choice MATCHES "^(auto)?$")
+    string(REGEX MATCH "^13\\.0" choice ${version})
+  endif()
+  if(choice)
+    set(${result} TRUE PARENT_SCOPE)
+  else()
+    set(${result} FALSE PARENT_SCOPE)
+  endif()
 endfunction()

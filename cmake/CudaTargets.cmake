@@ -72,11 +72,7 @@ if(kernel_sources)
   list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
 endif()
 
-# auto: with the nvcc of allowed_spills.txt. What another one spills is no reason to refuse somebody's build.
-set(fail_on_spills ${SPARSE24_FAIL_ON_SPILLS})
-if(fail_on_spills STREQUAL "auto")
-  string(REGEX MATCH "^13\\.0" fail_on_spills ${CMAKE_CUDA_COMPILER_VERSION})
-endif()
+sparse24_fail_on_spills(fail_on_spills ${CMAKE_CUDA_COMPILER_VERSION})
 
 # sparse24_add_gemm(TARGET GENCODE SOURCE...)  an object library of GEMM kernels
 function(sparse24_add_gemm target gencode)

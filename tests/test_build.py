@@ -226,6 +226,28 @@ def test_the_default_is_what_the_gpus_of_this_machine_need(tmp_path, capabilitie
 
 
 @needs_cmake
+@pytest.mark.parametrize(
+    "asked, version, fails",
+    [(None, "13.0.88", True), (None, "12.8.93", False), ("0", "13.0.88", False), ("1", "12.8.93", True),
+     ("auto", "13.0.88", True), ("OFF", "13.0.88", False)],
+)  # fmt: skip
+def test_spills_fail_the_build_with_the_compiler_of_the_list_or_as_asked(tmp_path, asked, version, fails):
+    call = f"sparse24_fail_on_spills(result {version})"
+    done = run_cmake_function(tmp_path, "CudaChoice.cmake", call, SPARSE24_FAIL_ON_SPILLS=asked)
+    assert done.text.endswith(f"got {str(fails).upper()}")
+
+
+@needs_cmake
+def test_choices_of_the_environment_are_not_kept_by_a_build_folder(tmp_path):
+    """What the build says to somebody whose compiler spills is to set a variable, and to build again."""
+    configure = (find_cmake(), "-S", ROOT, "-B", tmp_path, "-DSPARSE24_CUDA=0")
+    for asked in (None, "0"):
+        done = run(*configure, SPARSE24_FAIL_ON_SPILLS=asked, SPARSE24_CUDA_ARCHS=None)
+        assert done.returncode == 0, done.stderr
+        assert "SPARSE24_FAIL_ON_SPILLS:STRING=\n" in (tmp_path / "CMakeCache.txt").read_text()
+
+
+@needs_cmake
 def test_flags_of_nvcc_for_real_code_and_for_ptx(tmp_path):
     done = run_cmake_function(tmp_path, "CudaArchs.cmake", "sparse24_gencode(result 80 90a 89-virtual)")
     assert done.text.endswith(
