@@ -172,6 +172,10 @@ def test_autocast_casts_as_linear_does_and_mismatches_are_named(device):
     assert y.dtype == torch.bfloat16
     y.float().square().mean().backward()
     assert x.grad.dtype == w.grad.dtype == b.grad.dtype == torch.float32
+    exact = w.detach().cpu().double()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = functional.sparse_linear(x.cpu().double(), exact, *ops.prune_compress(exact)[1:])
+    assert y.dtype == torch.float64
     with pytest.raises(Sparse24DtypeError, match="same dtype"):
         functional.sparse_linear(x, w, *packed)
     with pytest.raises(Sparse24DtypeError, match="x and bias"):

@@ -135,6 +135,23 @@ def test_autocast_casts_as_a_dense_linear(dtype):
     assert layer.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.fault(30)
+def test_autocast_leaves_float64_alone_and_takes_no_integers(fused):
+    """F.linear under autocast computes float64 in float64, and casts neither integers nor complex numbers."""
+    model = MLP()
+    sparse24.sparsify(model, mvue=False, fuse=fused)
+    x = torch.randn(8, 16, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(Sparse24DtypeError, match=f"same dtype.*{dtype}.*float32"):
+                model(x.to(dtype))
+        with pytest.raises(Sparse24DtypeError, match="float32.*float64"):
+            model.double()(x.float())
+        y = model(x)
+    assert y.dtype == torch.float64 and torch.equal(y, model(x))
+
+
 @pytest.mark.fault(30, 32)
 def test_mismatched_dtypes_and_devices_are_refused_by_name():
     """No autocast, no silent cast; two devices are both named."""

@@ -164,13 +164,17 @@ def noise_of(
 # ---- rules on inputs ------------------------------------------------------------------------------------------------
 
 
+def computed_dtype(t: Tensor) -> torch.dtype:
+    """The dtype in which `F.linear` would take `t`: autocast casts floating point, but not float64."""
+    device = t.device.type
+    if not torch.is_autocast_enabled(device) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under autocast, inputs and biases in its dtype, as `F.linear` would cast them."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)
+    """Inputs and biases as `F.linear` would cast them."""
+    return tuple(t if t is None else t.to(computed_dtype(t)) for t in tensors)
 
 
 def check_no_transform(x: Tensor) -> None:

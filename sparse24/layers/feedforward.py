@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..errors import Sparse24Error
 from ..formats import META_BLOCK
+from ..functional.operands import computed_dtype
 from . import float8, shared_packing
 from .activations import ACTIVATIONS
 from .forward import check_input, check_weight_is_packed, has_substituted_weight
@@ -181,9 +182,7 @@ def _layers_agree(layers: list[SparseLayer], x: Tensor) -> bool:
     if first.phase != SPARSE:
         return False
     check_input(x)
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    dtype = computed_dtype(x)
     decays = layers[0]._buffers[DECAY] is not None
     for layer in layers:
         constants, buffers, parameters = state_of(layer), layer._buffers, layer._parameters
@@ -200,7 +199,7 @@ def _layers_agree(layers: list[SparseLayer], x: Tensor) -> bool:
             return False
         if first.precision is None and buffers[PACKED].dtype not in (dtype, torch.float32):
             return False
-        if not autocast and dtype != weight.dtype:
+        if weight.dtype != x.dtype and computed_dtype(weight) != dtype:
             return False
         if (buffers[DECAY] is not None) != decays or "bias" not in parameters:
             return False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from ..functional.operands import cast_as_autocast_does, computed_dtype
 from ..functional.soft import soft_linear
 from . import float8, packing, tensor_parallel, unseen
 from .owners import weights_moved
@@ -211,16 +212,12 @@ def _cast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tenso
         raise Sparse24Error(
             f"x is on {x.device} and the weight on {weight.device}; move one of them (x.to(weight.device))"
         )
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-        return x, None if bias is None else bias.to(x.dtype)
-    if x.dtype != weight.dtype:
+    if computed_dtype(x) != computed_dtype(weight):
         raise Sparse24DtypeError(
             f"mat1 and mat2 must have the same dtype, but x is {x.dtype} and the weight {weight.dtype}; "
-            "cast one of them or run under torch.autocast"
+            "cast one of them or run under torch.autocast, which casts float32 and 16-bit tensors"
         )
-    return x, bias
+    return cast_as_autocast_does(x, bias)
 
 
 def _warn_of_dtype(packed: torch.dtype, called: torch.dtype) -> None:
