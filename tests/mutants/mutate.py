@@ -25,6 +25,7 @@ class Mutant(NamedTuple):
     line: int
     what: str
     source: str
+    last_line: int
 
 
 class _Places(ast.NodeVisitor):
@@ -87,13 +88,17 @@ def mutants(source: str, within: tuple[str, ...] = ()) -> list[Mutant]:
     for node in places.nodes:
         for what, new in changes(node):
             changed = ast.unparse(ast.fix_missing_locations(_replaced(tree, node, new)))
-            found.append(Mutant(node.lineno, f"{what}: {_text(node)} -> {_text(new)}", changed))
+            last = _changed_part(node).end_lineno
+            found.append(Mutant(node.lineno, f"{what}: {_text(node)} -> {_text(new)}", changed, last))
     return found
 
 
+def _changed_part(node: ast.AST) -> ast.AST:
+    return node.test if isinstance(node, (ast.If, ast.IfExp, ast.While)) else node
+
+
 def _text(node: ast.AST) -> str:
-    part = node.test if isinstance(node, (ast.If, ast.IfExp, ast.While)) else node
-    return ast.unparse(part).splitlines()[0][:80]
+    return ast.unparse(_changed_part(node)).splitlines()[0][:80]
 
 
 def _replaced(tree: ast.AST, old: ast.AST, new: ast.AST) -> ast.AST:
