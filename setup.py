@@ -97,9 +97,9 @@ def relative_paths(folder: str, pattern: str) -> list[str]:
 
 binding = Extension(
     "sparse24._C",
-    sources=relative_paths("csrc/bindings", "*.cpp"),
+    sources=["csrc/bindings/python_api.cpp"],  # which includes the others
     include_dirs=["csrc", "csrc/include", pybind11.get_include()],
-    depends=relative_paths("csrc/include", "*.h") + relative_paths("csrc/bindings", "*.h"),
+    depends=relative_paths("csrc/include", "*.h") + relative_paths("csrc/bindings", "*"),
     language="c++",
     extra_compile_args=["-std=c++17", "-O2", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"],
     extra_link_args=["-Wl,-rpath,$ORIGIN"],

@@ -30,7 +30,7 @@ needs_cmake = pytest.mark.skipif(find_cmake() is None, reason="cmake was not fou
 def run(*command, **environment):
     """Run a command; environment entries that are None are removed."""
     env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env)
+    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, env=env)
 
 
 def run_cmake_function(tmp_path: Path, module: str, call: str, **environment):
@@ -132,32 +132,33 @@ def test_a_wheel_is_built_for_each_python_that_starts(tmp_path, monkeypatch):
     assert [path for path in wheels.pythons() if str(tmp_path) in path] == [below, on_path]
 
 
-@needs_library
-@pytest.mark.slow
-def test_a_ready_library_is_taken_as_it_is(tmp_path):
+def build_binding(tmp_path, library, **environment):
+    """`setup.py build_ext` around a ready library."""
     pytest.importorskip("pybind11")
-    ready = tmp_path / "ready" / "libsparse24.so"
-    ready.parent.mkdir()
-    shutil.copy(LIBRARY, ready)
     build = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", *map(str, build)],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "SPARSE24_LIBRARY": str(ready), "PATH": os.environ["PATH"]},
-    )  # fmt: skip
+    return run(sys.executable, ROOT / "setup.py", "-q", *build, SPARSE24_LIBRARY=str(library), **environment)
+
+
+def test_a_ready_library_is_taken_as_it_is(tmp_path):
+    """The compiler stands in for one: what it is asked to do is written down. packaging/wheels.py has a real one."""
+    ready, asked = tmp_path / "ready" / "libsparse24.so", tmp_path / "asked"
+    ready.parent.mkdir()
+    ready.write_bytes(b"a library")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nwhile [ "$1" != -o ]; do shift; done\necho made > "$2"\n')
+    compiler.chmod(0o755)
+    done = build_binding(tmp_path, ready, CC=str(compiler), CXX=str(compiler))
     assert done.returncode == 0, done.stderr
     built = tmp_path / "lib" / "sparse24"
-    assert (built / "libsparse24.so").read_bytes() == ready.read_bytes()
-    assert list(built.glob("_C*.so"))
+    (binding,) = built.glob("_C*.so")
+    assert (built / "libsparse24.so").read_bytes() == b"a library" and binding.read_text() == "made\n"
+    compiled, linked = (line.split() for line in asked.read_text().splitlines())
+    assert "csrc/bindings/python_api.cpp" in " ".join(compiled) and str(ready) in linked
+    assert "-Wl,-rpath,$ORIGIN" in linked, "it finds the library beside it"
 
 
 def test_a_ready_library_that_is_not_there_is_named(tmp_path):
-    pytest.importorskip("pybind11")
-    build = ("build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
-    done = subprocess.run(
-        [sys.executable, "setup.py", "-q", *map(str, build)],
-        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "SPARSE24_LIBRARY": "/no/such/lib.so"},
-    )  # fmt: skip
+    done = build_binding(tmp_path, "/no/such/lib.so")
     assert done.returncode != 0
     assert "SPARSE24_LIBRARY=/no/such/lib.so is not a file" in done.stderr
 

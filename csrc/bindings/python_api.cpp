@@ -1,6 +1,14 @@
 // python_api.cpp: the Python module sparse24._C. This folder alone knows pybind11; arguments.h says
 // what passes through.
-#include "bindings/arguments.h"
+//
+// The files of this folder are one translation unit: each by itself would spend most of its time in
+// the headers of pybind11, and all of them together four times as long.
+#include "bindings/activation.cpp"
+#include "bindings/device.cpp"
+#include "bindings/float8.cpp"
+#include "bindings/gemm.cpp"
+#include "bindings/pack.cpp"
+#include "bindings/recipe.cpp"
 
 namespace sparse24::bindings {
 namespace {
