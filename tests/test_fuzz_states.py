@@ -20,6 +20,7 @@ def trained(method):
     sparse24.sparsify(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     settings = dict(total_steps=8, mask_interval=2, dense_fraction=0.25, track_blocks=method == "fst")
+    settings["mvue"] = "auto" if method == "fst" else None
     recipe = Recipe(model, optimizer, method=method, **settings)
     for _ in range(5):
         model(torch.randn(8, 16)).square().mean().backward()

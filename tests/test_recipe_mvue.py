@@ -1,5 +1,7 @@
 """method="mvue": dense weights, sparse weight gradients; and the dense layer under it."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,6 +154,28 @@ def test_auto_takes_the_quieter_operand_and_says_so(method):
     assert [event["kind"] for event in heard] == ["mvue"] * len(heard) and "fc2" in heard[0]["layers"]
     assert recipe.events == heard and "fc2 input (" in heard[0]["message"]
     assert not model.fc1._forward_hooks and not model.fc2._forward_hooks
+
+
+@pytest.mark.fault(61)
+@pytest.mark.parametrize("interval", [1, 2])
+def test_auto_resumes_with_what_it_had_chosen_and_was_looking_at(interval):
+    """At each step of the sparse phase: the choices, and the look at the next pass."""
+    settings = dict(mvue="auto", mask_interval=interval)
+    model, optimizer, recipe = make(**settings)
+    saved = []
+    for step in range(8):
+        saved.append(copy.deepcopy((model.state_dict(), optimizer.state_dict(), recipe.state_dict())))
+        run(model, optimizer, 1, first=step)
+    assert model.fc2.mvue == "input"
+    for step, states in enumerate(saved):
+        other, *others = make(**settings)
+        for part, state in zip((other, *others), states, strict=True):
+            part.load_state_dict(state)
+        run(other, others[0], 8 - step, first=step)
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            assert torch.equal(mine, theirs), f"resumed at step {step}"
+    with pytest.raises(Sparse24Error, match="neither 'output' nor 'input'"):
+        recipe.load_state_dict(recipe.state_dict() | {"pruned": {"fc1": "both"}})
 
 
 def test_input_is_pruned_where_it_is_asked_for():

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import Sparse24Error
 from ..layers import sharding
 from ..layers.modules import SparseLayer
 
@@ -52,12 +53,11 @@ class NoiseWatch:
         self._set()
 
     def after_step(self, step: int) -> dict | None:
-        """After optimizer step number `step`: look at the next pass, or decide by the last one. An event, or None."""
+        """After optimizer step number `step`: decide by the last pass, or look at the next. An event, or None."""
+        event = self._decide(step) if self._hooks else None
         if step % self.every == 0:
             self._arm()
-        elif step % self.every == 1 or self.every == 1:
-            return self._decide(step)
-        return None
+        return event
 
     def _arm(self) -> None:
         self.leave()
@@ -108,6 +108,27 @@ class NoiseWatch:
         for handle in self._hooks:
             handle.remove()
         self._hooks = []
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, str]:
+        """The operand that each layer prunes."""
+        return dict(self.chosen)
+
+    def load_state_dict(self, state: dict[str, str], step: int) -> None:
+        """Prune as after optimizer step number `step`; layers that the state lacks stay as they are."""
+        self.chosen |= {name: operand for name, operand in state.items() if name in self.layers}
+        self._set()
+        if step and step % self.every == 0:
+            self._arm()
+        else:
+            self.leave()
+
+
+def check_state(state: dict) -> None:
+    """Raises Sparse24Error for what `NoiseWatch.state_dict` cannot have returned."""
+    if not isinstance(state, dict) or any(operand not in (OUTPUT, INPUT) for operand in state.values()):
+        raise Sparse24Error("the recipe state is corrupt: what its layers prune is neither 'output' nor 'input'")
 
 
 def _look(seen: dict[str, Tensor], x: Tensor, y: Tensor) -> None:

@@ -11,6 +11,7 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..layers import packing, tensor_parallel
 from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
+from . import noise
 from .decay import MaskedDecay
 from .methods import FrozenSecondMoment
 from .phases import check_decay
@@ -82,6 +83,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
         "rng": rng_state(next(iter(layers.values())).weight.device),
         **search.state_dict(),
         **({"casts": steps.scales.state_dict()} if steps.scales.layers else {}),
+        **({"pruned": steps.noise.state_dict()} if steps.noise is not None else {}),
         **({"frozen_layers": frozen} if frozen else {}),
     }
 
@@ -121,6 +123,8 @@ def load(
     search.load_state_dict(state)
     # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
     steps.go_to(state["step"], search=planned != state["phase"])
+    if steps.noise is not None:
+        steps.noise.load_state_dict(state.get("pruned", {}), state["step"])
     if steps.frozen_moment is not None and state["frozen_moment"]:
         steps.frozen_moment = FrozenSecondMoment(steps.optimizer, steps.weights(), state["frozen_moment"])
     if steps.scales.load_state_dict(casts):
@@ -180,6 +184,7 @@ def check_state(
         )
     _check_monitor(state["monitor"])
     _check_blocks(state.get("blocks", {"searches": 0, "counts": []}))
+    noise.check_state(state.get("pruned", {}))
     _check_frozen(state.get("frozen_layers", {}), state["masks"])
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
     if shapes is not None:
