@@ -9,7 +9,10 @@ def main() -> None:
     except ModuleNotFoundError as e:
         if e.name is None or e.name.startswith("sparse24"):
             raise
-        print(f"error: the command line needs {e.name}; pip install 'sparse24[train]'", file=sys.stderr)
+        print(
+            f"error: the command line needs {e.name}; pip install 'sparse24[train]', or '.[train]' in a checkout",
+            file=sys.stderr,
+        )
         sys.exit(2)
     run()
 

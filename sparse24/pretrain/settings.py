@@ -34,18 +34,18 @@ COUNTS = (
     "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes",
 )  # fmt: skip
 
-# Sizes as published for GPT-2; decay factors as the paper's code has them for these sizes. "tiny" is made for two CPU
-# cores: some five minutes for both arms. Its run is short, so masks are searched more often and pressed harder.
+# Sizes as published for GPT-2; decay factors as the paper's code has them for these sizes. "tiny" suits two CPU cores:
+# some ten minutes for a dense and a 2:4 arm. Short runs search masks more often and decay harder.
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         layers=4, width=192, heads=4, ctx=256, vocab_size=2048, batch=8, micro_batch=8, steps=400, lr=2e-3,
         warmup=40, init_std=0.04, decay=6e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
     ),
-    # What `make demo` trains: three arms in some minutes on two CPU cores.
+    # What `make demo` trains: three arms in some five minutes on two CPU cores.
     "demo": dict(
-        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=800, lr=4e-3,
-        warmup=60, init_std=0.04, activation="relu2", decay=1e-3, mask_interval=10, dense_fraction=1 / 3,
-        eval_interval=100, eval_tokens=32_768, save_interval=200,
+        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=500, lr=4e-3,
+        warmup=50, init_std=0.04, activation="relu2", decay=1e-3, mask_interval=10, dense_fraction=1 / 3,
+        eval_interval=100, eval_tokens=32_768, save_interval=250,
     ),
     "124m": dict(
         layers=12, width=768, heads=12, ctx=1024, vocab_size=50_304, batch=64, micro_batch=32, steps=2000, lr=6e-4,
@@ -112,10 +112,11 @@ class Settings:
     )
     compare: bool = option(False, "Run dense and sparse, same seed and data order, and print the table.", free=True)
     time_ratio: float | None = option(
-        None, "A dense FFN layer's time over a 2:4 one's, for narrow and wide. Default: a cost model's, of an H100."
+        None,
+        "How many times as fast a 2:4 FFN is as a dense one, for narrow and wide. Default: estimated for an H100.",
     )
     # the 2:4 recipe
-    decay: float | None = option(None, "Masked decay of pruned weights. `python -m sparse24 tune` finds it.")
+    decay: float | None = option(None, "Decay of pruned weights. `python -m sparse24 tune` finds a good one.")
     mask_interval: int | None = option(None, "Optimizer steps between mask searches.")
     decay_schedule: str | None = option(
         None, "constant, linear (rising) or cosine (falling), over the sparse steps. Default: constant."
@@ -125,11 +126,12 @@ class Settings:
         None, "Where: end, start, none, or auto (as the method has it; the paper's: end). Default: auto."
     )
     mvue: bool | str | None = option(  # text only from a named recipe
-        None, "2:4 pruning for the weight gradient, without bias; of what, a named recipe may say. Default: yes."
+        None,
+        "Prune the weight gradient's products 2:4, without bias. Default: yes, in the operand that --recipe names.",
     )
-    method: str | None = option(None, "fst, ste, sr-ste, step, s-ste or mvue. Default: fst.")
+    method: str | None = option(None, "fst (the paper's), ste, sr-ste, step, s-ste or mvue. Default: fst.")
     recipe: str | None = option(
-        None, "Named settings of the recipe: paper, equal-time or fine-tune. Options given beside it come first."
+        None, "Named settings of the recipe: paper, equal-time or fine-tune. Other options override it."
     )
     precision: str | None = option(
         None, "fp8-hybrid (8-bit products but for the weight gradient) or fp8 (all). Default: 16 bits."
@@ -339,7 +341,8 @@ def check_sizes(s: Settings) -> None:
     rule("warmup", s.warmup < s.steps, f"must be below --steps ({s.steps})", "shorten it or train longer")
     rule("min_lr", s.min_lr <= s.lr, f"must not exceed --lr ({s.lr})", "lower it")
     rule("overwrite", not (s.resume and s.overwrite), "cannot go with --resume", "give one of them")
-    rule("resume", not s.resume or s.out is not None, "needs --out", "name the folder of the run to go on with")
+    if s.resume and s.out is None:
+        raise Sparse24Error("--resume needs --out; name the folder of the run to go on with")
 
 
 def rule_on(s: Settings) -> Callable[[str, bool, str, str], None]:

@@ -90,7 +90,7 @@ COLUMNS = {
     "valid. loss": lambda r: f"{r['valid_loss']:.4f}",
     "bits/byte": lambda r: f"{r['valid_bits_per_byte']:.4f}",
     "flips, peak": lambda r: number(r["flip_rate_peak"], ".4f"),
-    "last": lambda r: number(r["flip_rate_last"], ".4f"),
+    "flips, last": lambda r: number(r["flip_rate_last"], ".4f"),
     "FFN time (est.)": lambda r: f"{r['ffn_seconds']:.1f} s",
 }
 # a CPU has no sparse tensor cores: its times would say nothing of a GPU's
@@ -121,21 +121,22 @@ def words(results: dict[str, Result], s: Settings) -> list[str]:
     kinds, ratios, time = best(results), compare(results), layer_time(s)
     lines = [
         f"{SENTENCE_NAMES[kind]}: validation loss {against(result, kinds['dense'])} the dense model's, in "
-        f"{result['ffn_seconds'] / kinds['dense']['ffn_seconds']:.2f}x of its FFN time"
+        f"{result['ffn_seconds'] / kinds['dense']['ffn_seconds']:.2f}x its FFN time."
         for kind, result in kinds.items()
         if kind != "dense" and ratios
     ]
     if {"sparse", "narrow"} <= kinds.keys():
         lines.append(f"At the same FFN time 2:4 is {against(kinds['sparse'], kinds['narrow'])} the narrow dense model.")
-    if lines:
-        lines.append(f"FFN time: {time.source}; 2:4 there takes 1/{time.ratio:.2f} of a dense step.")
-    if lines and s.preset == "demo":
+    ratio = f"; a 2:4 step there is {time.ratio:.2f}x as fast as a dense one" if lines else ""
+    lines.append(f"FFN time: {time.source}{ratio}.")
+    if ratio and s.preset == "demo":
         lines.append(SHORT_RUN)
     peak, last = (kinds.get("sparse", {}).get(f"flip_rate_{name}") for name in ("peak", "last"))
     if peak is not None and last is not None:
-        settle = ": they settle" if last < peak / 2 else ""
+        settle = ": they have settled" if last < peak / 2 else ""
         lines.append(
-            f"Masks: {100 * peak:.1f} % changed per search at the peak, {100 * last:.2f} % at the last{settle}."
+            f"Masks: at most {100 * peak:.1f} % of them changed from one search to the next, {100 * last:.2f} % at the "
+            f"last search{settle}."
         )
     if "speedup_whole_run" in ratios and kinds["dense"]["on_gpu"]:
         lines.append(f"Speed on this GPU: {ratios['speedup_sparse_phase']:.2f}x in the 2:4 phase, "
@@ -146,16 +147,15 @@ def words(results: dict[str, Result], s: Settings) -> list[str]:
 
 
 NO_SPEED = (
-    "A CPU has no sparse tensor cores, so no speed was measured. On a GPU, `python -m sparse24 bench` measures it, and "
-    "`python -m sparse24 pretrain --preset 124m --compare` trains there."
+    "A CPU has no sparse tensor cores, so no speed was measured. Next, on a GPU: `python -m sparse24 bench` measures "
+    "it, and `python -m sparse24 pretrain --preset 124m --compare` trains."
 )
 SHORT_RUN = (
-    "A run this short overstates what 2:4 costs: over 161 M tokens it was 0.5 % in a simulation of this recipe "
-    "(sparse24/recipe/presets.py)."
+    "A run this short overstates what 2:4 costs. Over 161 M tokens this recipe ended 0.5 % above dense in a simulation."
 )
 SENTENCE_NAMES = {
-    "sparse": "2:4", "half": "Dense, half as wide", "narrow": "Dense, as narrow as 2:4's time pays for",
-    "wide": "2:4, as wide as the dense time pays for",
+    "sparse": "2:4", "half": "Dense, half as wide", "narrow": "Dense, narrowed to the FFN time of 2:4",
+    "wide": "2:4, widened to the FFN time of dense",
 }  # fmt: skip
 
 
@@ -173,14 +173,12 @@ def write_summary(out: Path, settings: Settings, results: dict[str, Result], mac
     """summary.json, summary.md and samples.txt, each replaced as a whole."""
     summary = {"machine": machine, "compare": compare(results), "arms": results, "settings": settings.to_json()}
     write_text_atomically(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    note = f"FFN time: {layer_time(settings).source}."
+    lines = words(results, settings)
     if settings.device.startswith("cuda"):
-        note += " ms/step: median of each phase, without warm-up and evaluation; tokens/s: mean over both, likewise."
+        lines.append("ms/step: median of each phase; tokens/s: mean over both. Warm-up and evaluation are left out.")
+    said = "\n".join(f"- {line}" for line in lines)
     where = ", ".join(f"{k} {v}" for k, v in machine.items())
-    said = "\n".join(f"- {line}" for line in words(results, settings))
-    write_text_atomically(
-        out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{said}\n\n{note}\n\n{where}\n"
-    )
+    write_text_atomically(out / "summary.md", f"# {title(settings)}\n\n{table(results)}\n\n{said}\n\n{where}\n")
     texts = [f"=== {arm}, step {r['steps']} ===\n\n" + "\n\n---\n\n".join(r["samples"]) for arm, r in results.items()]
     write_text_atomically(
         out / "samples.txt",

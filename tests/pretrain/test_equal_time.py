@@ -144,16 +144,19 @@ def test_words_are_true():
         "narrow": result | {"arm": "narrow", "valid_loss": 3.03, "ffn_seconds": 7.5},
     }
     lines = summary.words(results, s)
-    assert lines[0] == "2:4: validation loss 0.50 % above the dense model's, in 0.75x of its FFN time"
-    assert lines[1].endswith("loss 1.00 % above the dense model's, in 0.75x of its FFN time")
+    assert lines[0] == "2:4: validation loss 0.50 % above the dense model's, in 0.75x its FFN time."
+    assert lines[1].endswith("loss 1.00 % above the dense model's, in 0.75x its FFN time.")
     assert lines[2] == "At the same FFN time 2:4 is 0.50 % below the narrow dense model."
-    assert lines[4] == "Masks: 5.0 % changed per search at the peak, 0.10 % at the last: they settle."
+    assert lines[3].endswith("; a 2:4 step there is 1.50x as fast as a dense one.")
+    assert lines[4].startswith("Masks: at most 5.0 % of them changed from one search to the next, 0.10 % at the last")
+    assert lines[4].endswith(": they have settled.")
     assert not any("this short" in line for line in lines)
     assert any(
         "this short overstates" in line for line in summary.words(results, dataclasses.replace(s, preset="demo"))
     )
-    assert "no speed was measured. On a GPU, `python -m sparse24 bench`" in lines[-1]
-    assert summary.words({"dense": results["dense"]}, s) == []
+    assert "no speed was measured. Next, on a GPU: `python -m sparse24 bench`" in lines[-1]
+    (alone,) = summary.words({"dense": results["dense"]}, s)
+    assert alone.startswith("FFN time: ") and "as fast as" not in alone
 
 
 @pytest.mark.parametrize(
