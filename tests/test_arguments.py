@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, ops
 from sparse24.testing import assert_same_bits
 
@@ -218,6 +220,23 @@ def test_extents_and_counts_below_zero_are_named():
         ops.draw_seeds(torch.ones(1), -1)
     with pytest.raises(Sparse24DtypeError, match="rank must be an integer of 64 bits"):
         ops.draw_seeds(torch.ones(1), 1, 2**70)
+
+
+def test_what_is_no_module_is_named_by_every_function_of_a_model(tmp_path):
+    wrong = [torch.zeros(4, 4)]
+    others = {"path": tmp_path / "file", "folder": tmp_path, "optimizer": None, "recipe": None, "recipe_state": {}}
+    others |= {"total_steps": 1, "copy": wrong, "like": wrong}
+    tried = set()
+    for name in sparse24.__all__:
+        function = getattr(sparse24, name)
+        parameters = inspect.signature(function).parameters if inspect.isfunction(function) or name == "Recipe" else {}
+        if not parameters.keys() & {"model", "like"}:
+            continue
+        needed = [p for p, parameter in parameters.items() if parameter.default is inspect.Parameter.empty]
+        with pytest.raises(Sparse24Error, match="must be a torch.nn.Module, got list"):
+            function(**{p: others.get(p, wrong) for p in needed})
+        tried.add(name)
+    assert tried >= {"sparsify", "densify", "refresh", "export", "verify", "follow", "Recipe", "save_checkpoint"}
 
 
 # ---- tensors without values -----------------------------------------------------------------------------------------

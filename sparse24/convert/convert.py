@@ -172,8 +172,6 @@ def _has_mask(layer: SparseLayer) -> bool:
 
 
 def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:
-    if not isinstance(model, nn.Module):
-        raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
     sharding.sharded_modules(model)  # refuses FSDP1
     if backend not in BACKENDS:
         raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

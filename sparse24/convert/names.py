@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..layers import SparseLayer
+from ..layers import SparseLayer, check_module
 
 #: children by which wrappers hold the model: Lightning Fabric (the original before its strategy's), torch.compile
 WRAPPED = ("_original_module", "_forward_module", "_orig_mod")
@@ -18,6 +18,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
     A module whose only child is called `module`, and that has no parameters of its own, counts as a wrapper too.
     """
+    check_module(model)
     while (inner := _wrapped(model)) is not None:
         model = inner
     return model

@@ -14,6 +14,11 @@ from .packing import is_dtensor
 DTYPES = WEIGHT_DTYPES + REFERENCE_DTYPES
 
 
+def check_module(value, argument: str = "model") -> None:
+    if not isinstance(value, nn.Module):
+        raise Sparse24Error(f"{argument} must be a torch.nn.Module, got {type(value).__name__}")
+
+
 def check_switch(name: str, value) -> None:
     if not isinstance(value, bool):
         raise Sparse24Error(f"{name} must be True or False, got {value!r}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import Sparse24Error
+from .checks import check_module
 from .packing import is_dtensor, mask_bits
 from .state import mask_of
 
@@ -22,8 +23,9 @@ from .state import mask_of
 def sharded_modules(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that `fully_shard` has been called on.
 
-    Raises Sparse24Error for FSDP1, whose flat parameters have no rows and columns any more.
+    Raises Sparse24Error for what is no module, and for FSDP1, whose flat parameters have no rows and columns any more.
     """
+    check_module(model)
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has sharded anything without it
     if fsdp is None:
         return []

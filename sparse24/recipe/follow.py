@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
+from ..layers import check_module
 from ..layers.copies import settle
 from ..layers.modules import SparseLayer, state_of
 from ..layers.tensor_parallel import whole_mask
@@ -29,8 +30,8 @@ def follow(copy: nn.Module, *, like: nn.Module, once: bool = False) -> int:
     Call it again when masks or phase of `like` have moved on. Returns how many layers were packed. Raises
     Sparse24Error, changing nothing, when `like` has no sparse layers, or the layers of the two differ in name or shape.
     """
-    _check_module("copy", copy)
-    _check_module("like", like)
+    check_module(copy, "copy")
+    check_module(like, "like")
     theirs = sparse_layers(like)
     if not theirs:
         raise Sparse24Error(
@@ -61,7 +62,7 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     Settings do not matter, since nothing is trained. Returns how many layers were packed. Raises Sparse24Error,
     changing nothing, for a state that is corrupt or of another model.
     """
-    _check_module("model", model)
+    check_module(model)
     recipe_state = renewed(recipe_state)
     masks = recipe_state.get("masks") if isinstance(recipe_state, dict) else None
     if not isinstance(masks, dict) or not masks or not all(map(_is_matrix, masks.values())):
@@ -82,11 +83,6 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
 
 def _is_matrix(value) -> bool:
     return isinstance(value, Tensor) and value.dim() == 2
-
-
-def _check_module(argument: str, value) -> None:
-    if not isinstance(value, nn.Module):
-        raise Sparse24Error(f"{argument} must be a torch.nn.Module, got {type(value).__name__}")
 
 
 def _layers_named(

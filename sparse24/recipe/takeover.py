@@ -19,8 +19,6 @@ Layers = dict[str, SparseLayer]
 
 def trainable_layers(model: nn.Module) -> Layers:
     """The sparse layers of `model`; raises Sparse24Error where there are none, or their weights are no parameters."""
-    if not isinstance(model, nn.Module):
-        raise Sparse24Error(f"model must be a torch.nn.Module, got {type(model).__name__}")
     sharding.sharded_modules(model)  # refuses FSDP1, whose weights are no parameters of their own
     layers = sparse_layers(model)
     if not layers:

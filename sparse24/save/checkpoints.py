@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error
-from ..layers import packing
+from ..layers import check_module, packing
 from ..recipe import Recipe
 from .exporting import export
 from .fitting import check_optimizer, check_weights, load_weights
@@ -88,10 +88,10 @@ def load_checkpoint(
     Weights are cast to the model's dtype and go to its device. Raises Sparse24Error, changing nothing, for a checkpoint
     that is damaged, of another version or model, or whose recipe had other settings.
     """
+    _refuse_shards(model)
     path = newest_checkpoint(Path(path))
     if path is None:
         return None
-    _refuse_shards(model)
     saved = read_checkpoint(path, VERSION, "restore it from a copy, or name an older one")
     state = saved.state
     if not {"optimizer", "recipe", "extra"} <= state.keys():
@@ -134,6 +134,7 @@ def _check_plain(extra: dict | None) -> None:
 
 
 def _refuse_shards(model: nn.Module) -> None:
+    check_module(model)
     if any(packing.is_dtensor(parameter) for parameter in model.parameters()):
         raise Sparse24Error(
             "the weights are sharded (FSDP2): save them by torch.distributed.checkpoint and the recipe's state beside, "
