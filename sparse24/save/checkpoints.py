@@ -99,8 +99,9 @@ def load_checkpoint(
     check_weights(path, saved.weights, model)
     check_optimizer(path, state["optimizer"], optimizer)
     before = optimizer.state_dict()  # references, no copies: loading makes tensors anew
-    _load_optimizer(path, state["optimizer"], optimizer)
-    try:  # the recipe looks at its state before it changes anything
+    try:
+        _load_optimizer(path, state["optimizer"], optimizer)
+        # the recipe looks at its state before it changes anything
         recipe.load_state_dict(state["recipe"], override=override, rng=rng)
     except BaseException:
         optimizer.load_state_dict(before)
@@ -110,11 +111,9 @@ def load_checkpoint(
 
 
 def _load_optimizer(path: Path, saved: dict, optimizer: torch.optim.Optimizer) -> None:
-    before = optimizer.state_dict()
     try:
         optimizer.load_state_dict(saved)
     except Exception as error:  # of a class of its own, whose states nobody else knows
-        optimizer.load_state_dict(before)
         raise Sparse24Error(
             f"checkpoint {path} is of another optimizer: {type(optimizer).__name__} refuses its state ({error}); make "
             "it as it was made then"

@@ -116,10 +116,10 @@ def _tensor_class(layers: dict[str, SparseLayer], backend: str) -> type:
         raise Sparse24Error(
             "the weights are sharded (DTensor): export(format='compressed'), then convert in a process that holds all"
         )
-    reasons = why_not = _why_not_backends(next(iter(devices)))
+    reasons = _why_not_backends(next(iter(devices)))
     wanted = [name for name in BACKENDS[1:] if backend in ("auto", name)]
     for name in wanted:
-        if why_not[name] is None:
+        if reasons[name] is None:
             return getattr(torch.sparse, f"SparseSemiStructuredTensor{name.upper()}")
     raise Sparse24Error("; ".join(f"{name}: {reasons[name]}" for name in wanted))
 
