@@ -10,9 +10,13 @@ fails, or tests take longer than a minute and ten times what they took without t
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import importlib.abc
 import importlib.util
+import json
+import math
+import operator
 import os
 import random
 import signal
@@ -29,10 +33,9 @@ from equivalent import verdict, why_equivalent  # noqa: E402
 from mutate import Mutant, mutants  # noqa: E402
 from named import NAMED  # noqa: E402
 from nearest import FUNCTIONS, NEAREST  # noqa: E402
-from reach import Chosen, Recording, read_reach  # noqa: E402
+from reach import Chosen, Reach, Recording  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-LIMIT_SECONDS = 400
 #: plain asserts and no report: a failure is all that is asked for, and rewriting takes longer than most tests
 OPTIONS = ["-x", "--assert=plain", "-m", "not gpu and not slow"]
 OPTIONS += [f"-pno:{plugin}" for plugin in ("cacheprovider", "terminal", "faulthandler", "unraisableexception")]
@@ -55,45 +58,47 @@ class Changed(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
         return self.source.encode()
 
 
-class Tests:
-    """The tests nearest to a module, and which of them run which of its lines."""
+@functools.cache
+def reach_of(file: str) -> Reach:
+    """Which tests of a file run which lines of the modules that mutants are made of."""
+    with tempfile.TemporaryDirectory() as folder:
+        to = Path(folder) / "reach.json"
+        sources = [ROOT / "sparse24" / module for module in NEAREST]
+        if run([file], math.inf, Recording(sources, to)) != 0:
+            raise SystemExit(f"error: {file} fails, or has no test, without any fault")
+        return Reach(*json.loads(to.read_text()))
 
-    def __init__(self, path: Path, names: list[str]):
-        self.path, self.files = path, [f"tests/{name}.py" for name in names]
-        with tempfile.TemporaryDirectory() as folder:
-            to = Path(folder) / "reach.json"
-            code = self.run(path.read_text(), LIMIT_SECONDS, Recording(path, to))
-            if code != 0:
-                raise SystemExit(f"error: {' '.join(self.files)} fail, or are none, without any fault")
-            self.reach = read_reach(to)
 
-    def all_pass(self, mutant: Mutant) -> bool:
-        """First those that run the changed lines: most faults are seen there, and at once."""
-        near = self.reach.of(mutant.line, mutant.last_line)
-        return all(
-            self.run(mutant.source, 60 + 10 * sum(chosen.values()), Chosen(chosen)) == 0
-            for chosen in (near, self.reach.seconds)
-            if chosen
-        )
+def survives(path: Path, mutant: Mutant, names: list[str]) -> bool:
+    """Whether all tests pass: first those that run the changed lines, since most faults are seen there, and at once."""
+    reach = functools.reduce(operator.or_, (reach_of(f"tests/{name}.py") for name in names))
+    near = reach.of(path, mutant.line, mutant.last_line)
+    for chosen in filter(None, (near, reach.seconds)):
+        files = sorted({test.split("::")[0] for test in chosen})
+        limit = 60 + 10 * sum(chosen.values())
+        if run(files, limit, Chosen(chosen), Changed(path, mutant.source)) != 0:
+            return False
+    return True
 
-    def run(self, source: str, limit: float, plugin: object) -> int | None:
-        """pytest's exit code with this source of the module, in a process of its own; None: it took too long."""
-        child = os.fork()
-        if child == 0:
-            os.setsid()
-            sink = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(sink, 1), os.dup2(sink, 2)
-            sys.meta_path.insert(0, Changed(self.path, source))
-            os._exit(pytest.main([*OPTIONS, *self.files], plugins=[plugin]))
-        end = time.monotonic() + limit
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.05)
-        os.killpg(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        return None
+
+def run(files: list[str], limit: float, plugin: object, changed: Changed | None = None) -> int | None:
+    """pytest's exit code in a process of its own, with one module changed; None: it took too long."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, 1), os.dup2(sink, 2)
+        sys.meta_path[:0] = [changed] if changed else []
+        os._exit(pytest.main([*OPTIONS, *files], plugins=[plugin]))
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
 
 
 def named_mutants() -> list[tuple[str, Mutant, list[str]]]:
@@ -136,16 +141,12 @@ def main() -> None:
 
 def try_all(todo: list[tuple[str, Mutant, list[str]]]) -> bool:
     """Prints each outcome as it comes, then the share of each module, and tells whether it is enough."""
-    tests_of: dict[tuple, Tests] = {}
     alive, dead = Counter(), Counter()
     for module, mutant, names in todo:
         if why := why_equivalent(module, mutant.what):
             print(f"nobody sees {module}:{mutant.line} {mutant.what} ({why})", flush=True)
             continue
-        key = module, *names
-        if key not in tests_of:
-            tests_of[key] = Tests(ROOT / "sparse24" / module, names)
-        survived = tests_of[key].all_pass(mutant)
+        survived = survives(ROOT / "sparse24" / module, mutant, names)
         (alive if survived else dead)[module] += 1
         print(f"{'SURVIVED' if survived else 'killed  '} {module}:{mutant.line} {mutant.what}", flush=True)
     for module in alive | dead:

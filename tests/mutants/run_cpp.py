@@ -9,6 +9,7 @@ the library includes the file are compiled with it. What the compiler refuses is
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import re
@@ -89,47 +90,42 @@ def mutants(text: str) -> list[tuple[int, str, str]]:
 
 
 class Build:
-    """Objects of the host library and of the tests, compiled once as they are and, for a mutant, anew where needed."""
+    """Two trees of the sources, as they are and with the fault of the moment.
+
+    The library is compiled when the first mutant needs it: programs that need headers alone see most. For a mutant,
+    what includes its file is compiled anew.
+    """
 
     def __init__(self, folder: Path, nearest: dict[str, list[str]]):
-        self.folder = folder
-        shutil.copytree(ROOT / "csrc", folder / "csrc")
-        shutil.copytree(ROOT / "tests" / "cpp", folder / "cpp")
-        self.objects: dict[Path, Path] = {}
-        self.alone = {test for tests in nearest.values() for test in tests if self.is_alone(test)}
-        self.sources = [*(folder / "csrc" / "api").glob("*.cpp"), *(folder / "csrc" / "cpu").glob("*.cpp")]
-        if all(test in self.alone for tests in nearest.values() for test in tests):
-            return
-        self.objects = {source: self.compile(source, folder / "whole") for source in self.sources}
-        if None in self.objects.values():
+        self.whole, self.changed = folder / "whole", folder / "changed"
+        for tree in (self.whole, self.changed):
+            shutil.copytree(ROOT / "csrc", tree / "csrc")
+            shutil.copytree(ROOT / "tests" / "cpp", tree / "cpp")
+        self.alone = {test for test in set().union(*nearest.values()) if self.is_alone(test)}
+
+    @functools.cached_property
+    def objects(self) -> dict[str, Path]:
+        """Of the library without faults, by source file."""
+        sources = [path for part in ("api", "cpu") for path in (self.whole / "csrc" / part).glob("*.cpp")]
+        names = [str(path.relative_to(self.whole)) for path in sources]
+        found = {name: compiled(self.whole, name) for name in names}
+        if None in found.values():
             raise SystemExit("error: the library does not compile without any fault")
+        return found
 
     def is_alone(self, test: str) -> bool:
         """Whether a test program needs headers alone, not the library."""
-        own = self.compile(self.folder / "cpp" / f"{test}.cpp", self.folder / "whole")
-        return own is not None and link(own, [], self.folder / "whole" / test)
-
-    def compile(self, source: Path, to: Path) -> Path | None:
-        to.mkdir(exist_ok=True)
-        out = to / f"{source.parent.name}_{source.stem}.o"
-        includes = [f"-I{self.folder / 'csrc'}", f"-I{self.folder / 'csrc' / 'include'}", f"-I{self.folder / 'cpp'}"]
-        command = ["g++", *FLAGS, *includes, "-MMD", "-c", str(source), "-o", str(out)]
-        return out if subprocess.run(command, capture_output=True).returncode == 0 else None
-
-    def includes(self, source: Path, header: Path) -> bool:
-        depends = self.objects[source].with_suffix(".d").read_text()
-        return source == header or str(header) in depends
+        own = compiled(self.whole, f"cpp/{test}.cpp")
+        return own is not None and link(own, [], self.whole / test)
 
     def outcome(self, header: str, text: str, tests: list[str]) -> str:
-        path = self.folder / "csrc" / header
-        whole = path.read_text()
+        path = self.changed / "csrc" / header
         path.write_text(text)
         try:
-            # Programs that need the header alone tell in seconds; the library is compiled for those that survive them.
-            objects: dict[Path, Path | None] = {}
+            objects: dict[str, Path | None] = {}
             for test in sorted(tests, key=lambda test: test not in self.alone):
                 if test not in self.alone and not objects:
-                    objects = self.with_changed(path)
+                    objects = self.with_changed(header)
                     if None in objects.values():
                         return "refused"
                 result = self.result(test, [] if test in self.alone else [*objects.values()])
@@ -137,16 +133,19 @@ class Build:
                     return result
             return "SURVIVED"
         finally:
-            path.write_text(whole)
+            shutil.copy(self.whole / "csrc" / header, path)
 
-    def with_changed(self, path: Path) -> dict[Path, Path | None]:
+    def with_changed(self, header: str) -> dict[str, Path | None]:
         """The library's objects, of which those that include the file are compiled anew."""
-        changed = self.folder / "changed"
-        return {s: self.compile(s, changed) if self.includes(s, path) else self.objects[s] for s in self.sources}
+
+        def includes(source: str) -> bool:
+            return f"/csrc/{header}" in self.objects[source].with_suffix(".d").read_text()
+
+        return {s: compiled(self.changed, s) if includes(s) else self.objects[s] for s in self.objects}
 
     def result(self, test: str, objects: list) -> str:
-        own = self.compile(self.folder / "cpp" / f"{test}.cpp", self.folder / "changed")
-        program = self.folder / "changed" / test
+        own = compiled(self.changed, f"cpp/{test}.cpp")
+        program = self.changed / test
         if own is None or not link(own, objects, program):
             return "refused"
         try:
@@ -154,6 +153,14 @@ class Build:
         except subprocess.TimeoutExpired:
             return "killed"
         return "killed" if done.returncode else "SURVIVED"
+
+
+def compiled(tree: Path, source: str) -> Path | None:
+    """The object of a source file in a tree; None where the compiler refuses it."""
+    out = tree / (source.replace("/", "_") + ".o")
+    includes = [f"-I{tree / part}" for part in ("csrc", "csrc/include", "cpp")]
+    command = ["g++", *FLAGS, *includes, "-MMD", "-c", str(tree / source), "-o", str(out)]
+    return out if subprocess.run(command, capture_output=True).returncode == 0 else None
 
 
 def link(own: Path, objects: list, program: Path) -> bool:
