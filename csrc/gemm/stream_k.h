@@ -79,9 +79,7 @@ struct StreamK {
   /// Calls visit(slot) for each of the sums that a tile's owner adds, in order.
   template <typename Visit>
   SP24_HD void for_each_slot(int tile, Visit&& visit) const {
-    for (int lane = 1; lane < lanes && lane_begin(lane) < k_tiles; ++lane) {
-      visit(lane_slot(lane, tile));
-    }
+    for (int lane = 1; lane < lanes; ++lane) visit(lane_slot(lane, tile));
     if (rest == 0) return;
     const int last = helper_of((tile + 1) * rest - 1);
     for (int helper = helper_of(tile * rest); helper <= last; ++helper) {
@@ -95,7 +93,7 @@ struct StreamK {
     cut.tiles = tiles, cut.clusters = clusters, cut.k_tiles = k_tiles;
     cut.lanes = clusters / tiles;
     const int helpers = clusters - cut.in_lanes();
-    cut.lead = cut.lanes == 1 && helpers == 0 ? 0 : k_tiles / 4 < kLead ? k_tiles / 4 : kLead;
+    cut.lead = k_tiles / 4 < kLead ? k_tiles / 4 : kLead;
     // Every cluster gets the same, but for the lead; on each tile helpers lose kGive.
     const int64_t work = int64_t{tiles} * (k_tiles - cut.lead + (helpers > 0 ? kGive : 0));
     cut.lane_k = static_cast<int>((work + clusters - 1) / clusters);

@@ -57,7 +57,7 @@ TEST(the_owner_of_a_tile_adds_just_what_others_give) {
     std::set<int> slots;
     for (int cluster = 0; cluster < cut.clusters; ++cluster) {
       for (const StreamK::Part& part : parts_of(cut, cluster)) {
-        if (part.k_begin == part.k_end) continue;
+        CHECK(part.k_begin < part.k_end);
         if (part.slot < 0) {
           ++owners[part.tile];
           CHECK_EQ(part.k_begin, 0);
@@ -77,6 +77,25 @@ TEST(the_owner_of_a_tile_adds_just_what_others_give) {
       CHECK(added == given[tile]);
     }
   });
+}
+
+TEST(owners_have_a_lead_in_which_others_give_their_sums) {
+  for_many_shapes([](const StreamK& cut, int) {
+    if (!cut.is_cut()) return;
+    const StreamK::Part owner = cut.lane_part(0, 0);
+    for (int cluster = cut.tiles; cluster < cut.clusters; ++cluster) {
+      for (const StreamK::Part& part : parts_of(cut, cluster)) {
+        CHECK(part.k_end - part.k_begin + std::min(cut.k_tiles / 4, 8) <= owner.k_end);
+      }
+    }
+  });
+}
+
+TEST(whole_tiles_take_their_k_and_each_further_lane_its_addition) {
+  CHECK_EQ(StreamK::of(5, 5, 100).time(), 100);
+  const StreamK two = StreamK::of(5, 10, 100);
+  CHECK_EQ(two.lanes, 2);
+  CHECK_EQ(two.time(), 54 + 8);  // the owner does 8 more than the other lane, and adds its sums
 }
 
 TEST(no_cluster_does_much_more_than_its_share) {
