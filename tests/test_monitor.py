@@ -33,6 +33,22 @@ def test_exploding_and_frozen_masks_raise_an_event_with_the_layers_names():
         feed(monitor, [(0.0, 0.05)] * 20)
 
 
+@pytest.mark.parametrize("layers, shown", [(8, "l7)"), (9, "l7 and 1 more)")])
+def test_an_event_names_eight_layers_and_counts_the_others(layers, shown):
+    monitor = FlipMonitor([f"l{i}" for i in range(layers)], [1000] * layers)
+    with pytest.warns(Sparse24Warning, match="hardly change"):
+        feed(monitor, [(0.0,) * layers] * 20, (1000,) * layers)
+    (event,) = monitor.events
+    assert event["message"].endswith(shown) and len(event["layers"]) == layers and event["step"] == 5 * 40
+
+
+def test_before_the_first_search_all_rates_are_zero():
+    monitor = FlipMonitor(["a", "b"], [1000, 500])
+    assert monitor.rate() == monitor.rate_per_step() == 0
+    assert monitor.layer_rates() == monitor.layer_rates(per_step=True) == {"a": 0, "b": 0}
+    assert monitor.history() == []
+
+
 @pytest.mark.fault(72)
 def test_healthy_rates_raise_nothing():
     monitor = FlipMonitor(["a", "b"], [1000, 1000])
@@ -103,6 +119,7 @@ def test_gap_quantiles_are_those_of_all_blocks_or_of_a_fair_sample():
     exact = torch.quantile(gaps, torch.tensor([0.1, 0.5, 0.9]))
     found = gap_quantiles(weights)
     assert found == dict(zip(("gap_q10", "gap_q50", "gap_q90"), exact.tolist(), strict=True))
+    assert gap_sample([torch.randn(2048, 1024)]).numel() == 1 << 15, "one row of blocks in four"
     sample = gap_sample(weights, most=gaps.numel() // 8)
     assert gaps.numel() / 8.5 < sample.numel() < gaps.numel() / 7.5
     places = [(gaps <= value).float().mean().item() for value in gap_quantiles(weights, gaps.numel() // 8).values()]
@@ -150,6 +167,7 @@ def events_of(rates, progress, size=1_000_000):
     "rate, progress, events",
     [
         (0.101, 0.51, ["explosion"]),
+        (0.1, 0.5, ["explosion"]),
         (0.099, 0.51, []),  # not high
         (0.101, 0.49, []),  # early
     ],
@@ -169,6 +187,8 @@ def test_a_rate_that_has_fallen_from_its_peak_is_no_explosion():
     "rate, progress, events",
     [
         (0.24e-4, 0.39, ["frozen"]),
+        (0.24e-4, 0.4, ["frozen"]),
+        (0.25e-4, 0.39, []),  # a block in 10,000
         (0.26e-4, 0.39, []),  # moves
         (0.24e-4, 0.41, []),  # late: masks may settle
     ],

@@ -1,7 +1,8 @@
 """Small faults made in a module's syntax tree, one at a time: what a slip of the hand would look like.
 
 A comparison or an arithmetic operator becomes its neighbour, `and` becomes `or`, a condition its opposite, a number
-another, True False; a statement that only calls something goes. Messages, annotations and docstrings stay as they are.
+another, True False; a statement that only calls something goes. Messages, annotations, docstrings, pictures and the
+lines that warnings point to stay as they are.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Places(ast.NodeVisitor):
         self.nodes: list[ast.AST] = []
 
     def visit(self, node: ast.AST) -> None:
-        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)):
+        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or _is_looks(node):
             return
         self.nodes.append(node)
         for name, value in ast.iter_fields(node):
@@ -44,6 +45,11 @@ class _Places(ast.NodeVisitor):
             for child in value if isinstance(value, list) else [value]:
                 if isinstance(child, ast.AST):
                     self.visit(child)
+
+
+def _is_looks(node: ast.AST) -> bool:
+    """A picture, or the line that a warning points to."""
+    return getattr(node, "name", None) == "plot" or getattr(node, "arg", None) == "stacklevel"
 
 
 def _opposite(test: ast.expr) -> ast.expr:
@@ -71,7 +77,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
         new.value = not node.value
         yield "constant", new
     elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        new.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.25
+        new.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.25 or 1.0
         yield "number", new
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield "call gone", ast.copy_location(ast.Pass(), node)

@@ -97,6 +97,15 @@ def test_tokenizer_is_trained_on_the_training_part_alone(small, tmp_path):
     assert data.tokenizer.decode(data.valid[:500].tolist()).startswith("Xylophone! Xylophone!")
 
 
+def test_sizes_are_said_in_kilobytes_or_megabytes():
+    assert [tokens.size(count) for count in (50, 99_999, 100_000, 1_234_567)] == [
+        "0.1 kB",
+        "100.0 kB",
+        "0.1 MB",
+        "1.2 MB",
+    ]
+
+
 def test_tokenizer_sample_is_capped_and_never_empty(text_file):
     span = text.Span(text_file, 0, text_file.stat().st_size)
     assert sum(len(piece.encode()) for piece in tokens.sample((span,), 10)) > 0
@@ -117,6 +126,23 @@ def test_chunks_join_to_the_text(tmp_path, content, chunk_bytes):
     path.write_bytes(content.encode())
     pieces = list(text.read_chunks(text.Span(path, 0, path.stat().st_size), chunk_bytes))
     assert "".join(pieces) == content and all(pieces)
+
+
+def test_chunks_end_behind_a_line_and_a_line_without_end_is_cut(tmp_path):
+    path = tmp_path / "t"
+    path.write_bytes(b"a line\n" * 100 + "é".encode() * 500)
+    *chunks, last = text.read_chunks(text.Span(path, 0, path.stat().st_size), 50)
+    lines = [chunk for chunk in chunks if "a" in chunk]
+    assert "".join(lines) == "a line\n" * 100 and all(len(chunk) < 57 and chunk[-1] == "\n" for chunk in lines)
+    assert all(200 - 4 < len(chunk.encode()) <= 250 for chunk in chunks[len(lines) :]) and len(last.encode()) <= 250
+
+
+def test_hidden_files_are_no_text_of_a_folder(tmp_path):
+    for name in ("a.txt", ".git/config", ".hidden", "__pycache__/a.pyc", "below/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("words " * 50)
+    names = {source.name for source, _ in text.find_sources((str(tmp_path),), "--data")}
+    assert names == {"a.txt", "below/b.txt"}
 
 
 def test_one_file_is_split_at_its_tail_between_paragraphs(tmp_path):
