@@ -16,7 +16,6 @@ using namespace testing;
 
 namespace {
 
-const Context kCpu{};
 constexpr Activation kKinds[] = {Activation::kSilu,        Activation::kGelu,
                                  Activation::kGeluTanh,    Activation::kRelu,
                                  Activation::kSquaredRelu, Activation::kIdentity};

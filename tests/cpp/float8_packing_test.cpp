@@ -9,14 +9,12 @@
 #include "common/format.h"
 #include "common/mask_bits.h"
 #include "matrices.h"
-#include "pack/mvue_group.h"
 #include "testing.h"
 
 using namespace testing;
 
 namespace {
 
-const Context kCpu{};
 constexpr DType k8[] = {DType::kFloat8E4M3, DType::kFloat8E5M2};
 using Bytes = std::vector<uint8_t>;
 
@@ -234,13 +232,9 @@ TEST(gradients_pack_to_8_bits_by_rounding_the_16_bit_values_at_random) {
           TestMatrix rounded(1, 1, dtype);
           for (int64_t group = 0; group < padded / 4; ++group)
             for (int64_t f = 0; f < features; ++f) {
-              float a[4];
-              for (int i = 0; i < 4; ++i)
-                a[i] = 4 * group + i < tokens ? dy.get(4 * group + i, f) : 0;
-              const Philox4 words =
-                  mvue_random(key, static_cast<uint32_t>(group / 2), static_cast<uint32_t>(f / 4));
+              const Philox4 words = expected_words(key, group, f);
+              const MvuePick pick = expected_pick(dy, words, group, f);
               const int half = static_cast<int>(group % 2), column = static_cast<int>(f % 4);
-              const MvuePick pick = mvue_group(a, mvue_uniform(mvue_bits(words, half, column)));
               const uint32_t bits = mvue_bits(words, half, column ^ 1);
               for (int second = 0; second < 2; ++second) {
                 rounded.set(0, 0, second ? pick.second_value : pick.first_value);

@@ -12,8 +12,6 @@ using namespace testing;
 
 namespace {
 
-const Context kCpu{};
-
 /// A packed operand of each kind, and the dense matrix lhs(m, k) that it stands for.
 struct Operand {
   std::vector<uint8_t> packed, E;
@@ -42,28 +40,14 @@ Operand make_weight(GemmPass pass, int64_t m, int64_t k, DType dtype, std::mt199
 
 /// dy [tokens, features] pruned by MVUE: the lhs of dW is its transpose.
 Operand make_gradient(int64_t features, int64_t tokens, DType dtype, std::mt19937& random) {
-  const int64_t padded = padded_tokens(tokens), seed[2] = {3, 4};
-  TestMatrix dy(tokens, features, dtype), dense_t(padded, features, dtype);
+  const int64_t seed[2] = {3, 4};
+  TestMatrix dy(tokens, features, dtype), dense(features, tokens, dtype);
   dy.fill_integers(random, 7);
-  std::vector<uint8_t> packed(static_cast<size_t>(padded / 2 * features * bytes_of(dtype)));
-  std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(features, padded)));
-  MvueArgs args;
-  args.dy = dy.const_view();
-  args.seed = seed;
-  args.packed = packed.data();
-  args.E = E.data();
-  mvue_pack(args, kCpu);
-
-  UnpackArgs back;
-  back.packed = packed.data();
-  back.E = E.data();
-  back.transposed = true;
-  back.out = dense_t.view();
-  unpack(back, kCpu);
-  TestMatrix dense(features, tokens, dtype);
+  PrunedGradient pruned(dy, seed);
+  const TestMatrix dense_t = pruned.unpacked();
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t f = 0; f < features; ++f) dense.set(f, t, dense_t.get(t, f));
-  return {packed, E, dense};
+  return {pruned.packed.bytes(), pruned.E, dense};
 }
 
 struct Problem {

@@ -6,11 +6,14 @@
 #include <vector>
 
 #include "common/convert.h"
+#include "pack/mvue_group.h"
 #include "sparse24/sparse24.h"
 
 namespace testing {
 
 using namespace sparse24;
+
+const Context kCpu{};
 
 enum class Order { kRowMajor, kColumnMajor };
 
@@ -67,6 +70,7 @@ class TestMatrix {
   const std::vector<uint8_t>& bytes() const { return memory_; }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
+  DType dtype() const { return dtype_; }
   int64_t ld() const { return row_stride_ == 1 && col_stride_ != 1 ? col_stride_ : row_stride_; }
 
  private:
@@ -101,6 +105,49 @@ struct Packed {
   std::vector<uint16_t> mask;
   std::vector<uint8_t> values, values_t, E, E_t;
 };
+
+/// A gradient [tokens, features] pruned by MVUE.
+struct PrunedGradient {
+  PrunedGradient(const TestMatrix& dy, const int64_t (&seed)[2])
+      : padded(padded_tokens(dy.rows())),
+        packed(padded / 2, dy.cols(), dy.dtype()),
+        E(static_cast<size_t>(metadata_bytes(dy.cols(), padded)), 0xFF) {
+    MvueArgs args;
+    args.dy = dy.const_view();
+    args.seed = seed;
+    args.packed = packed.data();
+    args.E = E.data();
+    mvue_pack(args, kCpu);
+  }
+
+  /// [padded, features]
+  TestMatrix unpacked() {
+    TestMatrix dense(padded, packed.cols(), packed.dtype());
+    UnpackArgs args;
+    args.packed = packed.data();
+    args.E = E.data();
+    args.transposed = true;
+    args.out = dense.view();
+    unpack(args, kCpu);
+    return dense;
+  }
+
+  int64_t padded;
+  TestMatrix packed;
+  std::vector<uint8_t> E;
+};
+
+/// What MVUE draws for feature f of tokens 4 * group on, from the group's random words.
+inline MvuePick expected_pick(const TestMatrix& dy, const Philox4& words, int64_t group,
+                              int64_t f) {
+  float a[4];
+  for (int i = 0; i < 4; ++i) a[i] = 4 * group + i < dy.rows() ? dy.get(4 * group + i, f) : 0;
+  const int half = static_cast<int>(group % 2), column = static_cast<int>(f % 4);
+  return mvue_group(a, mvue_uniform(mvue_bits(words, half, column)));
+}
+inline Philox4 expected_words(const PhiloxKey& key, int64_t group, int64_t f) {
+  return mvue_random(key, static_cast<uint32_t>(group / 2), static_cast<uint32_t>(f / 4));
+}
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 constexpr Order kOrders[] = {Order::kRowMajor, Order::kColumnMajor};

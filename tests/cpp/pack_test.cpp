@@ -7,14 +7,11 @@
 
 #include "common/metadata.h"
 #include "matrices.h"
-#include "pack/mvue_group.h"
 #include "testing.h"
 
 using namespace testing;
 
 namespace {
-
-const Context kCpu{};
 
 struct Shape {
   int64_t rows, cols;
@@ -143,29 +140,15 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
        {Shape{1, 4}, Shape{7, 8}, Shape{31, 66}, Shape{64, 64}, Shape{130, 20}})
     for (DType dtype : kDTypes)
       for (Order layout : kOrders) {
-        const int64_t tokens = shape.rows, features = shape.cols, padded = padded_tokens(tokens);
+        const int64_t tokens = shape.rows, features = shape.cols;
         TestMatrix dy(tokens, features, dtype, layout, 1);
         dy.fill_normal(random);
-        TestMatrix packed(padded / 2, features, dtype);
-        std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(features, padded)), 0xFF);
-        MvueArgs args;
-        args.dy = dy.const_view();
-        args.seed = seed;
-        args.packed = packed.data();
-        args.E = E.data();
-        mvue_pack(args, kCpu);
+        const auto [padded, packed, E] = PrunedGradient(dy, seed);
 
         TestMatrix rounded(1, 1, dtype);
         for (int64_t group = 0; group < padded / 4; ++group)
           for (int64_t f = 0; f < features; ++f) {
-            float a[4];
-            for (int i = 0; i < 4; ++i)
-              a[i] = 4 * group + i < tokens ? dy.get(4 * group + i, f) : 0;
-            const Philox4 words =
-                mvue_random(key, static_cast<uint32_t>(group / 2), static_cast<uint32_t>(f / 4));
-            const MvuePick pick =
-                mvue_group(a, mvue_uniform(mvue_bits(words, static_cast<int>(group % 2),
-                                                     static_cast<int>(f % 4))));
+            const MvuePick pick = expected_pick(dy, expected_words(key, group, f), group, f);
             rounded.set(0, 0, pick.first_value);
             CHECK_EQ(packed.get(2 * group, f), rounded.get(0, 0));
             rounded.set(0, 0, pick.second_value);
@@ -178,30 +161,17 @@ TEST(mvue_prunes_every_group_as_the_block_function_says) {
 
 TEST(a_gradient_of_any_width_comes_back) {
   std::mt19937 random(7);
-  const int64_t seed[2] = {1, 2}, tokens = 10, padded = padded_tokens(tokens);
+  const int64_t seed[2] = {1, 2}, tokens = 10;
   for (int64_t features : {1, 3, 7, 66}) {
-    TestMatrix dy(tokens, features, DType::kBFloat16),
-        packed(padded / 2, features, DType::kBFloat16);
+    TestMatrix dy(tokens, features, DType::kBFloat16);
     dy.fill_normal(random);
-    std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(features, padded)));
-    MvueArgs args;
-    args.dy = dy.const_view();
-    args.seed = seed;
-    args.packed = packed.data();
-    args.E = E.data();
-    mvue_pack(args, kCpu);
-    TestMatrix dense(padded, features, DType::kBFloat16);
-    UnpackArgs back;
-    back.packed = packed.data();
-    back.E = E.data();
-    back.transposed = true;
-    back.out = dense.view();
-    unpack(back, kCpu);
-    for (int64_t t = 0; t < padded; ++t)
+    PrunedGradient pruned(dy, seed);
+    const TestMatrix dense = pruned.unpacked();
+    for (int64_t t = 0; t < pruned.padded; ++t)
       for (int64_t f = 0; f < features; ++f) {
-        const uint32_t nibble = nibble_at(E, features, f, t / 4);
+        const uint32_t nibble = nibble_at(pruned.E, features, f, t / 4);
         const bool first = meta_first(nibble) == t % 4, second = meta_second(nibble) == t % 4;
-        const float kept = packed.get(t / 4 * 2 + (second ? 1 : 0), f);
+        const float kept = pruned.packed.get(t / 4 * 2 + (second ? 1 : 0), f);
         CHECK_EQ(dense.get(t, f), first || second ? kept : 0.0f);
         if (t >= tokens) CHECK_EQ(dense.get(t, f), 0.0f);
       }
@@ -221,16 +191,9 @@ TEST(results_do_not_depend_on_threads) {
     packed.emplace_back(kRows, kCols, DType::kBFloat16);
     const PackArgs args = packed.back().args(w, DType::kBFloat16);
     search_and_pack(&args, 1, kCpu);
-    TestMatrix values(kRows / 2, kCols, DType::kFloat32);
-    std::vector<uint8_t> E(static_cast<size_t>(metadata_bytes(kCols, kRows)));
-    MvueArgs draw;
-    draw.dy = w.const_view();
-    draw.seed = seed;
-    draw.packed = values.data();
-    draw.E = E.data();
-    mvue_pack(draw, kCpu);
-    mvue.push_back(values.bytes());
-    mvue.push_back(E);
+    const PrunedGradient pruned(w, seed);
+    mvue.push_back(pruned.packed.bytes());
+    mvue.push_back(pruned.E);
   }
   set_cpu_threads(1);
   for (size_t i = 1; i < packed.size(); ++i) {

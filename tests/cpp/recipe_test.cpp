@@ -10,12 +10,6 @@
 
 using namespace testing;
 
-namespace {
-
-const Context kCpu{};
-
-}  // namespace
-
 TEST(decay_pulls_pruned_elements_only) {
   std::mt19937 random(1);
   const float scale = 1024.0f;
