@@ -6,9 +6,9 @@
 //          which it exchanges with the lane below or above it for four whole bytes.
 // Values   Pairs are picked by byte permutations, their selectors looked up (pack_group.h): about 9
 //          instructions an element, and as many again with the search.
-// Traffic  Bytes and times are those of pack_tile.cuh. In tiles of 256 columns two warps read 2 x
-// 512 B of rows, side by side, and write as
-//          much of packed_t and half of it of packed; metadata go through stage.cuh.
+// Traffic  Bytes and times are those of pack_tile.cuh. In tiles of 256 columns two warps read
+//          2 x 512 B of rows, side by side, and write as much of packed_t and half of it of packed;
+//          metadata go through stage.cuh.
 // Edges    A patch is inside or outside; metadata past the edge, up to 64, become padding nibbles.
 #pragma once
 

@@ -12,6 +12,7 @@ namespace sparse24 {
 /// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2. kIdentity
 /// gives x back: a copy from one layout to another.
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSquaredRelu = 4, kIdentity = 5 };
+constexpr Activation kLastActivation = Activation::kIdentity;
 
 /// Gated: gate_up [tokens, 2*d_ff] holds [gate | up] and h = act(gate) * up, [tokens, d_ff].
 /// Plain (`gated` false): gate_up is [tokens, d_ff] and h = act(gate_up).
