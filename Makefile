@@ -15,6 +15,7 @@
 #   SPARSE24_CUDA=auto    1, 0 or auto (CMakeLists.txt)
 #   SPARSE24_CUDA_ARCHS=  GPUs to compile for: all, or a list such as "80;90a"; default: those of this machine
 #   VENV=.venv            where the environment goes
+#   WORKERS=              processes of pytest; default: one for each core, at most 8
 #   PYTEST_ARGS=          for example: make test PYTEST_ARGS='-k mask'; likewise DEMO_ARGS, WHEEL_ARGS
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -25,6 +26,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 SPARSE24_CUDA ?= auto
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 WHEEL_ARGS ?=
@@ -46,7 +48,7 @@ test: $(VENV)/.installed-for-tests
 	$(BIN)/cmake -S . -B $(BUILD) -DSPARSE24_TESTS=ON >/dev/null
 	$(BIN)/cmake --build $(BUILD)
 	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 crash: $(VENV)/.installed-for-tests
 	SPARSE24_CRASHES=$(or $(CRASHES),100) SPARSE24_CRASH_SEED=$$RANDOM $(BIN)/python -m pytest -s tests/pretrain/test_pretrain_crash.py

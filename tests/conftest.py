@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 
 import pytest
 import torch
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU with sparse kernels; skipped and counted elsewhere")
-    config.addinivalue_line("markers", "multigpu: needs two GPUs")
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
-    config.addinivalue_line("markers", "fault(*rows): rows of docs/faults.md that the test holds")
+    """The workers of pytest-xdist, and the processes that their tests start, share the cores."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 def pytest_collection_modifyitems(items):

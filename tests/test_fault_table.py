@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -40,6 +41,7 @@ def rows_in_words(text: str) -> set[int]:
     return {int(n) for numbers in WORDS.findall(text) for n in re.findall(r"\d+", numbers)}
 
 
+@functools.cache
 def named() -> dict[int, set[str]]:
     """Row -> files, relative to tests/, with a test that names it."""
     rows = defaultdict(set)

@@ -1,6 +1,7 @@
 """A small text and settings under which a whole run takes a second or two."""
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def pictures(request, monkeypatch):
+    """Figures are made but not rendered, which would be three quarters of the time of a run this small.
+
+    A test that takes `rendered` has them whole, and so has what fixtures of a module have made.
+    """
+    if "rendered" not in request.fixturenames:
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn")
+        )
+
+
+@pytest.fixture
+def rendered():
+    pass
 
 
 @pytest.fixture(scope="session")

@@ -85,7 +85,7 @@ def test_activations_are_those_of_their_names(small, kind, name):
     torch.testing.assert_close(function(x), functions[name](x))
 
 
-def test_arms_of_equal_time_with_their_own_rates_end_to_end(small, quiet, tmp_path):
+def test_arms_of_equal_time_with_their_own_rates_end_to_end(small, quiet, tmp_path, rendered):
     lines = []
     summary_of = pretrain(
         small(compare=True, ffn=("narrow", "wide"), lr="3e-3,1e-2", activation="relu2", time_ratio=1.5), lines.append
