@@ -1,6 +1,7 @@
 """The examples run as they stand."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -25,7 +26,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def test_plain_loop(tmp_path):
-    example("plain_loop.py")(steps=20)
+    assert example("plain_loop.py")(steps=20) < math.log(64)  # better than a guess among 64 ids
     state = torch.load(tmp_path / "plain_loop.pt", weights_only=True)
     assert state["recipe"]["step"] == 20 and state["recipe"]["phase"] == "dense"
 
