@@ -192,6 +192,37 @@ def test_small_layers_are_estimated_slower():
     assert linear(1024, 256, Training(8192)).speedup < 1 < linear(14336, 4096, Training(8192)).speedup
 
 
+LARGE, NARROW, DENSE_GRADIENT = Training(8192), Training(2048, 4, master_bytes=4), Training(3000, 2, 4, mvue=False)
+FEW_TOKENS, ODD = Training(1024), Training(100, 3, mvue=False)
+ESTIMATES = [  # rates, estimate, its arguments: microseconds of a step, dense and 2:4
+    (cost_model.H200, feed_forward, (4096, 11008, True, LARGE), 10938.4, 7307.5),
+    (cost_model.H200, feed_forward, (768, 3072, False, NARROW), 640.36, 678.53),
+    (cost_model.H200, feed_forward, (2048, 8192, True, DENSE_GRADIENT), 3568.11, 2921.19),
+    (cost_model.H200, linear, (11008, 4096, FEW_TOKENS), 451.17, 455.37),
+    (cost_model.H200, linear, (1000, 520, ODD), 36.76, 99.97),
+    (cost_model.H100, feed_forward, (4096, 11008, True, LARGE), 10750.0, 7884.94),
+    (cost_model.H100, feed_forward, (768, 3072, False, NARROW), 717.73, 665.0),
+    (cost_model.H100, feed_forward, (2048, 8192, True, DENSE_GRADIENT), 3738.25, 3137.08),
+    (cost_model.H100, linear, (11008, 4096, FEW_TOKENS), 440.74, 511.12),
+    (cost_model.H100, linear, (1000, 520, ODD), 47.56, 90.91),
+]
+
+
+@pytest.mark.parametrize("rates, estimate, arguments, dense_us, sparse_us", ESTIMATES)
+def test_an_estimate_changes_only_when_it_is_meant_to(rates, estimate, arguments, dense_us, sparse_us):
+    """Layers of users' models become 2:4 or stay dense by these numbers. After a new fit, write its own here."""
+    times = estimate(*arguments, rates)
+    assert (round(times.dense_us, 2), round(times.sparse_us, 2)) == (dense_us, sparse_us)
+
+
+@pytest.mark.parametrize(
+    "size, tokens",
+    [((4096, 11008, True), 1024), ((2048, 8192, True), 1280), ((1280, 5120, False), 2560), ((768, 3072, False), 5120)],
+)
+def test_break_even_tokens_of_real_layers(size, tokens):
+    assert break_even_tokens(*size, Training(0)) == tokens
+
+
 MEASURED_FP8_DENSE = {  # d_model, d_ff, tokens: ms of torchao's tensorwise layer, compiled, on an H200
     (4096, 11008, 8192): 7.54,
     (4096, 14336, 16384): 18.1,

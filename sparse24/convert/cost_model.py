@@ -209,12 +209,9 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
 
 def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> int | None:
     """The fewest tokens a call, in multiples of 256, from which on the 2:4 layer is estimated ahead; None: never."""
-    counts = [256 * step for step in range(1, 257)]
-    ahead = [feed_forward(d_model, d_ff, gated, training.of(tokens=t), rates).speedup > 1 for t in counts]
-    if not ahead[-1]:
-        return None
-    first = len(ahead) - ahead[::-1].index(False) if False in ahead else 0
-    return counts[first]
+    counts = range(256, 2**16 + 1, 256)
+    behind = [t for t in counts if feed_forward(d_model, d_ff, gated, training.of(tokens=t), rates).speedup <= 1]
+    return None if counts[-1] in behind else max(behind, default=0) + 256
 
 
 def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> float:

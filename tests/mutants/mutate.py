@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ast
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 COMPARISONS = {
@@ -24,9 +25,9 @@ ARITHMETIC = {
 
 class Mutant(NamedTuple):
     line: int
-    what: str
-    source: str
     last_line: int
+    what: str
+    source: Callable[[], str]  # made when it is asked for: of hundreds a few are tried
 
 
 class _Places(ast.NodeVisitor):
@@ -93,9 +94,9 @@ def mutants(source: str, within: tuple[str, ...] = ()) -> list[Mutant]:
     found = []
     for node in places.nodes:
         for what, new in changes(node):
-            changed = ast.unparse(ast.fix_missing_locations(_replaced(tree, node, new)))
             last = _changed_part(node).end_lineno
-            found.append(Mutant(node.lineno, f"{what}: {_text(node)} -> {_text(new)}", changed, last))
+            words = f"{what}: {_text(node)} -> {_text(new)}"
+            found.append(Mutant(node.lineno, last, words, partial(_replaced, tree, node, new)))
     return found
 
 
@@ -107,6 +108,6 @@ def _text(node: ast.AST) -> str:
     return ast.unparse(_changed_part(node)).splitlines()[0][:80]
 
 
-def _replaced(tree: ast.AST, old: ast.AST, new: ast.AST) -> ast.AST:
-    """A copy of the tree in which `new` stands for `old`."""
-    return copy.deepcopy(tree, memo={id(old): new})
+def _replaced(tree: ast.AST, old: ast.AST, new: ast.AST) -> str:
+    """The source in which `new` stands for `old`."""
+    return ast.unparse(ast.fix_missing_locations(copy.deepcopy(tree, memo={id(old): new})))

@@ -76,7 +76,7 @@ def survives(path: Path, mutant: Mutant, names: list[str]) -> bool:
     for chosen in filter(None, (near, reach.seconds)):
         files = sorted({test.split("::")[0] for test in chosen})
         limit = 60 + 10 * sum(chosen.values())
-        if run(files, limit, Chosen(chosen), Changed(path, mutant.source)) != 0:
+        if run(files, limit, Chosen(chosen), Changed(path, mutant.source())) != 0:
             return False
     return True
 
@@ -109,7 +109,8 @@ def named_mutants() -> list[tuple[str, Mutant, list[str]]]:
             raise SystemExit(f"error: {module} has {source.count(old)} times {old!r}; named.py is out of date")
         line = source[: source.index(old)].count("\n") + 1
         what = f"{old.strip()[:60]} -> {new.strip()[:60]}"
-        found.append((module, Mutant(line, what, source.replace(old, new), line + old.rstrip().count("\n")), tests))
+        last, changed = line + old.rstrip().count("\n"), source.replace(old, new)
+        found.append((module, Mutant(line, last, what, lambda changed=changed: changed), tests))
     return found
 
 
@@ -118,7 +119,7 @@ def drawn_mutants(each: int, seed: int) -> list[tuple[str, Mutant, list[str]]]:
     for module, tests in NEAREST.items():
         of_module = mutants((ROOT / "sparse24" / module).read_text(), FUNCTIONS.get(module, ()))
         picked = random.Random(f"{seed} {module}").sample(of_module, min(each, len(of_module)))
-        found += [(module, mutant, tests) for mutant in sorted(picked)]
+        found += [(module, mutant, tests) for mutant in sorted(picked, key=lambda mutant: mutant[:3])]
     return found
 
 
