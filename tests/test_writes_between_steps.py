@@ -52,13 +52,63 @@ def clip_by_data(model, names=("fc1", "fc2"), limit=0.02):
 
 @pytest.mark.fault(83)
 @pytest.mark.parametrize("names", [("fc1",), ("fc2",), ("fc1", "fc2")])
-def test_weights_clipped_by_data_after_each_step_are_found_and_packed_from_then_on(names):
+def test_weights_clipped_by_data_from_some_step_on_are_found_and_packed_from_then_on(names):
     model, optimizer, _ = prepared()
+    train(model, optimizer, 3)
     with pytest.warns(Sparse24Warning, match="after step .* does not hear of"):
         train(model, optimizer, 2 * EVERY + 1, after=lambda: clip_by_data(model, names))
     for _ in range(3):
         assert_right(model, model(X))
         train(model, optimizer, 1, after=lambda: clip_by_data(model, names))
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("names", [("fc1",), ("fc2",), ("fc1", "fc2")])
+def test_weights_clipped_by_data_after_every_step_of_a_training_are_right_in_each_pass(names):
+    model, optimizer, _ = prepared()
+    with pytest.warns(Sparse24Warning, match="after step 1 .* does not hear of"):
+        for _ in range(4):
+            train(model, optimizer, 1, forward=checked(model), after=lambda: clip_by_data(model, names))
+
+
+def checked(model):
+    """Passes of `model`, each compared with its masked twin."""
+
+    def forward(x):
+        y = model(x)
+        torch.testing.assert_close(y.detach(), masked_output(model, x), **ANOTHER_ORDER)
+        return y
+
+    return forward
+
+
+@pytest.mark.fault(83)
+@pytest.mark.parametrize("write", ["by data", "in place"])
+@pytest.mark.parametrize("begins", [0, 3])
+def test_weights_moved_for_a_second_pass_and_back_as_sam_does_in_a_loop_of_ones_own(write, begins):
+    model, optimizer, recipe = prepared()
+    train(model, optimizer, begins)
+    forward = checked(model) if begins == 0 or write == "in place" else model  # `.data`: found in every 16th step
+
+    def move(sign, gradients):
+        for p, gradient in zip(model.parameters(), gradients, strict=True):
+            with torch.no_grad():
+                (p.data if write == "by data" else p).add_(gradient, alpha=sign)
+
+    def sam_step():
+        gradients = torch.autograd.grad(loss_of(forward), list(model.parameters()))
+        move(0.5, gradients)
+        loss_of(forward).backward()
+        move(-0.5, gradients)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with pytest.warns(Sparse24Warning, match="does not hear of"):
+        for _ in range(4 if begins == 0 else 2 * EVERY):
+            sam_step()
+    forward = checked(model)
+    sam_step()
+    assert recipe.step == begins + (5 if begins == 0 else 2 * EVERY + 1) and sparse24.verify(model)
 
 
 @pytest.mark.fault(83)
@@ -78,7 +128,7 @@ def test_a_training_that_nobody_writes_into_compares_one_layer_in_so_many_steps(
     looked, first_rows = [], unseen.first_rows_are_packed
     monkeypatch.setattr(unseen, "first_rows_are_packed", lambda la: looked.append(la) or first_rows(la))
     model, optimizer, _ = prepared()
-    train(model, optimizer, 1)
+    train(model, optimizer, 2)
     looked.clear()
     train(model, optimizer, 3 * EVERY)
     assert looked == [model.fc2, model.fc1, model.fc2]
@@ -214,7 +264,7 @@ def test_an_evaluation_compares_two_layers_in_a_pass():
     layers = list(sparse_layers(model).values())
     lookout = state_of(layers[0]).lookout
     for _ in range(3):
-        seen = [[la for la in layers if lookout.is_on(la)] for _ in range(len(layers) - 1)]
+        seen = [[la for la in layers if lookout.has_turn(la)] for _ in range(len(layers) - 1)]
     assert all(first is layers[0] and len(rest) == 1 for first, *rest in seen)
     assert {id(rest[0]) for _, *rest in seen} == set(map(id, layers[1:]))
 

@@ -61,28 +61,24 @@ class _SoftWeight(torch.autograd.Function):
 def check_weight_is_packed(layer: nn.Module) -> None:
     """Eager only: pack a weight that was written since it was packed, and say that nobody has called the recipe.
 
-    Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions. For `.data` writes
-    evaluation passes look at the first rows, see `unseen`.
+    Not a safety net: fused optimizers, `.data` writes and graph replay do not show in versions. `unseen` finds `.data`
+    writes, in some passes.
     """
     weight, state = layer._parameters.get("weight"), state_of(layer)
-    state.passed = state.packs
     if state.shards is not None and not packing.is_dtensor(weight):
         state.shards.ensure_forward()
     elif weight is state.packed_weight:
-        if state.stamp is None:
-            if weight.is_inference():  # without a version, and never trained
-                unseen.look(layer)
-            return
-        if state.stamp != packing.stamp(weight):
+        if state.stamp is not None and state.stamp != packing.stamp(weight):
             weights_moved(layer)
-        elif state.must_look or not torch.is_grad_enabled() or (not state.has_owner and weight.requires_grad):
-            unseen.look(layer)
+        elif unseen.needs_look(state, weight) and (state.stamp is not None or weight.is_inference()):
+            unseen.look(layer, weight)  # inference tensors have no version, and so no stamp
     elif weight is not None and packing.is_dtensor(weight):
         raise Sparse24Error(
             f"the weight of this sparse layer is a DTensor with placements {tuple(weight.placements)} in forward; "
             "call the module that fully_shard was called on, which gathers it, or distribute the layer by "
             "parallelize_module with ColwiseParallel or RowwiseParallel"
         )
+    state.passed = state.packs
 
 
 def has_substituted_weight(layer: nn.Module) -> bool:

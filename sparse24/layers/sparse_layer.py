@@ -15,7 +15,7 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
-from . import copies, float8, packing, tensor_parallel
+from . import copies, float8, packing, tensor_parallel, unseen
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
 from .owners import model_changed, watch_steps
@@ -183,6 +183,7 @@ class SparseLayer(WatchedWeight):
         watch_replacements()
         cut = tensor_parallel.cut_of(self)
         self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision, cut=cut)
+        unseen.share_lookout([self])
         float8.check_weight(self)
         add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
@@ -249,7 +250,7 @@ class SparseLayer(WatchedWeight):
         if state_of(self).precision is not None and not self.weight.is_meta:
             packing.pack(packing.set_weight_scale(self), search=False)
         packing.pack([self], search=search)
-        state_of(self).must_look = True
+        unseen.look_again(self)
         if state_of(self).shards is not None:
             state_of(self).shards.renew()
 
@@ -258,8 +259,7 @@ class SparseLayer(WatchedWeight):
         weight, state = self._parameters.get("weight"), state_of(self)
         state.packs += 1
         state.generation += searched
-        if state.lookout is not None and state.lookout.wary:
-            state.must_look = True
+        state.keeps_looking = False
         if weight is None:
             state.packed_weight = COMPUTED
         else:

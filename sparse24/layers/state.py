@@ -54,11 +54,9 @@ class LayerState:
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
     shards         the rows of this rank of FSDP2, where packed forms are gathered, `row_shards.RowShards`; or None
     adapter        weak reference to the adapter around it, which may be merged into it: see `merges`
-    lookout        of the model, None of a layer that stands alone; with the next four see `unseen`
-    looked         packings and alarms when a pass compared last
-    must_look      the next training pass compares: one without gradients came before it, or a change of mode
-    sampled        it does so for neither reason, but because a recipe has asked
-    recomputed     activation checkpointing runs it without gradients, and again in backward
+    lookout        shared by the layers of a model; with the next two see `unseen`
+    looked         its `evaluation` or `training`, whichever the layer has compared in last
+    keeps_looking  each pass compares, until the next packing
     """
 
     mvue: bool
@@ -85,10 +83,8 @@ class LayerState:
     shards: Any = None
     adapter: Any = None
     lookout: Any = None
-    looked: tuple[int, int] | None = None
-    must_look: bool = False
-    sampled: bool = False
-    recomputed: bool = False
+    looked: object = None
+    keeps_looking: bool = False
 
     def for_copy(self, origin) -> LayerState:
         """What a copy or a pickle of the layer begins with: it packs its own weight, and may follow its origin."""

@@ -1,15 +1,15 @@
 """Writes that leave no trace: `weight.data.copy_(...)`, as averages swap themselves in and out of a model.
 
 A weight counts its writes, but not those that go through `.data`, and comparing all of it in each forward pass would
-cost as much as packing it. So its first rows are compared with their packed form, and not everywhere at all times:
+cost as much as packing it. So a layer compares the first rows with their packed form, and waits for the device once:
 
-- where an evaluation (passes without gradients) or a training begins, by each layer: after a packing that is not that
-  of a step, and after `model.eval()` or `train()`. Somebody who swaps weights evaluates them, and trains on after
-  swapping back;
-- in each pass of an evaluation, or of a model whose weights want gradients and have no recipe, by the first layer of
-  the model, and by one other, in turn;
-- in a training pass every so many steps by one layer, in turn, which a recipe asks for: who writes between steps does
-  so in all of them. Once that has been found, each layer looks in each step.
+- When an evaluation (passes without gradients) or a training begins: in the first pass of either kind after the other,
+  after `model.eval()` or `train()`, and after a packing that is not a step's. Who swaps weights evaluates them, and
+  trains on after swapping back.
+- In each pass of an evaluation, or of a training without a recipe: the first layer of the model and one other, in turn.
+- In a training under a recipe, in each pass of the steps that the recipe asks for: all layers in the first two steps,
+  one layer in every 16th. Who writes between passes does so in every step. Once that has been found, all layers compare
+  in each pass.
 
 What one layer finds makes all others look. Compiled passes and captured graphs compare nothing; where there are such,
 `eval()` and `train()` compare at once.
@@ -30,21 +30,25 @@ ROWS, ROWS_FLOAT8 = 4, 64
 
 
 class Lookout:
-    """Which layers of a model look in an evaluation pass: the first that runs, and one more, another in each pass.
+    """What the layers of one model know together. Copies of the model have their own.
 
-    alarms  writes found so far: each makes all layers look once more
-    wary    some were found between the steps of a training: from there on every layer looks in every step
-
-    Copies of a model have their own.
+    evaluation, training  of layers that have compared in the pass that began it; new ones for each write that is found
+    wary        writes were found between the passes of a training, so every layer looks in each of them
+    recomputes  activation checkpointing runs layers without gradients, and again in backward: both are training
     """
 
     def __init__(self):
-        self.alarms, self.wary = 0, False
+        self.wary = self.recomputes = False
+        self.alarm()
         self._first = None
         self._calls = self._turn = 0  # of layers in this pass; which of them looks, beside the first
 
-    def is_on(self, layer) -> bool:
-        """Whether it is `layer`'s turn. A pass begins with the layer that was the first to ask."""
+    def alarm(self) -> None:
+        """A write was found: each layer looks once more."""
+        self.evaluation, self.training = object(), object()
+
+    def has_turn(self, layer) -> bool:
+        """Whether `layer` looks in this pass: the first to ask, whose calls begin the passes, and one other."""
         first = None if self._first is None else self._first()
         if first is None:
             self._first, first = weakref.ref(layer), layer
@@ -69,13 +73,14 @@ def share_lookout(layers) -> None:
         state_of(layer).lookout = lookout
 
 
-def look_again(layer, *, between_steps: bool = False) -> None:
-    """The next pass compares, whatever was compared before: somebody begins an evaluation or a training.
+def look_again(layer) -> None:
+    """The next pass compares: an evaluation or a training begins, or the weight has come from elsewhere."""
+    state_of(layer).looked = None
 
-    between_steps  nobody does: what is found then was written by something that takes part in the training
-    """
-    state = state_of(layer)
-    state.looked, state.must_look, state.sampled = None, True, between_steps
+
+def look_until_packed(layer) -> None:
+    """Each pass compares until the next packing, which is that of a step."""
+    state_of(layer).keeps_looking = True
 
 
 def look_if_compiled(layer) -> None:
@@ -99,30 +104,33 @@ def _cannot_look(layer) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def look(layer) -> None:
-    """Before an eager pass that is not a step's of a recipe, and the first that is after such: pack unseen writes."""
+def needs_look(state, weight) -> bool:
+    """Whether this pass may be one that compares; false in most steps of a training, which this must not slow down."""
+    if state.looked is not state.lookout.training or state.keeps_looking or not torch.is_grad_enabled():
+        return True
+    return weight.requires_grad and not state.has_owner
+
+
+def look(layer, weight) -> None:
+    """Before an eager pass over the packed `weight` of `layer`: pack it if it was written unseen, and say so."""
     if _cannot_look(layer):
         return
     state, gradients = state_of(layer), torch.is_grad_enabled()
-    lookout, must, sampled = state.lookout, gradients and state.must_look, state.sampled
-    state.must_look, state.sampled = not gradients, False
-    if gradients and torch._C._current_graph_task_id() != -1:
-        state.recomputed = True  # a checkpoint's second pass: the first had no gradients and was training all the same
-    wary = lookout is not None and lookout.wary
-    if state.recomputed and layer.training and not (sampled or wary):
+    lookout = state.lookout
+    if gradients and state.looked is lookout.evaluation and torch._C._current_graph_task_id() != -1:
+        lookout.recomputes = True
+    trains = gradients or (lookout.recomputes and layer.training)
+    is_stepped = trains and (state.has_owner or not weight.requires_grad)  # written by the recipe's step, or never
+    moment = lookout.training if trains else lookout.evaluation
+    looked = state.looked is moment
+    is_asked = state.keeps_looking if is_stepped else lookout.has_turn(layer)
+    if looked and not is_asked:
         return
-    trains = gradients and (state.has_owner or not layer.weight.requires_grad)
-    has_turn = not trains and (lookout is None or lookout.is_on(layer))
-    now = (state.packs, 0 if lookout is None else lookout.alarms)
-    if not (must or has_turn or now != state.looked):
-        return
-    state.looked = now
+    state.looked = None if lookout.wary and is_stepped else moment
     if first_rows_are_packed(layer):
         return
-    if lookout is not None:
-        lookout.alarms += 1
-        lookout.wary |= sampled
-    state.looked = None
+    lookout.alarm()
+    lookout.wary |= looked and is_stepped
     weights_moved(layer, unseen=True)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer, distributed_rank
-from ..layers.unseen import look_again
+from ..layers.unseen import look_again, look_until_packed
 from .decay import MUON_DECAY, MaskedDecay, orthogonalizes
 from .methods import FrozenSecondMoment, Method, check_mvue, get_method
 from .noise import NoiseWatch
@@ -84,7 +84,8 @@ def begin(steps: Steps, settings: Preset) -> None:
         steps.noise = NoiseWatch(of_16_bits, steps.search.interval)
     steps.go_to(0, search=True)
     for layer in steps.layers.values():
-        look_again(layer)  # in the first pass: weights may be initialised anew before it
+        look_again(layer)  # weights may be initialised anew before the first pass
+        look_until_packed(layer)
 
 
 def _phases(total_steps: int, settings: Preset, method: Method, *, frozen: bool) -> Phases:

@@ -1,13 +1,13 @@
-"""Weights that something writes between two steps, and no hook tells of it: another optimizer, or a loop of one's own.
+"""Weights that something writes between two steps without a hook: a loop of one's own, or another optimizer.
 
-An eager forward pass finds most writes by itself, and packs (`layers/unseen.py`). What is done here:
+An eager forward pass finds most writes by itself, and packs (`layers/unseen.py`). The recipe adds:
 
 - a step of any other optimizer over the same weights is followed by a packing, for compiled passes do not look;
-- every so many steps one layer is asked to compare its first rows, in its next pass, for writes through `.data`;
-- as often, before a step, layers that no eager pass has gone through are looked at: they ran compiled, with what was
-  packed.
+- in its first two steps all layers compare their first rows in each pass, for writes through `.data`; after that one
+  layer does, in every 16th step;
+- in the same steps, layers that only compiled passes have used are looked at before the optimizer's step.
 
-A write that comes once is over with the next packing, a step later. What matters are loops that write in every step.
+A single write is over with the next packing, a step later. What matters are loops that write in every step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import Sparse24Warning
 from ..layers.modules import SPARSE, SparseLayer
 from ..layers.state import state_of
-from ..layers.unseen import look_again, ran_compiled, seems_packed
+from ..layers.unseen import look_until_packed, ran_compiled, seems_packed
 from .steps import Steps
 
 EVERY = 16  # steps: a comparison waits for the device, and looking at all layers costs the host 3 us each
@@ -37,20 +37,21 @@ class WriteWatch:
         self._told = False
 
     def after_step(self, step: int) -> None:
-        """Have one layer compare its first rows in its next training pass."""
-        layer = self._in_turn(step)
-        if layer is not None and state_of(layer).phase == SPARSE:
-            look_again(layer, between_steps=True)
+        """Have the layers that are due compare their first rows in all passes of the next step."""
+        for layer in self._due(step):
+            if state_of(layer).phase == SPARSE:
+                look_until_packed(layer)
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """Tell, once, of layers that were written after the last packing and ran compiled since."""
-        if self._told or step % EVERY:
+        due = [] if self._told else self._due(step)
+        if not due:
             return
-        compiled = {name: la for name, la in self.layers.items() if ran_compiled(la)}
+        compiled = {name: layer for name, layer in self.layers.items() if ran_compiled(layer)}
         written = [name for name, layer in compiled.items() if layer.weight_has_changed()]
-        layer = self._in_turn(step)
-        if layer is not None and not written:
-            written = [name for name, la in compiled.items() if la is layer and not seems_packed(la)]
+        written = written or [
+            name for name, layer in compiled.items() if any(layer is one for one in due) and not seems_packed(layer)
+        ]
         if not written:
             return
         self._told = True
@@ -77,10 +78,12 @@ class WriteWatch:
             stacklevel=4,
         )
 
-    def _in_turn(self, step: int) -> SparseLayer | None:
-        if step % EVERY or not self.layers:
-            return None
-        return list(self.layers.values())[step // EVERY % len(self.layers)]
+    def _due(self, step: int) -> list[SparseLayer]:
+        """The layers to look at between `step` and the next one: who writes in a loop mostly does so from its start."""
+        layers = list(self.layers.values())
+        if step < 2 or not layers:
+            return layers
+        return [] if step % EVERY else [layers[step // EVERY % len(layers)]]
 
 
 # -- other optimizers -------------------------------------------------------------------------------------------------
