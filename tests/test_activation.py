@@ -354,6 +354,20 @@ def test_at_infinity_values_and_slopes_are_limits(device, kind, dtype):
 
 
 @pytest.mark.fault(11)
+@pytest.mark.parametrize("kind", ["relu", "squared_relu"])
+def test_a_closed_gate_over_an_infinite_value_is_nan_in_both_passes(device, kind):
+    """0 * Inf has no limit. PyTorch's relu has NaN in forward too, but a gradient of 0 for such a gate."""
+    gate_up = torch.tensor([[-1.0, 2.0, float("inf"), 3.0]], device=device)
+    dh = torch.ones(1, 2, device=device)
+    h, d_gate_up = ops.gated_activation(gate_up, kind), ops.gated_activation_backward(dh, gate_up, kind)
+    assert h.isnan().tolist() == [[True, False]] and d_gate_up.isnan().tolist() == [[True, False, False, False]]
+    assert d_gate_up[0, 2] == 0
+    plain, plain_h = reference.gated_activation_backward(dh, gate_up, kind)
+    assert_same_bits(plain_h, h, "h")
+    assert plain[0, 0] == 0, "the reference is PyTorch's"
+
+
+@pytest.mark.fault(11)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 @pytest.mark.parametrize(
