@@ -117,6 +117,20 @@ def test_a_snapshot_keeps_the_function_that_it_had():
     assert not report and "follow" in str(report) and "phase" in str(report)
 
 
+@pytest.mark.fault(79)
+def test_a_shallow_copy_of_a_layer_shares_its_training():
+    model, optimizer, _ = make(lr=1.0)
+    run(model, optimizer, 2)
+    shallow = copy.copy(model.fc1)
+    for step in range(2, 12):
+        run(model, optimizer, 1, first=step)
+        assert shallow.phase == model.fc1.phase
+        torch.testing.assert_close(shallow(X), model.fc1(X), rtol=0, atol=0)
+    shallow(X).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(shallow(X), model.fc1(X), rtol=0, atol=0)
+
+
 def test_a_moved_copy_still_follows():
     model, optimizer, _ = make(mask_interval=2)
     ema = AveragedModel(model)

@@ -90,8 +90,12 @@ def watch_origin(layer) -> None:
     state = state_of(layer)
     origin, state.copied_from = state.copied_from, None
     followed = None if origin is None else origin()
-    state.watch = None if followed is None else Watch(origin, _moment(followed))
-    if followed is not None:
+    if followed is None:
+        state.watch = None
+    elif _shares_weight(layer, followed):
+        state.watch = Watch(origin, _moment(followed), is_average=True)
+    else:
+        state.watch = Watch(origin, _moment(followed))
         watch_optimizers(layer)
 
 
@@ -140,6 +144,11 @@ def _followed(layer):
     return None if watch is None or watch.origin is None else watch.origin()
 
 
+def _shares_weight(layer, origin) -> bool:
+    """Whether a copy is a shallow one (`copy.copy`): what trains the layer that it was copied from trains it too."""
+    return layer._parameters.get("weight") is origin._parameters.get("weight")
+
+
 def _moment(origin) -> tuple[int, int]:
     return state_of(origin).generation, state_of(origin).packs
 
@@ -152,7 +161,7 @@ def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     if has_substituted_weight(layer):
         return
     written = layer.weight_has_changed()
-    if written and forward and layer.weight.grad is not None:
+    if written and forward and layer.weight.grad is not None and not _shares_weight(layer, origin):
         watch.origin = None  # trained by itself: a model of its own from here on. Averages have no gradients
         return
     now = _moment(origin)
