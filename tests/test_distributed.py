@@ -4,6 +4,7 @@ On one GPU the same functions run over nccl with a world of one; `multigpu` test
 """
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -130,6 +131,35 @@ def test_ranks_with_different_masks_are_found_out(on_two_ranks):
     """The checksum names the layers."""
     for message in on_two_ranks(_diverged):
         assert "ranks hold different masks in fc1, fc2" in message
+
+
+def _uneven(rank):
+    model = sparse_model()
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    recipe = Recipe(wrapped, optimizer, mvue=False, **SETTINGS)
+    with wrapped.join():
+        for step in range(3 + rank):
+            (wrapped(data(step)) - data(step).flip(-1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    packed = bool(sparse24.verify(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(data(0))
+    told = any("does not hear of" in str(w.message) for w in caught)
+    before = recipe.step, packed, told, bool(sparse24.verify(model))
+    states = [recipe.state_dict()]
+    dist.broadcast_object_list(states, src=1)  # of the rank that took the most steps
+    recipe.load_state_dict(states[0], rng=False)
+    return before, recipe.step, model(data(0)).tolist(), numbers(model)
+
+
+@pytest.mark.fault(83)
+def test_a_rank_that_joins_early_packs_the_final_weights_and_takes_the_state_of_the_others(on_two_ranks):
+    (early, *first), (late, *second) = on_two_ranks(_uneven)
+    assert early == (3, False, True, True) and late == (4, True, True, True)
+    assert first == second
 
 
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------
