@@ -11,6 +11,18 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ): "the way of infinite sums, scaling by 2^-8, gives any group its bits",
     ("pack/pack_group.h", "uint32_t i = 0; i < 5"): "no pair begins with a fifth element",
     ("pack/mvue_group.h", "i < 5"): "reads behind the group: seen under the sanitizers of .ci/run",
+    ("gemm/stream_k.h", "return begin <= k_tiles ? begin : k_tiles"): "of two equal numbers either is the smaller",
+    ("recipe/monitor.py", "arrived.record()"): "no CPU sees it: what waits for a copy from a GPU",
+    ("recipe/monitor.py", "arrived.synchronize()"): "no CPU sees it: what waits for a copy from a GPU",
+    ("recipe/monitor.py", "pin_memory=True"): "no CPU sees it: it makes a copy to the host asynchronous",
+    ("recipe/monitor.py", "non_blocking=True"): "no CPU sees it: whether the host waits for a copy",
+    ("pretrain/tokens.py", "CACHE_VERSION"): "another number marks the files as well",
+    ("pretrain/tokens.py", "CHUNKS_AT_ONCE"): "how much text is in memory at once",
+    ("pretrain/tokens.py", "digest_size"): "a digest of another length is a digest too",
+    ("pretrain/text.py", "digest_size"): "a digest of another length is a digest too",
+    ("pretrain/text.py", "BLOCK_BYTES = 1 << 20"): "how much of a file is in memory at once",
+    ("pretrain/tokens.py", "self._epoch, self._starts = -1"): "any epoch that is none, any array that is replaced",
+    ("pretrain/tokens.py", "comparison: count > batch"): "the remainder of a batch's own size is zero",
 }
 
 #: of those that are tried, the share that tests must see

@@ -86,7 +86,7 @@ def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
 
 def mutants(source: str, within: tuple[str, ...] = ()) -> list[Mutant]:
     """All of a module, or of its functions named in `within`."""
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     places = _Places()
     for node in ast.walk(tree) if within else [tree]:
         if not within or getattr(node, "name", None) in within:
@@ -96,6 +96,8 @@ def mutants(source: str, within: tuple[str, ...] = ()) -> list[Mutant]:
         for what, new in changes(node):
             last = _changed_part(node).end_lineno
             words = f"{what}: {_text(node)} -> {_text(new)}"
+            if isinstance(node, ast.Constant):
+                words += f" in {lines[node.lineno - 1].strip()[:80]}"
             found.append(Mutant(node.lineno, last, words, partial(_replaced, tree, node, new)))
     return found
 
