@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "common/metadata.h"
@@ -104,7 +105,7 @@ TEST(patches_transpose) {
 }
 
 TEST(threads_share_a_tile_without_gaps) {
-  for (Walk walk : {Walk::kRows, Walk::kSquare})
+  for (Walk walk : {Walk::kRows, Walk::kSquare, Walk::kTall})
     for (bool paired : {false, true}) {
       std::set<std::pair<int, int>> seen;
       for (int thread = 0; thread < kTileThreads; ++thread) {
@@ -115,6 +116,48 @@ TEST(threads_share_a_tile_without_gaps) {
       }
       CHECK_EQ(seen.size(), static_cast<size_t>(kTileThreads));
     }
+}
+
+TEST(a_warp_takes_as_many_rows_and_columns_of_patches_as_the_table_says) {
+  const auto check = [](Walk walk, bool paired, size_t high, size_t wide) {
+    for (uint32_t warp = 0; warp < kTileThreads / 32; ++warp) {
+      std::set<int> rows, cols;
+      for (uint32_t lane = 0; lane < 32; ++lane) {
+        const PatchOrigin origin = patch_origin(walk, paired, 32 * warp + lane);
+        rows.insert(origin.row / kPatch), cols.insert(origin.col / kPatch);
+      }
+      CHECK_EQ(rows.size(), high);
+      CHECK_EQ(cols.size(), wide);
+      CHECK_EQ(*rows.rbegin() - *rows.begin(), static_cast<int>(high) - 1);
+      CHECK_EQ(*cols.rbegin() - *cols.begin(), static_cast<int>(wide) - 1);
+    }
+  };
+  for (bool paired : {false, true}) {
+    check(Walk::kRows, paired, 2, 16);
+    check(Walk::kSquare, paired, 4, 8);
+  }
+  check(Walk::kTall, false, 8, 4);
+}
+
+TEST(paired_lanes_own_patches_half_a_line_apart) {
+  for (uint32_t lane = 0; lane < kTileThreads; lane += 2) {
+    const auto apart = [lane](const auto& origin) {
+      const PatchOrigin even = origin(lane), odd = origin(lane + 1);
+      return std::make_pair(odd.row - even.row, odd.col - even.col);
+    };
+    const auto of = [](Walk walk) {
+      return [walk](uint32_t thread) { return patch_origin(walk, true, thread); };
+    };
+    CHECK(apart(of(Walk::kRows)) == std::make_pair(0, 64));
+    CHECK(apart(of(Walk::kSquare)) == std::make_pair(16, 0));
+    CHECK(apart([](uint32_t t) { return RowTile<64>::origin(true, t); }) == std::make_pair(0, 32));
+    CHECK(apart([](uint32_t t) { return RowTile<256>::origin(true, t); }) == std::make_pair(0, 64));
+  }
+}
+
+TEST(staged_blocks_are_aligned_for_vectors_and_lie_in_different_banks) {
+  CHECK_EQ(kStageStride % 16, 0);
+  CHECK(kStageStride / 4 % 32 != 0);
 }
 
 template <typename Tile>
