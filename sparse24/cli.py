@@ -96,30 +96,32 @@ def installed_version(package: str) -> str:
 @app.command()
 def bench(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="Of the suite: ffn, tokens, block, step. Default: all.")
+        list[str] | None, typer.Argument(help="Parts of the suite: ffn, tokens, block, step. Default: all.")
     ] = None,
     d_model: Annotated[int | None, typer.Option(help="Width of a layer of your own, instead of the suite.")] = None,
     d_ff: Annotated[int | None, typer.Option(help="Its hidden width.")] = None,
-    tokens: Annotated[int, typer.Option(help="Its tokens a forward call: sequences x length.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="Its tokens per forward call: sequences x length.")] = 8192,
     gated: Annotated[bool, typer.Option("--gated/--plain", help="SwiGLU, or GELU without a gate.")] = True,
     master: Annotated[str, typer.Option(help="Its weights: bf16, or fp32 under bf16 autocast.")] = "bf16",
-    micro_batches: Annotated[int, typer.Option(help="Its forward calls an optimizer step.")] = 1,
+    micro_batches: Annotated[int, typer.Option(help="Its forward calls per optimizer step.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of the suite only.")] = False,
     csv: Annotated[str | None, typer.Option(help="Folder for tables as CSV.")] = None,
-    report: Annotated[str | None, typer.Option(help="One JSON file of device, versions, tables, to send.")] = None,
+    report: Annotated[str | None, typer.Option(help="A JSON file with device, versions and tables, to share.")] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="Training steps under FSDP2, on all ranks of torchrun.")
     ] = False,
-    model: Annotated[str, typer.Option(help="Of --distributed: llama-8B, llama-3B, llama-1B or tiny.")] = "llama-8B",
-    layers: Annotated[int, typer.Option(help="Of --distributed: so many blocks of the model. 0: all.")] = 0,
-    arms: Annotated[str, typer.Option(help="Of --distributed: names with commas between. Default: all.")] = "",
-    warm: Annotated[int, typer.Option(help="Of --distributed: untimed steps of each arm and round.")] = 30,
-    steps: Annotated[int, typer.Option(help="Of --distributed: timed steps of each arm and round.")] = 50,
-    rounds: Annotated[int, typer.Option(help="Of --distributed: turns of each arm.")] = 2,
-    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Of --distributed: block by block.")] = True,
-    name: Annotated[str, typer.Option(help="Of --distributed: of the CSV file.")] = "distributed",
+    model: Annotated[str, typer.Option(help="With --distributed: llama-8B, llama-3B, llama-1B or tiny.")] = "llama-8B",
+    layers: Annotated[int, typer.Option(help="With --distributed: blocks of the model to keep. 0: all.")] = 0,
+    arms: Annotated[str, typer.Option(help="With --distributed: names, separated by commas. Default: all.")] = "",
+    warm: Annotated[int, typer.Option(help="With --distributed: untimed steps of each arm and round.")] = 30,
+    steps: Annotated[int, typer.Option(help="With --distributed: timed steps of each arm and round.")] = 50,
+    rounds: Annotated[int, typer.Option(help="With --distributed: turns of each arm.")] = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="With --distributed: compile block by block.")
+    ] = True,
+    name: Annotated[str, typer.Option(help="With --distributed: name of the CSV file.")] = "distributed",
 ) -> None:
-    """Dense against 2:4 on this machine's GPU; for a layer of your own, also from how many tokens on it pays."""
+    """Time dense against 2:4 on this machine's GPU; for a layer of your own, also its break-even token count."""
     from pathlib import Path
 
     from .benchmark import command

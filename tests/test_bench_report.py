@@ -76,7 +76,7 @@ def test_what_a_small_gpu_does_not_hold_is_left_out_and_said(a100, monkeypatch, 
     path = tmp_path / "a100.json"
     command.run_suite(("block", "ffn"), True, None, path)
     assert list(json.loads(path.read_text())["tables"]) == ["ffn"]
-    assert "# block: this GPU has too little memory" in capsys.readouterr().out
+    assert "# block: too little GPU memory" in capsys.readouterr().out
 
 
 def test_paths_and_files_that_are_no_reports_are_named(a100, tmp_path):

@@ -45,7 +45,7 @@ def own_layer(
     csv: Path | None,
     report: Path | None = None,
 ) -> None:
-    """Measure one layer, and the tokens from which on it is ahead of dense, by halving and doubling."""
+    """Measure one layer, and its break-even token count by halving and doubling the tokens."""
     check_sizes(tokens, d_model, d_ff, micro_batches)
     check_gpu()
     from . import suite
@@ -124,12 +124,12 @@ def token_sizes(quick: bool) -> list[tuple[str, int, int, bool]]:
 
 
 def unless_out_of_memory(part: str, measure: Callable[[], object]) -> None:
-    """Run a part of the suite; what a smaller GPU does not hold is told of, and other parts go on."""
+    """Run a part of the suite; one that does not fit the GPU's memory is reported, and the others go on."""
     try:
         measure()
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        print(f"# {part}: this GPU has too little memory for the rest of it, which is left out", flush=True)
+        print(f"# {part}: too little GPU memory for the rest of this part, which is left out", flush=True)
 
 
 def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None, report: Path | None = None) -> None:
