@@ -274,10 +274,24 @@ def test_fake_tensors_are_shaped_and_nothing_is_read():
         sparse24.densify(model)
 
 
+def train_on_meta(model):
+    """One step and one evaluation, as shapes and FLOPs are counted."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = sparse24.Recipe(model, optimizer, 10, takeover=True)
+    model(torch.empty(4, 32, device="meta")).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert model.eval()(torch.empty(3, 32, device="meta")).shape == (3, 32)
+    recipe.detach()
+
+
+@pytest.mark.fault(56)
 def test_conversion_under_a_default_device_and_modes():
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
         model = nn.Sequential(MLP())
         assert sparse24.sparsify(model).fused == {"0": ""}
+        train_on_meta(model)
+    train_on_meta(model)
     model.to_empty(device="cpu")
     for layer in (model[0].up_proj, model[0].down_proj):
         layer.reset_parameters()

@@ -214,7 +214,8 @@ def test_a_decay_that_was_set_comes_back_with_the_state():
 @pytest.mark.parametrize(
     "settings, words",
     [
-        (dict(decay=-1e-5), "decay must be a finite number, 0 or more, got -1e-05"),
+        (dict(decay=-1e-5), "decay must be a finite number that float32 holds, 0 or more, got -1e-05"),
+        (dict(decay=1e39), "decay must be a finite number that float32 holds"),
         (dict(decay=math.nan), "decay must be a finite number"),
         (dict(decay=math.inf), "decay must be a finite number"),
         (dict(decay="6e-5"), "decay must be a finite number"),

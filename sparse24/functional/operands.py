@@ -167,7 +167,8 @@ def noise_of(
 def computed_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` would take `t`: autocast casts floating point, but not float64."""
     device = t.device.type
-    if not torch.is_autocast_enabled(device) or not t.is_floating_point() or t.dtype == torch.float64:
+    stays = t.is_meta or not t.is_floating_point() or t.dtype == torch.float64  # the meta device knows no autocast
+    if stays or not torch.is_autocast_enabled(device):
         return t.dtype
     return torch.get_autocast_dtype(device)
 

@@ -99,7 +99,7 @@ def _cannot_look(layer) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack():
         return True
     weight = layer._parameters.get("weight")
-    if weight is None or layer.weight is not weight:  # torch.fx shows a tracer in its place
+    if weight is None or weight.is_meta or layer.weight is not weight:  # torch.fx shows a tracer in its place
         return True
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 

@@ -6,9 +6,12 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import torch
+
 from ..errors import Sparse24Error
 from ..layers.modules import DENSE, SPARSE
 
+FLOAT32_MAX = torch.finfo(torch.float32).max
 PLACES = ("auto", "start", "end", "none")
 
 
@@ -77,6 +80,8 @@ def positive(name: str, value: int, least: int = 1) -> int:
 
 
 def check_decay(decay: float) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < math.inf:
-        raise Sparse24Error(f"decay must be a finite number, 0 or more, got {decay!r}; 0 is plain straight-through")
+    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= FLOAT32_MAX:
+        raise Sparse24Error(
+            f"decay must be a finite number that float32 holds, 0 or more, got {decay!r}; 0 is plain straight-through"
+        )
     return float(decay)

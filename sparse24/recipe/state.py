@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -170,8 +168,7 @@ def check_state(
             f"the recipe state is corrupt: phase {state['phase']!r}, step {state['step']}, "
             f"last_search {state['last_search']}"
         )
-    if not 0 <= state["decay"] < math.inf:
-        raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
+    check_decay(state["decay"])
     _check_kinds(state["settings"], "settings", (int, float, str, bool))
     saved = OLDER_SETTINGS | state["settings"]
     differing = [
