@@ -79,7 +79,9 @@ struct StreamK {
   /// Calls visit(slot) for each of the sums that a tile's owner adds, in order.
   template <typename Visit>
   SP24_HD void for_each_slot(int tile, Visit&& visit) const {
-    for (int lane = 1; lane < lanes; ++lane) visit(lane_slot(lane, tile));
+    for (int lane = 1; lane < lanes && lane_begin(lane) < k_tiles; ++lane) {
+      visit(lane_slot(lane, tile));
+    }
     if (rest == 0) return;
     const int last = helper_of((tile + 1) * rest - 1);
     for (int helper = helper_of(tile * rest); helper <= last; ++helper) {
