@@ -74,6 +74,27 @@ def test_config_says_which_function_the_weights_belong_to(tmp_path):
 
 @pytest.mark.fault(81)
 @pytest.mark.parametrize("dense_fraction", [0, 0.25])
+def test_a_new_model_under_the_config_of_a_trained_one_is_a_model_of_its_own(tmp_path, dense_fraction):
+    settings = SPARSE_TO_THE_END | dict(dense_fraction=dense_fraction)
+    trainer, _ = hf_trainer(tmp_path, **settings)
+    trainer.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Sparse24Warning)
+        again, _ = hf_trainer(tmp_path / "again", GPT2LMHeadModel(trainer.model.config), **settings)
+    assert {layer.phase for layer in sparse_layers_of(again.model)} == {"sparse"}
+
+
+@pytest.mark.fault(81)
+def test_masks_of_a_model_from_the_current_folder_are_taken(tmp_path, monkeypatch):
+    trainer, _ = hf_trainer(tmp_path, steps=12, arguments=dict(save_steps=12), **SPARSE_TO_THE_END)
+    trainer.train()
+    monkeypatch.chdir(tmp_path / "checkpoint-12")
+    again, _ = hf_trainer(tmp_path / "elsewhere", GPT2LMHeadModel.from_pretrained("."), **SPARSE_TO_THE_END)
+    assert eval_loss(again) == eval_loss(trainer)
+
+
+@pytest.mark.fault(81)
+@pytest.mark.parametrize("dense_fraction", [0, 0.25])
 def test_the_best_model_comes_back_with_its_own_masks_and_phase(tmp_path, dense_fraction):
     class Spoil(TrainerCallback):
         """The run gets worse after the fourth step, so that an earlier checkpoint is the best."""

@@ -197,8 +197,11 @@ def _mark(model: nn.Module) -> None:
 def _take_saved_masks(model: nn.Module) -> None:
     """Give a model that has just been made sparse the masks and the phase that its weights were saved under."""
     config = getattr(unwrap(model), "config", None)
-    folder = Path(getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "") or ".")
-    if str(folder) != "." and (folder / STATE_FILE).is_file():
+    name = getattr(model, "name_or_path", "") or getattr(config, "_name_or_path", "")
+    if not name:
+        return  # weights from no file, under a config perhaps that another model had before
+    folder = Path(name)
+    if (folder / STATE_FILE).is_file():
         load_masks(model, read_state(folder / STATE_FILE))
         return
     entry = getattr(config, STATE_KEY, None)
