@@ -218,49 +218,54 @@ def test_changed_tokens_in_the_cache_are_made_anew(small, tmp_path, name):
 # ---- a full disk ---------------------------------------------------------------------------------------------------
 
 FULL = """
-import os, resource
+import json, os, resource, sys
 from sparse24 import cli
 from sparse24.pretrain.train import Trainer
 step = Trainer.train_step
 
 def limited(self):
     if self.step == 7:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     return step(self)
 
 Trainer.train_step = limited
-cli.main()
+for limit, arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        cli.main()
+    except SystemExit as ended:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        print(json.dumps([limit, ended.code]), flush=True)
+    print("", "next run", "", sep="\\n", file=sys.stderr, flush=True)
 """
 
 
 @pytest.mark.fault(62)
-@pytest.mark.parametrize("limit", [1, 30_000, 100_000])
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_resume_goes_on(small, quiet, tmp_path, limit):
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_resume_goes_on(small, quiet, tmp_path):
     """The limit of file sizes stands for the disk: metrics, weights and state meet it in turn."""
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    s = small(ffn=("dense",))
+    limits, whole, s = (1, 30_000, 100_000), tmp_path / "whole", small(ffn=("dense",))
     pretrain(small(ffn=("dense",), out=str(whole)), quiet)
     words = [f"--{name.replace('_', '-')}={getattr(s, name)}" for name in (
-        "cache_dir", "out", "device", "layers", "width", "heads", "ctx", "vocab_size", "batch", "micro_batch", "steps",
+        "cache_dir", "device", "layers", "width", "heads", "ctx", "vocab_size", "batch", "micro_batch", "steps",
         "warmup", "lr", "mask_interval", "eval_interval", "eval_tokens", "save_interval", "samples", "sample_tokens",
     )]  # fmt: skip
-    command = [sys.executable, "-c", FULL, "pretrain", "--data", s.data[0], "--ffn", "dense", *words]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LIMIT": str(limit)},
-    )
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "could not be written" in last and "make room, then --resume" in last
-    assert "Traceback" not in done.stderr
-    assert [p.name for p in (out / "checkpoint" / "dense").iterdir()] == ["step-000005"]
-    pretrain(small(ffn=("dense",), resume=True), quiet)
-    assert history(out, "dense") == history(whole, "dense")
-    a, b = final_weights(whole, "dense"), final_weights(out, "dense")
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    arguments = ["pretrain", "--data", s.data[0], "--ffn", "dense", *words]
+    runs = [(limit, [*arguments, f"--out={tmp_path / str(limit)}"]) for limit in limits]
+    command = [sys.executable, "-c", FULL, json.dumps(runs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    statuses = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert statuses == [[limit, 2] for limit in limits], done.stderr
+    expected, weights = history(whole, "dense"), final_weights(whole, "dense")
+    for limit, told in zip(limits, done.stderr.split("\nnext run\n"), strict=False):
+        out, last = tmp_path / str(limit), told.strip().splitlines()[-1]
+        assert last.startswith("error: ") and "could not be written" in last and "make room, then --resume" in last
+        assert [p.name for p in (out / "checkpoint" / "dense").iterdir()] == ["step-000005"]
+        pretrain(small(ffn=("dense",), out=str(out), resume=True), quiet)
+        assert history(out, "dense") == expected, limit
+        ours = final_weights(out, "dense")
+        assert ours.keys() == weights.keys() and all(torch.equal(ours[k], weights[k]) for k in weights), limit
 
 
 # ---- the loop itself -----------------------------------------------------------------------------------------------
