@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 
 import pytest
 import torch
@@ -65,3 +66,19 @@ def file_size_limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limit
+
+
+@pytest.fixture
+def run_cli(monkeypatch, capsys):
+    """run_cli(*arguments) -> (exit status, stdout, stderr) of `python -m sparse24`, in this process."""
+    pytest.importorskip("typer")
+    from sparse24 import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparse24", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    return run

@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def bench(*options, launch=(*LAUNCH, "2"), gpus=False):
-    command = [sys.executable, *launch, "-m", "sparse24", "bench", "--distributed", *map(str, options)]
+def bench(*options, ranks=2, gpus=False):
+    command = [sys.executable, *LAUNCH, str(ranks), "-m", "sparse24", "bench", "--distributed", *map(str, options)]
     env = os.environ | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
 
@@ -57,7 +57,7 @@ def test_two_ranks_time_all_arms_and_write_one_csv(tmp_path):
 def test_gpus_have_all_columns(tmp_path, ranks):
     sizes = ["--model", "llama-1B", "--layers", "2", "--tokens", "2048", "--warm", "2", "--steps", "5", "--rounds", "1"]
     arms = ["--arms", "dense,2:4,2:4 fp8-hybrid,2:4 fp8"]
-    run = bench(*sizes, *arms, "--csv", tmp_path, launch=(*LAUNCH, str(ranks)), gpus=True)
+    run = bench(*sizes, *arms, "--csv", tmp_path, ranks=ranks, gpus=True)
     assert run.returncode == 0, run.stdout + run.stderr
     lines = (tmp_path / "distributed.csv").read_text().splitlines()
     for row in csv.DictReader(line for line in lines if not line.startswith("#")):
@@ -91,14 +91,14 @@ def test_arms_are_chosen_by_name(monkeypatch):
     assert Plan().chosen() == list(distributed.ARMS)
 
 
-def test_outside_of_torchrun_the_command_is_told():
-    run = bench("--model", "tiny", "--tokens", "64", launch=())
-    assert run.returncode == 2 and "torchrun --nproc-per-node 2 -m sparse24 bench --distributed" in run.stderr
+def test_outside_of_torchrun_the_command_is_told(run_cli):
+    status, _, err = run_cli("bench", "--distributed", "--model", "tiny", "--tokens", 64)
+    assert status == 2 and "torchrun --nproc-per-node 2 -m sparse24 bench --distributed" in err
 
 
-def test_a_layer_of_ones_own_is_not_distributed():
-    run = bench("--d-model", "64", "--d-ff", "128", launch=())
-    assert run.returncode == 2 and "--distributed times whole models" in run.stderr
+def test_a_layer_of_ones_own_is_not_distributed(run_cli):
+    status, _, err = run_cli("bench", "--distributed", "--d-model", 64, "--d-ff", 128)
+    assert status == 2 and "--distributed times whole models" in err
 
 
 def test_the_llama_of_8_billion_weights_has_them():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -90,9 +88,6 @@ def test_paths_and_files_that_are_no_reports_are_named(a100, tmp_path):
         add_report.read(other)
 
 
-def test_a_report_of_distributed_runs_is_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse24", "bench", "--distributed", "--report", str(tmp_path / "r.json")],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2 and "--report" in done.stderr
+def test_a_report_of_distributed_runs_is_refused(run_cli, tmp_path):
+    status, _, err = run_cli("bench", "--distributed", "--report", tmp_path / "r.json")
+    assert status == 2 and "--report" in err

@@ -1,27 +1,47 @@
-"""examples/fsdp2_llama.py under torchrun: tiny, two gloo ranks, stopped and resumed."""
+"""examples/fsdp2_llama.py, tiny: two gloo ranks under torchrun, stopped and resumed; other arms on one rank."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "fsdp2_llama.py"
 TINY = ["--size", "tiny", "--steps", "6", "--tokenizer", "bytes", "--mask-interval", "2", "--log-every", "2"]
 
 
-def torchrun(ranks, *options, check=True, gpus=False):
+def torchrun(ranks, *options, gpus=False):
     """The example's output; without `gpus` it sees none, and so its ranks are CPUs over gloo."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*launch, str(SCRIPT), *TINY, *map(str, options)]
     path = os.pathsep.join(filter(None, [str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
-    assert not check or run.returncode == 0, run.stdout + run.stderr
-    return run.stdout if check else run.stdout + run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+@pytest.fixture
+def one_rank(monkeypatch, capsys):
+    """The same of one rank, in this process."""
+
+    def run(*options):
+        world = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        for name, value in world.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *TINY, *map(str, options)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        return capsys.readouterr().out
+
+    yield run
+    if dist.is_initialized():  # where the example failed
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +55,7 @@ def last_loss(output):
     return float(re.search(r"last loss ([\d.]+)", output)[1])
 
 
-def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text):
+def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text, one_rank):
     """The last loss, with noise in its gradients, is that of the run that was not stopped."""
     whole = torchrun(2, *text)
     assert re.search(r"step 6  loss \d\.\d+  \d+ tokens/s a GPU  MFU nan %  peak \d+\.\d+ GB", whole), whole
@@ -43,14 +63,14 @@ def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text):
     torchrun(2, *text, "--out", tmp_path, "--save-every", "3", "--stop", "3")
     resumed = torchrun(2, *text, "--out", tmp_path, "--resume")
     assert "3 steps, last loss" in resumed and last_loss(resumed) == last_loss(whole)
-    alone = torchrun(1, *text, "--out", tmp_path, "--resume", "--batch", "2")
+    alone = one_rank(*text, "--out", tmp_path, "--resume", "--batch", "2")
     assert last_loss(alone) == pytest.approx(last_loss(whole), rel=0.1)  # another draw of the noise
     assert torch.load(tmp_path / "step-3" / "training.pt", weights_only=True)["recipe"]["step"] == 3
 
 
 @pytest.mark.parametrize("arm", ["dense", "2:4-fp8-hybrid", "2:4-fp8"])
-def test_other_arms_train(text, arm):
-    output = torchrun(1, *text, "--arm", arm, "--stop", "2")
+def test_other_arms_train(text, arm, one_rank):
+    output = one_rank(*text, "--arm", arm, "--stop", "2")
     assert f"{arm}: 2 steps, last loss" in output and 3 < last_loss(output) < 10
 
 
@@ -67,6 +87,7 @@ def test_arms_train_on_gpus(text, ranks, arm):
     assert re.search(r"MFU \d+\.\d %", output), output
 
 
-def test_nothing_to_resume_is_said_at_once(tmp_path, text):
-    output = torchrun(1, *text, "--out", tmp_path, "--resume", check=False)
-    assert f"--resume finds no checkpoint in {tmp_path}" in output
+def test_nothing_to_resume_is_said_at_once(tmp_path, text, one_rank, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        one_rank(*text, "--out", tmp_path, "--resume")
+    assert f"--resume finds no checkpoint in {tmp_path}" in capsys.readouterr().err

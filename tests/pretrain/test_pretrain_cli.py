@@ -7,24 +7,7 @@ import time
 
 import pytest
 
-pytest.importorskip("typer")
-
-from sparse24 import cli  # noqa: E402
-from sparse24.pretrain.metrics import read_rows  # noqa: E402
-
-
-@pytest.fixture
-def run_cli(monkeypatch, capsys):
-    """run_cli(*arguments) -> (exit status, stdout, stderr), in this process."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sparse24", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            cli.main()
-        captured = capsys.readouterr()
-        return exit_.value.code or 0, captured.out, captured.err
-
-    return run
+from sparse24.pretrain.metrics import read_rows
 
 
 @pytest.fixture
