@@ -3,6 +3,10 @@
 #
 #   sparse24_gemm_kernels(RESULT sm90 folder)  writes them into `folder` and sets RESULT to their list
 #
+# SPARSE24_GEMM_GROUP=n puts n kernels into a file. Of the 92 s that one takes, reading CUTLASS is 54 s, which they then
+# share: less work in all, for machines with few cores. Kernels that may spill keep a file of their own, because
+# allowed_spills.txt names files.
+#
 # As a script, for tests: cmake -DARCH=sm90 -DFOLDER=/tmp/kernels -P cmake/GemmKernels.cmake
 
 function(sparse24_gemm_kernels result arch folder)
@@ -11,12 +15,26 @@ function(sparse24_gemm_kernels result arch folder)
     set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${table})
   endif()
   file(STRINGS ${table} rows REGEX "^SP24_GEMM_KERNEL")
-  set(files "")
+  file(STRINGS ${CMAKE_CURRENT_FUNCTION_LIST_DIR}/allowed_spills.txt may_spill REGEX "^${arch}/")
+  list(TRANSFORM may_spill REPLACE " .*$" "")
+  set(names "")
+  set(grouped 0)
   foreach(row IN LISTS rows)
     string(REGEX REPLACE "^SP24_GEMM_KERNEL\\((.*)\\)$" "\\1" columns "${row}")
     string(REGEX REPLACE ", *" "_" name "${columns}")
+    if(SPARSE24_GEMM_GROUP GREATER 1 AND NOT "${arch}/${name}" IN_LIST may_spill)
+      math(EXPR number "${grouped} / ${SPARSE24_GEMM_GROUP}")
+      math(EXPR grouped "${grouped} + 1")
+      set(name group_${number})
+    endif()
+    list(APPEND names ${name})
+    string(APPEND kernels_of_${name} "SP24_DEFINE_GEMM_KERNEL(${columns})\n")
+  endforeach()
+  list(REMOVE_DUPLICATES names)
+  set(files "")
+  foreach(name IN LISTS names)
     set(file ${folder}/${name}.cu)
-    set(content "#include \"gemm/${arch}/kernel.h\"\n\nSP24_DEFINE_GEMM_KERNEL(${columns})\n")
+    set(content "#include \"gemm/${arch}/kernel.h\"\n\n${kernels_of_${name}}")
     set(old "")
     if(EXISTS ${file})
       file(READ ${file} old)

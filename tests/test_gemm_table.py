@@ -33,9 +33,9 @@ def find_cmake() -> str:
     return found
 
 
-def generate(folder: Path, arch: str) -> list[Path]:
+def generate(folder: Path, arch: str, *settings: str) -> list[Path]:
     script = ROOT / "cmake" / "GemmKernels.cmake"
-    subprocess.run([find_cmake(), f"-DARCH={arch}", f"-DFOLDER={folder}", "-P", str(script)], check=True)
+    subprocess.run([find_cmake(), f"-DARCH={arch}", f"-DFOLDER={folder}", *settings, "-P", str(script)], check=True)
     return sorted(folder.glob("*.cu"))
 
 
@@ -46,6 +46,22 @@ def test_every_row_gets_a_file_that_defines_its_kernel(tmp_path, arch):
     for row in rows(arch):
         (arguments,) = re.findall(r"SP24_DEFINE_GEMM_KERNEL\(([^)]*)\)", written["_".join(row)])
         assert [cell.strip() for cell in arguments.split(",")] == row
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_grouped_files_define_every_kernel_once_and_those_that_may_spill_alone(tmp_path, arch):
+    spills = (ROOT / "cmake" / "allowed_spills.txt").read_text()
+    defined = []
+    for path in generate(tmp_path, arch, "-DSPARSE24_GEMM_GROUP=4"):
+        found = re.findall(r"SP24_DEFINE_GEMM_KERNEL\(([^)]*)\)", path.read_text())
+        kernels = ["_".join(row.split(", ")) for row in found]
+        defined += kernels
+        if any(f"{arch}/{kernel} " in spills for kernel in kernels):
+            assert kernels == [path.stem]
+        else:
+            assert path.stem.startswith("group_") and 1 <= len(kernels) <= 4
+    assert sorted(defined) == sorted("_".join(row) for row in rows(arch))
+    assert sum(path.stem.startswith("group_") for path in tmp_path.iterdir()) == {"sm80": 0, "sm90": 6}[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
