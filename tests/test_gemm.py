@@ -316,7 +316,10 @@ def test_weights_that_the_kernels_do_not_take_decay_in_a_pass_of_their_own():
     w = torch.zeros(128, 72).bfloat16()
     out, factor, mask = torch.zeros(128, 72).bfloat16(), torch.ones(1), ops.transposable_mask(w)
     fields = lambda *weights: decay_fields(out, DecayTerm(factor, weights, [mask] * len(weights)))  # noqa: E731
-    assert fields(w) is not None and fields(column_major(w)) is not None and fields(w[:64], w[64:]) is not None
+    column = column_major(w)
+    for weights, strides, rows in (((w,), (72, 1), 128), ((column,), (1, 128), 128), ((w[:64], w[64:]), (72, 1), 64)):
+        first, second = weights[0].data_ptr(), weights[-1].data_ptr()
+        assert fields(*weights) == (factor.data_ptr(), first, second, *strides, *[mask.data_ptr()] * 2, rows)
     assert fields(w.float()) is None
     assert fields(w[:64], column_major(w[64:])) is None
     assert fields(w[:60], w[60:]) is None
