@@ -1,8 +1,8 @@
 """Small faults made in a module's syntax tree, one at a time: what a slip of the hand would look like.
 
 A comparison or an arithmetic operator becomes its neighbour, `and` becomes `or`, a condition its opposite, a number
-another, True False; a statement that only calls something goes. Messages, annotations, docstrings, pictures and the
-lines that warnings point to stay as they are.
+another, True False; a statement that only calls something goes. Messages, annotations, docstrings, pictures, the lines
+that warnings point to and zip's strict stay as they are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Places(ast.NodeVisitor):
         self.nodes: list[ast.AST] = []
 
     def visit(self, node: ast.AST) -> None:
-        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or _is_looks(node):
+        if isinstance(node, (ast.Raise, ast.JoinedStr, ast.Import, ast.ImportFrom)) or _is_left_out(node):
             return
         self.nodes.append(node)
         for name, value in ast.iter_fields(node):
@@ -48,9 +48,9 @@ class _Places(ast.NodeVisitor):
                     self.visit(child)
 
 
-def _is_looks(node: ast.AST) -> bool:
-    """A picture, or the line that a warning points to."""
-    return getattr(node, "name", None) == "plot" or getattr(node, "arg", None) == "stacklevel"
+def _is_left_out(node: ast.AST) -> bool:
+    """A picture, the line that a warning points to, or zip's check of lengths that are equal."""
+    return getattr(node, "name", None) == "plot" or getattr(node, "arg", None) in ("stacklevel", "strict")
 
 
 def _opposite(test: ast.expr) -> ast.expr:
