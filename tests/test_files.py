@@ -19,6 +19,8 @@ from sparse24.files import (
     empty,
     locked,
     parse_json,
+    remove_folder,
+    remove_unfinished,
     seal,
     write_atomically,
     write_folder_atomically,
@@ -94,6 +96,51 @@ def test_temporary_names_cannot_be_guessed(tmp_path):
     for _ in range(20):
         write_atomically(tmp_path / "file", lambda path: names.add(path.name) or path.write_text("x"))
     assert len(names) == 20 and all(len(name.split("-")[-1]) >= 16 for name in names)
+
+
+def test_bytes_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+    """A power cut after the rename must find the data there, and the rename itself after it has been told of."""
+    calls = []
+
+    def watch(name, path_of):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args: calls.append((name, path_of(args[0]))) or original(*args))
+
+    watch("fsync", lambda handle: os.path.basename(os.readlink(f"/proc/self/fd/{handle}")).split(".")[-1])
+    watch("replace", lambda path: "tmp")
+    watch("rename", lambda path: "tmp")
+    write_atomically(tmp_path / "file", lambda path: path.write_text("x"))
+    assert calls == [("fsync", "tmp"), ("replace", "tmp")]
+    calls.clear()
+    write_folder_atomically(tmp_path / "folder", lambda path: [(path / name).write_text("x") for name in ("a", "b")])
+    assert sorted(calls[:2]) == [("fsync", "a"), ("fsync", "b")]
+    assert calls[2:] == [("fsync", "tmp"), ("rename", "tmp"), ("fsync", tmp_path.name)]
+
+
+def test_what_killed_processes_left_goes_and_all_else_stays(tmp_path):
+    for name in (".step-1.7-ab.tmp", ".other.7-ab.tmp", "step-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    (tmp_path / ".step-2.7-cd.tmp").write_text("half a file")
+    remove_unfinished(tmp_path, "step-*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.7-ab.tmp", "step-1"]
+    remove_folder(tmp_path / "step-1")
+    assert [path.name for path in tmp_path.iterdir()] == [".other.7-ab.tmp"]
+    remove_folder(tmp_path / "step-1")  # is gone already
+
+
+def test_emptying_removes_links_and_not_what_they_point_to(tmp_path):
+    kept, disk, folder = tmp_path / "kept", tmp_path / "disk", tmp_path / "folder"
+    kept.mkdir(), disk.mkdir()
+    (kept / "file").write_text("x")
+    (disk / "link").symlink_to(kept)
+    (disk / "file").write_text("x")
+    folder.symlink_to(disk)
+    empty(folder)
+    assert list(disk.iterdir()) == [] and (kept / "file").read_text() == "x"
+    disk.rmdir()
+    empty(folder)  # a link to nothing
+    assert folder.is_symlink()
 
 
 @pytest.mark.fault(94)
