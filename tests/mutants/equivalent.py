@@ -19,6 +19,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("common/tensor_list.h", "int step = 2"): "a bisection that begins with a longer step finds the same",
     ("common/tensor_list.h", "first_tile[kCapacity + 2]"): "room for one more",
     ("common/philox.h", "uint32_t word[5]"): "room for one more",
+    ("functional/accumulation.py", "torch.cuda."): "no CPU sees it: which streams of a GPU autograd waits for",
     ("recipe/monitor.py", "arrived.record()"): "no CPU sees it: what waits for a copy from a GPU",
     ("recipe/monitor.py", "arrived.synchronize()"): "no CPU sees it: what waits for a copy from a GPU",
     ("recipe/monitor.py", "pin_memory=True"): "no CPU sees it: it makes a copy to the host asynchronous",
