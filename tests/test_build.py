@@ -69,7 +69,7 @@ def test_errors_of_the_library_are_errors_of_the_package():
     from sparse24 import _C
 
     with pytest.raises(sparse24.errors.Sparse24Error, match="k must not be negative, got -4"):
-        _C.metadata_bytes(64, -4)
+        _C.count_bad_metadata(0, 64, -4, 0, 0, 0, 0)
     with pytest.raises(sparse24.errors.Sparse24Error, match="dtype code must be between 0 and 4, got 9"):
         _C.mask_gap((0, 9, 4, 4, 4, 1), 0, 0, 0, 0)
     with pytest.raises(sparse24.errors.Sparse24Error, match="tuple of 4 fields"):

@@ -1,46 +1,48 @@
 // activation.cpp: activations, forward and backward: activation.h.
 //
-//   activation_forward(kind, gated, gate_up, h, backend, device, stream): two matrices
-//   activation_backward(kind, gated, d_h, gate_up, d_gate_up, h, mvue, tile_sums, backend, device,
-//       stream): matrices, h may be None; mvue (seed, packed, E), or None where nothing is packed
+//   activation_forward(kind, gated, gate_up, h, float8, mvue, backend, device, stream): h a matrix,
+//       whose address may be 0 where others are wanted
+//   activation_backward(kind, gated, d_h, gate_up, d_gate_up, h, float8, mvue, tile_sums, backend,
+//       device, stream): likewise d_gate_up; h a matrix or None
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
 
 void bind_activation(py::module_& module) {
-  module.def("activation_forward", [](int kind, int gated, const py::tuple& gate_up,
-                                      const py::tuple& h, int backend, int device, Address stream) {
-    ActivationArgs args;
-    args.kind = activation_of(kind);
-    args.gated = gated != 0;
-    args.gate_up = read_const_matrix(gate_up);
-    args.h = read_matrix(h);
-    const Context context = context_of(backend, device, stream);
-    const py::gil_scoped_release unlocked;
-    activation_forward(args, context);
-  });
-  module.def("activation_backward",
-             [](int kind, int gated, const py::tuple& d_h, const py::tuple& gate_up,
-                const py::tuple& d_gate_up, const py::object& h, const py::object& mvue,
-                Address tile_sums, int backend, int device, Address stream) {
-               ActivationBackwardArgs args;
+  module.def("activation_forward",
+             [](int kind, int gated, const py::tuple& gate_up, const py::tuple& h,
+                const py::object& float8, const py::object& mvue, int backend, int device,
+                Address stream) {
+               ActivationArgs args;
                args.kind = activation_of(kind);
                args.gated = gated != 0;
-               args.d_h = read_const_matrix(d_h);
                args.gate_up = read_const_matrix(gate_up);
-               args.d_gate_up = read_matrix(d_gate_up);
-               if (!h.is_none()) args.h = read_matrix(h);
-               if (!mvue.is_none()) {
-                 Fields fields(mvue, 3);
-                 args.seed = fields.next_pointer<const int64_t>();
-                 args.packed = fields.next_pointer<void>();
-                 args.E = fields.next_pointer<uint8_t>();
-               }
-               args.tile_sums = pointer<float>(tile_sums);
+               args.h = read_matrix(h);
+               args.float8 = read_float8(float8);
+               read_mvue(mvue, args);
                const Context context = context_of(backend, device, stream);
                const py::gil_scoped_release unlocked;
-               activation_backward(args, context);
+               activation_forward(args, context);
              });
+  module.def(
+      "activation_backward",
+      [](int kind, int gated, const py::tuple& d_h, const py::tuple& gate_up,
+         const py::tuple& d_gate_up, const py::object& h, const py::object& float8,
+         const py::object& mvue, Address tile_sums, int backend, int device, Address stream) {
+        ActivationBackwardArgs args;
+        args.kind = activation_of(kind);
+        args.gated = gated != 0;
+        args.d_h = read_const_matrix(d_h);
+        args.gate_up = read_const_matrix(gate_up);
+        args.d_gate_up = read_matrix(d_gate_up);
+        if (!h.is_none()) args.h = read_matrix(h);
+        args.float8 = read_float8(float8);
+        read_mvue(mvue, args);
+        args.tile_sums = pointer<float>(tile_sums);
+        const Context context = context_of(backend, device, stream);
+        const py::gil_scoped_release unlocked;
+        activation_backward(args, context);
+      });
 }
 
 }  // namespace sparse24::bindings

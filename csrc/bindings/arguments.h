@@ -12,6 +12,8 @@
 //   stream    cudaStream_t as an integer                0 on the CPU
 //   address   0 is a null pointer
 //   matrix    (address, dtype, rows, cols, row_stride, col_stride)
+//   float8    (x8, x8_ld, x8_t, x8_t_ld, scale, amax, counters), all addresses may be 0; None: none
+//   mvue      (seed, packed, packed_dtype, E, scale); None: not packed
 //
 // Callers keep the tensors alive until the call returns, on the GPU until its stream has run it.
 #pragma once
@@ -46,7 +48,7 @@ Enum checked_enum(int code, Enum last, const char* name) {
 
 inline DType dtype_of(int code) { return checked_enum(code, kLastDType, "dtype"); }
 inline Activation activation_of(int code) {
-  return checked_enum(code, Activation::kIdentity, "activation");
+  return checked_enum(code, kLastActivation, "activation");
 }
 
 inline Context context_of(int backend, int device, Address stream) {
@@ -93,6 +95,32 @@ inline ConstMatrix read_const_matrix(const py::handle& item) {
   return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
 }
 
+inline Float8Output read_float8(const py::handle& item) {
+  Float8Output to;
+  if (item.is_none()) return to;
+  Fields fields(item, 7);
+  to.x8 = fields.next_pointer<void>();
+  to.x8_ld = fields.next<int64_t>();
+  to.x8_t = fields.next_pointer<void>();
+  to.x8_t_ld = fields.next<int64_t>();
+  to.scale = fields.next_pointer<const float>();
+  to.amax = fields.next_pointer<float>();
+  to.counters = fields.next_pointer<int64_t>();
+  return to;
+}
+
+/// Args: of mvue_pack or of an activation pass.
+template <typename Args>
+void read_mvue(const py::handle& item, Args& args) {
+  if (item.is_none()) return;
+  Fields fields(item, 5);
+  args.seed = fields.next_pointer<const int64_t>();
+  args.packed = fields.next_pointer<void>();
+  args.packed_dtype = fields.next_dtype();
+  args.E = fields.next_pointer<uint8_t>();
+  args.scale = fields.next_pointer<const float>();
+}
+
 template <typename Args, typename Read>
 std::vector<Args> read_items(const py::sequence& items, py::ssize_t fields, const Read& read) {
   std::vector<Args> args;
@@ -116,14 +144,10 @@ void def_multi(py::module_& module, const char* name, py::ssize_t fields, Read r
   });
 }
 
-/// The fields of a weight on its way into packed form, as pack.cpp binds them.
-PackArgs read_pack(Fields& item);
-
 // One file an area, which binds the functions of one public header or two.
 void bind_activation(py::module_& module);
 void bind_pack(py::module_& module);
 void bind_device(py::module_& module);
-void bind_float8(py::module_& module);
 void bind_gemm(py::module_& module);
 void bind_recipe(py::module_& module);
 

@@ -1,7 +1,15 @@
-// pack.cpp: masks, packing and MVUE: pack.h.
+// pack.cpp: masks, packing, MVUE and casts to 8 bits: pack.h, quantize.h.
+//
+//   search_mask, pack_by_mask, search_and_pack(items, backend, device, stream): items are the fields
+//       of w as a matrix, mask, out_dtype, packed, E, packed_t, E_t, scale, amax
+//   mvue_pack(dy, mvue, float8, tile_sums, backend, device, stream): dy a matrix
+//   quantize(x, float8, backend, device, stream): x a matrix; without x8 and x8_t amax alone
+//   unpack(packed, transposed, out, backend, device, stream): packed (packed, packed_dtype, E,
+//       scale), out a matrix
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
+namespace {
 
 PackArgs read_pack(Fields& item) {
   PackArgs args;
@@ -17,35 +25,47 @@ PackArgs read_pack(Fields& item) {
   args.E = item.next_pointer<uint8_t>();
   args.packed_t = item.next_pointer<void>();
   args.E_t = item.next_pointer<uint8_t>();
+  args.scale = item.next_pointer<const float>();
+  args.amax = item.next_pointer<float>();
   return args;
 }
 
+}  // namespace
+
 void bind_pack(py::module_& module) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
-  module.def("metadata_bytes", [](int64_t m, int64_t k) { return metadata_bytes(m, k); });
-  module.def("padded_tokens", [](int64_t tokens) { return padded_tokens(tokens); });
-  def_multi<PackArgs>(module, "search_mask", 12, read_pack, search_mask);
-  def_multi<PackArgs>(module, "pack_by_mask", 12, read_pack, pack_by_mask);
-  def_multi<PackArgs>(module, "search_and_pack", 12, read_pack, search_and_pack);
+  def_multi<PackArgs>(module, "search_mask", 14, read_pack, search_mask);
+  def_multi<PackArgs>(module, "pack_by_mask", 14, read_pack, pack_by_mask);
+  def_multi<PackArgs>(module, "search_and_pack", 14, read_pack, search_and_pack);
 
-  module.def("mvue_pack", [](const py::tuple& dy, Address seed, Address packed, Address E,
+  module.def("mvue_pack", [](const py::tuple& dy, const py::tuple& mvue, const py::object& float8,
                              Address tile_sums, int backend, int device, Address stream) {
     MvueArgs args;
     args.dy = read_const_matrix(dy);
-    args.seed = pointer<const int64_t>(seed);
-    args.packed = pointer<void>(packed);
-    args.E = pointer<uint8_t>(E);
+    read_mvue(mvue, args);
+    args.float8 = read_float8(float8);
     args.tile_sums = pointer<float>(tile_sums);
     const Context context = context_of(backend, device, stream);
     const py::gil_scoped_release unlocked;
     mvue_pack(args, context);
   });
 
-  module.def("unpack", [](Address packed, Address E, int transposed, const py::tuple& out,
+  module.def("quantize", [](const py::tuple& x, const py::tuple& float8, int backend, int device,
+                            Address stream) {
+    const QuantizeArgs args = {read_const_matrix(x), read_float8(float8)};
+    const Context context = context_of(backend, device, stream);
+    const py::gil_scoped_release unlocked;
+    quantize(args, context);
+  });
+
+  module.def("unpack", [](const py::tuple& packed, int transposed, const py::tuple& out,
                           int backend, int device, Address stream) {
     UnpackArgs args;
-    args.packed = pointer<const void>(packed);
-    args.E = pointer<const uint8_t>(E);
+    Fields fields(packed, 4);
+    args.packed = fields.next_pointer<const void>();
+    args.packed_dtype = fields.next_dtype();
+    args.E = fields.next_pointer<const uint8_t>();
+    args.scale = fields.next_pointer<const float>();
     args.transposed = transposed != 0;
     args.out = read_matrix(out);
     const Context context = context_of(backend, device, stream);

@@ -26,6 +26,11 @@ def matrix(t: Tensor) -> tuple[int, ...]:
     return t.data_ptr(), DTYPE_CODE[t.dtype], *t.shape, *t.stride()
 
 
+def pointer(t: Tensor | None) -> int:
+    """A tensor's address; 0 for None and for an empty one."""
+    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+
+
 def where(t: Tensor) -> tuple[object, int, int, int]:
     """(binding, backend code, device index, stream) for work on `t`; the binding is None for the reference path."""
     device = t.device

@@ -10,9 +10,9 @@ from torch import Tensor
 from .. import reference
 from ..errors import Sparse24Error
 from ..formats import as_major
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, pointer, where
 from .arguments import names_wrong_types
-from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel
+from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel, mvue_fields
 
 #: names of activations -> codes of the C++ library
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "identity": 5}
@@ -55,7 +55,7 @@ def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Ten
         return h
     rows = h.reshape(-1, width) if h.dim() != 2 else h  # a view: h's leading dimensions are dense
     source = _as_matrix(gate_up)  # it may be a copy, which must live until the kernel has been called
-    library.activation_forward(KINDS[kind], gated, matrix(source), matrix(rows), *place)
+    library.activation_forward(KINDS[kind], gated, matrix(source), matrix(rows), None, None, *place)
     return h
 
 
@@ -146,10 +146,9 @@ def _run_backward(kind: str, gated: bool, dh: Tensor, gate_up: Tensor, results: 
     dh, gate_up = _as_matrix(dh), _as_matrix(gate_up)
     d_gate_up = results.d_gate_up.reshape(gate_up.shape)  # views: leading dimensions of results are dense
     h = None if results.h is None else matrix(results.h.reshape(dh.shape))
-    mvue = None if results.mvue is None else tuple(t.data_ptr() for t in results.mvue)
-    sums = 0 if results.tile_sums is None else results.tile_sums.data_ptr()
+    mvue = None if results.mvue is None else mvue_fields(*results.mvue)
     operands = (matrix(dh), matrix(gate_up), matrix(d_gate_up))
-    library.activation_backward(KINDS[kind], gated, *operands, h, mvue, sums, *place)
+    library.activation_backward(KINDS[kind], gated, *operands, h, None, mvue, pointer(results.tile_sums), *place)
 
 
 def _backward_fake(

@@ -8,13 +8,14 @@ from torch import Tensor
 from .. import reference
 from ..errors import Sparse24Error
 from ..formats import BLOCK, DTYPE_CODE, as_major, mask_as_uint16
-from ._common import check_mask, check_same_device, check_weight, define_op, matrix, where
+from ._common import check_mask, check_same_device, check_weight, define_op, matrix, pointer, where
 from .arguments import check_has_values, names_wrong_types
 
 
 def pack_item(
-    w: Tensor, mask: Tensor, dtype: torch.dtype | None = None, out: tuple[Tensor, ...] | None = None
-) -> tuple[int, ...]:
+    w: Tensor, mask: Tensor, dtype: torch.dtype | None = None, out: tuple[Tensor, ...] | None = None,
+    scale: Tensor | None = None, amax: Tensor | None = None,
+) -> tuple[int, ...]:  # fmt: skip
     """One weight as the binding's multi-tensor calls take it; `out` = (packed, E, packed_t, E_t) in `dtype`, or None.
 
     `dtype` cannot be read off `out`: one of its directions may be an empty tensor, of any dtype.
@@ -22,7 +23,7 @@ def pack_item(
     pointers = [t.data_ptr() for t in out] if out else [0, 0, 0, 0]
     return (
         w.data_ptr(), DTYPE_CODE[w.dtype], *w.shape, *w.stride(), mask.data_ptr(), DTYPE_CODE[dtype or w.dtype],
-        *pointers,
+        *pointers, pointer(scale), pointer(amax),
     )  # fmt: skip
 
 

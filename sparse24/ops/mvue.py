@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, pointer, where
 from .arguments import names_wrong_types
 
 #: tokens that one row of `tile_sums` adds up
@@ -49,6 +49,11 @@ def empty_tile_sums(dy: Tensor) -> Tensor:
     return torch.empty((-(-dy.shape[0] // TILE_TOKENS), dy.shape[1]), dtype=torch.float32, device=dy.device)
 
 
+def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = None) -> tuple[int, ...]:
+    """The packed form of a gradient, as the binding takes it."""
+    return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), pointer(scale)
+
+
 def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
@@ -56,8 +61,7 @@ def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) ->
         return reference.mvue_compress(dy, seed)
     dy = as_major(dy)
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
-    sums = 0 if tile_sums is None else tile_sums.data_ptr()
-    library.mvue_pack(matrix(dy), seed.data_ptr(), packed.data_ptr(), E.data_ptr(), sums, *place)
+    library.mvue_pack(matrix(dy), mvue_fields(seed, packed, E), None, pointer(tile_sums), *place)
     return packed, E
 
 

@@ -9,6 +9,7 @@ from .. import formats, reference
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import (
     BLOCK,
+    DTYPE_CODE,
     FORMATS,
     HALF_DTYPES,
     WEIGHT_DTYPES,
@@ -177,7 +178,8 @@ def _decompress(packed: Tensor, E: Tensor, rows: int, cols: int, transposed: boo
     if library is None:
         return reference.decompress(packed, E, rows, cols, transposed)
     out = packed.new_empty((rows, cols))
-    library.unpack(packed.data_ptr(), E.data_ptr(), transposed, matrix(out), *place)
+    fields = (packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), 0)
+    library.unpack(fields, transposed, matrix(out), *place)
     return out
 
 

@@ -34,9 +34,7 @@ def _activation_quantize(
     gate_up = as_major(gate_up)
     stored = keep_h or not takes_one_pass(h.shape[1], gate_up)
     to = (h.data_ptr() if stored else 0, *matrix(h)[1:])
-    library.activation_forward_outputs(
-        KINDS[kind], gated, matrix(gate_up), to, output(*out, scale, amax, counts), None, *place
-    )
+    library.activation_forward(KINDS[kind], gated, matrix(gate_up), to, output(*out, scale, amax, counts), None, *place)
     return h if keep_h else h.new_empty(0), *out
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 from ...formats import DTYPE_CODE, META_BLOCK, as_major, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
 from ...reference import gated_activation_backward
-from .._common import define_op, matrix, where
+from .._common import define_op, matrix, pointer, where
 from ..activation import KINDS, check_backward
 from ..arguments import names_wrong_types
-from ..mvue import check_seed, empty_tile_sums
-from .operands import E4M3, check_matrix, check_noted, empty_float8, note, output, pointer, takes_one_pass
+from ..mvue import check_seed, empty_tile_sums, mvue_fields
+from .operands import E4M3, check_matrix, check_noted, empty_float8, note, output, takes_one_pass
 
 
 def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -22,11 +22,6 @@ def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
     shape = (features, padded // 2) if float8 else (padded // 2, features)
     E = dy.new_empty(metadata_bytes(features, padded, dtype), dtype=torch.uint8)
     return dy.new_empty(shape, dtype=dtype), E
-
-
-def _mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor) -> tuple[int, ...]:
-    of_packed = scale if packed.dtype == E4M3 else None
-    return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), pointer(of_packed)
 
 
 def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -53,8 +48,8 @@ def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Te
     packed, E = _empty_mvue(dy, float8)
     dy8, none = empty_float8(dy, *dy.shape, True, False)
     sums = empty_tile_sums(dy) if bias_grad else None
-    fields = _mvue_fields(seed, packed, E, scale)
-    library.mvue_pack_outputs(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
+    fields = mvue_fields(seed, packed, E, scale if float8 else None)
+    library.mvue_pack(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
     return packed, E, dy8, dy.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
 
 
@@ -112,9 +107,10 @@ def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8,
     sums = empty_tile_sums(gate_up) if bias_grad else None
     stored = None if takes_one_pass(dh.shape[1], dh, gate_up) else gate_up.new_empty(gate_up.shape)
     dense = (0 if stored is None else stored.data_ptr(), DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)
-    library.activation_backward_outputs(
+    fields = mvue_fields(seed, packed, E, scale if float8 else None)
+    library.activation_backward(
         KINDS[kind], gated, matrix(dh), matrix(gate_up), dense, None,
-        output(d_gate_up8, none, scale, amax, counts), _mvue_fields(seed, packed, E, scale), pointer(sums), *place,
+        output(d_gate_up8, none, scale, amax, counts), fields, pointer(sums), *place,
     )  # fmt: skip
     return packed, E, d_gate_up8, gate_up.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
 

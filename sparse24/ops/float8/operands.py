@@ -8,12 +8,8 @@ from torch import Tensor
 from ...errors import Sparse24DtypeError, Sparse24Error
 from ...formats import E4M3, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
-from .._common import check_same_device, check_weight_dtype
+from .._common import check_same_device, check_weight_dtype, pointer
 from ..arguments import check_writable
-
-
-def pointer(t: Tensor | None) -> int:
-    return 0 if t is None or t.numel() == 0 else t.data_ptr()
 
 
 def output(

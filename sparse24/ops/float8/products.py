@@ -11,9 +11,9 @@ from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
 from ...formats import DTYPE_CODE, FORMATS, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES, names
 from .. import flops
-from .._common import check_same_device, define_op, where
+from .._common import check_same_device, define_op, pointer, where
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
-from .operands import E4M3, check_packed, check_scale, pointer
+from .operands import E4M3, check_packed, check_scale
 from .weights import unpack_dense
 
 #: sums of 8-bit products: the tensor cores keep some 14 bits of them; "promoted" adds every 256 k in fp32

@@ -79,9 +79,9 @@ def _pack_float8_(search, weights, masks, packed, E, packed_t, E_t, scales, amax
     groups: dict[tuple, list] = {}  # one launch takes weights of one dtype and layout class
     weights = [as_major(w) for w in weights]
     for w, mask, *out, scale, amax in zip(weights, masks, packed, E, packed_t, E_t, scales, amaxes, strict=True):
-        item = (*pack_item(w, mask, E4M3, tuple(out)), scale.data_ptr(), amax.data_ptr(), 0)
+        item = pack_item(w, mask, E4M3, tuple(out), scale, amax)
         groups.setdefault((w.dtype, w.stride(1) == 1), []).append(item)
-    run = library.search_and_pack_float8 if search else library.pack_by_mask_float8
+    run = library.search_and_pack if search else library.pack_by_mask
     for items in groups.values():
         run(items, *place)
 
@@ -132,7 +132,7 @@ def unpack_dense(packed: Tensor, E: Tensor, scale: Tensor, m: int, k: int, dtype
     if library is None or dtype not in DTYPE_CODE:
         return reference.decompress_float8(packed, E, scale, m, k).to(dtype)
     out = packed.new_empty((m, k), dtype=dtype)
-    library.unpack_float8(
+    library.unpack(
         (packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), scale.data_ptr()), 0, matrix(out), *place
     )
     return out
