@@ -91,6 +91,11 @@ def test_what_is_no_plain_file_is_not_replaced(tmp_path):
         write_text_atomically("/dev/null", "x")
 
 
+def test_a_folder_that_is_missing_is_named_as_such(tmp_path):
+    with pytest.raises(Sparse24FileError, match=r"no folder .*absent\); make the folder first"):
+        write_atomically(tmp_path / "absent" / "file", lambda path: path.write_bytes(b""))
+
+
 def test_temporary_names_cannot_be_guessed(tmp_path):
     names = set()
     for _ in range(20):

@@ -21,6 +21,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     path = Path(path)
     if path.exists() and not path.is_file():  # renaming would put a file in the place of a folder or of /dev/null
         raise Sparse24FileError(f"{path} is there and is not a plain file; give another name")
+    if not path.parent.is_dir():  # safetensors and torch would have it that the disk is full
+        raise Sparse24FileError(f"{path} could not be written (no folder {path.parent}); make the folder first")
     temporary = _beside(path)
     try:
         with refusals_named(path):
