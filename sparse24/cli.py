@@ -31,7 +31,8 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; our own errors become one line on stderr and exit status 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # in a log file, lines come in order with those of the progress bar
+        # In a log file, lines come in order with those of the progress bar; any file name can be printed.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         app(prog_name="python -m sparse24")
     except Sparse24Error as e:

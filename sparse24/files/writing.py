@@ -35,8 +35,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
 
 
 def write_text_atomically(path: str | os.PathLike, text: str) -> None:
-    """`write_atomically` of UTF-8 text."""
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """`write_atomically` of UTF-8 text, in which file names of other bytes stay those bytes."""
+    write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="surrogateescape"))
 
 
 def write_folder_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:

@@ -298,6 +298,10 @@ def check_ranges(s: Settings) -> None:
         rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
     for name in ("samples", "sample_tokens", "seed", "warmup"):
         rule(name, getattr(s, name) >= 0, "must not be negative", "give 0 or more")
+    for name in ("out", "cache_dir"):  # which safetensors and tokenizers write to
+        unicode = not any("\ud800" <= c <= "\udfff" for c in str(getattr(s, name) or ""))
+        rule(name, unicode, "must be a name in Unicode", "rename the folder, or in an ASCII locale set PYTHONUTF8=1")
+    rule("seed", s.seed < 2**63, "must be below 2^63", "give a smaller number")
     for name in ("lr", "min_lr", "init_std"):
         rule(name, 0 < getattr(s, name) < math.inf, "must be finite and above 0", "give a small positive number")
     for name in ("decay", "weight_decay", "clip"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ def capped_end(source: Source, max_bytes: int | None) -> int:
 
 
 def name_key(name: str) -> bytes:
-    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return hashlib.blake2b(os.fsencode(name), digest_size=8).digest()
 
 
 def checked(sources: list[tuple[Source, bool]], option: str, digest, skipped: list[str]) -> list[Source]:
@@ -141,7 +142,7 @@ def checked(sources: list[tuple[Source, bool]], option: str, digest, skipped: li
         problem = read_through(source.path, content)
         if problem is None and source.size_bytes:
             good.append(source)
-            digest.update(f"{source.name}:{source.size_bytes}:{content.hexdigest()};".encode())
+            digest.update(os.fsencode(f"{source.name}:{source.size_bytes}:{content.hexdigest()};"))
         elif problem is not None and is_named:
             raise Sparse24Error(
                 f"{option} {source.path} is not UTF-8 text ({problem}); give a text file, or convert it to UTF-8"

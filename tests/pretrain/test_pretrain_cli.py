@@ -1,5 +1,6 @@
 """The command line: options, exit codes, one-line errors."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -117,6 +118,24 @@ def test_importing_sparse24_imports_none_of_the_job():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are no bytes")
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_file_names_may_be_any_bytes(arguments, text_file, tmp_path, encoding):
+    """Text in files whose names are not UTF-8, and a terminal that cannot print them."""
+    data, out = tmp_path / os.fsdecode(b"data \xff"), tmp_path / "run"
+    data.mkdir()
+    (data / os.fsdecode(b"\xe9t\xe9.txt")).write_bytes(text_file.read_bytes())
+    (data / os.fsdecode(b"\xff.bin")).write_bytes(b"\0")
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} if encoding == "ascii" else {}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse24", *map(str, arguments), "--data", str(data), "--ffn", "sparse"],
+        env=os.environ | {"PYTHONIOENCODING": encoding} | locale,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert b"skipped" in done.stdout + done.stderr and (out / "summary.md").is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")

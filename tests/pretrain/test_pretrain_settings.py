@@ -46,6 +46,9 @@ from sparse24.pretrain.settings import resolve
         ({"resume": True, "overwrite": True}, "--overwrite cannot go with --resume"),
         ({"resume": True, "out": None}, "--resume needs --out"),
         ({"max_bytes": 0}, "--max-bytes must be at least 1, got 0"),
+        ({"out": "run-\udcff"}, "--out must be a name in Unicode, got run-.*; rename .* PYTHONUTF8=1"),
+        ({"cache_dir": "\udcff"}, "--cache-dir must be a name in Unicode"),
+        ({"seed": 2**63}, r"--seed must be below 2\^63, got 9223372036854775808; give a smaller number"),
     ],
 )
 def test_bad_value_names_option_rule_value_and_remedy(small, changes, message):
