@@ -1,6 +1,6 @@
 """Hugging Face Trainer: the callback does everything, resuming included.
 
-python examples/hf_trainer.py [--steps 20] [--out hf-run]
+pip install accelerate; python examples/hf_trainer.py [--steps 20] [--out hf-run]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Lightning: the callback does everything; accumulation and clipping are Lightning's own.
 
-python examples/lightning_module.py [--steps 20]
+pip install lightning; python examples/lightning_module.py [--steps 20]
 """
 
 import argparse
