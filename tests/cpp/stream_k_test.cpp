@@ -29,7 +29,7 @@ template <typename Check>
 void for_many_shapes(Check check) {
   for (int clusters : {1, 2, 3, 7, 57, 66}) {
     for (int tiles = 1; tiles < std::max(clusters, 2); ++tiles) {
-      for (int k_tiles : {1, 2, 3, 5, 12, 16, 63, 64, 100, 256, 1000, 20000}) {
+      for (int k_tiles : {1, 2, 3, 5, 12, 16, 28, 63, 64, 100, 256, 1000, 20000}) {
         check(StreamK::of(tiles, clusters, k_tiles), clusters);
       }
     }
