@@ -82,3 +82,30 @@ def run_cli(monkeypatch, capsys):
         return exit_.value.code or 0, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def ranks_of(tmp_path_factory):
+    """ranks_of(world): processes over gloo (process_ranks.py), started once for all tests of a module."""
+    from process_ranks import Ranks
+
+    started = {}
+
+    def get(world):
+        if world not in started:
+            started[world] = Ranks(world, tmp_path_factory.mktemp("gloo") / "init")
+        return started[world]
+
+    yield get
+    for ranks in started.values():
+        ranks.end()
+
+
+@pytest.fixture
+def two(ranks_of):
+    return ranks_of(2)
+
+
+@pytest.fixture
+def four(ranks_of):
+    return ranks_of(4)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from process_ranks import started
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -151,11 +150,6 @@ def _counted(rank, reshard):
         dist.all_reduce(torch.ones(5))
         model[0].weight.full_tensor()
     return dict(count.bytes)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    yield from started(2, tmp_path_factory)
 
 
 @pytest.mark.parametrize("reshard", [True, False])

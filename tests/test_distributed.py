@@ -23,11 +23,10 @@ WORLD = 2
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
+@pytest.fixture
+def on_two_ranks(ranks_of):
     """Runs function(rank) in two processes, the same two for all tests, and returns both results."""
-    for ranks in started(WORLD, tmp_path_factory):
-        yield ranks.run
+    return ranks_of(WORLD).run
 
 
 def data(step):

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rounding import MANY_SUMS
-from tiny_models import MLP, gpt2, llama, tokens
-from torch import nn
+from tiny_models import MLP, gpt2, llama
 
 import sparse24
 from sparse24.errors import Sparse24Error
@@ -16,26 +15,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")  # the Trainer wants it too
 Trainer, TrainingArguments = transformers.Trainer, transformers.TrainingArguments
 HFCallback = pytest.importorskip("sparse24.integrations.transformers").Sparse24Callback
-
-
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = tokens(1, 16, seed=index)[0]
-        return {"input_ids": ids, "labels": ids}
-
-
-def hf_trainer(folder, make=gpt2, steps=12, max_grad_norm=1.0, **settings):
-    arguments = dict(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        learning_rate=5e-3, save_steps=5, logging_steps=2, report_to=[], use_cpu=True, seed=3,
-        max_grad_norm=max_grad_norm,
-    )  # fmt: skip
-    callback = HFCallback(**(dict(mask_interval=3, dense_fraction=0.25) | settings))
-    trainer = Trainer(model=make(), args=TrainingArguments(**arguments), train_dataset=Texts(), callbacks=[callback])
-    return trainer, callback
+from tiny_trainers import Texts, hf_trainer  # noqa: E402
 
 
 def sparse_names(model):
@@ -97,7 +77,7 @@ def test_trainers_accumulation_shares_the_decay_in_backward(tmp_path):
     weights = []
     for decay_in in ("step", "backward"):
         trainer, callback = hf_trainer(
-            tmp_path / decay_in, steps=4, decay=0.05, decay_in=decay_in, mvue=False, max_grad_norm=0.0
+            tmp_path / decay_in, steps=4, decay=0.05, decay_in=decay_in, mvue=False, arguments=dict(max_grad_norm=0.0)
         )
         trainer.train()
         assert callback.recipe.micro_batches == 2
@@ -294,33 +274,7 @@ def test_accelerate_loop_with_a_wrapped_optimizer():
 
 lightning = pytest.importorskip("lightning")
 LightningCallback = pytest.importorskip("sparse24.integrations.lightning").Sparse24Callback
-
-
-class Regression(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = MLP()
-
-    def training_step(self, batch, index):
-        (x,) = batch
-        return nn.functional.mse_loss(self.net(x), x.flip(-1))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
-class MadeLate(Regression):
-    """Its layers exist only when Lightning has asked for them."""
-
-    def __init__(self):
-        lightning.LightningModule.__init__(self)
-        self.net = None
-
-    def configure_model(self):
-        if self.net is None:
-            torch.manual_seed(0)
-            self.net = MLP()
+from tiny_lightning import MadeLate, Regression  # noqa: E402
 
 
 def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, make=Regression, **settings):

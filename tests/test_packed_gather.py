@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from process_ranks import Ranks
 from tiny_models import MLP
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -33,30 +32,10 @@ WIDTH, HIDDEN, STEPS = 96, 192, 6
 SETTINGS = dict(total_steps=STEPS, mask_interval=2, decay=1e-2, mvue=False)
 
 
-@pytest.fixture(scope="module")
-def ranks_of(tmp_path_factory):
-    """ranks_of(world): processes that are started once for all tests."""
-    started = {}
-
-    def get(world):
-        if world not in started:
-            started[world] = Ranks(world, tmp_path_factory.mktemp("gloo") / "init")
-        return started[world]
-
-    yield get
-    for ranks in started.values():
-        ranks.end()
-
-
 @pytest.fixture(params=[1, 2, 3, 4])
 def ranks(request, ranks_of):
     """Rows of 48 and 96, of 32 and 64, of 24 and 48 a rank: each way in which metadata are put together."""
     return ranks_of(request.param)
-
-
-@pytest.fixture
-def two(ranks_of):
-    return ranks_of(2)
 
 
 def plain():

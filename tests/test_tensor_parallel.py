@@ -33,19 +33,9 @@ from sparse24.errors import Sparse24Error
 from sparse24.layers import mask_of
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    yield from started(request.param, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    yield from started(2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    yield from started(4, tmp_path_factory)
+@pytest.fixture(params=[2, 4])
+def ranks(request, ranks_of):
+    return ranks_of(request.param)
 
 
 # -- training -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 import torch.distributed as dist
-from process_ranks import started
 from rounding import MANY_SUMS
 from tensor_parallel_runs import SETTINGS, STEPS, data, dense_model, numbers, parallel_model, whole
 from torch import nn
@@ -20,17 +19,6 @@ import sparse24
 from sparse24 import Recipe
 from sparse24.errors import Sparse24Error
 from sparse24.layers import tensor_parallel
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    yield from started(2, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def four(tmp_path_factory):
-    yield from started(4, tmp_path_factory)
-
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 

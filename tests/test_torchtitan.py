@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from process_ranks import started
 from rounding import MANY_SUMS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -197,11 +196,6 @@ def _run(rank, folder, shape, resume=False):
 
 def _part(x, mesh):
     return x.chunk(mesh["dp"].size())[mesh["dp"].get_local_rank()]
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    yield from started(2, tmp_path_factory)
 
 
 @pytest.mark.parametrize("shape", [(2, 1), (1, 2)])
