@@ -1,7 +1,9 @@
 """Copies of a model compute what it computes: averages, snapshots, evaluation in a new program, reloaded weights."""
 
 import copy
+import gc
 import io
+import pickle
 import warnings
 
 import pytest
@@ -115,6 +117,56 @@ def test_a_snapshot_keeps_the_function_that_it_had():
     assert fingerprint_of(snapshot) != fingerprint_of(model)
     report = sparse24.verify(snapshot, like=model)
     assert not report and "follow" in str(report) and "phase" in str(report)
+
+
+def never_run(steps):
+    """An average that has not run since it was made, its model, and the plain twin of what it would compute."""
+    model, optimizer, _ = make(lr=1.0, mask_interval=2)
+    ema = AveragedModel(model)
+    for step in range(steps):
+        run(model, optimizer, 1, first=step)
+        ema.update_parameters(model)
+    plain = MLP()
+    plain.load_state_dict(dict(ema.module.named_parameters()))
+    return ema.module, model, masked_twin(plain, model)
+
+
+def densified(model):
+    sparse24.densify(model, masked=True)
+    return model
+
+
+def followed(model):
+    other = MLP()
+    sparse24.follow(other, like=model)
+    other.load_state_dict(dict(model.named_parameters()))
+    return other
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("read", [copy.deepcopy, lambda ema: pickle.loads(pickle.dumps(ema)), densified, followed])
+@pytest.mark.parametrize("steps", [8, 12])
+def test_an_average_that_has_never_run_is_read_as_it_would_run(read, steps):
+    ema, model, twin = never_run(steps)
+    assert_same(read(ema), twin)
+    assert sparse_layers(model), "still there to be followed"
+
+
+@pytest.mark.fault(79)
+def test_exporting_an_average_that_has_never_run_is_refused():
+    ema, _, twin = never_run(12)
+    with pytest.raises(Sparse24Error, match="copy of another.*Run it once eagerly"):
+        torch.export.export(ema, (X,))
+    assert_same(ema, twin)
+    assert_same(torch.export.export(ema, (X,)).module(), twin)
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("steps", [8, 12])
+def test_an_average_takes_the_last_masks_and_phase_of_a_model_that_is_gone(steps):
+    ema, twin = never_run(steps)[::2]
+    gc.collect()
+    assert_same(ema, twin)
 
 
 @pytest.mark.fault(79)

@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
         sparse24.sparsify(net, mvue=False, fuse=seed % 3 > 0)
         self.copies: list[Live] = []
         self.saves: list[tuple] = []
-        self.forward_as = "eval"
+        self.forward_as, self.copies_rest = "eval", False
         self.train_with_a_new_recipe(Live(net, Twin(net.state_dict())))
 
     # -- the model in training --------------------------------------------------------------------------------------
@@ -172,6 +172,11 @@ class Machine(RuleBasedStateMachine):
     def forward_from_here_on(self, mode):
         self.forward_as = mode
 
+    @rule(rest=st.booleans())
+    def let_copies_rest(self, rest):
+        """Copies that are not run still have to be what they would be, when they are read, copied or left alone."""
+        self.copies_rest = rest
+
     @rule()
     def search_by_hand(self):
         sparse24.refresh(self.main.net, search=True)
@@ -200,6 +205,7 @@ class Machine(RuleBasedStateMachine):
     @rule(index=indices)
     def snapshot(self, index):
         live = self.some(index)
+        self.follow_if_it_should(live)
         other = Live(copy.deepcopy(live.model), live.twin.copy(), live.origin or live, mask_is_state=live.mask_is_state)
         if live.dense:
             other.origin, other.dense = None, True
@@ -208,6 +214,7 @@ class Machine(RuleBasedStateMachine):
     @rule(index=indices)
     def pickled(self, index):
         live = self.some(index)
+        self.follow_if_it_should(live)
         other = Live(pickle.loads(pickle.dumps(live.model)), live.twin.copy(), mask_is_state=live.mask_is_state)
         other.dense = live.dense
         self.keep(other)
@@ -331,6 +338,7 @@ class Machine(RuleBasedStateMachine):
         self.main.twin, self.main.mask_is_state = twin.copy(), True
         for live in self.copies:
             if live.origin is old:
+                self.follow_if_it_should(live)
                 live.origin, live.follows = None, False
         del old
         gc.collect()
@@ -408,6 +416,8 @@ class Machine(RuleBasedStateMachine):
         live, g = self.some(index), torch.Generator().manual_seed(seed)
         lent = {n: 0.3 * torch.randn(w.shape, generator=g) for n, w in live.twin.weights.items()}
         self.follow_if_it_should(live)
+        if self.copies_rest:
+            sparse24.refresh(live.model)  # a lent weight hides whether the own one was written
         with torch.no_grad():
             assert_close(torch.func.functional_call(live.net, lent, X), live.twin(X, lent))
 
@@ -434,7 +444,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "main"):
             return
         Machine.steps += 1
-        for live in (self.main, *self.copies):
+        for live in (self.main, *(() if self.copies_rest else self.copies)):
             self.sync(live)
             self.follow_if_it_should(live)
             live.model.train(self.forward_as != "eval")  # averages are evaluated in any of these

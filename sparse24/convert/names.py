@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers import SparseLayer, check_module
+from ..layers.copies import follow_now
 
 #: children by which wrappers hold the model: Lightning Fabric (the original before its strategy's), torch.compile
 WRAPPED = ("_original_module", "_forward_module", "_orig_mod")
@@ -48,7 +49,12 @@ def plain_name(name: str) -> str:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """The sparse layers of `model` by the names that they have without wrappers and adapters."""
+    """The sparse layers of `model` by the names that they have without wrappers and adapters.
+
+    Those of a copy that follows another model take its masks and phase first, for whoever asks reads them.
+    """
     found = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, SparseLayer)}
+    for layer in found.values():
+        follow_now(layer)
     plain = {plain_name(name): layer for name, layer in found.items()}
     return plain if len(plain) == len(found) else found

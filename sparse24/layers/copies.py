@@ -26,17 +26,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import Sparse24Warning
+from ..errors import Sparse24Error, Sparse24Warning
 from . import packing
 from .forward import has_substituted_weight
-from .state import DENSE, HOLDER, SPARSE, division_of, mask_of, state_of
+from .state import DENSE, HOLDER, MASK, SPARSE, division_of, mask_of, state_of
 from .tensor_parallel import whole_mask
 from .trained_copies import watch_optimizers
 
 #: the key of a layer's fingerprint in the metadata of a state_dict
 METADATA_KEY = "sparse24"
 
-#: what torch.compile says under fullgraph=True
+#: what torch.compile says under fullgraph=True, and torch.export
 WHY_UNCOMPILED = (
     "this sparse layer is a copy of another, whose masks and phase it may have to take, or has weights that were saved "
     "under other masks. Run it once eagerly or without fullgraph=True; sparse24.follow(copy, like=model, once=True) "
@@ -44,15 +44,35 @@ WHY_UNCOMPILED = (
 )
 
 
+@dataclass
+class Last:
+    """What a layer had when it went."""
+
+    phase: str
+    mask: Tensor
+    soft_scale: Tensor | None
+    moment: tuple[int, int]
+
+
 class Origin:
-    """The layer that another was copied from. Copies share it as it is; pickles, for other processes, forget it."""
+    """The layer that another was copied from. Copies share it as it is; pickles, for other processes, forget it.
+
+    last  once the layer is gone: what it had then, for copies that have not run since
+    """
 
     def __init__(self, layer=None):
-        self._layer = None if layer is None else weakref.ref(layer)
+        self._layer = self.last = None
+        if layer is not None:
+            this, state, buffers = weakref.ref(self), state_of(layer), layer._buffers
+            self._layer = weakref.ref(layer, lambda _: this() and this()._keep_last(state, buffers.get(MASK)))
 
     def __call__(self):
         layer = None if self._layer is None else self._layer()
         return layer if layer is not None and HOLDER in layer.__dict__ else None  # dense again: nobody to follow
+
+    def _keep_last(self, state, mask: Tensor | None) -> None:
+        if mask is not None:
+            self.last = Last(state.phase, mask, state.soft_scale, (state.generation, state.packs))
 
     def __deepcopy__(self, memo):
         return self
@@ -110,6 +130,21 @@ def look(layer, *, forward: bool = True) -> None:
         state_of(layer).watch = None
 
 
+def follow_now(layer) -> None:
+    """Before somebody reads a copy's masks or phase, to save or copy them: be what the next forward pass would be."""
+    watch = state_of(layer).watch
+    if watch is not None and watch.origin is not None:
+        _look_at_origin(layer, watch, forward=True)
+
+
+def refuse_unknown(layer) -> None:
+    """In an export, which cannot look: a copy that has not run since the layer that it may follow moved on."""
+    watch = state_of(layer).watch
+    origin = None if watch.origin is None else watch.origin()
+    if origin is not None and watch.is_average is not False and _moment(origin) != watch.seen:
+        raise Sparse24Error(WHY_UNCOMPILED)
+
+
 def note_written(layer) -> None:
     """Weights have been put into a layer: a copy then runs under the masks of the layer that it follows."""
     if _followed(layer) is not None:
@@ -146,7 +181,7 @@ def _followed(layer):
 
 def _shares_weight(layer, origin) -> bool:
     """Whether a copy is a shallow one (`copy.copy`): what trains the layer that it was copied from trains it too."""
-    return layer._parameters.get("weight") is origin._parameters.get("weight")
+    return origin is not None and layer._parameters.get("weight") is origin._parameters.get("weight")
 
 
 def _moment(origin) -> tuple[int, int]:
@@ -155,7 +190,8 @@ def _moment(origin) -> tuple[int, int]:
 
 def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     origin = watch.origin()
-    if origin is None:
+    last = watch.origin.last if origin is None else _last_of(origin)
+    if last is None:
         watch.origin = None
         return
     if has_substituted_weight(layer):
@@ -164,22 +200,27 @@ def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
     if written and forward and layer.weight.grad is not None and not _shares_weight(layer, origin):
         watch.origin = None  # trained by itself: a model of its own from here on. Averages have no gradients
         return
-    now = _moment(origin)
-    if now == watch.seen and not written:
-        return
-    searched = now[0] != watch.seen[0]
-    if not written and not watch.is_average and (searched or watch.is_average is None):
-        # Writes through `.data` show in no version: compare what is packed with the weight, once a mask search.
-        watch.is_average = not layer.is_packed()
-    watch.is_average = watch.is_average or written
-    watch.seen = now
-    if watch.is_average:
-        _take_state_of(layer, origin)
+    if last.moment != watch.seen or written:
+        searched = last.moment[0] != watch.seen[0]
+        if not written and not watch.is_average and (searched or watch.is_average is None):
+            # Writes through `.data` show in no version: compare what is packed with the weight, once a mask search.
+            watch.is_average = not layer.is_packed()
+        watch.is_average = watch.is_average or written
+        watch.seen = last.moment
+        if watch.is_average:
+            layer.take_state(last.phase, last.mask, last.soft_scale)
+    if origin is None:
+        watch.origin = None
+
+
+def _last_of(origin) -> Last:
+    state = state_of(origin)
+    return Last(state.phase, mask_of(origin), state.soft_scale, _moment(origin))
 
 
 def _take_state_of(layer, origin) -> None:
-    state = state_of(origin)
-    layer.take_state(state.phase, mask_of(origin), state.soft_scale)
+    last = _last_of(origin)
+    layer.take_state(last.phase, last.mask, last.soft_scale)
 
 
 # -- fingerprints -----------------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ class SparseLayer(WatchedWeight):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        copies.follow_now(self)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         is_part = division_of(self) is not None  # its fingerprint says nothing where weights are cut another way
         if not is_part and hasattr(destination, "_metadata") and (mine := self.fingerprint()) is not None:
@@ -342,6 +343,7 @@ class SparseLayer(WatchedWeight):
     def __getstate__(self):
         # Copies and pickles carry the mask; packed forms are rebuilt, since their layout may differ where they wake up.
         # The decay factor stays behind: no recipe would write to a copy's.
+        copies.follow_now(self)
         state = self.__dict__.copy()
         state["_buffers"] = {**state["_buffers"], **dict.fromkeys((*PACKED_BUFFERS, DECAY))}
         state[HOLDER] = state[HOLDER].for_copy(copies.origin_for_copies(self))

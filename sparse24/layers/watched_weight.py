@@ -42,6 +42,8 @@ class WatchedWeight:
         elif torch.compiler.is_dynamo_compiling():
             torch._dynamo.graph_break(msg=copies.WHY_UNCOMPILED)
             torch.compiler.disable(copies.look)(self)
+        else:
+            copies.refuse_unknown(self)
 
     def follows(self) -> bool:
         """Whether the layer is a copy of another, whose masks and phase it takes when its weights are written."""
