@@ -166,6 +166,16 @@ def test_many_files_are_split_by_whole_files_whatever_the_folder_is_called(tmp_p
     assert 3 <= len(a.valid) <= 9
 
 
+@pytest.mark.parametrize("small_bytes, whole", [(45, False), (55, True)])
+def test_whole_files_are_set_aside_where_they_are_at_least_half_of_what_is_wanted(tmp_path, small_bytes, whole):
+    (tmp_path / "large.txt").write_text("x" * (1000 - small_bytes))
+    (tmp_path / "small.txt").write_text("x" * small_bytes)
+    corpus = text.load_corpus((str(tmp_path),), (), 0.1, None)
+    assert [(span.path.name, span.end - span.start) for span in corpus.valid] == (
+        [("small.txt", small_bytes)] if whole else [("large.txt", 100)]
+    )
+
+
 def test_capped_text_ends_between_two_characters(tmp_path):
     path = tmp_path / "t"
     path.write_text("🙂" * 1000, encoding="utf-8")
@@ -179,6 +189,8 @@ def test_default_input_is_the_standard_library(small):
     corpus = text.load_corpus((), (), 0.05, 300_000)
     assert 300_000 <= corpus.train_bytes + corpus.valid_bytes < 1_200_000
     assert all(s.path.suffix == ".py" for s in corpus.train + corpus.valid)
+    folders = {part for source, _ in text.standard_library() for part in source.name.split("/")[:-1]}
+    assert "json" in folders and not folders & {"encodings", "test", "tests", "site-packages"}
 
 
 def test_a_folder_may_hold_binary_files_but_a_named_one_may_not(tmp_path):
