@@ -176,6 +176,16 @@ def test_whole_files_are_set_aside_where_they_are_at_least_half_of_what_is_wante
     )
 
 
+@pytest.mark.parametrize("fraction", [0.1, 0.1003])
+def test_a_tail_without_lines_begins_between_two_characters(tmp_path, fraction):
+    path = tmp_path / "t"
+    path.write_text("🙂" * 1000, encoding="utf-8")
+    corpus = text.load_corpus((str(path),), (), fraction, None)
+    for span in corpus.train + corpus.valid:
+        assert set("".join(text.read_chunks(span))) == {"🙂"}
+    assert corpus.valid_bytes == 400
+
+
 def test_capped_text_ends_between_two_characters(tmp_path):
     path = tmp_path / "t"
     path.write_text("🙂" * 1000, encoding="utf-8")
