@@ -72,10 +72,13 @@ def test_changed_text_or_tokenizer_makes_other_tokens(small, tmp_path):
 
 def test_damaged_cache_is_made_anew(small, tmp_path):
     settings = resolve(small(cache_dir=str(tmp_path / "cache")))
-    before = np.array(tokens.prepare(settings).train)
+    said: list[str] = []
+    before = np.array(tokens.prepare(settings, said.append).train)
+    assert said and not any("made anew" in line for line in said)
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / "train.bin").write_bytes(b"cut short")
-    assert np.array_equal(tokens.prepare(settings).train, before)
+    assert np.array_equal(tokens.prepare(settings, said.append).train, before)
+    assert any("not as they were written; they are made anew" in line for line in said)
 
 
 def test_interrupted_preparation_leaves_nothing_behind(small, tmp_path, monkeypatch):
