@@ -323,6 +323,14 @@ def test_other_tracers_are_told_of_export_and_densify_which_works(name, fuse):
     torch.testing.assert_close(TRACERS[name](model, x)(x), y)
 
 
+def test_a_training_of_an_exported_program_is_told_of_by_torch():
+    model, x = sparse_mlp(), torch.randn(4, 32)
+    program = torch.export.export(model, (x,)).module()
+    with pytest.warns(UserWarning, match="sparse24::.*: an autograd kernel was not registered"):
+        program(x).sum().backward()
+    assert all(weight.grad is None for name, weight in program.named_parameters() if name.endswith("weight"))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_dense_phase_can_be_traced():
     model, x = sparse_mlp(), torch.randn(4, 32)
