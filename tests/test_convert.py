@@ -1,6 +1,7 @@
 """sparsify, densify, refresh: what they change in a model, what they leave, and what is refused."""
 
 import pickle
+import pkgutil
 import re
 import subprocess
 import sys
@@ -108,19 +109,26 @@ def test_hooks_and_references_survive_conversion():
 
 
 @pytest.mark.fault(40)
-def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch):
-    """Out of memory in a packed copy changes nothing, and the next attempt works."""
+@pytest.mark.parametrize(
+    "place, error",
+    [
+        ("sparse24.ops.empty_packed", torch.OutOfMemoryError),
+        ("sparse24.layers.tensor_parallel.cut_of", KeyboardInterrupt),
+    ],
+)
+def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch, place, error):
+    """Out of memory in a packed copy, or Ctrl-C as a layer begins, changes nothing, and the next attempt works."""
     model, calls = MLP(), []
-    real = sparse24.ops.empty_packed
+    real = pkgutil.resolve_name(place)
 
     def failing(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise error
         return real(*args)
 
-    monkeypatch.setattr(sparse24.ops, "empty_packed", failing)
-    with pytest.raises(torch.OutOfMemoryError):
+    monkeypatch.setattr(place, failing)
+    with pytest.raises(error):
         sparse24.sparsify(model)
     assert type(model.fc1) is type(model.fc2) is nn.Linear and not list(model.buffers())
     assert model(torch.randn(2, 16)).shape == (2, 16)
@@ -277,8 +285,8 @@ def test_wrappers_that_pass_on_attributes_are_left_as_they_are():
 def test_refresh_finds_masks_anew_that_an_average_has_broken():
     model = MLP()
     sparse24.sparsify(model)
-    # Made of a copy that knows no origin: else the average would take the masks of the model that it follows.
-    averaged = torch.optim.swa_utils.AveragedModel(pickle.loads(pickle.dumps(model)), use_buffers=True)
+    # From a file it knows no origin: else it would take the masks of the model that it follows.
+    averaged = pickle.loads(pickle.dumps(torch.optim.swa_utils.AveragedModel(model, use_buffers=True)))
     for _ in range(3):
         with torch.no_grad():
             model.fc1.weight.copy_(torch.randn_like(model.fc1.weight))

@@ -191,8 +191,9 @@ class SparseLayer(WatchedWeight):
 
     def _drop_sparse(self) -> None:
         """Forget everything that `_init_sparse` added; the class is the caller's business."""
-        if state_of(self).shards is not None:
-            state_of(self).shards.switch(False)
+        state = self.__dict__.get(HOLDER)  # none yet where `_init_sparse` was interrupted
+        if state is not None and state.shards is not None:
+            state.shards.switch(False)
         drop_all(self)
 
     def as_kernel_sees(self, tensor: Tensor) -> Tensor:
