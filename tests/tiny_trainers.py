@@ -13,6 +13,8 @@ class Texts(torch.utils.data.Dataset):
         return 16
 
     def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)  # where a loop over it ends
         ids = tokens(1, 16, seed=index)[0]
         return {"input_ids": ids, "labels": ids}
 
