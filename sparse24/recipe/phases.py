@@ -79,8 +79,13 @@ def positive(name: str, value: int, least: int = 1) -> int:
     return int(value)
 
 
+def is_decay(value) -> bool:
+    """Whether it is a decay: a number from 0 to the largest of float32."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= FLOAT32_MAX
+
+
 def check_decay(decay: float) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay <= FLOAT32_MAX:
+    if not is_decay(decay):
         raise Sparse24Error(
             f"decay must be a finite number that float32 holds, 0 or more, got {decay!r}; 0 is plain straight-through"
         )

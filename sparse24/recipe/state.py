@@ -12,7 +12,7 @@ from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
 from . import noise
 from .decay import MaskedDecay
 from .methods import FrozenSecondMoment
-from .phases import check_decay
+from .phases import check_decay, is_decay
 from .search import MaskSearch
 from .steps import Steps
 
@@ -168,7 +168,8 @@ def check_state(
             f"the recipe state is corrupt: phase {state['phase']!r}, step {state['step']}, "
             f"last_search {state['last_search']}"
         )
-    check_decay(state["decay"])
+    if not is_decay(state["decay"]):
+        raise Sparse24Error(f"the recipe state is corrupt: decay {state['decay']}")
     _check_kinds(state["settings"], "settings", (int, float, str, bool))
     saved = OLDER_SETTINGS | state["settings"]
     differing = [
