@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     # What `make demo` trains: three arms in some five minutes on two CPU cores.
     "demo": dict(
-        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=500, lr=4e-3,
+        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=450, lr=4e-3,
         warmup=50, init_std=0.04, activation="relu2", decay=1e-3, mask_interval=10, dense_fraction=1 / 3,
         eval_interval=100, eval_tokens=32_768, save_interval=250,
     ),
