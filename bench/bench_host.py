@@ -72,8 +72,8 @@ class Stack:
             sparse24.sparsify(
                 self.model, backend="sparse", precision=None if case.precision == "bf16" else case.precision
             )
-            optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
-            self.recipe = sparse24.Recipe(self.model, optimizer, total_steps=10**6, dense_fraction=0)
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+            self.recipe = sparse24.Recipe(self.model, self.optimizer, total_steps=10**6, dense_fraction=0)
         self.forward = torch.compile(self.model) if compiled else self.model
         self.x = torch.randn(TOKENS, D_MODEL, **where).requires_grad_()
         self.dy = torch.randn(TOKENS, D_MODEL, **where)

@@ -36,7 +36,8 @@ def device(request) -> str:
 def gpu_with_8_bit_products(request):
     """Skips tests of 8-bit layers on GPUs that have 16-bit products alone, as with SPARSE24_ARCH=sm80."""
     parameters = getattr(request.node, "callspec", None)
-    eight_bits = "float8" in request.path.name or (parameters and parameters.params.get("precision"))
+    values = parameters.params.values() if parameters else ()
+    eight_bits = "float8" in request.path.name or any(isinstance(v, str) and "fp8" in v for v in values)
     if not (eight_bits and request.node.get_closest_marker("gpu")):
         return
     from sparse24 import is_available

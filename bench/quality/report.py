@@ -1,7 +1,7 @@
 """Results of the study as a page and pictures: bench/results/quality/*.json -> docs/results/quality.md, quality.png.
 
-Arms of bench/results/quality/fp8 were trained on another text. They are compared with one another alone: a table of
-their own, and fp8.png.
+Arms of bench/results/quality/fp8 are compared with the same arm in 16 bits, seed by seed: a table of their own, and
+fp8.png. Seeds 0 and 1 of them were trained on another text, so their twins in 16 bits lie beside them.
 
     python -m bench.quality.report [--time-ratio 1.54] [--fp8-ratio R] [--hybrid-ratio R] [--mvue-ratio R]
 
@@ -109,6 +109,15 @@ def precision_rows(groups: dict[str, list[dict]]) -> list[list[str]]:
     return table
 
 
+def with_twins(float8: dict[str, list[dict]], groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """8-bit arms and those they are compared with: what lies beside them, and the study's runs of other seeds."""
+    twins = {replace(parse(group), precision="").group for group in float8}
+    for twin in twins & groups.keys():
+        seeds = {run["seed"] for run in float8.get(twin, [])}
+        float8 = float8 | {twin: float8.get(twin, []) + [run for run in groups[twin] if run["seed"] not in seeds]}
+    return float8
+
+
 def study_table(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> str:
     header = ["arm", "validation loss", "spread", "seeds", "time of its FFNs", "against dense"]
     return markdown(header, rows(groups, ratios))
@@ -126,27 +135,47 @@ def smooth(curve: list, window: int = 5) -> tuple[list[float], list[float]]:
     return list(steps), [mean(part) for part in near]
 
 
+def at_best_rate(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The arms without those that another learning rate makes better: a rate too high says nothing of a method."""
+    best: dict[Arm, str] = {}
+    for group in sorted(groups, key=lambda name: loss(groups[name])):
+        best.setdefault(replace(parse(group), name="", lr=0.0), group)
+    return {group: runs for group, runs in groups.items() if group in best.values()}
+
+
 def draw(groups: dict[str, list[dict]], ratios: dict[str, float | None]) -> None:
+    """Training loss against steps and against time, and what is left at the end against what it took."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, facecolor="white")
-    colors = plt.get_cmap("tab20").colors
-    for i, (group, runs) in enumerate(groups.items()):
-        arm, (steps, losses) = parse(group), smooth(runs[0]["curve"])
-        line = dict(label=group, linewidth=1.2, color=colors[2 * i % 20 + i // 10 % 2])
-        axes[0].plot(steps, losses, **line)
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), facecolor="white")
+    colors = plt.get_cmap("tab10").colors
+    shown = {group: runs for group, runs in at_best_rate(groups).items() if ffn_time(parse(group), ratios) is not None}
+    for i, (group, runs) in enumerate(shown.items()):
+        arm, time = parse(group), ffn_time(parse(group), ratios)
+        look = dict(color=colors[i % len(colors)], label=group)
+        axes[2].plot(time, loss(runs), "o" if arm.sparse else "s", markersize=7, **look)
+        if not runs[0]["curve"]:
+            continue
+        steps, losses = smooth(runs[0]["curve"])
+        axes[0].plot(steps, losses, linewidth=1.2, **look)
+        sparse_until = (1 - arm.dense) * runs[0]["steps"] if arm.sparse else 0
         ratio = ratio_of(arm, ratios) if arm.sparse else 1.0
-        if ratio is not None:
-            sparse_until = (1 - arm.dense) * runs[0]["steps"] if arm.sparse else 0
-            spent = [arm.wide * (min(s, sparse_until) / ratio + max(0.0, s - sparse_until)) for s in steps]
-            axes[1].plot([time / runs[0]["steps"] for time in spent], losses, **line)
-    late = [loss for runs in groups.values() for loss in smooth(runs[0]["curve"])[1][len(runs[0]["curve"]) // 4 :]]
-    axes[0].set(xlabel="optimizer steps", ylabel="training loss", ylim=(min(late) - 0.02, max(late)))
-    axes[0].legend(fontsize=7)
-    axes[1].set(xlabel=f"time of the feed-forward layers, 2:4 at {ratios['']:g}x (dense = 1)")
+        spent = [arm.wide * (min(s, sparse_until) / ratio + max(0.0, s - sparse_until)) for s in steps]
+        axes[1].plot([time / runs[0]["steps"] for time in spent], losses, linewidth=1.2, **look)
+    dense = sorted((parse(group).wide, loss(runs)) for group, runs in shown.items() if not parse(group).sparse)
+    axes[2].plot(*zip(*dense, strict=True), color="black", linewidth=0.8, linestyle="--", label="dense, by width")
+    curves = [smooth(runs[0]["curve"])[1] for runs in shown.values() if runs[0]["curve"]]
+    late = [loss for losses in curves for loss in losses[len(losses) // 4 :]]
+    for panel in axes[:2]:
+        panel.set(ylim=(min(late) - 0.02, max(late)), ylabel="training loss")
+    time = f"time of the feed-forward layers, 2:4 at {ratios['']:g}x (dense = 1)"
+    axes[0].set(xlabel="optimizer steps")
+    axes[1].set(xlabel=time)
+    axes[2].set(xlabel=time, ylabel="validation loss at the end")
+    axes[2].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(PICTURE, dpi=120)
 
@@ -163,7 +192,7 @@ def draw_float8(groups: dict[str, list[dict]]) -> None:
     for group, runs in groups.items():
         if (base := in_16_bits(group, groups)) is None:
             continue
-        bases = {run["seed"]: run for run in groups[base]}
+        bases = {run["seed"]: run for run in groups[base] if run["curve"]}
         for run in (run for run in runs if run["seed"] in bases):
             (steps, ours), (_, theirs) = smooth(run["curve"]), smooth(bases[run["seed"]]["curve"])
             percent = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
@@ -193,7 +222,8 @@ def main() -> None:
     ratios = {
         "": args.time_ratio, "fp8": args.fp8_ratio, "fp8-hybrid": args.hybrid_ratio, "mvue": args.mvue_ratio
     }  # fmt: skip
-    groups, float8 = read(), read(FLOAT8)
+    groups = read()
+    float8 = with_twins(read(FLOAT8), groups)
     study, eight_bits = study_table(groups, ratios), float8_table(float8)
     PAGE.write_text(fill(fill(PAGE.read_text(), MARKS, study), FLOAT8_MARKS, eight_bits))
     draw(groups, ratios)
