@@ -17,7 +17,7 @@ from sparse24 import Recipe, Sparse24Warning
 from sparse24.convert import sparse_layers
 from sparse24.layers import unseen
 from sparse24.layers.state import state_of
-from sparse24.recipe.writes import EVERY
+from sparse24.layers.unseen import EVERY
 
 
 @pytest.fixture(autouse=True)
@@ -264,9 +264,29 @@ def test_an_evaluation_compares_two_layers_in_a_pass():
     layers = list(sparse_layers(model).values())
     lookout = state_of(layers[0]).lookout
     for _ in range(3):
-        seen = [[la for la in layers if lookout.has_turn(la)] for _ in range(len(layers) - 1)]
+        seen = [[la for la in layers if lookout.has_turn(la, False)] for _ in range(len(layers) - 1)]
     assert all(first is layers[0] and len(rest) == 1 for first, *rest in seen)
     assert {id(rest[0]) for _, *rest in seen} == set(map(id, layers[1:]))
+
+
+def test_a_training_without_a_recipe_seldom_waits_for_the_device(monkeypatch):
+    """Each comparison does: in the first two passes, and in every 16th."""
+    model = Deep()
+    sparse24.sparsify(model)
+    compared = []
+    monkeypatch.setattr(unseen, "first_rows_are_packed", lambda layer: compared.append(id(layer)) or True)
+    looks = []
+    for _ in range(6 * EVERY):
+        compared.clear()
+        model(X).sum().backward()
+        looks.append(tuple(compared))
+    layers = [id(layer) for layer in sparse_layers(model).values()]
+    begins, *rest = looks
+    when = [i for i, found in enumerate(rest, 1) if found]
+    assert begins == tuple(layers), "all of them in the pass that begins it"
+    assert when == [1, *range(EVERY - 1, 6 * EVERY, EVERY)]
+    assert all(found[0] == layers[0] and len(found) == 2 for found in rest if found)
+    assert {found[1] for found in rest if found} == set(layers[1:])
 
 
 @pytest.mark.fault(83)

@@ -6,7 +6,9 @@ cost as much as packing it. So a layer compares the first rows with their packed
 - When an evaluation (passes without gradients) or a training begins: in the first pass of either kind after the other,
   after `model.eval()` or `train()`, and after a packing that is not a step's. Who swaps weights evaluates them, and
   trains on after swapping back.
-- In each pass of an evaluation, or of a training without a recipe: the first layer of the model and one other, in turn.
+- In each pass of an evaluation: the first layer of the model and one other, in turn. In a training without a recipe,
+  where nobody says when a step is over, the same in the first two passes and in every 16th: each comparison keeps the
+  host from running ahead of the device.
 - In a training under a recipe, in each pass of the steps that the recipe asks for: all layers in the first two steps,
   one layer in every 16th. Who writes between passes does so in every step. Once that has been found, all layers compare
   in each pass.
@@ -27,6 +29,7 @@ from .owners import weights_moved
 from .state import PACKED, SOFT, SPARSE, mask_of, state_of
 
 ROWS, ROWS_FLOAT8 = 4, 64
+EVERY = 16  # passes or steps of a training
 
 
 class Lookout:
@@ -41,22 +44,28 @@ class Lookout:
         self.wary = self.recomputes = False
         self.alarm()
         self._first = None
-        self._calls = self._turn = 0  # of layers in this pass; which of them looks, beside the first
+        self._size = self._calls = 0  # layers of the pass before, and of this one so far
+        self._turn = 0  # which of them looks, beside the first
 
     def alarm(self) -> None:
-        """A write was found: each layer looks once more."""
+        """A write was found: each layer looks once more, and in the two passes that follow some do."""
         self.evaluation, self.training = object(), object()
+        self._passes = 0
 
-    def has_turn(self, layer) -> bool:
+    def has_turn(self, layer, trains: bool) -> bool:
         """Whether `layer` looks in this pass: the first to ask, whose calls begin the passes, and one other."""
         first = None if self._first is None else self._first()
         if first is None:
             self._first, first = weakref.ref(layer), layer
         if first is layer:
-            self._turn = self._turn + 1 if self._turn + 1 < self._calls else 1
-            self._calls = 1
-            return True
+            self._passes += 1
+            self._size, self._calls = self._calls, 0
         self._calls += 1
+        if trains and self._passes > 2 and self._passes % EVERY:
+            return False
+        if first is layer:
+            self._turn = self._turn + 1 if self._turn + 1 < self._size else 1
+            return True
         return self._calls == self._turn + 1
 
     def __deepcopy__(self, memo):
@@ -123,7 +132,7 @@ def look(layer, weight) -> None:
     is_stepped = trains and (state.has_owner or not weight.requires_grad)  # written by the recipe's step, or never
     moment = lookout.training if trains else lookout.evaluation
     looked = state.looked is moment
-    is_asked = state.keeps_looking if is_stepped else lookout.has_turn(layer)
+    is_asked = state.keeps_looking if is_stepped else lookout.has_turn(layer, trains)
     if looked and not is_asked:
         return
     state.looked = None if lookout.wary and is_stepped else moment

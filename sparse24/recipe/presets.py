@@ -2,7 +2,7 @@
 
 Loss is that of a GPT of 10.6 M parameters besides its embeddings, squared ReLU, after 160 M tokens of fresh text, 32k
 tokens a step, real kernels, against the dense one with the same seed (docs/results/quality.md); "time" that of its
-feed-forward layers, were they of a real size and 2:4 at 1.54x. A run of another size or length will differ; the order of
+feed-forward layers, were they of a real size and 2:4 at 1.54x. Another size or length will differ; the order of
 the settings should not.
 
 paper       arXiv 2404.01847: masked decay in gradients, masks searched every 40 steps, dense for the last sixth. +0.6 %

@@ -23,10 +23,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..errors import Sparse24Warning
 from ..layers.modules import SPARSE, SparseLayer
 from ..layers.state import state_of
-from ..layers.unseen import look_until_packed, ran_compiled, seems_packed
+from ..layers.unseen import EVERY, look_until_packed, ran_compiled, seems_packed
 from .steps import Steps
-
-EVERY = 16  # steps: a comparison waits for the device, and looking at all layers costs the host 3 us each
 
 
 class WriteWatch:
