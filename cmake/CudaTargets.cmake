@@ -44,6 +44,9 @@ set(for_kernels $<$<COMPILE_LANGUAGE:CUDA>:${kernel_gencode}>)
 
 # The same rounding as on the CPU, so no a*b + c in one step.
 set(no_contraction $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false>)
+# Code for several GPUs is compiled side by side: the largest file would else end long after the rest.
+list(LENGTH cuda_archs arch_count)
+set(side_by_side $<$<COMPILE_LANGUAGE:CUDA>:--threads=${arch_count}>)
 # Kernels around the GEMM.
 file(GLOB kernel_sources CONFIGURE_DEPENDS
   csrc/mask/*.cu csrc/pack/*.cu csrc/activation/*.cu csrc/fused/*.cu)
@@ -66,7 +69,7 @@ target_compile_definitions(sparse24_host PRIVATE SPARSE24_CUDA_ARCHS="${archs_te
 if(kernel_sources)
   add_library(sparse24_kernels OBJECT ${kernel_sources})
   target_link_libraries(sparse24_kernels PRIVATE sparse24_cuda_options)
-  target_compile_options(sparse24_kernels PRIVATE ${no_contraction} "${for_kernels}")
+  target_compile_options(sparse24_kernels PRIVATE ${no_contraction} "${for_kernels}" ${side_by_side})
   target_compile_definitions(sparse24_kernels PRIVATE ${what_is_built})
   set_target_properties(sparse24_kernels PROPERTIES CUDA_COMPILER_LAUNCHER ${strict_nvcc})
   list(APPEND objects $<TARGET_OBJECTS:sparse24_kernels>)
