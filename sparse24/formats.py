@@ -142,12 +142,14 @@ def packed_dtype(dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
 
 def metadata_bytes(m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Bytes of E for a sparse operand of m rows and k dense columns: padded to blocks, one bit an element."""
-    return round_up(m, META_BLOCK) * round_up(k, FORMATS[dtype].meta_tile_k) // 8
+    tile_k = FORMATS[dtype].meta_tile_k
+    return (m + META_BLOCK - 1) // META_BLOCK * ((k + tile_k - 1) // tile_k) * (META_BLOCK * tile_k // 8)
 
 
 def padded_tokens(tokens: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Rows of a gradient after padding for MVUE: whole bytes of metadata, and whole steps of the format."""
-    return round_up(tokens, FORMATS[dtype].token_step)
+    step = FORMATS[dtype].token_step
+    return (tokens + step - 1) // step * step
 
 
 def is_row_major(t: Tensor) -> bool:
@@ -160,11 +162,15 @@ def is_column_major(t: Tensor) -> bool:
 
 def as_major(t: Tensor) -> Tensor:
     """`t` itself where it is row- or column-major, else a row-major copy (sliced, expanded, overlapping views)."""
+    if t.dim() == 2 and t.is_contiguous() and t.shape[0] > 1:
+        return t  # as most are
     return t if is_row_major(t) or is_column_major(t) else t.contiguous()
 
 
 def as_rows(t: Tensor) -> Tensor:
     """[..., n] as a row-major [-1, n] that GEMMs can read: unit column stride, 16-byte aligned rows where possible."""
+    if t.dim() == 2 and t.is_contiguous() and t.shape[0] != 1:
+        return t  # as most are
     rows = t if t.dim() == 2 else t.unsqueeze(0) if t.dim() < 2 else t.flatten(0, -2)  # also where the last is 0
     if rows.shape[0] == 1 and rows.stride(0) != rows.shape[1]:  # a single row may have any stride to the next
         rows = rows.as_strided(rows.shape, (rows.shape[1], rows.stride(1)))

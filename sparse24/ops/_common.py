@@ -122,8 +122,13 @@ def check_same_device(first: Tensor, first_name: str, **others: Tensor | None) -
 
 def check_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int, int], m: int, k: int) -> None:
     """Values and metadata of a sparse operand against the extents that its use declares."""
-    # Every product pays for this check, so what is right takes the short way.
-    fits = (
+    if not is_packed_operand(packed, E, shape, m, k):
+        _explain_packed_operand(packed, E, name, shape, m, k)
+
+
+def is_packed_operand(packed: Tensor, E: Tensor, shape: tuple[int, int], m: int, k: int) -> bool:
+    """Whether an operand keeps all of the rules. Every product asks, so this is the short way for what is right."""
+    return (
         packed.shape == shape
         and packed.dtype in WEIGHT_DTYPES
         and packed.is_contiguous()
@@ -132,8 +137,6 @@ def check_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int,
         and E.is_contiguous()
         and E.device == packed.device
     )
-    if not fits:
-        _explain_packed_operand(packed, E, name, shape, m, k)
 
 
 def _explain_packed_operand(packed: Tensor, E: Tensor, name: str, shape: tuple[int, int], m: int, k: int) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..formats import as_major
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, pointer, where
+from ..formats import WEIGHT_DTYPES, as_major
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
 from .arguments import names_wrong_types
 from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel, mvue_fields
 
@@ -24,7 +22,8 @@ def check_input(gate_up: Tensor, kind: str, gated: bool) -> int:
         raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if gate_up.dim() == 0:
         raise Sparse24Error("the activation's input must have at least one dimension, got a scalar")
-    check_weight_dtype(gate_up, "gate_up" if gated else "x")
+    if gate_up.dtype not in WEIGHT_DTYPES:
+        check_weight_dtype(gate_up, "gate_up" if gated else "x")
     width = gate_up.shape[-1]
     if gated and width % 2:
         raise Sparse24Error(
@@ -105,12 +104,13 @@ def column_major_copy(t: Tensor) -> Tensor:
 
 def check_backward(dh: Tensor, gate_up: Tensor, kind: str, gated: bool) -> int:
     width = check_input(gate_up, kind, gated)
-    if tuple(dh.shape) != (*gate_up.shape[:-1], width) or dh.dtype != gate_up.dtype:
+    if dh.shape != (*gate_up.shape[:-1], width) or dh.dtype != gate_up.dtype:
         raise Sparse24Error(
             f"dh must have shape {(*gate_up.shape[:-1], width)} and dtype {gate_up.dtype}, got {tuple(dh.shape)} and "
             f"{dh.dtype}"
         )
-    check_same_device(gate_up, "gate_up", dh=dh)
+    if dh.device != gate_up.device:
+        check_same_device(gate_up, "gate_up", dh=dh)
     return width
 
 
@@ -123,32 +123,18 @@ def _backward(
     dh: Tensor, gate_up: Tensor, kind: str, gated: bool, recompute_h: bool, column_major: bool = False
 ) -> tuple[Tensor, Tensor]:
     d_gate_up, h = _empty_backward(gate_up, check_backward(dh, gate_up, kind, gated), recompute_h, column_major)
-    if where(gate_up)[0] is None:
+    library, *place = where(gate_up)
+    if library is None:
         result, result_h = reference.gated_activation_backward(dh, gate_up, kind, gated)
         return d_gate_up.copy_(result), h.copy_(result_h) if recompute_h else h
     if d_gate_up.numel() == 0:
         return d_gate_up, h
-    _run_backward(kind, gated, dh, gate_up, _Results(d_gate_up, h if recompute_h else None))
-    return d_gate_up, h
-
-
-class _Results(NamedTuple):
-    """What a backward kernel writes; `h`, and what follows it, where they are wanted. mvue: (seed, packed, E)."""
-
-    d_gate_up: Tensor
-    h: Tensor | None = None
-    mvue: tuple[Tensor, Tensor, Tensor] | None = None
-    tile_sums: Tensor | None = None
-
-
-def _run_backward(kind: str, gated: bool, dh: Tensor, gate_up: Tensor, results: _Results) -> None:
-    library, *place = where(gate_up)
     dh, gate_up = _as_matrix(dh), _as_matrix(gate_up)
-    d_gate_up = results.d_gate_up.reshape(gate_up.shape)  # views: leading dimensions of results are dense
-    h = None if results.h is None else matrix(results.h.reshape(dh.shape))
-    mvue = None if results.mvue is None else mvue_fields(*results.mvue)
-    operands = (matrix(dh), matrix(gate_up), matrix(d_gate_up))
-    library.activation_backward(KINDS[kind], gated, *operands, h, None, mvue, pointer(results.tile_sums), *place)
+    # Views: leading dimensions of results are dense.
+    operands = matrix(dh), matrix(gate_up), matrix(d_gate_up.reshape(gate_up.shape))
+    rows_h = matrix(h.reshape(dh.shape)) if recompute_h else None
+    library.activation_backward(KINDS[kind], gated, *operands, rows_h, None, None, 0, *place)
+    return d_gate_up, h
 
 
 def _backward_fake(
@@ -201,7 +187,7 @@ def _check_backward_mvue(dh: Tensor, gate_up: Tensor, kind: str, gated: bool, se
 
 def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
     width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
-    library = where(gate_up)[0]
+    library, *place = where(gate_up)
     if library is None or not has_kernel(gate_up):
         if library is None:
             d_gate_up, h = reference.gated_activation_backward(dh, gate_up, kind, gated)
@@ -215,8 +201,11 @@ def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tu
     h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
     tile_sums = empty_tile_sums(gate_up) if bias_grad else None
     if d_gate_up.numel():
-        results = _Results(d_gate_up, h if recompute_h else None, (seed, packed, E), tile_sums)
-        _run_backward(kind, gated, dh, gate_up, results)
+        dh, gate_up = as_major(dh), as_major(gate_up)
+        operands = matrix(dh), matrix(gate_up), matrix(d_gate_up)
+        rows_h, sums_pointer = matrix(h) if recompute_h else None, tile_sums.data_ptr() if bias_grad else 0
+        mvue = mvue_fields(seed, packed, E)
+        library.activation_backward(KINDS[kind], gated, *operands, rows_h, None, mvue, sums_pointer, *place)
     # Without tokens there are no tiles, and their sum is zero.
     return d_gate_up, packed, E, h, gate_up.new_empty(0) if tile_sums is None else tile_sums.sum(0)
 

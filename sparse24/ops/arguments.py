@@ -25,14 +25,15 @@ def names_wrong_types(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def checked(*args, **kwargs):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # `try` would keep it from splitting a graph inside
             return function(*args, **kwargs)
         try:
             return function(*args, **kwargs)
         except Sparse24Error:
             raise
         except _WRONG_TYPE as error:
-            _name_wrong_type(function, args, kwargs, error)
+            if not torch.compiler.is_compiling():
+                _name_wrong_type(function, args, kwargs, error)
             raise
 
     return checked

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import DTYPE_CODE, HALF_DTYPES, as_major, metadata_bytes, padded_tokens
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, pointer, where
+from ..formats import DTYPE_CODE, HALF_DTYPES, WEIGHT_DTYPES, as_major, metadata_bytes, padded_tokens
+from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op, matrix, where
 from .arguments import names_wrong_types
 
 #: tokens that one row of `tile_sums` adds up
@@ -16,23 +16,25 @@ TILE_TOKENS = 64
 
 
 def check_seed(seed: Tensor, like: Tensor) -> None:
-    if seed.dtype != torch.int64 or tuple(seed.shape) != (2,) or not seed.is_contiguous():
+    if seed.dtype != torch.int64 or seed.shape != (2,) or not seed.is_contiguous():
         raise Sparse24DtypeError(
             f"seed must be an int64 tensor of two numbers, got {seed.dtype} of shape {tuple(seed.shape)}; "
             "ops.draw_seed makes one"
         )
-    check_same_device(like, "dy", seed=seed)
+    if seed.device != like.device:
+        check_same_device(like, "dy", seed=seed)
 
 
 def has_kernel(dy: Tensor) -> bool:
     """fp32 gradients have no GPU kernel: the weight gradient's operand is 16-bit there. The reference takes them."""
-    return dy.device.type == "cpu" or dy.dtype in HALF_DTYPES
+    return dy.dtype in HALF_DTYPES or dy.device.type == "cpu"
 
 
 def _check_mvue(dy: Tensor, seed: Tensor) -> None:
     if dy.dim() != 2:
         raise Sparse24Error(f"dy must be 2-D, (tokens, features), got shape {tuple(dy.shape)}; flatten it first")
-    check_weight_dtype(dy, "dy")
+    if dy.dtype not in WEIGHT_DTYPES:
+        check_weight_dtype(dy, "dy")
     check_seed(seed, dy)
 
 
@@ -51,17 +53,22 @@ def empty_tile_sums(dy: Tensor) -> Tensor:
 
 def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = None) -> tuple[int, ...]:
     """The packed form of a gradient, as the binding takes it."""
-    return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), pointer(scale)
+    scale_pointer = 0 if scale is None else scale.data_ptr()
+    return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), scale_pointer
 
 
-def _mvue_compress(dy: Tensor, seed: Tensor, tile_sums: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
     if library is None or not has_kernel(dy):
         return reference.mvue_compress(dy, seed)
+    return _pack(dy, seed, 0, library, place)
+
+
+def _pack(dy: Tensor, seed: Tensor, sums_pointer: int, library, place) -> tuple[Tensor, Tensor]:
     dy = as_major(dy)
     packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
-    library.mvue_pack(matrix(dy), mvue_fields(seed, packed, E), None, pointer(tile_sums), *place)
+    library.mvue_pack(matrix(dy), mvue_fields(seed, packed, E), None, sums_pointer, *place)
     return packed, E
 
 
@@ -75,17 +82,15 @@ _op_mvue_compress = define_op(
 )
 
 
-def sums_while_packing(dy: Tensor) -> bool:
-    """Whether packing dy can add up its columns on the way: where our library packs it."""
-    return dy.numel() > 0 and has_kernel(dy) and where(dy)[0] is not None and dy.dtype in DTYPE_CODE
-
-
 def _mvue_compress_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_mvue(dy, seed)
-    if not sums_while_packing(dy):
+    library, *place = where(dy)
+    if library is None or not has_kernel(dy) or dy.numel() == 0:
         return *_mvue_compress(dy, seed), reference.bias_gradient(dy)
+    # Columns are added up on the way.
     tile_sums = empty_tile_sums(dy)
-    return *_mvue_compress(dy, seed, tile_sums), tile_sums.sum(0)
+    packed, E = _pack(dy, seed, tile_sums.data_ptr(), library, place)
+    return packed, E, tile_sums.sum(0)
 
 
 def _mvue_compress_and_sum_fake(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,7 +41,12 @@ _NO_POINTER = 0
 
 def problem_of(pass_code: int, mnk: tuple[int, int, int], operand: Tensor, out: Tensor) -> GemmProblem:
     """The problem of a product whose dense operand and result are these; code -1 for dtypes of the reference."""
-    return GemmProblem(pass_code, *mnk, DTYPE_CODE.get(operand.dtype, -1), DTYPE_CODE.get(out.dtype, -1))
+    return _problem(pass_code, mnk, operand.dtype, out.dtype)
+
+
+@lru_cache(maxsize=4096)  # also of the next ones: a training has few shapes, and each call asks
+def _problem(pass_code: int, mnk: tuple[int, int, int], dtype: torch.dtype, out_dtype: torch.dtype) -> GemmProblem:
+    return GemmProblem(pass_code, *mnk, DTYPE_CODE.get(dtype, -1), DTYPE_CODE.get(out_dtype, -1))
 
 
 @cache
@@ -52,6 +57,7 @@ def unsupported(problem: GemmProblem, rhs_ld: int, out_ld: int, index: int) -> s
     return _library.binding().sparse_gemm_unsupported(problem, rhs_ld, out_ld, _library.CUDA, index)
 
 
+@lru_cache(maxsize=4096)
 def _whatever_tokens(problem: GemmProblem) -> GemmProblem:
     """The problem with a constant for its token count, which keeps the cache of answers small."""
     pass_code, m, n, k, *dtypes = problem

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...errors import Sparse24Error
 from ...formats import FORWARD, GRAD_INPUT, SparseOperand, as_rows, metadata_bytes
-from .._common import call_without_grad, check_packed_operand, check_same_device, define_op
+from .._common import call_without_grad, check_packed_operand, check_same_device, define_op, is_packed_operand
 from ..arguments import names_wrong_types
 from . import launch
 from .dense import check_values_fit, dense, matmul, output_dtype
@@ -34,6 +34,21 @@ def check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, t
     if x.dim() == 0:
         raise Sparse24Error("x must have at least one dimension, got a scalar")
     in_features = x.shape[-1]
+    if in_features % 2 or not is_packed_operand(packed, E, (out_features, in_features // 2), out_features, in_features):
+        _explain_sparse_mm(x, packed, E, out_features)
+    if packed.dtype != x.dtype or packed.device != x.device:
+        check_values_fit(packed, "packed", x, "x")
+    if bias is not None and (bias.shape != (out_features,) or bias.dtype != x.dtype or bias.device != x.device):
+        check_same_device(x, "x", bias=bias)
+        raise Sparse24Error(
+            f"bias must have shape ({out_features},) and x's dtype {x.dtype}, got {tuple(bias.shape)} and {bias.dtype}"
+        )
+    return in_features, x.dtype if out_dtype is None else output_dtype(x, out_dtype)
+
+
+def _explain_sparse_mm(x: Tensor, packed: Tensor, E: Tensor, out_features: int) -> None:
+    """Raise for the first rule that packed and E break."""
+    in_features = x.shape[-1]
     packed_features = 2 * packed.shape[-1] if packed.dim() == 2 else in_features
     if in_features != packed_features and E.numel() == metadata_bytes(out_features, packed_features):
         raise Sparse24Error(
@@ -41,14 +56,6 @@ def check_sparse_mm(x, packed, E, out_features, bias, out_dtype) -> tuple[int, t
             f"got shape {tuple(x.shape)}"
         )
     check_packed_operand(packed, E, "packed", (out_features, in_features // 2), out_features, in_features)
-    check_values_fit(packed, "packed", x, "x")
-    if bias is not None:
-        check_same_device(x, "x", bias=bias)
-    if bias is not None and (tuple(bias.shape) != (out_features,) or bias.dtype != x.dtype):
-        raise Sparse24Error(
-            f"bias must have shape ({out_features},) and x's dtype {x.dtype}, got {tuple(bias.shape)} and {bias.dtype}"
-        )
-    return in_features, output_dtype(x, out_dtype)
 
 
 def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
@@ -115,8 +122,9 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
         raise Sparse24Error("dy must have at least one dimension, got a scalar")
     out_features = dy.shape[-1]
     check_packed_operand(packed_t, E_t, "packed_t", (out_features // 2, in_features), in_features, out_features)
-    check_values_fit(packed_t, "packed_t", dy, "dy")
-    return out_features, output_dtype(dy, out_dtype, "dy")
+    if packed_t.dtype != dy.dtype or packed_t.device != dy.device:
+        check_values_fit(packed_t, "packed_t", dy, "dy")
+    return out_features, dy.dtype if out_dtype is None else output_dtype(dy, out_dtype, "dy")
 
 
 def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):

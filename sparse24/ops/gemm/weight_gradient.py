@@ -30,12 +30,6 @@ class _Pruning(NamedTuple):
     other: str
     other_features: str
 
-    def shape(self, features: int, other: Tensor) -> tuple[int, int]:
-        """(out_features, in_features) of the gradient; `features` of the pruned operand."""
-        if self.pass_code == GRAD_WEIGHT:
-            return features, other.shape[1]
-        return other.shape[1], features
-
 
 _OUTPUT = _Pruning(GRAD_WEIGHT, "packed_dy", "x", "in_features")
 _INPUT = _Pruning(GRAD_WEIGHT_OF_INPUT, "packed_x", "dy", "out_features")
@@ -66,19 +60,21 @@ def _check_out(pruning: _Pruning, other: Tensor, shape: tuple[int, int], out: Te
         )
 
 
-def _check_memory(pruning: _Pruning, operands: tuple[Tensor, Tensor, Tensor], out: Tensor, decay: DecayTerm) -> None:
+def _check_memory(
+    pruning: _Pruning, operands: tuple[Tensor, Tensor, Tensor], out: Tensor, decay: DecayTerm | None
+) -> None:
     read = list(zip((pruning.packed, f"E of {pruning.packed}", pruning.other), operands, strict=True))
-    read += [("decay's weight", w) for w in decay.weights] + [("decay's mask", mask) for mask in decay.masks]
+    if decay is not None:
+        read += [("decay's weight", w) for w in decay.weights] + [("decay's mask", mask) for mask in decay.masks]
     check_no_shared_memory([("out", out)], read)
 
 
 def _compute_into(
-    pruning: _Pruning, operand: SparseOperand, other: Tensor, out: Tensor, accumulate: bool, decay: DecayTerm
+    pruning: _Pruning, operand: SparseOperand, other: Tensor, out: Tensor, accumulate: bool, decay: DecayTerm | None
 ) -> None:
     tokens, output_pruned = other.shape[0], pruning is _OUTPUT
     if out.numel() == 0:
         return
-    term = decay if decay.weights else None
     if tokens == 0:
         if not accumulate:
             out.zero_()
@@ -86,7 +82,7 @@ def _compute_into(
         rows = as_rows(other)
         m, n = out.shape if output_pruned else out.shape[::-1]
         problem = launch.problem_of(pruning.pass_code, (m, n, tokens), rows, out)
-        if launch.run(problem, operand, rows, out, accumulate=accumulate, decay=term):
+        if launch.run(problem, operand, rows, out, accumulate=accumulate, decay=decay):
             return
         values = dense(operand, m, padded_tokens(tokens), other.dtype)[:tokens]
         left, right = (values, rows) if output_pruned else (rows, values)
@@ -94,38 +90,46 @@ def _compute_into(
             out.add_(matmul(left.T, right, torch.float32 if other.dtype in HALF_DTYPES else other.dtype))
         else:
             out.copy_(matmul(left.T, right, out.dtype))
-    if term is not None:
-        decay_after(out, term)
+    if decay is not None:
+        decay_after(out, decay)
+
+
+def _term(factor: Tensor | None, weights: list[Tensor], masks: list[Tensor]) -> DecayTerm | None:
+    return None if factor is None and not weights and not masks else DecayTerm(factor, weights, masks)
 
 
 def _define(pruning: _Pruning, name: str, schema: str) -> tuple:
     """The op that makes a new tensor and the one that writes to `out`; `schema` of the operands they share."""
     term = "Tensor? decay_factor, Tensor[] decay_weights, Tensor[] decay_masks"
 
-    def check(packed, E, other, features, *decay) -> tuple[int, int]:
+    def check(packed, E, other, features, decay) -> tuple[int, int]:
         _check_operands(pruning, packed, E, other, features)
-        shape = pruning.shape(features, other)
-        check_decay_term(other, shape, DecayTerm(*decay))
+        shape = (features, other.shape[1]) if pruning is _OUTPUT else (other.shape[1], features)
+        if decay is not None:
+            check_decay_term(other, shape, decay)
         return shape
 
-    def fake(packed, E, other, features, out_dtype, *decay):
-        shape = check(packed, E, other, features, *decay)
+    def empty(packed, E, other, features, out_dtype, decay):
+        shape = check(packed, E, other, features, decay)
         return other.new_empty(shape, dtype=output_dtype(other, out_dtype, pruning.other))
 
+    def fake(packed, E, other, features, out_dtype, *decay):
+        return empty(packed, E, other, features, out_dtype, _term(*decay))
+
     def new(packed, E, other, features, out_dtype, *decay):
-        dw = fake(packed, E, other, features, out_dtype, *decay)
-        operand = SparseOperand(packed, E, k_major=False)
-        _compute_into(pruning, operand, other, dw, False, DecayTerm(*decay))
+        term = _term(*decay)
+        dw = empty(packed, E, other, features, out_dtype, term)
+        _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, dw, False, term)
         return dw
 
     def fake_(packed, E, other, features, out, accumulate, *decay):
-        _check_out(pruning, other, check(packed, E, other, features, *decay), out)
+        _check_out(pruning, other, check(packed, E, other, features, _term(*decay)), out)
 
     def into_(packed, E, other, features, out, accumulate, *decay):
-        fake_(packed, E, other, features, out, accumulate, *decay)
-        _check_memory(pruning, (packed, E, other), out, DecayTerm(*decay))
-        operand = SparseOperand(packed, E, k_major=False)
-        _compute_into(pruning, operand, other, out, accumulate, DecayTerm(*decay))
+        term = _term(*decay)
+        _check_out(pruning, other, check(packed, E, other, features, term), out)
+        _check_memory(pruning, (packed, E, other), out, term)
+        _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, out, accumulate, term)
 
     return (
         define_op(name, f"({schema}, ScalarType? out_dtype, {term}) -> Tensor", new, fake),
