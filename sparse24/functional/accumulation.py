@@ -13,12 +13,12 @@ from torch import Tensor
 
 def leaf_of(weight: Tensor) -> Tensor | None:
     """The parameter itself, for an autograd function to remember; None while a compiler is tracing it."""
-    return None if torch.compiler.is_compiling() or not weight.is_leaf else weight
+    return weight if weight.is_leaf and not torch.compiler.is_compiling() else None
 
 
 def target(leaf: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`leaf.grad`, if a product with operands of `dtype` may add to it in this backward pass; None if not."""
-    if leaf is None or torch.compiler.is_compiling() or (grad := leaf.grad) is None:
+    if leaf is None or (grad := leaf.grad) is None or torch.compiler.is_compiling():
         return None  # the first gradient becomes .grad as it is, without a copy
     fits = grad.dtype in (dtype, torch.float32) and grad.is_contiguous() and type(grad) is Tensor
     return grad if fits and not grad.requires_grad and _nobody_watches(leaf) else None

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..errors import Sparse24DtypeError, Sparse24Error
@@ -36,6 +35,7 @@ from .operands import (
     kept_weights,
     load_for_backward,
     noise_of,
+    once_differentiable,
     pruned_operand,
     save_for_backward,
     transposed_form,
@@ -75,6 +75,19 @@ class _Kept(NamedTuple):
     decay: Tensor | None
 
 
+class _Origin(NamedTuple):
+    """What backward knows of a weight for its gradient: the parameter itself, see `leaf_of`, and how it lies."""
+
+    dtype: torch.dtype
+    rows: int
+    leaf: Tensor | None
+    columns: bool
+
+
+def _origin_of(weight: Tensor) -> _Origin:
+    return _Origin(weight.dtype, weight.shape[0], accumulation.leaf_of(weight), is_column_major(weight))
+
+
 def _needed_inputs(ctx, x: Tensor, h: Tensor, plan: _Plan) -> tuple[KeptInput, KeptInput]:
     """What backward keeps of x and of h. Lean layers make h again, in the pass that reads gate_up anyway."""
     _, _, _, needs_down = ctx.needs_input_grad[:4]
@@ -112,11 +125,8 @@ class _FeedForward(torch.autograd.Function):
         )  # fmt: skip
         ctx.kind, ctx.gated, ctx.operands, ctx.rank = kind, gated, noise.operands, noise.rank
         ctx.d_model, ctx.d_ff, ctx.packed_dtype = x.shape[-1], h.shape[-1], down.packed.dtype
-        ctx.up_rows = [w.shape[0] for w in up_weights]
-        ctx.dtypes = [weight.dtype for weight in (down_weight, *up_weights)]
-        ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
-        ctx.leaves = [accumulation.leaf_of(weight) for weight in (down_weight, *up_weights)]
-        ctx.columns = [is_column_major(weight) for weight in (down_weight, *up_weights)]
+        ctx.bias_dtypes = None if bias_up is None else bias_up.dtype, None if bias_down is None else bias_down.dtype
+        ctx.down, *ctx.ups = [_origin_of(weight) for weight in (down_weight, *up_weights)]
         return y
 
     @staticmethod
@@ -126,7 +136,7 @@ class _FeedForward(torch.autograd.Function):
         kept = _Kept(*tensors)
         need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
         need_up = any(ctx.needs_input_grad[6:])
-        leading, dy = dy.shape[:-1], as_rows(dy)
+        shape, dy = dy.shape, as_rows(dy)
         seed_down, seed_up = _seeds(ctx, kept.seed, dy) if need_down or need_up else (None, None)
 
         dh = ops.sparse_mm_grad_input(dy, *transposed_form(down, ctx.packed_dtype), ctx.d_ff)  # dh = dy (M.W_down)
@@ -143,10 +153,11 @@ class _FeedForward(torch.autograd.Function):
             )
         elif need_bias_down:
             db_down = bias_gradient(dy, bias_dtype)
-        d_ups = _up_gradients(ctx, made, kept, up) if need_up else [None] * len(ctx.up_rows)
+        d_ups = _up_gradients(ctx, made, kept, up) if need_up else [None] * len(ctx.ups)
         if need_x:  # dx = d_gate_up (M.W_up)
             dx = ops.sparse_mm_grad_input(made.d_gate_up, *transposed_form(up, ctx.packed_dtype), ctx.d_model)
-            dx = dx.view(*leading, ctx.d_model)
+            if len(shape) != 2:
+                dx = dx.view(*shape[:-1], ctx.d_model)
         return dx, made.db, db_down, d_down, None, None, *both(d_ups)
 
 
@@ -156,8 +167,8 @@ def _seeds(ctx, seed: Tensor | None, dy: Tensor) -> tuple[Tensor | None, Tensor 
         return None, None
     if seed is None:
         seed = ops.draw_seeds(dy, 2, ctx.rank)
-    down, up = (seed[i] if operand == OUTPUT else None for i, operand in enumerate(ctx.operands))
-    return down, up
+    (down, up), (operand_down, operand_up) = seed.unbind(), ctx.operands
+    return down if operand_down == OUTPUT else None, up if operand_up == OUTPUT else None
 
 
 def _input_of_down(ctx, kept: _Kept, made_h: Tensor | None) -> KeptInput:
@@ -169,27 +180,26 @@ def _input_of_down(ctx, kept: _Kept, made_h: Tensor | None) -> KeptInput:
 
 def _down_gradient(ctx, dy, h: KeptInput, weights: KeptWeights, decay, seed, bias_dtype):
     """dW_down = MVUE(dy^T) h or dy^T MVUE(h) [+ decay], and the gradient of the bias."""
-    into = accumulation.target(ctx.leaves[0], dy.dtype)
-    target = GradTarget(ctx.dtypes[0], into, decay_term(weights, decay))
+    of = ctx.down
+    target = GradTarget(of.dtype, accumulation.target(of.leaf, dy.dtype), decay_term(weights, decay))
     d_down, db_down = weight_gradient(dy, h, target, seed, bias_dtype)
-    return as_laid_out(d_down, ctx.columns[0]), db_down
+    return as_laid_out(d_down, of.columns), db_down
 
 
 def _up_gradients(ctx, made, kept: _Kept, weights: KeptWeights) -> list[Tensor | None]:
     """dW_up = MVUE(d_gate_up^T) x or d_gate_up^T MVUE(x) [+ decay], for each of the parameters."""
-    d_gate_up, leaves = made.d_gate_up, ctx.leaves[1:]
-    target = GradTarget(
-        ctx.dtypes[1], accumulation.stacked_target(leaves, d_gate_up.dtype), decay_term(weights, kept.decay)
-    )
+    d_gate_up, ups = made.d_gate_up, ctx.ups
+    into = accumulation.stacked_target([of.leaf for of in ups], d_gate_up.dtype)
+    target = GradTarget(ups[0].dtype, into, decay_term(weights, kept.decay))
     x = KeptInput(None if kept.x is None else as_rows(kept.x), kept.packed_x, kept.E_x)
     if made.packed is not None:
         d_up = packed_output_gradient(made.packed, x.x, target)
     else:
         d_up, _ = weight_gradient(d_gate_up, x, target, None)
     if d_up is None:
-        return [None] * len(ctx.up_rows)
-    parts = zip(d_up.split(ctx.up_rows), ctx.columns[1:], strict=True)
-    return [as_laid_out(part, columns) for part, columns in parts]
+        return [None] * len(ups)
+    parts = [d_up] if len(ups) == 1 else d_up.split([of.rows for of in ups])
+    return [as_laid_out(part, of.columns) for part, of in zip(parts, ups, strict=True)]
 
 
 def _check_seed_pairs(seed: Tensor | None) -> None:
@@ -234,11 +244,12 @@ def _feed_forward(
     for bias in biases:
         check_bias(x, bias)
     _check_seed_pairs(settings.seed)
-    up, down = (as_constants(PackedWeight(*form)) for form in forms)
-    rows = sum(w.shape[0] for w in up_weights)
+    up, down = as_constants(forms[0]), as_constants(forms[1])
+    rows, needs = 0, down_weight.requires_grad
+    for w in up_weights:
+        rows, needs = rows + w.shape[0], needs or w.requires_grad
     if up.packed.shape[0] != rows:
         raise Sparse24Error(f"packed weights of the up product have {up.packed.shape[0]} rows, the parameters {rows}")
-    needs = any(w.requires_grad for w in weights)
     noise = noise_of(x, _pruned_operands(settings.mvue), settings.seed, settings.rank, needs, settings.training)
     plan = _Plan(up, down, kind, gated, noise)
     return _FeedForward.apply(x, *biases, down_weight, plan, settings.decay, *both(up_weights))

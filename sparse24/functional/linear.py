@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..errors import Sparse24Error
@@ -29,6 +28,7 @@ from .operands import (
     kept_weights,
     load_for_backward,
     noise_of,
+    once_differentiable,
     pruned_operand,
     save_for_backward,
     transposed_form,

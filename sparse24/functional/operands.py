@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, function
 
 from .. import ops
 from ..errors import Sparse24DtypeError, Sparse24Error
@@ -41,10 +42,23 @@ def is_lean(form: PackedWeight) -> bool:
     return form.packed.numel() > 0 and form.packed_t.numel() == 0
 
 
-def as_constants(form: PackedWeight) -> PackedWeight:
+def as_constants(form: PackedWeight | tuple) -> PackedWeight:
     """Packed values made from a recording weight: their gradient is the straight-through one, not this path."""
-    packed, packed_t = (t.detach() if t.requires_grad else t for t in (form.packed, form.packed_t))
-    return form._replace(packed=packed, packed_t=packed_t)
+    form = form if isinstance(form, PackedWeight) else PackedWeight(*form)
+    if not (form.packed.requires_grad or form.packed_t.requires_grad):
+        return form
+    return form._replace(packed=form.packed.detach(), packed_t=form.packed_t.detach())
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's, whose bracket costs as much as a launch, only where the graph of a backward pass is being made."""
+    guarded = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return run
 
 
 # ---- what backward keeps --------------------------------------------------------------------------------------------
@@ -103,16 +117,24 @@ def kept_input(x: Tensor, seed: Tensor | None) -> KeptInput:
 
 def save_for_backward(ctx, tensors: tuple[Tensor | None, ...], *weights: KeptWeights) -> None:
     """Keep some tensors and the weights of some products; `load_for_backward` gives them back in this order."""
-    ctx.save_for_backward(*tensors, *(t for kept in weights for part in kept for t in part))
-    ctx.kept_tensors, ctx.kept_counts = len(tensors), [len(part) for kept in weights for part in kept]
+    saved, counts = [*tensors], []
+    for kept in weights:
+        for part in kept:
+            saved += part
+            counts.append(len(part))
+    ctx.save_for_backward(*saved)
+    ctx.kept_tensors, ctx.kept_counts = len(tensors), counts
 
 
 def load_for_backward(ctx) -> tuple[tuple[Tensor | None, ...], list[KeptWeights]]:
-    saved, start, parts = ctx.saved_tensors, ctx.kept_tensors, []
+    saved, start, parts, weights = ctx.saved_tensors, ctx.kept_tensors, [], []
     for count in ctx.kept_counts:
         parts.append(saved[start : start + count])
         start += count
-    return saved[: ctx.kept_tensors], [KeptWeights(*parts[i : i + 3]) for i in range(0, len(parts), 3)]
+        if len(parts) == 3:
+            weights.append(KeptWeights(*parts))
+            parts = []
+    return saved[: ctx.kept_tensors], weights
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
@@ -167,15 +189,20 @@ def noise_of(
 def computed_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` would take `t`: autocast casts floating point, but not float64."""
     device = t.device.type
-    stays = t.is_meta or not t.is_floating_point() or t.dtype == torch.float64  # the meta device knows no autocast
-    if stays or not torch.is_autocast_enabled(device):
+    if t.is_meta or not torch.is_autocast_enabled(device):  # the meta device knows no autocast
         return t.dtype
-    return torch.get_autocast_dtype(device)
+    stays = not t.is_floating_point() or t.dtype == torch.float64
+    return t.dtype if stays else torch.get_autocast_dtype(device)
 
 
 def cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Inputs and biases as `F.linear` would cast them."""
-    return tuple(t if t is None else t.to(computed_dtype(t)) for t in tensors)
+    cast = []
+    for t in tensors:
+        if t is not None and (dtype := computed_dtype(t)) != t.dtype:
+            t = t.to(dtype)
+        cast.append(t)
+    return tuple(cast)
 
 
 def check_no_transform(x: Tensor) -> None:

@@ -61,7 +61,8 @@ def _packed_gradient(product, operands: tuple, target: GradTarget) -> Tensor | N
         product(*operands, out=target.into, accumulate=True, decay=target.decay)
         return None
     wide = torch.float32 if target.dtype == torch.float32 else operands[2].dtype
-    return product(*operands, out_dtype=wide, decay=target.decay).to(target.dtype)
+    dw = product(*operands, out_dtype=wide, decay=target.decay)
+    return dw if wide == target.dtype else dw.to(target.dtype)
 
 
 def dense_weight_gradient(
@@ -120,4 +121,5 @@ def as_laid_out(dw: Tensor | None, columns: bool) -> Tensor | None:
 
 
 def is_column_major(weight: Tensor) -> bool:
-    return weight.stride(0) == 1 and weight.stride(1) > 1
+    strides = weight.stride()
+    return strides[0] == 1 and strides[1] > 1

@@ -133,13 +133,13 @@ def _feed_forward(block: nn.Module, kind: str, layers: list[SparseLayer], x: Ten
     decay = down._buffers[DECAY]
     packed_up = _packed_forms(block if gated else ups[0], ups, decay)
     packed_down = _packed_forms(down, [down], decay)
-    weights = tuple(up.as_kernel_sees(up._parameters["weight"]) for up in ups)
+    weights = [up.as_kernel_sees(up._parameters["weight"]) for up in ups]
     down_weight = down.as_kernel_sees(down._parameters["weight"])
     operands = (state_of(ups[0]).mvue, constants.mvue)
     settings = dict(bias_down=bias_down, mvue=operands, rank=constants.rank, decay=decay, training=block.training)
     if gated:
         return functional.gated_mlp(
-            x, weights, packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
+            x, tuple(weights), packed_up, down_weight, packed_down, kind, bias_gate_up=bias_up, **settings
         )
     return functional.mlp(x, weights[0], packed_up, down_weight, packed_down, kind, bias_up=bias_up, **settings)
 
