@@ -152,6 +152,34 @@ def test_an_average_that_has_never_run_is_read_as_it_would_run(read, steps):
     assert sparse_layers(model), "still there to be followed"
 
 
+def put_through_data(average, model):
+    for mine, theirs in zip(average.module.parameters(), model.parameters(), strict=True):
+        mine.data.copy_(theirs.data)
+
+
+def lend(average):
+    return torch.func.functional_call(average, {n: p + 1 for n, p in average.named_parameters()}, torch.randn(8, 32))
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("read", [lambda ema: ema(torch.randn(8, 32)), lend, sparse24.refresh, copy.deepcopy])
+@pytest.mark.parametrize("write", [AveragedModel.update_parameters, put_through_data])
+@pytest.mark.parametrize("steps", [3, 6], ids=["sparse", "dense"])
+def test_all_layers_of_an_8_bit_block_follow_also_those_that_are_packed_with_another(steps, write, read):
+    """Gate and up have one scale: packing one packs the other, which must not hide that it was written."""
+    model = nn.Sequential(sparse24.SparseGatedMLP(32, 64, precision="fp8-hybrid"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    sparse24.Recipe(model, optimizer, total_steps=8, mask_interval=1, dense_fraction=0.5)
+    average = AveragedModel(model)
+    for _ in range(steps):
+        model(torch.randn(32, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    write(average, model)
+    read(average)
+    assert sparse24.verify(average.module, like=model)
+
+
 @pytest.mark.fault(79)
 def test_exporting_an_average_that_has_never_run_is_refused():
     ema, _, twin = never_run(12)

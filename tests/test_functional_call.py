@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, SparseLinear, ops
@@ -175,6 +176,47 @@ def test_function_transforms_over_substituted_weights_are_refused(make):
         torch.func.grad(lambda w: functional_call(model, w, x).sum())(weights)
     with pytest.raises(Sparse24Error, match="torch.func transforms"):
         torch.func.vmap(lambda w: functional_call(model, w, x))(stacked)
+
+
+# -- copies -----------------------------------------------------------------------------------------------------------
+
+
+AVERAGED = {
+    "layers": sparse_mlp,
+    "lean": lambda: sparse_mlp(lean=True),
+    "gated block": lambda: nn.Sequential(SparseGatedMLP(16, 64)),
+}
+
+
+def averaged(make, steps):
+    """A model after as many of 8 steps, the last 4 dense; an average of all but the last, which hands its buffers to it
+    as well; and a copy from before the steps.
+    """
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    Recipe(model, optimizer, total_steps=8, mask_interval=1, dense_fraction=0.5)
+    average, snapshot = AveragedModel(model), copy.deepcopy(model)
+    for step in range(steps):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        if step < steps - 1:
+            average.update_parameters(model)
+    return model, average.module, snapshot
+
+
+@pytest.mark.fault(79)
+@pytest.mark.parametrize("steps", [3, 6], ids=["other masks", "dense"])
+@pytest.mark.parametrize("make", AVERAGED.values(), ids=AVERAGED)
+def test_weights_lent_to_an_average_that_has_never_run_go_under_the_masks_of_its_model(make, steps):
+    model, average, snapshot = averaged(make, steps)
+    own, lent, x = copy.deepcopy(dict(average.named_parameters())), other_weights(model), inputs(model)
+    expected = functional_call(model, lent, x)
+    assert torch.equal(functional_call(average, lent, x), expected)
+    assert sparse24.verify(average, like=model)
+    assert all(torch.equal(p, own[name]) for name, p in average.named_parameters())
+    assert not torch.allclose(functional_call(snapshot, lent, x), expected), "a snapshot keeps its masks"
+    assert not sparse24.verify(snapshot, like=model)
 
 
 # -- compilers ------------------------------------------------------------------------------------------------------

@@ -17,17 +17,18 @@ breaks there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import Sparse24Error, Sparse24Warning
-from . import packing
+from . import float8, packing
 from .forward import has_substituted_weight
 from .state import DENSE, HOLDER, MASK, SPARSE, division_of, mask_of, state_of
 from .tensor_parallel import whole_mask
@@ -123,7 +124,7 @@ def look(layer, *, forward: bool = True) -> None:
     """Look at what the layer's watch names, before a forward pass or when somebody says that weights were written."""
     watch = state_of(layer).watch
     if watch.origin is not None:
-        _look_at_origin(layer, watch, forward)
+        _look_at_origin(layer, forward)
     if forward and watch.arrival is not None:
         _tell_arrival(layer, watch)
     if watch.origin is None and watch.arrival is None:
@@ -134,7 +135,7 @@ def follow_now(layer) -> None:
     """Before somebody reads a copy's masks or phase, to save or copy them: be what the next forward pass would be."""
     watch = state_of(layer).watch
     if watch is not None and watch.origin is not None:
-        _look_at_origin(layer, watch, forward=True)
+        _look_at_origin(layer, forward=True)
 
 
 def refuse_unknown(layer) -> None:
@@ -188,29 +189,58 @@ def _moment(origin) -> tuple[int, int]:
     return state_of(origin).generation, state_of(origin).packs
 
 
-def _look_at_origin(layer, watch: Watch, forward: bool) -> None:
+def _look_at_origin(layer, forward: bool) -> None:
+    # In 8 bits gate and up have one scale, and packing one packs the other: both decide before either does.
+    together = [one for one in (layer, float8.scale_partner(layer)) if one is not None]
+    with _own_weights(together):
+        for one, last in [(one, _state_to_take(one, forward)) for one in together]:
+            if last is not None:
+                one.take_state(last.phase, last.mask, last.soft_scale)
+
+
+def _state_to_take(layer, forward: bool) -> Last | None:
+    """What the layer is to run under from here on, as the layer that it follows has moved on; None: as it is."""
+    watch = state_of(layer).watch
+    if watch is None or watch.origin is None:
+        return None
     origin = watch.origin()
     last = watch.origin.last if origin is None else _last_of(origin)
     if last is None:
         watch.origin = None
-        return
+        return None
     if has_substituted_weight(layer):
-        return
+        return None  # computed from others, and packed for each call
     written = layer.weight_has_changed()
     if written and forward and layer.weight.grad is not None and not _shares_weight(layer, origin):
         watch.origin = None  # trained by itself: a model of its own from here on. Averages have no gradients
-        return
-    if last.moment != watch.seen or written:
+        return None
+    moved = last.moment != watch.seen or written
+    if moved:
         searched = last.moment[0] != watch.seen[0]
         if not written and not watch.is_average and (searched or watch.is_average is None):
             # Writes through `.data` show in no version: compare what is packed with the weight, once a mask search.
             watch.is_average = not layer.is_packed()
         watch.is_average = watch.is_average or written
         watch.seen = last.moment
-        if watch.is_average:
-            layer.take_state(last.phase, last.mask, last.soft_scale)
     if origin is None:
         watch.origin = None
+    return last if moved and watch.is_average else None
+
+
+@contextlib.contextmanager
+def _own_weights(layers: list) -> Iterator[None]:
+    """Layers have their own weights in place of those that are lent to them for a call: what an average runs under is
+    decided by whether its own were written.
+    """
+    lent = [layer for layer in layers if has_substituted_weight(layer) and not layer.weight_is_computed()]
+    lent = [(layer._parameters, layer._parameters["weight"], state_of(layer).packed_weight) for layer in lent]
+    for parameters, _, own in lent:
+        parameters["weight"] = own
+    try:
+        yield
+    finally:
+        for parameters, weight, _ in lent:
+            parameters["weight"] = weight
 
 
 def _last_of(origin) -> Last:

@@ -249,7 +249,11 @@ class SparseLayer(WatchedWeight):
         """After the weight has changed behind the recipe's back: fit the buffers, pack, and search a missing mask."""
         search |= self._fit_buffers()
         if state_of(self).precision is not None and not self.weight.is_meta:
-            packing.pack(packing.set_weight_scale(self), search=False)
+            for partner in packing.set_weight_scale(self):
+                written, stamp = partner.weight_has_changed(), state_of(partner).stamp
+                packing.pack([partner], search=False)
+                if written:
+                    state_of(partner).stamp = stamp  # it has yet to find that out, and what follows from it
         packing.pack([self], search=search)
         unseen.look_again(self)
         if state_of(self).shards is not None:
