@@ -282,3 +282,42 @@ def test_a_compiled_model_tells_of_weights_of_other_masks():
     model.load_state_dict(saved)
     with pytest.warns(Sparse24Warning, match="saved under other masks"):
         forward(x)
+
+
+def compile_in_a_compiled_loop(model):
+    def step(x):
+        loss = torch.compile(model, backend="eager")(x).sum()
+        loss.backward()
+        return loss
+
+    return torch.compile(step, backend="eager")
+
+
+@pytest.mark.fault(53)
+@pytest.mark.parametrize("compiled_autograd", [False, True])
+def test_a_model_is_compiled_inside_of_compiled_code(compiled_autograd):
+    """torch.compile(model) registers a module, which our hook would look at while it has no attributes yet."""
+    model, x = MLP(), torch.randn(8, 16)
+    sparse24.sparsify(model, mvue=False)
+    expected = model(x).sum()
+    gradients = torch.autograd.grad(expected, [*model.parameters()])
+    with torch._dynamo.config.patch(compiled_autograd=compiled_autograd):
+        torch.testing.assert_close(compile_in_a_compiled_loop(model)(x), expected)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+
+
+@pytest.mark.fault(53)
+def test_a_compiled_optimizer_step_compiles_nothing_of_the_recipe():
+    """What it does on the host with each layer would be compiled anew for each, up to the compiler's limit."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(16, 16 * n) for n in range(1, 6)))
+    sparse24.sparsify(model, include="*")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recipe = Recipe(model, optimizer, total_steps=8, mask_interval=2)
+    step = torch.compile(optimizer.step, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=True):
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            step()
+    assert recipe.step == 4 and sparse24.verify(model)

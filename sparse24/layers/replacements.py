@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -27,6 +28,8 @@ def watch_replacements() -> None:
 
 
 def _look_at_registration(parent: nn.Module, name: str, new: nn.Module | None) -> None:
+    if torch.compiler.is_compiling():  # a frame with nothing to compile: the compiler then runs it as it is
+        return
     old = parent._modules.get(name)
     if old is None or old is new:
         return

@@ -44,9 +44,10 @@ class StepHooks:
         self._in_step, self._in_movers = False, 0
         self._writes = WriteWatch(steps.layers)
         watch_other_optimizers(self)
+        # A compiled step would trace what they do with each layer on the host.
         self._handles = [
-            self.optimizer.register_step_pre_hook(self._before),
-            self.optimizer.register_step_post_hook(self._after),
+            self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
+            self.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
         ]
         self._movers = [
             _Mover(one, name, self)
