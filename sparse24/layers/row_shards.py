@@ -104,8 +104,8 @@ class RowShards(Cut):
         param, local = self.param, self._local
         param.all_gather_outputs = []  # of other sizes
         if on:
-            setattr(local, PRE, self.fsdp_pre_all_gather)
-            setattr(local, POST, self.fsdp_post_all_gather)
+            for name, hook in zip((PRE, POST), self._hooks(), strict=True):
+                setattr(local, name, hook)
             param._unsharded_param = self._stand_in()
         else:
             delattr(local, PRE)
@@ -113,6 +113,20 @@ class RowShards(Cut):
             if hasattr(param, "_unsharded_param"):
                 del param._unsharded_param
         param._init_extensions()
+
+    def _hooks(self):
+        """What FSDP2 finds on the local tensor. They hold `self` weakly: views of that tensor hold it in C++, where the
+        garbage collector does not look, so through it a model that nobody has any more would stay.
+        """
+        shards = weakref.ref(self)
+
+        def fsdp_pre_all_gather(mesh, outer_size, outer_stride, module, mp_policy):
+            return shards()._before_gather()
+
+        def fsdp_post_all_gather(outputs, directions, param_dtype, *, out=None):
+            shards()._after_gather(outputs, directions)
+
+        return fsdp_pre_all_gather, fsdp_post_all_gather
 
     def renew(self) -> None:
         """After the layer's weight has moved: the hooks are on the local tensor that there was, and buffers are new."""
@@ -127,7 +141,7 @@ class RowShards(Cut):
 
     # -- what FSDP2 calls -------------------------------------------------------------------------------------------
 
-    def fsdp_pre_all_gather(self, mesh, outer_size, outer_stride, module, mp_policy):
+    def _before_gather(self):
         """(what this rank sends, which directions that is)."""
         directions = self._directions()
         self._written.clear()
@@ -138,7 +152,7 @@ class RowShards(Cut):
             self.param.all_gather_outputs = []
         return tuple(inputs), directions
 
-    def fsdp_post_all_gather(self, outputs, directions, param_dtype, *, out=None):
+    def _after_gather(self, outputs, directions) -> None:
         """Write what all ranks have sent into the buffers; what was received is not needed any more."""
         for direction, values, E in zip(directions, outputs[::2], outputs[1::2], strict=True):
             self._write(direction, values, E)
