@@ -133,6 +133,8 @@ def check_writable(*written: _Named) -> None:
 
 def check_no_self_overlap(t: Tensor, name: str) -> None:
     """Refuse to write a 2-D view in which an address occurs twice, such as an expanded one."""
+    if t.is_contiguous():
+        return
     (inner, inner_extent), (outer, extent) = sorted(zip(t.stride(), t.shape, strict=True))
     if t.numel() and (
         (inner_extent > 1 and inner == 0) or (extent > 1 and inner_extent > 1 and outer <= (inner_extent - 1) * inner)
@@ -146,8 +148,13 @@ def check_no_self_overlap(t: Tensor, name: str) -> None:
 def check_no_shared_memory(written: Iterable[_Named], read: Iterable[_Named] = ()) -> None:
     """Refuse outputs that share memory with one another or with an input; a tensor given twice, too."""
     spans = [(*_span(t), True, name, t) for name, t in written if t.numel()]
-    spans += [(*_span(t), False, name, t) for name, t in read if t.numel()]
-    spans.sort(key=lambda span: span[:2])
+    others = [(*_span(t), False, name, t) for name, t in read if t.numel()]
+    if len(spans) == 1:  # what lies before or behind it needs no closer look
+        start, end, *_ = spans[0]
+        others = [span for span in others if span[0] < end and start < span[1]]
+        if not others:
+            return
+    spans = sorted(spans + others, key=lambda span: span[:2])
     open_spans: list[tuple] = []  # those that reach past the start of the next one
     for span in spans:
         start, _, is_written, name, t = span
@@ -164,6 +171,8 @@ def check_no_shared_memory(written: Iterable[_Named], read: Iterable[_Named] = (
 def _span(t: Tensor) -> tuple[int, int]:
     """The address of the first byte, and of the one behind the last."""
     start = t.data_ptr()
+    if t.is_contiguous():
+        return start, start + t.numel() * t.element_size()
     last = sum((extent - 1) * stride for extent, stride in zip(t.shape, t.stride(), strict=True))
     return start, start + (last + 1) * t.element_size()
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import E4M3, metadata_bytes, padded_tokens
+from ...formats import E4M3, WEIGHT_DTYPES, metadata_bytes, padded_tokens
 from ...reference import float8 as reference
-from .._common import check_same_device, check_weight_dtype, pointer
+from .._common import check_same_device, check_weight_dtype
 from ..arguments import check_writable
 
 
@@ -18,10 +18,12 @@ def output(
     """What a pass writes in e4m3, as the binding takes it. The pass counts what is clipped and flushed; of how many,
     here.
     """
-    lds = (x8.stride(0) if x8.numel() else 0, x8_t.stride(0) if x8_t.numel() else 0)
+    rows = (x8.data_ptr(), x8.stride(0)) if x8.numel() else (0, 0)
+    columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t.numel() else (0, 0)
     if counts is not None:
         counts[2].add_(max(x8.numel(), x8_t.numel()))
-    return pointer(x8), lds[0], pointer(x8_t), lds[1], scale.data_ptr(), pointer(amax), pointer(counts)
+    noted = 0 if amax is None else amax.data_ptr(), 0 if counts is None else counts.data_ptr()
+    return *rows, *columns, scale.data_ptr(), *noted
 
 
 def takes_one_pass(d_ff: int, *operands: Tensor) -> bool:
@@ -45,7 +47,8 @@ def empty_float8(like: Tensor, tokens: int, features: int, rows: bool, transpose
 def check_scale(like: Tensor, name: str, scale: Tensor) -> None:
     if scale.dtype != torch.float32 or scale.numel() != 1:
         raise Sparse24DtypeError(f"{name} must be one float32, got {scale.dtype} of shape {tuple(scale.shape)}")
-    check_same_device(like, "x", **{name: scale})
+    if scale.device != like.device:
+        check_same_device(like, "x", **{name: scale})
 
 
 def note(amax: Tensor | None, x: Tensor, counts: Tensor | None = None, scale: Tensor | None = None) -> None:
@@ -71,19 +74,21 @@ def check_noted(like: Tensor, amax: Tensor | None, counts: Tensor | None) -> Non
 
 def check_packed(packed: Tensor, E: Tensor, scale: Tensor, name: str, m: int, k: int) -> None:
     """An 8-bit sparse operand of m x k against what its use declares."""
-    if tuple(packed.shape) != (m, k // 2) or packed.dtype != E4M3 or not packed.is_contiguous():
+    if packed.shape != (m, k // 2) or packed.dtype != E4M3 or not packed.is_contiguous():
         raise Sparse24Error(
             f"{name} must be contiguous e4m3 of shape {(m, k // 2)}, got {packed.dtype} of shape {tuple(packed.shape)}"
         )
     size = metadata_bytes(m, k, E4M3)
-    if tuple(E.shape) != (size,) or E.dtype != torch.uint8 or not E.is_contiguous():
+    if E.shape != (size,) or E.dtype != torch.uint8 or not E.is_contiguous():
         raise Sparse24Error(f"E of {name} must be {size} contiguous uint8, got {E.dtype} of shape {tuple(E.shape)}")
     check_scale(packed, f"scale of {name}", scale)
-    check_same_device(packed, name, E=E)
+    if E.device != packed.device:
+        check_same_device(packed, name, E=E)
 
 
 def check_matrix(x: Tensor, scale: Tensor) -> None:
     if x.dim() != 2:
         raise Sparse24Error(f"x must be 2-D, (tokens, features), got shape {tuple(x.shape)}; flatten it first")
-    check_weight_dtype(x, "x")
+    if x.dtype not in WEIGHT_DTYPES:
+        check_weight_dtype(x, "x")
     check_scale(x, "scale", scale)

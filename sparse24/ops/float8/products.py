@@ -11,7 +11,7 @@ from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
 from ...formats import DTYPE_CODE, FORMATS, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES, names
 from .. import flops
-from .._common import check_same_device, define_op, pointer, where
+from .._common import check_same_device, define_op, where
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
 from .operands import E4M3, check_packed, check_scale
 from .weights import unpack_dense
@@ -28,6 +28,11 @@ def _plan(problem: tuple[int, ...], accumulation: int, index: int) -> tuple[int,
     return config, library.sparse_gemm_workspace_bytes(problem, config, _library.CUDA, index, accumulation)
 
 
+@lru_cache(maxsize=4096)
+def _unsupported(problem: tuple[int, ...], rhs_ld: int, out_ld: int, accumulation: int, index: int) -> str:
+    return _library.binding().sparse_gemm_unsupported(problem, rhs_ld, out_ld, _library.CUDA, index, accumulation)
+
+
 @lru_cache(maxsize=64)
 def why_unavailable(index: int) -> str:
     """Why the tensor cores of CUDA device `index` take no 8-bit products; "" if they do."""
@@ -40,7 +45,8 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     library, backend, index, stream = where(out)
     if backend != _library.CUDA:
         return False
-    if why := library.sparse_gemm_unsupported(problem, rhs.stride(0), out.stride(0), backend, index, accumulation):
+    rhs_ld, out_ld = rhs.stride(0), out.stride(0)
+    if why := _unsupported(problem, rhs_ld, out_ld, accumulation, index):
         _library.warn_once(f"an 8-bit product multiplies densely over the unpacked operand: {why}")
         return False
     config, scratch_bytes = _plan(problem, accumulation, index)
@@ -49,10 +55,10 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     library.sparse_gemm(
         problem,
         (packed.data_ptr(), E.data_ptr(), lhs_scale.data_ptr()),
-        (rhs.data_ptr(), rhs.stride(0), rhs_scale.data_ptr()),
-        (out.data_ptr(), out.stride(0)),
-        (pointer(bias), accumulate, None, None),
-        (config, pointer(scratch)),
+        (rhs.data_ptr(), rhs_ld, rhs_scale.data_ptr()),
+        (out.data_ptr(), out_ld),
+        (0 if bias is None else bias.data_ptr(), accumulate, None, None),
+        (config, 0 if scratch is None else scratch.data_ptr()),
         backend,
         index,
         stream,
@@ -74,7 +80,8 @@ def _check_dense(x8: Tensor, x_scale: Tensor, name: str) -> None:
 def _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype) -> None:
     _check_dense(x8, x_scale, "x8")
     check_packed(packed, E, scale, "packed", out_features, x8.shape[1])
-    check_same_device(x8, "x8", packed=packed, bias=bias)
+    if packed.device != x8.device or (bias is not None and bias.device != x8.device):
+        check_same_device(x8, "x8", packed=packed, bias=bias)
     if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
         raise Sparse24Error(
             f"bias must be floating of shape {(out_features,)}, got {bias.dtype} of shape {tuple(bias.shape)}"
@@ -91,7 +98,8 @@ def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
             f"shape {tuple(out.shape)}"
         )
     check_packed(packed, E, scale, "packed_dy", out.shape[0], x8_t.shape[1])
-    check_same_device(x8_t, "x8_t", packed_dy=packed, out=out)
+    if packed.device != x8_t.device or out.device != x8_t.device:
+        check_same_device(x8_t, "x8_t", packed_dy=packed, out=out)
     check_no_self_overlap(out, "out")
     check_writable(("out", out))
 

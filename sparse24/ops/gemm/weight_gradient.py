@@ -53,8 +53,9 @@ def _check_operands(pruning: _Pruning, packed: Tensor, E: Tensor, other: Tensor,
 
 def _check_out(pruning: _Pruning, other: Tensor, shape: tuple[int, int], out: Tensor) -> None:
     output_dtype(other, out.dtype, pruning.other)
-    check_same_device(other, pruning.other, out=out)
-    if tuple(out.shape) != shape or not out.is_contiguous():
+    if out.device != other.device:
+        check_same_device(other, pruning.other, out=out)
+    if out.shape != shape or not out.is_contiguous():
         raise Sparse24Error(
             f"out must be contiguous of shape {shape}, got {tuple(out.shape)} with strides {out.stride()}"
         )
@@ -63,7 +64,8 @@ def _check_out(pruning: _Pruning, other: Tensor, shape: tuple[int, int], out: Te
 def _check_memory(
     pruning: _Pruning, operands: tuple[Tensor, Tensor, Tensor], out: Tensor, decay: DecayTerm | None
 ) -> None:
-    read = list(zip((pruning.packed, f"E of {pruning.packed}", pruning.other), operands, strict=True))
+    packed, E, other = operands
+    read = [(pruning.packed, packed), (f"E of {pruning.packed}", E), (pruning.other, other)]
     if decay is not None:
         read += [("decay's weight", w) for w in decay.weights] + [("decay's mask", mask) for mask in decay.masks]
     check_no_shared_memory([("out", out)], read)
@@ -151,7 +153,10 @@ def _grad_weight(ops: tuple, name: str, operands: tuple, out, accumulate, out_dt
     if out_dtype is not None and out_dtype != out.dtype:
         raise Sparse24DtypeError(f"out_dtype {out_dtype} contradicts out, which is {out.dtype}; pass one of them")
     check_writable(("out", out))
-    with torch.no_grad():
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            op_(*operands, out, accumulate, *term)
+    else:  # as backward passes run: the bracket costs as much as a launch
         op_(*operands, out, accumulate, *term)
     torch.autograd.graph.increment_version(out)
     return out
