@@ -1,0 +1,70 @@
+"""What a block costs the host, counted: functions of ours that one forward and backward pass call.
+
+Time would be of the machine and of the hour. Kernels of small layers wait for Python, at about a microsecond for each
+call of a function and what it does, so a block that calls more of them is a slower one (bench/bench_host.py has times).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sparse24
+from bench.bench_host import D_MODEL, Gated, Plain
+from sparse24 import _library
+from sparse24.ops.gemm import launch as gemm_launch
+
+PACKAGE = str(Path(sparse24.__file__).parent)
+#: (forward, forward and backward), as many as they are: who needs another says what for, and who saves some lowers it
+CALLS = {Plain: (105, 237), Gated: (114, 245)}
+
+
+class Launched:
+    """The GPU's library, which takes every product. It computes none: only the host is looked at."""
+
+    def sparse_gemm(self, *args):
+        pass
+
+
+def trained(block: type) -> nn.Module:
+    """A block in the middle of a training: what is looked at once has been looked at."""
+    model = nn.Sequential(block(dtype=torch.bfloat16))
+    sparse24.sparsify(model, backend="sparse")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    sparse24.Recipe(model, optimizer, total_steps=10**6, dense_fraction=0)
+    for _ in range(4):
+        model(torch.randn(64, D_MODEL).bfloat16().requires_grad_()).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def calls_of_ours(run) -> int:
+    count, before = 0, sys.getprofile()
+
+    def note(frame, event, _):
+        nonlocal count
+        count += event == "call" and frame.f_code.co_filename.startswith(PACKAGE)
+
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+@pytest.mark.parametrize("block", CALLS, ids=lambda block: block.__name__)
+def test_a_block_calls_no_more_functions_than_it_did(monkeypatch, block):
+    model, x = trained(block), torch.randn(64, D_MODEL).bfloat16().requires_grad_()
+    monkeypatch.setattr(gemm_launch, "where", lambda t: (Launched(), _library.CUDA, 0, 0))
+    monkeypatch.setattr(gemm_launch, "unsupported", lambda *product: "")
+    monkeypatch.setattr(gemm_launch, "plan", lambda *product: (1, 0))
+    model(x).sum().backward()
+    model.zero_grad()
+    counts = calls_of_ours(lambda: model(x)), calls_of_ours(lambda: model(x).sum().backward())
+    assert all(now <= ceiling for now, ceiling in zip(counts, CALLS[block], strict=True)), counts
