@@ -8,6 +8,8 @@ import types
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.utils import counters
 
 from bench import bench_fp8
 from sparse24 import SparseLinear
@@ -19,6 +21,10 @@ SMALL = models.ModelShape("small", "llama", 1, 64, 2, 2, 128, 0, 16, 2)
 
 @pytest.fixture
 def without_gpu(monkeypatch):
+    patch_gpu_away(monkeypatch, compiled=False)
+
+
+def patch_gpu_away(monkeypatch, compiled):
     def time_hot(candidates, **settings):
         for call in candidates.values():
             call()
@@ -29,7 +35,7 @@ def without_gpu(monkeypatch):
         monkeypatch.setattr(
             arms,
             name,
-            lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": False}),
+            lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": compiled}),
         )
     monkeypatch.setattr(float8_suite, "time_hot", time_hot)
     monkeypatch.setattr(timing, "header", lambda: {"device": "none", "commit": "abc1234"})
@@ -68,6 +74,35 @@ def test_a_step_pays_for_packing_and_for_each_micro_batch(without_gpu):
     assert run.step_us("bf16 dense") == 100 and run.step_us("bf16 dense", 3) == 280
     assert run.step_us("fp8") == 40 + 5 + 1 + 3 and run.step_us("fp8", 3) == 49 + 82
     assert run.step_us("best FP8 dense", 2) == 110
+
+
+@pytest.fixture
+def compiled_by_tracing(monkeypatch):
+    """torch.compile without a compiler, its limits as they were before, and nothing compiled afterwards."""
+    patch_gpu_away(monkeypatch, compiled=True)
+    compiles, config = nn.Module.compile, torch._dynamo.config
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **settings: compiles(self, **settings, backend="eager"))
+    counters.clear()
+    with config.patch(recompile_limit=config.recompile_limit, fail_on_recompile_limit_hit=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.fault(53)
+def test_no_arm_of_a_training_step_is_timed_eagerly(compiled_by_tracing):
+    """Blocks of all arms are of one class, and torch counts compilations by class: these are more than its limit."""
+    limit = torch._dynamo.config.recompile_limit
+    float8_suite.training_step(timing.Table("step_fp8", float8_suite.step_columns()), SMALL, "bf16")
+    once, twice = 1 + len(float8_dense.variants()) + 1, 3  # 8 bits compile their first step by itself
+    assert limit < once + 2 * twice == counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.fault(53)
+def test_an_arm_beyond_the_limit_of_the_compiler_is_an_error(compiled_by_tracing):
+    trainer = arms.Trainer(SMALL, sparse=True, master=torch.bfloat16, precision="fp8")
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
+        for _ in range(2):
+            trainer.step()
 
 
 # ---- the rival ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+#: compilations of one forward: more than all arms of a measurement need
+MOST_COMPILATIONS = 64
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -203,6 +206,19 @@ class Decoder(nn.Module):
     def compile_parts(self) -> None:
         """torch.compile block by block: one graph serves all layers. The loss is a graph of its own."""
         for block in self.blocks:
-            block.compile(dynamic=False)
+            compile_to_time(block)
         if self.shape.vocab:
             self.loss = torch.compile(self.loss, dynamic=False)
+
+
+def compile_to_time(module: nn.Module) -> None:
+    """torch.compile a module that is timed beside others, in place, for the shapes that it is called with.
+
+    Torch counts compilations by the code of a forward, whichever module runs it: all arms whose blocks are of one class
+    count together. Beyond its limit of 8 the next arm would be timed eagerly, with no more than a line in the log. Here
+    the limit is higher, and an error.
+    """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, MOST_COMPILATIONS)
+    settings.fail_on_recompile_limit_hit = True
+    module.compile(dynamic=False)

@@ -17,7 +17,7 @@ from ..convert import sparse_layers, sparsify
 from ..layers import float8, mask_of, packing
 from ..recipe import Recipe
 from . import float8_dense
-from .models import Block, Decoder, DenseGatedMLP, ModelShape, feed_forward
+from .models import Block, Decoder, DenseGatedMLP, ModelShape, compile_to_time, feed_forward
 
 #: dense bf16 tensor-core peak by a part of the GPU's name, FLOP/s (NVIDIA data sheets, without sparsity, fp32 sums)
 PEAK_FLOPS = {
@@ -166,7 +166,7 @@ def feed_forward_arm(
     arms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense)
     arm = Arm(module, (x,), sparse=sparse, master=master, device=device, **arms)
     if compiled:
-        arm.module.compile(dynamic=False)
+        compile_to_time(arm.module)
     return arm
 
 
@@ -182,7 +182,7 @@ def block_arm(
     module: Block = stack.blocks[0]
     arm = Arm(module, (x, stack.table), sparse=sparse, master=master, device=device, **precision)
     if compiled:
-        arm.module.compile(dynamic=False)
+        compile_to_time(arm.module)
     return arm
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import step
-from .models import DenseGatedMLP, GatedMLP, ModelShape
+from .models import DenseGatedMLP, GatedMLP, ModelShape, compile_to_time
 
 torch.library.define(
     "sparse24_benchmark::cusparselt_mm", "(Tensor packed, Tensor x, int rows, int algorithm) -> Tensor"
@@ -125,7 +125,7 @@ def feed_forward_arm(
     arm = step.feed_forward_arm(shape, sparse=False, master=master, compiled=False, device=device)
     arm.root["part"] = arm.module = converted(arm.module, shape.tokens)
     if compiled:
-        arm.module.compile(dynamic=False)
+        compile_to_time(arm.module)
     return arm
 
 
@@ -134,7 +134,7 @@ def block_arm(shape: ModelShape, *, master: torch.dtype, compiled: bool = True, 
     arm = step.block_arm(shape, sparse=False, master=master, compiled=False, device=device)
     arm.module.mlp = converted(arm.module.mlp, shape.tokens)
     if compiled:
-        arm.module.compile(dynamic=False)
+        compile_to_time(arm.module)
     return arm
 
 
