@@ -136,6 +136,8 @@ class Trainer:
         torch.manual_seed(s.seed)  # from here on a run's draws depend on nothing before
         if s.resume:
             self.restore()
+        if s.compile:
+            torch.compiler.reset()  # models of one class share torch's limit, and later arms would run eagerly
         self.forward = torch.compile(self.model) if s.compile else self.model
         # steps yet to go before times count: caches and compilers warm up at the start of a process and of a phase
         self.cold = min(5, max(1, s.steps // 10))

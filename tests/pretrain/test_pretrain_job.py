@@ -248,6 +248,18 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine(small):
     )
 
 
+@pytest.mark.fault(53)
+def test_arms_compile_by_themselves(small, quiet, monkeypatch):
+    """Torch counts compilations by the class of a model: one arm would leave too few of them to the next."""
+    compiles = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compiles(model, backend="eager"))
+    of_one_arm = 6  # 8 bits: a first step, and each phase, with and without gradients
+    with torch._dynamo.config.patch(recompile_limit=of_one_arm, fail_on_recompile_limit_hit=True):
+        summary = pretrain(small(compile=True, compare=True, ffn=("half",), precision="fp8"), quiet)
+    torch._dynamo.reset()
+    assert list(summary["arms"]) == ["dense", "sparse", "half"]
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_weights_are_a_function_of_seed_and_config(small, kind):
     config = model_config(resolve(small(model=kind)), "dense", 300, 0)
