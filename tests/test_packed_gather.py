@@ -287,6 +287,27 @@ def test_a_step_gathers_0_56_of_dense_bytes_and_holds_one_block(two):
         assert after == [[0, 0, 0, 0], [0, 0, 0, 0]] and masks == elements / 8 / 2
 
 
+def _received_in_place(rank, make):
+    """Of each layer of a block that runs forward, whether FSDP2 has copied values to where products read them."""
+    model, found = shard(made(make), mp_policy=policy()), []
+    Recipe(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **SETTINGS, dense_fraction=0)
+
+    def look(block, args):
+        for layer in (module for module in block.modules() if isinstance(module, sparse24.SparseLinear)):
+            received = state_of(layer).shards.param.all_gather_outputs[0]
+            found.append(received.data_ptr() == layer._buffers[PACKED_BUFFERS[0]].data_ptr())
+
+    model[1].register_forward_pre_hook(look)
+    model(data(0, 128 if make is in_8_bits else WIDTH))
+    return found
+
+
+@pytest.mark.parametrize("make", [gated, plain, in_8_bits])
+def test_values_are_received_where_products_read_them(two, make):
+    for found in two.run(functools.partial(_received_in_place, make=make)):
+        assert found == [True] * (2 if make is plain else 3)
+
+
 def _as_gathered(rank, packed, device="cpu"):
     """A run in bfloat16 with fp32 masters, its weights gathered packed or whole."""
     why_whole = packed_gather.why_whole

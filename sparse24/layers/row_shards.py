@@ -57,6 +57,8 @@ class RowShards(Cut):
         self.recomputes = False  # a forward pass has run in backward, as activation checkpointing does
         self._written: set[str] = set()  # first buffers of the directions that were filled since the last gather began
         self._bytes: dict[str, int] = {}  # of the memory of each buffer, which a fused block's halves share
+        self._receivers: dict[str, Tensor] = {}  # by buffer: where FSDP2 copies what the last gather brings
+        self._apart: dict[str, Tensor] = {}  # of them, those of what cannot be in the buffer as it comes
 
     def __deepcopy__(self, memo):
         return self  # hung on a local tensor, which may be copied; the copy is no parameter of FSDP2
@@ -107,9 +109,11 @@ class RowShards(Cut):
             for name, hook in zip((PRE, POST), self._hooks(), strict=True):
                 setattr(local, name, hook)
             param._unsharded_param = self._stand_in()
+            param.alloc_all_gather_outputs = self._allocate_received
         else:
             delattr(local, PRE)
             delattr(local, POST)
+            param.__dict__.pop("alloc_all_gather_outputs", None)
             if hasattr(param, "_unsharded_param"):
                 del param._unsharded_param
         param._init_extensions()
@@ -130,6 +134,7 @@ class RowShards(Cut):
 
     def renew(self) -> None:
         """After the layer's weight has moved: the hooks are on the local tensor that there was, and buffers are new."""
+        self._apart.clear()
         let_go([self])
         self.switch(state_of(self.layer).phase == SPARSE)
 
@@ -147,17 +152,45 @@ class RowShards(Cut):
         self._written.clear()
         self.param._unsharded_inner_tensors = []  # to be freed, not to be made: which ones, this gather decides
         inputs = [tensor for direction in directions for tensor in self._pack(direction)]
-        sizes = [self.parts * tensor.numel() for tensor in inputs]
-        if sizes != [output.numel() for output in self.param.all_gather_outputs]:
-            self.param.all_gather_outputs = []
+        names = [name for direction in directions for name in direction]
+        self._receivers = {name: self._receiver(name, sent) for name, sent in zip(names, inputs, strict=True)}
+        self.param.all_gather_outputs = list(self._receivers.values())
         return tuple(inputs), directions
 
     def _after_gather(self, outputs, directions) -> None:
-        """Write what all ranks have sent into the buffers; what was received is not needed any more."""
+        """Have what all ranks have sent in the buffers; what was received apart is not needed any more."""
         for direction, values, E in zip(directions, outputs[::2], outputs[1::2], strict=True):
             self._write(direction, values, E)
-        for received in self.param.all_gather_outputs:
+        for received in self._apart.values():
             received.untyped_storage().resize_(0)
+
+    def _receiver(self, name: str, sent: Tensor) -> Tensor:
+        """Where FSDP2 copies what ranks send for a buffer, 1-D: the buffer itself where their parts follow one another
+        there. Without memory so far.
+        """
+        buffer = self.layer._buffers[name]
+        if self._in_order(name, len(self.own_rows())) and buffer.is_contiguous():
+            return buffer.view(-1)
+        apart = self._apart.get(name)
+        if apart is None or apart.numel() != self.parts * sent.numel() or apart.dtype != sent.dtype:
+            apart = self._apart[name] = sent.new_empty(self.parts * sent.numel())
+            apart.untyped_storage().resize_(0)
+        return apart
+
+    def _in_order(self, name: str, rows: int) -> bool:
+        """Whether the rows of a rank are one piece of a buffer."""
+        format_ = FORMATS[self.layer._buffers[PACKED].dtype]
+        if name == METADATA_T:
+            return rows % format_.meta_tile_k == 0
+        return name == PACKED or (name == PACKED_T and format_.mn_major)
+
+    def _allocate_received(self) -> None:
+        """As FSDPParam does it, which does not know that buffers of a fused block share their memory."""
+        for name, receiver in self._receivers.items():
+            storage, apart = receiver.untyped_storage(), receiver is self._apart.get(name)
+            size = receiver.numel() * receiver.itemsize if apart else self._bytes[name]
+            if storage.nbytes() != size:
+                storage.resize_(size)
 
     def _directions(self) -> tuple[tuple[str, str], ...]:
         """Which forms the pass needs that FSDP2 gathers for."""
@@ -186,10 +219,11 @@ class RowShards(Cut):
         if direction is TRANSPOSED and not FORMATS[into.dtype].mn_major:  # [cols, rows / 2]: ranks lie side by side
             values, into = values.view(self.parts, cols, -1).transpose(0, 1), into.unflatten(1, (self.parts, -1))
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):
-            into.copy_(values.view(into.shape) if values.is_contiguous() else values)
+            if values.data_ptr() != into.data_ptr():  # else FSDP2 has put them there
+                into.copy_(values.view(into.shape) if values.is_contiguous() else values)
             if direction is FORWARD:
                 shard_metadata.put_forward(positions, E, self.parts, cols, buffers[0].dtype)
-            else:
+            elif E.data_ptr() != positions.data_ptr():
                 shard_metadata.put_transposed(positions, E, self.parts, rows, buffers[0].dtype)
 
     def _allocate(self, direction: tuple[str, str]) -> None:
