@@ -276,6 +276,27 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.fault(52)
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16)])
+@pytest.mark.parametrize("make", [
+    lambda: SparseLinear(16, 32), lambda: SparseLinear(16, 32, mvue=False), lambda: SparseGatedMLP(16, 32),
+    lambda: SparseLinear(32, 32, precision="fp8"),
+])  # fmt: skip
+def test_a_batch_of_gradients_is_that_of_a_loop_or_refused_by_name(make, shape):
+    layer = make()
+    x = torch.randn(*shape[:-1], next(layer.parameters()).shape[1], requires_grad=True)
+    y = layer(x)
+    grads = torch.randn(3, *y.shape)
+    try:
+        batch = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    except Sparse24Error as error:
+        assert "is_grads_batched=True" in str(error) and "retain_graph=True" in str(error)
+    else:
+        assert layer.mvue is False, "noise is drawn once a backward pass"
+        loop = [torch.autograd.grad(y, x, grad, retain_graph=True)[0] for grad in grads]
+        assert torch.equal(batch, torch.stack(loop))
+
+
+@pytest.mark.fault(52)
 def test_function_transforms_are_refused():
     """Vmap and forward-mode raise instead of giving something; the dense phase is plain PyTorch again."""
     layer, x = sparse_linear(), torch.randn(4, 16)

@@ -79,7 +79,7 @@ def test_functions_that_errors_name_exist():
 
 
 #: keywords of other libraries that errors name rightly, and words of a path or a format
-FOREIGN = {"loss", "layout", "strict", "callbacks", "weights_only"}
+FOREIGN = {"loss", "layout", "strict", "callbacks", "weights_only", "is_grads_batched", "vectorize", "retain_graph"}
 
 
 @pytest.mark.fault(88)

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..ops.arguments import names_wrong_types
-from .operands import check_no_transform
+from .operands import check_no_transform, once_differentiable
 from .weight_gradient import bias_gradient
 
 

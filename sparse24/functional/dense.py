@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..formats import as_rows
@@ -24,6 +23,7 @@ from .operands import (
     check_no_transform,
     kept_input,
     noise_of,
+    once_differentiable,
     pruned_operand,
 )
 from .weight_gradient import GradTarget, as_laid_out, bias_gradient, is_column_major, weight_gradient

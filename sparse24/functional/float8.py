@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops
 from ..formats import FORMATS, HALF_DTYPES, as_rows
 from ..ops import float8
 from . import accumulation
-from .operands import both, cast_as_autocast_does, check_no_transform
+from .operands import both, cast_as_autocast_does, check_no_transform, once_differentiable
 from .weight_gradient import (
     GradTarget,
     as_laid_out,

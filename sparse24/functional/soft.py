@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import ops, reference
 from ..errors import Sparse24Error
 from ..formats import as_rows
-from .operands import INPUT, OUTPUT, KeptInput, pruned_operand
+from .operands import INPUT, OUTPUT, KeptInput, once_differentiable, pruned_operand
 from .weight_gradient import GradTarget, bias_gradient, weight_gradient
 
 
