@@ -8,6 +8,9 @@ import sys
 
 import pytest
 import torch
+from watchdog import watching
+
+STDERR = pytest.StashKey[int]()
 
 
 def pytest_configure(config):
@@ -16,6 +19,17 @@ def pytest_configure(config):
         threads = max(1, (os.cpu_count() or 1) // int(workers))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
         torch.set_num_threads(threads)
+    config.stash[STDERR] = os.dup(sys.__stderr__.fileno())  # while pytest captures nothing
+
+
+def pytest_unconfigure(config):
+    os.close(config.stash[STDERR])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    with watching(item.nodeid, item.config.stash[STDERR]):
+        return (yield)
 
 
 def pytest_collection_modifyitems(items):
