@@ -218,6 +218,22 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path):
     assert load_checkpoint(tmp_path, model, optimizer, recipe) is None and recipe.step == 0
 
 
+@pytest.mark.fault(101)
+def test_a_checkpoint_that_somebody_counts_on_must_be_there(tmp_path):
+    made = make()
+    saved = save_checkpoint(tmp_path / "run", *made)
+    assert load_checkpoint(tmp_path / "run", *made, required=True) == {}
+    for folder, why in ((tmp_path, "holds no checkpoint"), (tmp_path / "rum", "does not exist")):
+        with pytest.raises(Sparse24Error, match=f"^{folder} {why}; name the folder that save_checkpoint was given"):
+            load_checkpoint(folder, *made, required=True)
+    missing = saved.with_name("step-00000007")
+    for required in (True, False):
+        with pytest.raises(Sparse24Error, match=f"^{missing} does not exist; checkpoints in .*: {saved.name}$"):
+            load_checkpoint(missing, *made, required=required)
+    with pytest.raises(Sparse24Error, match="step-00000007 does not exist; checkpoints in .*: none"):
+        load_checkpoint(tmp_path / "rum" / missing.name, *made)
+
+
 @pytest.mark.fault(62)
 @pytest.mark.parametrize("fails", ["os.fsync", "os.rename"])
 def test_a_disk_that_refuses_leaves_the_checkpoint_before(fails, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from .. import ops
 from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding, state_of
+from ..layers.options import checked_options
 from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_model, structure
 from .candidates import ALREADY_SPARSE, candidates, linear_names, patterns, some, weight_owners, why_not
@@ -29,6 +30,7 @@ from .report import Skipped, SparsifyReport
 BACKENDS = ("auto", "sparse")
 
 
+@checked_options(tokens="be an integer, 1 or more", micro_batches="be an integer, 1 or more")
 def sparsify(
     model: nn.Module,
     include: str | Sequence[str] = "auto",
@@ -79,7 +81,7 @@ def sparsify(
     if precision is not None:
         todo = _fitting_float8(todo, report)
     if unavailable and report.skipped and backend == "auto":
-        warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=2)
+        warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=3)
     elif not todo and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
         _raise_nothing_fits(model, report)
     report.fused = convert(
@@ -137,6 +139,7 @@ def _fitting_float8(todo: dict[str, nn.Module], report: SparsifyReport) -> dict[
     return {name: module for name, module in todo.items() if not reasons[name]}
 
 
+@checked_options()
 def refresh(model: nn.Module, *, search: bool = False) -> int:
     """Re-pack every sparse layer of `model` after its weights were written by hand (EMA, `.data`, surgery).
 
@@ -158,7 +161,7 @@ def refresh(model: nn.Module, *, search: bool = False) -> int:
             f"the masks of {', '.join(broken[:4])} ({len(broken)} layers) do not keep two in each row and column of "
             "their blocks: something has written to buffers, an average perhaps; they are searched anew",
             Sparse24Warning,
-            stacklevel=2,
+            stacklevel=3,
         )
     for name, layer in layers.items():
         layer._repack(search=search or name in broken)

@@ -11,6 +11,7 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..layers import SPARSE, SparseLayer, packing, sharding
 from ..layers.feedforward import FusedFeedForward, own_class, unfuse_block
+from ..layers.options import checked_options
 from ..layers.owners import end_recipes
 from ..layers.state import SOFT, mask_of, state_of
 from .candidates import weight_owners
@@ -19,6 +20,7 @@ from .names import sparse_layers, unwrap
 from .surroundings import after_conversion
 
 
+@checked_options()
 def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
     """Give every sparse layer its dense class back, with the same parameter objects; returns the layers' names.
 

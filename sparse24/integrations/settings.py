@@ -8,6 +8,7 @@ from typing import Any
 
 from ..convert import sparsify
 from ..errors import Sparse24Error
+from ..layers.options import fitted
 from ..recipe import Recipe
 
 
@@ -22,7 +23,10 @@ def split_settings(settings: dict[str, Any], whose: str = "Sparse24Callback") ->
             close = difflib.get_close_matches(name, sorted(set.union(*known)), n=1)
             hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(set.union(*known)))}"
             raise Sparse24Error(f"{whose} takes no setting {name!r}; {hint}")
-    return tuple({name: value for name, value in settings.items() if name in names} for names in known)
+    return tuple(
+        fitted(function, {name: value for name, value in settings.items() if name in names})
+        for function, names in zip((sparsify, Recipe), known, strict=True)
+    )
 
 
 def check_decay_in(recipe_settings: dict[str, Any], clips: str | None, scales: str | None) -> None:

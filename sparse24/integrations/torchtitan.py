@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..convert import SparsifyReport, sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..layers import packed_gather, sharding
+from ..layers.options import checked_options
 from ..recipe import Recipe, load_masks
 from .settings import split_settings
 
@@ -44,6 +45,7 @@ class Sparse24Converter:
             """The converter; it needs to know neither of the two."""
             return Sparse24Converter(self.total_steps, **self.settings)
 
+    @checked_options()
     def __init__(self, total_steps: int, **settings: Any):
         self.total_steps = total_steps
         self._of_sparsify, self._of_recipe = split_settings(settings, type(self).__name__)

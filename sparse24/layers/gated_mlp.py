@@ -9,6 +9,7 @@ from ..errors import Sparse24Error
 from .activations import ACTIVATIONS
 from .feedforward import BlockState, FusedFeedForward, attach
 from .linear import SparseLinear
+from .options import checked_options
 from .replaced import Child
 
 
@@ -44,6 +45,7 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
     for an unknown activation.
     """
 
+    @checked_options()
     def __init__(
         self,
         d_model: int,

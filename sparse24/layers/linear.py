@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .options import checked_options
 from .sparse_layer import SparseLayer
 from .state import DENSE, HOLDER, state_of
 
@@ -24,6 +25,7 @@ class SparseLinear(SparseLayer, nn.Linear):
     Raises Sparse24Error for sizes that are not multiples of 4; Sparse24DtypeError for dtypes that do not fit together.
     """
 
+    @checked_options()
     def __init__(
         self,
         in_features: int,

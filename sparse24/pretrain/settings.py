@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
+from ..layers.options import fitted
 from ..recipe.methods import METHODS
 from ..recipe.presets import PRESETS as RECIPES
 
@@ -192,6 +193,7 @@ def resolve(settings: Settings) -> Settings:
 
     Raises Sparse24Error, naming the option, its rule, the value and what to do.
     """
+    settings = dataclasses.replace(settings, **fitted(Settings, vars(settings), flag_of))
     require_choice("--preset", settings.preset, PRESETS)
     require_choice("--device", settings.device.split(":")[0], ("auto", "cpu", "cuda"))
     require_choice("--recipe", settings.recipe, (None, *RECIPES))
@@ -356,7 +358,11 @@ def rule_on(s: Settings) -> Callable[[str, bool, str, str], None]:
 
 def require(ok: bool, name: str, rule: str, value: Any, remedy: str) -> None:
     if not ok:
-        raise Sparse24Error(f"--{name.replace('_', '-')} {rule}, got {value}; {remedy}")
+        raise Sparse24Error(f"{flag_of(name)} {rule}, got {value}; {remedy}")
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def require_choice(name: str, value: Any, choices: Any) -> None:

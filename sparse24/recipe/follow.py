@@ -14,10 +14,12 @@ from ..errors import Sparse24Error
 from ..layers import check_module
 from ..layers.copies import settle
 from ..layers.modules import SparseLayer, state_of
+from ..layers.options import checked_options
 from ..layers.tensor_parallel import whole_mask
 from .state import check_state, phases_of, renewed
 
 
+@checked_options()
 def follow(copy: nn.Module, *, like: nn.Module, once: bool = False) -> int:
     """Give `copy` the masks, the phase and S-STE's scales that `like` has now, and pack its own weights under them.
 

@@ -41,7 +41,7 @@ def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
             "one trains them, they get no decay, and their packed form lags a step behind: give all sparse weights to "
             "one optimizer, or call requires_grad_(False) on what is not trained",
             Sparse24Warning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return held[0]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..convert import SparsifyReport, candidates, patterns, unwrap
 from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer
+from ..layers.options import checked_options
 from . import monitor
 from .search import MaskSearch, WatchedLayer
 
@@ -30,6 +31,7 @@ class MaskProbe:
     weight could be 2:4.
     """
 
+    @checked_options(mask_interval="be an integer, 1 or more")
     def __init__(
         self,
         model: nn.Module,

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import check_switch, packed_gather, sharding
+from ..layers.options import checked_options
 from ..layers.owners import forget_owner
 from ..layers.unseen import share_lookout
 from . import state
@@ -76,6 +77,15 @@ class Recipe(Readings):
     layers, an optimizer without their weights, and settings out of range.
     """
 
+    @checked_options(
+        total_steps="be the number of optimizer steps, 1 or more",
+        decay="be a finite number that float32 holds, 0 or more",
+        mask_interval="be an integer, 1 or more",
+        dense_fraction="lie in [0, 1]",
+        mvue='be True, False, None, "output", "input" or "auto"',
+        check_ranks_every="be an integer, 0 or more",
+        micro_batches="be an integer, 1 or more",
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -209,6 +219,7 @@ class Recipe(Readings):
         """
         return state.save(self.layers, self._steps, self._search, self._decay)
 
+    @checked_options()
     def load_state_dict(self, state_dict: dict, *, override: bool = False, rng: bool = True) -> None:
         """Take up a saved state; everything is checked before anything changes.
 

@@ -82,5 +82,5 @@ def tell_frozen(layers: Layers) -> None:
         f"the weights of all {len(layers)} sparse layers are frozen: their masks and their phase stay, and nothing "
         "decays. If they should be trained, requires_grad_() them before the recipe is made",
         Sparse24Warning,
-        stacklevel=3,
+        stacklevel=4,
     )

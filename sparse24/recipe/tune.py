@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..files import write_atomically
+from ..layers.options import checked_options
 from .phases import check_decay
 from .recipe import Recipe
 
@@ -112,6 +113,7 @@ class TuneResult:
         write_atomically(path, lambda p: p.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8"))
 
 
+@checked_options()
 def tune_decay(
     make_model: Callable[[], nn.Module],
     make_optimizer: Callable[[nn.Module], object],

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import check_module, packing
+from ..layers.options import checked_options
 from ..recipe import Recipe
 from .exporting import export
 from .fitting import check_optimizer, check_weights, load_weights
@@ -71,6 +72,7 @@ def save_checkpoint(
     return final
 
 
+@checked_options()
 def load_checkpoint(
     path: str | os.PathLike,
     model: nn.Module,
@@ -79,18 +81,24 @@ def load_checkpoint(
     *,
     override: bool = False,
     rng: bool = True,
+    required: bool = False,
 ) -> dict | None:
     """Take up a checkpoint; returns its `extra`, or None where `path` holds none: a fresh start.
 
     path           a checkpoint, or a folder of them: the one written last is taken
     override, rng  as in `Recipe.load_state_dict`
+    required       a folder without checkpoints, of a mistyped name perhaps, is an error and no fresh start
 
     Weights are cast to the model's dtype and go to its device. Raises Sparse24Error, changing nothing, for a checkpoint
-    that is damaged, of another version or model, or whose recipe had other settings.
+    that is damaged, of another version or model, or whose recipe had other settings, and where `path` names a single
+    checkpoint (step-...) that is not there.
     """
     _refuse_shards(model)
-    path = newest_checkpoint(Path(path))
+    folder, path = Path(path), newest_checkpoint(Path(path))
     if path is None:
+        if required:
+            why = "holds no checkpoint" if folder.is_dir() else "does not exist"
+            raise Sparse24Error(f"{folder} {why}; name the folder that save_checkpoint was given")
         return None
     saved = read_checkpoint(path, VERSION, "restore it from a copy, or name an older one")
     state = saved.state

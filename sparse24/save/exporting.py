@@ -23,6 +23,7 @@ from ..errors import Sparse24Error, Sparse24Warning
 from ..files import parse_json, write_atomically
 from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of, tensor_parallel
 from ..layers.copies import fingerprint_of
+from ..layers.options import checked_options
 from ..layers.state import SOFT
 
 FORMATS = ("safetensors", "compressed")
@@ -41,6 +42,7 @@ class Exported(NamedTuple):
     fingerprints: dict[str, str]
 
 
+@checked_options()
 @torch.no_grad()
 def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors", masked: bool = False) -> None:
     """Write the weights of `model` to `path`, whole or not at all.
@@ -187,7 +189,7 @@ def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
             f"{doing} masked weights of a model in its dense phase: it does not compute with these weights; train "
             "with dense_fraction=0 for a 2:4 model",
             Sparse24Warning,
-            stacklevel=3,
+            stacklevel=5,
         )
 
 

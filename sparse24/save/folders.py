@@ -60,11 +60,17 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: Path) -> Path | None:
-    """`path` itself where it is a checkpoint, damaged or not; else the one written last under it, if any is there."""
+    """`path` itself where it is a checkpoint, damaged or not; else the one written last under it, if any is there.
+
+    Raises Sparse24Error for a file, and for the name of one checkpoint that is not there.
+    """
     if path.is_file():
         raise Sparse24Error(f"{path} is a file; name the folder of a checkpoint, or a folder of checkpoints")
     if path.is_dir() and (_is_named_so(path) or (path / STATE).exists() or (path / WEIGHTS).exists()):
         return path
+    if _is_named_so(path) and not path.exists():
+        others = ", ".join(other.name for other in checkpoints(path.parent)[-4:]) or "none"
+        raise Sparse24Error(f"{path} does not exist; checkpoints in {path.parent}: {others}")
     found = checkpoints(path)
     return found[-1] if found else None
 

@@ -17,6 +17,7 @@ from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import FORMATS, HALF_DTYPES
 from ..layers import SparseLayer, feedforward, packing
+from ..layers.options import checked_options
 from ..layers.owners import end_recipes
 from ..layers.state import PACKED
 from .exporting import masked_weight, warn_of_dense_phase
@@ -45,6 +46,7 @@ class SemiStructuredReport:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 
+@checked_options()
 @torch.no_grad()
 def to_semi_structured(
     model: nn.Module, *, dtype: torch.dtype | None = None, backend: str = "auto"

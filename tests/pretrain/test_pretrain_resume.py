@@ -154,6 +154,7 @@ def test_resume_on_changed_text_is_refused(small, quiet, tmp_path, text_file):
         pretrain(small(data=(str(path),), ffn=("dense",), resume=True), quiet)
 
 
+@pytest.mark.fault(101)
 def test_resume_of_nothing_and_start_over_a_run_are_refused(small, quiet, tmp_path, stopped_run):
     with pytest.raises(Sparse24Error, match="--out .*empty holds no run .*leave --resume out"):
         pretrain(small(out=str(tmp_path / "empty"), resume=True), quiet)
