@@ -23,7 +23,7 @@ PRECISIONS = ("fp8-hybrid", "fp8")
 STEP = 32  # features come in multiples of this: whole 16 bytes of packed values along k, both ways
 
 SLOTS = ("x", "w", "dy")
-#: of a tensor that was 0 so far, as gradients are behind a weight that begins at 0. Small: what comes first is clipped
+#: of a gradient that was 0 so far, as those are behind a weight that begins at 0. Small: what comes first is clipped
 #: for a step, where a large scale would round it to 0, or blow it up at random
 FIRST_SCALE = 2.0**-24
 SCALE_BUFFERS = {slot: f"{HOLDER}_{slot}_scale" for slot in SLOTS}
@@ -135,27 +135,33 @@ def update_scales(layers: Iterable[nn.Module], all_reduce_max: Callable[[Tensor]
 
     all_reduce_max  called with the fp32 tensor of all amaxes, to make it that of all ranks
 
-    Call it after an optimizer step, before packing. A tensor that was not cast keeps its scale. Returns, for each
-    device, whether each cast was clipped: its amax was beyond its scale. Bool, one for each scale (nothing was, by a
-    scale that was not known before).
+    Call it after an optimizer step, before packing. A tensor that was not cast keeps its scale: 1 for the input of a
+    layer that has not run yet. Gradients that were 0 from the start get FIRST_SCALE. Returns, for each device, whether
+    each cast was clipped: its amax was beyond its scale. Bool, one for each scale (nothing was, by a scale that was not
+    known before).
     """
-    pairs: dict[tuple[torch.device, bool], dict[int, tuple[Tensor, Tensor]]] = {}
+    casts: dict[tuple[torch.device, bool], dict[int, tuple[Tensor, Tensor, bool]]] = {}
     for layer in filter(has_float8, layers):
         for slot in SLOTS:  # gate and up of a fused block share those of their weight
             scale, amax = layer._buffers[SCALE_BUFFERS[slot]], layer._buffers[AMAX_BUFFERS[slot]]
             known = slot == "w" or state_of(layer).scales_known
-            pairs.setdefault((scale.device, known), {})[id(scale)] = (scale, amax)
+            casts.setdefault((scale.device, known), {})[id(scale)] = (scale, amax, slot == "dy")
         state_of(layer).scales_known = True
     return [
-        _update(*map(list, zip(*of.values(), strict=True)), known, all_reduce_max) for (_, known), of in pairs.items()
+        _update(*map(list, zip(*of.values(), strict=True)), known, all_reduce_max) for (_, known), of in casts.items()
     ]
 
 
-def _update(scales: list[Tensor], amaxes: list[Tensor], known: bool, all_reduce_max) -> Tensor:
+def _update(
+    scales: list[Tensor], amaxes: list[Tensor], of_gradients: list[bool], known: bool, all_reduce_max
+) -> Tensor:
     before, largest = torch.cat(scales), torch.cat(amaxes)
     if all_reduce_max is not None:
         all_reduce_max(largest)
-    unseen = before if known else torch.full_like(before, FIRST_SCALE)
+    unseen = before
+    if not known:
+        pairs = zip(scales, of_gradients, strict=True)
+        unseen = torch.cat([torch.full_like(scale, FIRST_SCALE) if first else scale for scale, first in pairs])
     new = torch.where(largest > 0, scale_of(largest), unseen)
     torch._foreach_copy_(scales, list(new.split(1)))
     torch._foreach_zero_(amaxes)
