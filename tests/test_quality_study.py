@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench.quality import report, study, training
-from bench.quality.arms import parse
+from bench.quality.arms import Size, parse
+from bench.quality.model import SmallGPT, optimizers
 
 NAMES = [
     "relu2 dense lr=3e-3 seed=1",
@@ -16,6 +17,8 @@ NAMES = [
     "relu2 2:4 wide=1.375 seed=2",
     "relu2 2:4 mvue=True precision=fp8-hybrid dense=1/3",
     "relu2 2:4 method=mvue dense=0 decay=2e-5 interval=20",
+    "swiglu 2:4 wide=1.25 dense=1/3 lr=1.5e-3 tokens=131k size=60m",
+    "relu2 2:4 optimizer=muon",
 ]
 
 
@@ -35,7 +38,10 @@ def test_what_an_arm_does_not_use_does_not_tell_arms_apart():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("silu dense", "begins with relu2 or gelu"),
+        ("silu dense", "begins with relu2, gelu, swiglu"),
+        ("relu2 dense tokens=100k", "tokens must be one of 32k"),
+        ("relu2 dense size=70b", "size must be one of 10m, 60m"),
+        ("relu2 dense optimizer=lion", "optimizer must be one of adamw, muon"),
         ("relu2 sparse", "then dense or 2:4"),
         ("relu2 2:4 width=2", "no setting width"),
         ("relu2 2:4 precision=fp8", "write mvue=True or mvue=False"),
@@ -44,6 +50,50 @@ def test_what_an_arm_does_not_use_does_not_tell_arms_apart():
 def test_names_that_are_none(name, words):
     with pytest.raises(ValueError, match=words):
         parse(name)
+
+
+def test_every_result_is_kept_under_the_name_that_it_was_measured_under():
+    """Results are found by their arm: a new setting must not rename those that lack it."""
+    for path in report.RESULTS.glob("**/*.json"):
+        run = json.loads(path.read_text())
+        arm = parse(run["arm"])
+        assert run["group"] in (arm.group, run["arm"].removesuffix(f" seed={arm.seed}")), path
+        parts = path.stem.replace("_lr_3e-3", "").replace("_seed_", "_seed-").split("_")
+        assert sorted(parts) == sorted(arm.slug.split("_")), path
+
+
+def test_what_must_be_shared_is_told_of_dense_arms_too():
+    names = ("size=60m", "tokens=131k", "optimizer=muon")
+    assert len({parse(f"relu2 dense {name}").plain for name in ("", *names)}) == 4
+    assert {parse(f"gelu dense {name}").plain.group for name in names} == {f"gelu dense {name}" for name in names}
+
+
+def test_the_decay_of_muon_is_the_recipes_unless_a_name_has_one():
+    assert parse("relu2 2:4 optimizer=muon").decay == 1 and parse("relu2 2:4 optimizer=muon decay=3e-1").decay == 0.3
+    assert parse("relu2 2:4").decay == 6e-5
+
+
+@pytest.mark.parametrize("size, millions", [("10m", 10.6), ("60m", 63.7)])
+def test_gated_and_plain_layers_have_as_many_parameters(size, millions):
+    plain, gated = (parse(f"{activation} dense size={size}") for activation in ("gelu", "swiglu"))
+    width, layers = training.SIZES[size].width, training.SIZES[size].layers
+    with torch.device("meta"):
+        counts = [
+            SmallGPT(64, 64, width, layers, arm.d_ff(width), arm.activation).block_parameters()
+            for arm in (plain, gated)
+        ]
+    assert counts[0] == counts[1] and round(counts[0] / 1e6, 1) == millions
+    assert parse("swiglu dense").d_ff(384) == 1024 and parse("swiglu dense wide=1.25").d_ff(384) == 1280
+
+
+def test_muon_takes_the_matrices_of_blocks_and_adamw_the_rest():
+    model = SmallGPT(64, 64, 64, 1, 192, "swiglu")
+    muon, adamw = optimizers(model, "muon", 1e-3, False)
+    of = [[p for group in each.param_groups for p in group["params"]] for each in (muon, adamw)]
+    assert {id(p) for p in of[0]} == {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+    assert len(of[0]) + len(of[1]) == len(list(model.parameters()))
+    (only,) = optimizers(model, "adamw", 1e-3, False)
+    assert type(only) is torch.optim.AdamW
 
 
 @pytest.fixture
@@ -112,7 +162,8 @@ def test_the_table_compares_with_dense_at_its_best_and_with_the_same_arm_in_sixt
 @pytest.fixture
 def tiny(monkeypatch):
     """Sizes for seconds, and text that can be learned: each row counts on from a number of its own."""
-    for name, value in dict(WIDTH=64, LAYERS=1, BATCH=4, VALID_BATCHES=1, VOCABULARY=64).items():
+    sizes = {"10m": Size(64, 1), "60m": Size(64, 2)}
+    for name, value in dict(SIZES=sizes, BATCH=4, VALID_BATCHES=1, VOCABULARY=64).items():
         monkeypatch.setattr(training, name, value)
     torch.manual_seed(0)
     return ((torch.randint(0, 64, (480, 1)) + torch.arange(513)) % 64).to(torch.int16).to(training.DEVICE)
@@ -125,6 +176,11 @@ def tiny(monkeypatch):
         "relu2 2:4 dense=1/3",
         "relu2 2:4 mvue=True precision=fp8",
         "relu2 2:4 method=mvue dense=0",
+        "swiglu dense tokens=131k",
+        "swiglu 2:4 wide=1.5 tokens=65k",
+        "gelu 2:4 size=60m",
+        "relu2 dense optimizer=muon",
+        "relu2 2:4 optimizer=muon",
     ],
 )
 def test_an_arm_trains(tiny, monkeypatch, name):
@@ -132,10 +188,40 @@ def test_an_arm_trains(tiny, monkeypatch, name):
     result = training.train(parse(name), tiny, {"text": tiny}, 12)
     assert result["mean"] == result["text"] and 0 < result["mean"] < result["curve"][0][1]
     assert json.dumps(result) and result["tokens"] == 12 * 4 * 512
+    assert result["steps"] == 12 // parse(name).micro_batches
+    at, losses = zip(*result["valid_curve"], strict=True)
+    assert at[-1] == result["steps"] and losses[-1] == result["mean"] and list(at) == sorted(set(at))
+
+
+def test_a_step_of_several_micro_batches_is_that_of_all_their_rows(tiny, monkeypatch):
+    """In float64, where sums in another order are no other gradients."""
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    monkeypatch.setattr(training, "loss_of", lambda forward, ids: forward(ids[:, :-1], ids[:, 1:]))
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    weights = []
+    for tokens, batch in (("32k", 16), ("131k", 4)):
+        monkeypatch.setattr(training, "BATCH", batch)
+        step = training.Step(parse(f"swiglu dense tokens={tokens}"), 2, False)
+        step.model.double()
+        for i in range(2):
+            step(tiny[16 * i : 16 * (i + 1)])
+        weights.append([p.detach() for p in step.model.parameters()])
+    for one, other in zip(*weights, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_validation_loss_is_taken_late_in_a_run_and_evenly():
+    at = sorted(training.validation_steps(4889))
+    assert len(at) == training.VALID_POINTS and at[0] == round(0.6 * 4889) and at[-1] < 4889
+    assert {b - a for a, b in zip(at, at[1:], strict=False)} <= {122, 123}
+    assert 1 not in training.validation_steps(1) and 0 not in training.validation_steps(1)
+
+
+CAPTURED = ["relu2 dense", "relu2 2:4", "relu2 2:4 mvue=True precision=fp8", NAMES[4]]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["relu2 dense", "relu2 2:4", "relu2 2:4 mvue=True precision=fp8", NAMES[-1]])
+@pytest.mark.parametrize("name", [*CAPTURED, "swiglu 2:4 tokens=65k", "gelu 2:4 size=60m"])
 def test_captured_steps_train_as_others_do(tiny, name):
     """To a few percent of what was learned: draws of MVUE are others."""
     captured, plain = (training.train(parse(name), tiny, {"text": tiny}, 120, c) for c in (True, False))

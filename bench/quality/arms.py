@@ -5,18 +5,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 
+#: tokens of a step -> micro-batches of 32,768 that make it up
+TOKENS = {"32k": 1, "65k": 2, "131k": 4, "262k": 8}
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+
+
+#: parameters in blocks, at width 1 -> the model that has them
+SIZES = {"10m": Size(384, 6), "60m": Size(768, 9)}
+CHOICES = {"tokens": TOKENS, "size": SIZES, "optimizer": ("adamw", "muon")}
+ACTIVATIONS = ("relu2", "gelu", "swiglu")
+
 
 @dataclass(frozen=True)
 class Arm:
     """One training run. Arms of equal settings are equal, whatever they are called.
 
-    activation  "relu2" or "gelu"          wide      d_ff over 4 * width
-    sparse      trained by a Recipe        method    of the Recipe
+    activation  "relu2", "gelu" or "swiglu", the last with a gate and d_ff 2/3 of theirs: as many parameters
+    wide        d_ff over 4 * width, or over 2/3 of that with a gate
+    sparse      trained by a Recipe
+    method      of the Recipe
     mvue        what weight gradients prune: output, input, auto, True, False as of the Recipe; "h": dy of up and h of
                 down, what "auto" settles on with squared ReLU
     dense       last part of the steps that is dense
-    decay, interval, lr, seed              as ever
+    decay, interval, lr, seed  as ever; with Muon the decay is 1 where a name has none, as it is the Recipe's
     precision   of the 2:4 layers: fp8 or fp8-hybrid, else 16 bits
+    tokens      of a step: a key of TOKENS. More of them make fewer steps: all arms see the same text once
+    size        of the model: a key of SIZES
+    optimizer   "muon": torch's, for the matrices of blocks, its updates as large as AdamW's, so that `lr` is one for both
     """
 
     name: str = field(compare=False)
@@ -31,11 +51,31 @@ class Arm:
     lr: float = 3e-3
     seed: int = 0
     precision: str = ""
+    tokens: str = "32k"
+    size: str = "10m"
+    optimizer: str = "adamw"
 
     @property
     def plain(self) -> Arm:
         """Without what does not matter: settings of a recipe where there is none."""
-        return self if self.sparse else Arm(self.name, self.activation, wide=self.wide, lr=self.lr, seed=self.seed)
+        said = ("wide", "lr", "seed", "tokens", "size", "optimizer")
+        return self if self.sparse else Arm(self.name, self.activation, **{key: getattr(self, key) for key in said})
+
+    @property
+    def family(self) -> tuple[str, str, str, str]:
+        """What arms must share to be compared: activation, size, tokens of a step, optimizer."""
+        return self.activation, self.size, self.tokens, self.optimizer
+
+    @property
+    def micro_batches(self) -> int:
+        return TOKENS[self.tokens]
+
+    @property
+    def gated(self) -> bool:
+        return self.activation == "swiglu"
+
+    def d_ff(self, width: int) -> int:
+        return round(4 * self.wide * width * (2 / 3 if self.gated else 1) / 64) * 64
 
     @property
     def group(self) -> str:
@@ -57,11 +97,16 @@ class Arm:
 def parse(name: str) -> Arm:
     """`ACTIVATION dense|2:4 [key=value ...]` -> Arm. Raises ValueError for anything else."""
     activation, kind, *settings = name.split()
-    if activation not in ("relu2", "gelu") or kind not in ("dense", "2:4"):
-        raise ValueError(f"an arm begins with relu2 or gelu, then dense or 2:4, got {name!r}")
+    if activation not in ACTIVATIONS or kind not in ("dense", "2:4"):
+        raise ValueError(f"an arm begins with {', '.join(ACTIVATIONS)}, then dense or 2:4, got {name!r}")
     values = dict(setting.split("=") for setting in settings)
     if unknown := values.keys() - {f.name for f in fields(Arm)[3:]}:
         raise ValueError(f"an arm has no setting {', '.join(sorted(unknown))}: {name!r}")
+    for key, known in CHOICES.items():
+        if values.get(key, next(iter(known))) not in known:
+            raise ValueError(f"{key} must be one of {', '.join(known)}: {name!r}")
+    if values.get("optimizer") == "muon":
+        values.setdefault("decay", "1")
     arm = Arm(name, activation, kind == "2:4", **{key: _value(key, text) for key, text in values.items()})
     if arm.precision and arm.mvue in ("h", "input", "auto"):
         raise ValueError(f"8-bit layers prune output gradients alone: write mvue=True or mvue=False in {name!r}")

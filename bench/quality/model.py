@@ -1,4 +1,4 @@
-"""The study's model: a small GPT whose feed-forward layers are plain (up, activation, down), as wide as an arm says."""
+"""The study's model: a small GPT whose feed-forward layers, plain or gated, are as wide as an arm says."""
 
 from __future__ import annotations
 
@@ -28,6 +28,24 @@ class FeedForward(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
+class GatedFeedForward(nn.Module):
+    """SwiGLU, its layers named as in Llama."""
+
+    def __init__(self, width: int, d_ff: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, d_ff, bias=False)
+        self.up_proj = nn.Linear(width, d_ff, bias=False)
+        self.act_fn = nn.SiLU()
+        self.down_proj = nn.Linear(d_ff, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def feed_forward(width: int, d_ff: int, activation: str) -> nn.Module:
+    return GatedFeedForward(width, d_ff) if activation == "swiglu" else FeedForward(width, d_ff, activation)
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, head: int = 64):
         super().__init__()
@@ -48,7 +66,7 @@ class Block(nn.Module):
         self.norm_attention = nn.LayerNorm(width, bias=False)
         self.attention = Attention(width)
         self.norm_mlp = nn.LayerNorm(width, bias=False)
-        self.mlp = FeedForward(width, d_ff, activation)
+        self.mlp = feed_forward(width, d_ff, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_attention(x))
@@ -85,6 +103,18 @@ def matrices_and_others(model: nn.Module) -> list[dict]:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def optimizers(model: SmallGPT, name: str, lr: float | Tensor, captured: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of blocks and AdamW for the rest."""
+    groups, muon = matrices_and_others(model), []
+    if name == "muon":
+        inside = {id(p) for p in model.blocks.parameters()}
+        matrices = [p for p in groups[0]["params"] if id(p) in inside]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in inside]
+        muon = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+    on_gpu = groups[0]["params"][0].is_cuda
+    return [*muon, torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu, capturable=captured)]
 
 
 def to_device(rows, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,11 @@
     python -m bench.quality.study TOKENS --arms "relu2 dense seed=0" "relu2 2:4 wide=1.5 seed=0" --out FOLDER
                                   [--at-once 3] [--captured] [--seconds S]
 
-10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), batches of 32,768 tokens, one
-pass over TOKENS: nothing is seen twice, so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All
-arms see the same batches in the same order.
+10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), or 63.7 million (`size=60m`: 768
+wide, 9 layers); batches of 32,768 tokens, or of what `tokens=` says; one pass over TOKENS: nothing is seen twice, so
+capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All arms see the same text in the same order, and
+from 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The learning rate is 3e-3 at
+every size and batch where a name has no other.
 
 Results add up over runs: an arm that has a result in --out or in bench/results/quality, under any spelling of its name,
 is left out, and one that was interrupted begins anew. Several processes may work on one list (--at-once starts them).
@@ -85,7 +87,10 @@ def work(arms: list[Arm], out: Path, seconds: float, make) -> int:
             part.write_text(json.dumps(result))
             part.replace(path)
             longest = max(longest, time.perf_counter() - arm_begin)
-            print({key: value for key, value in result.items() if key not in ("curve", "made_by")}, flush=True)
+            print(
+                {key: value for key, value in result.items() if key not in ("curve", "valid_curve", "made_by")},
+                flush=True,
+            )
     return failed
 
 
@@ -105,8 +110,8 @@ def main() -> None:
         processes = [subprocess.Popen(command) for _ in range(args.at_once)]
         raise SystemExit(any([process.wait() for process in processes]))
     rows = load(args.tokens / "train.bin")
-    steps = int(len(rows) * args.fraction) // training.BATCH
-    rows = rows[: steps * training.BATCH]
+    batches = int(len(rows) * args.fraction) // training.BATCH
+    rows = rows[: batches * training.BATCH]
     text = f"{zlib.crc32(rows):08x}"  # only arms of equal text are to be compared
     rows = training.on_device(rows)
     valid = {
@@ -115,7 +120,7 @@ def main() -> None:
     }
 
     def make(arm: Arm) -> dict:
-        return training.train(arm, rows, valid, steps, args.captured) | {"text": text, "made_by": header()}
+        return training.train(arm, rows, valid, batches, args.captured) | {"text": text, "made_by": header()}
 
     if failed := work(args.arms, args.out, args.seconds, make):
         raise SystemExit(f"error: {failed} of the arms failed")

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import sparse24
-from bench.quality.arms import Arm, mvue_of
-from bench.quality.model import SmallGPT, matrices_and_others
+from bench.quality.arms import SIZES, Arm, mvue_of
+from bench.quality.model import SmallGPT, optimizers
 from bench.quality.text import CONTEXT, VOCABULARY
 
-WIDTH, LAYERS, BATCH = 384, 6, 64
+BATCH = 64  # rows of a micro-batch
 VALID_BATCHES = 24
+VALID_FROM, VALID_POINTS = 0.6, 16  # of a run's steps: where losses lie that another arm's last one is compared with
 WARM_STEPS = 3  # of a phase, before its step is captured: these compile
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,45 +39,45 @@ def loss_of(forward, ids: Tensor) -> Tensor:
         return forward(ids[:, :-1], ids[:, 1:])
 
 
-def make(arm: Arm, steps: int, captured: bool) -> tuple[SmallGPT, torch.optim.Optimizer, sparse24.Recipe | None]:
+def make(arm: Arm, steps: int, captured: bool) -> tuple[SmallGPT, list[torch.optim.Optimizer], sparse24.Recipe | None]:
     torch.manual_seed(arm.seed)
-    d_ff = round(4 * arm.wide * WIDTH / 64) * 64
-    model = SmallGPT(VOCABULARY, CONTEXT, WIDTH, LAYERS, d_ff, arm.activation).to(DEVICE)
+    width, layers = SIZES[arm.size].width, SIZES[arm.size].layers
+    model = SmallGPT(VOCABULARY, CONTEXT, width, layers, arm.d_ff(width), arm.activation).to(DEVICE)
     if arm.sparse:
         settings = {"precision": arm.precision} if arm.precision else {}
         sparse24.sparsify(model, backend="sparse", dtype=torch.bfloat16, **settings)
     # A graph keeps the numbers that it was captured with, and reads tensors anew.
     lr = torch.tensor(arm.lr, device=DEVICE) if captured else arm.lr
-    optimizer = torch.optim.AdamW(
-        matrices_and_others(model), lr=lr, betas=(0.9, 0.95), fused=DEVICE.type == "cuda", capturable=captured
-    )
+    each = optimizers(model, arm.optimizer, lr, captured)
     if not arm.sparse:
-        return model, optimizer, None
+        return model, each, None
     recipe = sparse24.Recipe(
-        model, optimizer, steps, decay=arm.decay, mask_interval=arm.interval, dense_fraction=arm.dense,
+        model, each, steps, decay=arm.decay, mask_interval=arm.interval, dense_fraction=arm.dense,
         mvue=mvue_of(arm), method=arm.method,
     )  # fmt: skip
     if arm.mvue == "h":
         for name, layer in recipe.layers.items():
             layer.set_mvue("input" if name.endswith("down_proj") else "output")
-    return model, optimizer, recipe
+    return model, each, recipe
 
 
 class Step:
-    """A training step, by itself or as a CUDA graph that holds all of it: the host then costs nothing.
+    """A training step of one or more micro-batches, by itself or as a CUDA graph that holds all of it: the host then costs nothing.
 
     captured  capture the step of each phase after WARM_STEPS steps of it, and replay it from then on
     """
 
     def __init__(self, arm: Arm, steps: int, captured: bool):
-        self.model, self.optimizer, self.recipe = make(arm, steps, captured)
+        captured = captured and arm.optimizer == "adamw"  # torch's Muon keeps its learning rate on the host
+        self.model, self.optimizers, self.recipe = make(arm, steps, captured)
         self.forward = torch.compile(self.model, dynamic=False)
         self.captured, self.phase, self.warm, self.graph = captured, None, 0, None
-        self.ids = torch.zeros(BATCH, CONTEXT + 1, dtype=torch.int64, device=DEVICE)
+        self.micro_batches = arm.micro_batches
+        self.ids = torch.zeros(arm.micro_batches * BATCH, CONTEXT + 1, dtype=torch.int64, device=DEVICE)
         self.loss = torch.zeros((), device=DEVICE)
 
     def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
+        for group in (group for each in self.optimizers for group in each.param_groups):
             if self.captured:
                 group["lr"].fill_(lr)
             else:
@@ -99,15 +100,18 @@ class Step:
             self.recipe.replay(self.graph)
 
     def run(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(self.forward, self.ids)
-        loss.backward()
+        self.model.zero_grad(set_to_none=True)
+        self.loss.zero_()
+        for ids in self.ids.split(BATCH):
+            loss = loss_of(self.forward, ids) / self.micro_batches
+            loss.backward()
+            self.loss.add_(loss.detach())
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.loss.copy_(loss.detach())
+        for each in self.optimizers:
+            each.step()
 
     def capture(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self.graph = torch.cuda.CUDAGraph()
         with self.recipe.capturing() if self.recipe else nullcontext(), torch.cuda.graph(self.graph):
             self.run()
@@ -122,27 +126,41 @@ def validate(forward, valid: dict[str, Tensor]) -> dict[str, float]:
     return losses | {"mean": sum(losses.values()) / len(losses)}
 
 
-def train(arm: Arm, rows: Tensor, valid: dict[str, Tensor], steps: int, captured: bool = False) -> dict:
+def validation_steps(steps: int) -> set[int]:
+    """After so many steps, besides the last, the validation loss is taken."""
+    at = (VALID_FROM + (1 - VALID_FROM) * i / VALID_POINTS for i in range(VALID_POINTS))
+    return {round(steps * part) for part in at} - {0, steps}
+
+
+def train(arm: Arm, rows: Tensor, valid: dict[str, Tensor], batches: int, captured: bool = False) -> dict:
+    """batches  of BATCH rows that there are to train on: as many steps, or fewer where a step takes several"""
     torch._dynamo.reset()
-    step, curve, start = Step(arm, steps, captured), [], time.perf_counter()
-    times, before = [], start
+    steps, size, every = batches // arm.micro_batches, arm.micro_batches * BATCH, 100 // arm.micro_batches
+    step, curve, valid_curve, start = Step(arm, steps, captured), [], [], time.perf_counter()
+    times, before, validated = [], start, validation_steps(steps)
     side = torch.cuda.stream(torch.cuda.Stream()) if captured else nullcontext()  # what is captured begins on one
     with side:
         for i in range(steps):
             step.set_lr(learning_rate(i, steps, arm.lr))
-            step(rows[i * BATCH : (i + 1) * BATCH])
-            if i % 100 == 0:
+            step(rows[i * size : (i + 1) * size])
+            if i % every == 0:
                 curve.append((i, round(float(step.loss), 4)))
                 now = time.perf_counter()
-                times, before = [*times, 10 * (now - before)], now
-            if i % 1000 == 100:
+                times, before = [*times, 1e3 * (now - before) / every], now
+            if i % (10 * every) == every:
                 print(f"{arm.name}: step {i}, loss {curve[-1][1]}, {times[-1]:.1f} ms a step", flush=True)
+            if i + 1 in validated:
+                float(step.loss)  # what was enqueued before is no part of what validation takes
+                begin = time.perf_counter()
+                valid_curve.append((i + 1, round(validate(step.forward, valid)["mean"], 5)))
+                before += time.perf_counter() - begin
         losses = validate(step.forward, valid)
     recipe = step.recipe
     return {
-        "arm": arm.name, "group": arm.group, "seed": arm.seed, "steps": steps, "tokens": steps * BATCH * CONTEXT,
-        "block_parameters": step.model.block_parameters(), "captured": captured,
+        "arm": arm.name, "group": arm.group, "seed": arm.seed, "steps": steps, "tokens": steps * size * CONTEXT,
+        "block_parameters": step.model.block_parameters(), "captured": step.captured,
         "seconds": round(time.perf_counter() - start, 1), "step_ms": round(median(times), 2), **losses,
         "flip_rate": recipe.metrics().get("flip_rate", 0.0) if recipe else 0.0, "curve": curve,
+        "valid_curve": [*valid_curve, (steps, losses["mean"])],
         "events": [str(event) for event in recipe.events] if recipe else [],
     }  # fmt: skip
