@@ -36,7 +36,7 @@ class Arm:
     precision   of the 2:4 layers: fp8 or fp8-hybrid, else 16 bits
     tokens      of a step: a key of TOKENS. More of them make fewer steps: all arms see the same text once
     size        of the model: a key of SIZES
-    optimizer   "muon": torch's, for the matrices of blocks, its updates as large as AdamW's, so that `lr` is one for both
+    optimizer   "muon": torch's, for the matrices of blocks; its updates are as large as AdamW's, `lr` is that of both
     """
 
     name: str = field(compare=False)

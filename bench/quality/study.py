@@ -3,10 +3,10 @@
     python -m bench.quality.study TOKENS --arms "relu2 dense seed=0" "relu2 2:4 wide=1.5 seed=0" --out FOLDER
                                   [--at-once 3] [--captured] [--seconds S]
 
-10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), or 63.7 million (`size=60m`: 768
-wide, 9 layers); batches of 32,768 tokens, or of what `tokens=` says; one pass over TOKENS: nothing is seen twice, so
-capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All arms see the same text in the same order, and
-from 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The learning rate is 3e-3 at
+10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), or 63.7 million (`size=60m`:
+768 wide, 9 layers); batches of 32,768 tokens, or of what `tokens=` says; one pass over TOKENS: nothing is seen twice,
+so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All arms see the same text in the same order.
+From 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The learning rate is 3e-3 at
 every size and batch where a name has no other.
 
 Results add up over runs: an arm that has a result in --out or in bench/results/quality, under any spelling of its name,

@@ -62,7 +62,7 @@ def make(arm: Arm, steps: int, captured: bool) -> tuple[SmallGPT, list[torch.opt
 
 
 class Step:
-    """A training step of one or more micro-batches, by itself or as a CUDA graph that holds all of it: the host then costs nothing.
+    """A training step of one or more micro-batches, by itself or as a CUDA graph of all of it: the host costs nothing.
 
     captured  capture the step of each phase after WARM_STEPS steps of it, and replay it from then on
     """
