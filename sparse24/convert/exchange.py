@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import Sparse24Error
@@ -15,6 +16,7 @@ from . import structure
 from .surroundings import after_conversion
 
 
+@torch.inference_mode(False)  # else a caller's inference mode makes buffers that no recipe may write later
 def convert(model: nn.Module, layers: dict[str, nn.Module], *, fuse_blocks: bool, **settings: Any) -> dict[str, str]:
     """Make `layers` of `model` sparse and fuse what can be fused; block -> "" or why it is not fused.
 
