@@ -59,6 +59,42 @@ def test_sparsify_twice_changes_nothing_the_second_time():
     assert model.fc1.mask is mask
 
 
+@pytest.mark.fault(77)
+@pytest.mark.parametrize(
+    "asked, words",
+    [
+        (dict(precision="fp8"), "already sparse, with precision=None"),
+        (dict(lean=True), "already sparse, with lean=False"),
+        (dict(dtype=torch.float16), "already sparse, with dtype=torch.float32"),
+    ],
+)
+def test_sparsify_with_other_settings_says_that_layers_keep_theirs(asked, words):
+    model = MLP(32, 64)
+    sparse24.sparsify(model)
+    with pytest.warns(Sparse24Warning, match=f"2 layers as they are, such as fc1: {words}. To give them .*densify"):
+        report = sparse24.sparsify(model, **asked)
+    assert {skip.reason for skip in report.skipped} == {words} and "fc1    2:4  already sparse, with" in str(report)
+    sparse24.densify(model)
+    assert sparse24.sparsify(model, **asked).converted == ["fc1", "fc2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparse24.sparsify(model, **asked)
+        sparse24.sparsify(model)  # what is left out asks for nothing
+
+
+@pytest.mark.fault(50)
+def test_a_model_that_became_sparse_in_inference_mode_can_be_trained():
+    model = MLP()
+    with torch.inference_mode():
+        sparse24.sparsify(model)
+        model(torch.randn(4, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparse24.Recipe(model, optimizer, total_steps=4)
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    assert sparse24.verify(model)
+
+
 def test_own_gated_block_counts_as_converted_already():
     model = nn.ModuleDict({"ffn": sparse24.SparseGatedMLP(8, 16)})
     assert [s.name for s in sparse24.sparsify(model).skipped] == ["ffn.gate_proj", "ffn.up_proj", "ffn.down_proj"]
@@ -89,6 +125,8 @@ def test_patterns_choose_and_exclude():
         (dict(include=(3,)), "include must be patterns"),
         (dict(backend="fast"), "backend must be one of auto, sparse, got 'fast'"),
         (dict(dtype=torch.int8), "dtype must be one of .*int8"),
+        (dict(dtype="bfloat16"), "dtype must be one of torch.float32, .*got 'bfloat16'"),
+        (dict(dtype=torch.float8_e4m3fn), 'dtype must be one of .*; for 8-bit products say precision="fp8"'),
     ],
 )
 def test_bad_settings_name_what_is_wrong_and_change_nothing(settings, words):

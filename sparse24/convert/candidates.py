@@ -17,10 +17,9 @@ from ..layers.checks import is_plain_parameter
 from ..layers.packing import is_dtensor
 from ..layers.state import is_ours
 from . import structure
-from .report import Skipped, SparsifyReport
+from .report import ALREADY_SPARSE, Skipped, SparsifyReport
 
-ALREADY_SPARSE = "already sparse"
-#: of a sparse layer, which an attribute on the object would hide, or be hidden by
+#: names of a sparse layer's methods: an attribute of such a name on a user's module would hide the method
 METHODS = {
     name
     for base in SparseLayer.__mro__[:-1]
@@ -93,7 +92,7 @@ def why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: b
     if min(in_features, out_features) < 4:
         return f"{out_features} x {in_features} has no whole 4x4 block"
     if in_features % 4 or out_features % 4:
-        return f"{out_features} x {in_features} is not a multiple of 4 both ways"
+        return f"{out_features} x {in_features} is not a multiple of 4 on both sides; choose widths that are"
     allowed = WEIGHT_DTYPES if weight.device.type == "cuda" else DTYPES
     if weight.dtype not in allowed:
         return f"{weight.dtype} weights are not supported (supported: {', '.join(map(str, allowed))})"

@@ -29,7 +29,7 @@ def choose_function(
     if backend == "sparse":
         return True, "backend='sparse'"
     if device.type != "cuda":
-        return True, f"{device.type}: every matching layer is 2:4, for the method"
+        return True, f"{device.type}: no speed to gain, so every matching layer is 2:4"
     training, rates = training.of(master_bytes=module.weight.dtype.itemsize), rates_on(device)
     out_features, in_features = structure.part_features(module)[::-1]
     if block is not None and (cut := tensor_parallel.cut_of(module)) is not None:

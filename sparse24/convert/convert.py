@@ -16,16 +16,17 @@ from torch import nn
 from .. import ops
 from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers import DTYPES, SparseLayer, check_switch, float8, mask_of, sharding, state_of
+from ..formats import FLOAT8_DTYPES, packed_dtype
+from ..layers import DTYPES, SparseLayer, float8, mask_of, sharding, state_of
 from ..layers.options import checked_options
 from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_model, structure
-from .candidates import ALREADY_SPARSE, candidates, linear_names, patterns, some, weight_owners, why_not
+from .candidates import candidates, linear_names, patterns, some, weight_owners, why_not
 from .choice import choose_function
 from .cost_model import Training
 from .exchange import convert
 from .names import sparse_layers
-from .report import Skipped, SparsifyReport
+from .report import ALREADY_SPARSE, Skipped, SparsifyReport
 
 BACKENDS = ("auto", "sparse")
 
@@ -66,11 +67,12 @@ def sparsify(
                 16 bits. "fp8": all three (docs/fp8.md). Layers whose sizes are not multiples of 32 stay dense
     fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (layers/feedforward.py)
 
-    Call it again at will: layers that are sparse already stay as they are. Raises Sparse24Error, with the closest
+    Call it again at will: layers that are sparse already stay as they are, and a warning says so where this call asks
+    for another precision, lean or dtype than they have. Raises Sparse24Error, with the closest
     names, when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is
     then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
     """
-    _check_settings(model, backend, dtype, tokens, micro_batches, mvue)
+    _check_settings(model, backend, dtype, tokens, micro_batches)
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
@@ -80,9 +82,10 @@ def sparsify(
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
     if precision is not None:
         todo = _fitting_float8(todo, report)
+    _warn_of_kept_settings(chosen, report, precision=precision, lean=lean, dtype=dtype)
     if unavailable and report.skipped and backend == "auto":
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=3)
-    elif not todo and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
+    elif not todo and not any(skip.reason.startswith(ALREADY_SPARSE) for skip in report.skipped):
         _raise_nothing_fits(model, report)
     report.fused = convert(
         model, todo, fuse_blocks=fuse, mvue=mvue, compute_dtype=dtype, lean=lean, precision=precision
@@ -139,6 +142,30 @@ def _fitting_float8(todo: dict[str, nn.Module], report: SparsifyReport) -> dict[
     return {name: module for name, module in todo.items() if not reasons[name]}
 
 
+def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport, **asked) -> None:
+    """Write into the report, and warn, which sparse layers have other settings than those asked for here."""
+    for i, (name, reason) in enumerate(report.skipped):
+        if reason != ALREADY_SPARSE:
+            continue
+        state, weight = state_of(chosen[name]), chosen[name].weight
+        own = {
+            "precision": state.precision,
+            "lean": state.lean,
+            "dtype": state.compute_dtype or packed_dtype(weight.dtype, weight.is_cuda),
+        }
+        others = [f"{key}={own[key]}" for key, value in asked.items() if value and value != own[key]]
+        if others:
+            report.skipped[i] = Skipped(name, f"{ALREADY_SPARSE}, with {', '.join(others)}")
+    kept = [skip for skip in report.skipped if skip.reason.startswith(f"{ALREADY_SPARSE}, with")]
+    if kept:
+        warnings.warn(
+            f"sparsify leaves {len(kept)} layers as they are, such as {kept[0].name}: {kept[0].reason}. To give them "
+            "the settings of this call, call sparse24.densify(model) first",
+            Sparse24Warning,
+            stacklevel=4,
+        )
+
+
 @checked_options()
 def refresh(model: nn.Module, *, search: bool = False) -> int:
     """Re-pack every sparse layer of `model` after its weights were written by hand (EMA, `.data`, surgery).
@@ -174,16 +201,16 @@ def _has_mask(layer: SparseLayer) -> bool:
     return mask is None or mask.is_meta or by_rows or ops.is_transposable(mask)
 
 
-def _check_settings(model, backend, dtype, tokens, micro_batches, mvue) -> None:
+def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     sharding.sharded_modules(model)  # refuses FSDP1
     if backend not in BACKENDS:
         raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if dtype is not None and dtype not in DTYPES:
-        raise Sparse24Error(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+        remedy = '; for 8-bit products say precision="fp8"' if dtype in FLOAT8_DTYPES else ""
+        raise Sparse24Error(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}{remedy}")
     for name, value in (("tokens", 1 if tokens is None else tokens), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or value < 1:
             raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")
-    check_switch("mvue", mvue)
 
 
 def _why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+#: why a layer that is sparse already is skipped; the settings that it keeps may follow
+ALREADY_SPARSE = "already sparse"
+
 
 class Skipped(NamedTuple):
     """A layer that stays as it is, and why."""
@@ -41,7 +44,9 @@ class SparsifyReport:
             (name, f"{self.shapes[name][0]} x {self.shapes[name][1]}", kind, self.reasons[name])
             for name in self.converted
         ]
-        rows += [(name, "", "dense", reason) for name, reason in self.skipped]
+        rows += [
+            (name, "", "2:4" if reason.startswith(ALREADY_SPARSE) else "dense", reason) for name, reason in self.skipped
+        ]
         weights = sum(rows * cols for rows, cols in self.shapes.values())
         lines = [f"sparse24: {len(self.converted)} layers 2:4 ({weights:,} weights), {len(self.skipped)} skipped"]
         if rows:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..convert import Skipped, SparsifyReport, sparse_layers, sparsify
+from ..convert.report import ALREADY_SPARSE
 from ..errors import Sparse24Error
 from ..recipe import Recipe
 
@@ -25,7 +26,7 @@ def sparsify_once(model: nn.Module, *choice, **settings) -> SparsifyReport:
     """`sparsify`, but a model that has sparse layers already is left as it is: adapters hide its layers' names."""
     layers = sparse_layers(model)
     if layers:
-        return SparsifyReport(skipped=[Skipped(name, "already sparse") for name in layers])
+        return SparsifyReport(skipped=[Skipped(name, ALREADY_SPARSE) for name in layers])
     return sparsify(model, *choice, **settings)
 
 
