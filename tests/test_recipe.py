@@ -221,9 +221,10 @@ def test_a_decay_that_was_set_comes_back_with_the_state():
         (dict(decay="6e-5"), "decay must be a finite number"),
         (dict(mask_interval=0), "mask_interval must be an integer, 1 or more, got 0"),
         (dict(mask_interval=2.5), "mask_interval must be an integer"),
-        (dict(total_steps=0), "total_steps must be the number of optimizer steps"),
-        (dict(dense_fraction=1.5), "dense_fraction must lie in"),
-        (dict(dense_fraction=math.nan), "dense_fraction must lie in"),
+        (dict(total_steps=0), "total_steps must be the number of optimizer steps of the whole run, .*, got 0"),
+        (dict(total_steps=1e4), "total_steps must be .* an integer of 1 or more, got 10000.0"),
+        (dict(dense_fraction=1.5), "dense_fraction must be the part of the steps that is dense, a number from 0 to 1"),
+        (dict(dense_fraction=math.nan), "dense_fraction must be the part"),
         (dict(method="magic"), "method must be one of fst, ste, sr-ste, step, s-ste, mvue, dense, got 'magic'"),
         (dict(decay_schedule="exp"), "decay_schedule must be one of"),
         (dict(dense_at="middle"), "dense_at must be one of"),
@@ -257,6 +258,9 @@ def test_model_and_optimizer_must_fit():
         Recipe(model, torch.optim.SGD(MLP().parameters(), lr=0.1), total_steps=1)
     with pytest.raises(Sparse24Error, match="must be a torch.optim.Optimizer, got str"):
         Recipe(model, "adam", total_steps=1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(Sparse24Error, match="got the scheduler ConstantLR; give the optimizer that it schedules"):
+        Recipe(model, schedule, total_steps=1)
     with pytest.raises(Sparse24Error, match="must be a torch.nn.Module"):
         Recipe(None, optimizer, total_steps=1)
     other = torch.optim.SGD([nn.Parameter(torch.zeros(2))], lr=0.1)

@@ -211,7 +211,7 @@ CASES = {
         "mask_interval must be an integer, 1 or more",
         dict(mask_interval=1),
     ),
-    "a fraction above one": (dict(dense_fraction=2), r"must lie in \[0, 1\]", dict(dense_fraction=1)),
+    "a fraction above one": (dict(dense_fraction=2), r"a number from 0 to 1", dict(dense_fraction=1)),
     "a place that is none": (dict(dense_at="middle"), "dense_at must be one of .*end", dict(dense_at="end")),
     "a schedule that is none": (dict(decay_schedule="step"), "one of .*cosine", dict(decay_schedule="cosine")),
     "a pattern with a slip": (dict(include=("*fcc1",)), "the closest are", dict(include=("*fc*",))),

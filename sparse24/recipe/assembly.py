@@ -35,7 +35,7 @@ def assemble(
     method = get_method(settings.method)
     check_mvue(settings.mvue, method)
     if method.freezes_second_moment:
-        FrozenSecondMoment.check(optimizer, [])
+        FrozenSecondMoment.check(optimizer)
     beside = orthogonalizes(optimizer) and method.decay_on is not None
     decay = MaskedDecay(
         layers,

@@ -83,21 +83,20 @@ class FrozenSecondMoment:
     ):
         self.optimizer = optimizer
         self.parameters = list(parameters)
-        self._beta2 = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                self._beta2[id(p)] = group
-        self.check(optimizer, self.parameters)
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.check(optimizer)
         if frozen is not None:
             self.frozen = [f.to(p.device, copy=True) for f, p in zip(frozen, self.parameters, strict=True)]
         else:
             self.frozen = [self._moment(p).clone() for p in self.parameters]
 
-    @classmethod
-    def check(cls, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    @staticmethod
+    def check(optimizer: torch.optim.Optimizer) -> None:
+        """Raises Sparse24Error for an optimizer that is not Adam, or keeps the largest second moment instead."""
         if not all("betas" in group and not group.get("amsgrad", False) for group in optimizer.param_groups):
             raise Sparse24Error(
-                f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses amsgrad"
+                f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses "
+                "amsgrad; use Adam or AdamW without amsgrad, or another method"
             )
 
     def _moment(self, p: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ class FrozenSecondMoment:
             moment = self.optimizer.state.get(p, {}).get(self.KEY)
             if moment is None or p.grad is None:
                 continue
-            group = self._beta2[id(p)]
+            group = self._groups[id(p)]
             beta2 = group["betas"][1]
             grad = p.grad
             scale = getattr(self.optimizer, "grad_scale", None)

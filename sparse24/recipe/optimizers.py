@@ -61,6 +61,11 @@ def _unwrapped(optimizer) -> list:
     last = chain[-1]
     if not isinstance(last, torch.optim.Optimizer):
         raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(last).__name__}")
+    if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):  # it holds an optimizer, as wrappers do
+        raise Sparse24Error(
+            f"optimizer must be a torch.optim.Optimizer, got the scheduler {type(optimizer).__name__}; give the "
+            "optimizer that it schedules"
+        )
     if not _runs_hooks(last):
         raise Sparse24Error(
             f"the step() of {type(last).__name__} runs no hooks, since torch.optim.Optimizer.__init__ was not called: "

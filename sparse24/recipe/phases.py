@@ -13,6 +13,9 @@ from ..layers.modules import DENSE, SPARSE
 
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PLACES = ("auto", "start", "end", "none")
+TOTAL_STEPS_RULE = "be the number of optimizer steps of the whole run, an integer of 1 or more"
+DENSE_FRACTION_RULE = "be the part of the steps that is dense, a number from 0 to 1"
+DECAY_RULE = "be a finite number that float32 holds, 0 or more"
 
 
 @dataclass(frozen=True)
@@ -30,9 +33,9 @@ class Phases:
         Raises Sparse24Error for a number of steps below 1 or a fraction outside [0, 1].
         """
         if isinstance(total_steps, bool) or not isinstance(total_steps, Integral) or total_steps < 1:
-            raise Sparse24Error(f"total_steps must be the number of optimizer steps, 1 or more, got {total_steps!r}")
+            raise Sparse24Error(f"total_steps must {TOTAL_STEPS_RULE}, got {total_steps!r}")
         if not isinstance(dense_fraction, (int, float)) or not 0 <= dense_fraction <= 1:  # NaN fails too
-            raise Sparse24Error(f"dense_fraction must lie in [0, 1], got {dense_fraction!r}")
+            raise Sparse24Error(f"dense_fraction must {DENSE_FRACTION_RULE}, got {dense_fraction!r}")
         if dense_at not in PLACES[1:]:
             raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {dense_at!r}")
         total_steps = int(total_steps)
@@ -86,7 +89,5 @@ def is_decay(value) -> bool:
 
 def check_decay(decay: float) -> float:
     if not is_decay(decay):
-        raise Sparse24Error(
-            f"decay must be a finite number that float32 holds, 0 or more, got {decay!r}; 0 is plain straight-through"
-        )
+        raise Sparse24Error(f"decay must {DECAY_RULE}, got {decay!r}; 0 is plain straight-through")
     return float(decay)

@@ -28,6 +28,11 @@ class Readings:
         return self._steps.taken
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; fixed when the recipe is made."""
+        return self._steps.phases.total_steps
+
+    @property
     def phase(self) -> str:
         """ "sparse" or "dense": the phase of the next step."""
         return self._steps.phase

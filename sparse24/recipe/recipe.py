@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error
-from ..layers import check_switch, packed_gather, sharding
+from ..layers import packed_gather, sharding
 from ..layers.options import checked_options
 from ..layers.owners import forget_owner
 from ..layers.unseen import share_lookout
@@ -24,7 +24,7 @@ from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture
 from .hooks import StepHooks
 from .optimizers import chain_of
-from .phases import check_decay, positive
+from .phases import DECAY_RULE, DENSE_FRACTION_RULE, TOTAL_STEPS_RULE, check_decay, positive
 from .presets import filled
 from .readings import Readings
 from .scaling import CastScales
@@ -78,10 +78,10 @@ class Recipe(Readings):
     """
 
     @checked_options(
-        total_steps="be the number of optimizer steps, 1 or more",
-        decay="be a finite number that float32 holds, 0 or more",
+        total_steps=TOTAL_STEPS_RULE,
+        decay=DECAY_RULE,
         mask_interval="be an integer, 1 or more",
-        dense_fraction="lie in [0, 1]",
+        dense_fraction=DENSE_FRACTION_RULE,
         mvue='be True, False, None, "output", "input" or "auto"',
         check_ranks_every="be an integer, 0 or more",
         micro_batches="be an integer, 1 or more",
@@ -115,7 +115,6 @@ class Recipe(Readings):
         trained = {name: layer for name, layer in self.layers.items() if layer.weight.requires_grad}
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
-        check_switch("count_casts", count_casts)
         packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings, others))
         scales = CastScales(self.layers, count_casts)
         self._steps = assemble(trained, self.optimizer, total_steps, settings, others, scales, sharded)
@@ -245,6 +244,6 @@ class Recipe(Readings):
 
     def __repr__(self) -> str:
         return (
-            f"Recipe({self.method.name}, step {self.step} of {self.phases.total_steps}, {self.phase}, decay "
+            f"Recipe({self.method.name}, step {self.step} of {self.total_steps}, {self.phase}, decay "
             f"{self.decay:g}, mask_interval {self.mask_interval}, {len(self.layers)} layers)"
         )

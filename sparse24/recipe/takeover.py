@@ -36,11 +36,11 @@ def take_over(recipe, takeover: bool) -> None:
     """Of two recipes of a layer both would add the decay: a run that is over, or of another optimizer, ends here."""
     others = {id(other): other for layer in recipe.layers.values() if (other := owner_of(layer)) is not None}
     for other in others.values():
-        goes_on = other.optimizer is recipe.optimizer and other.step < other.phases.total_steps
+        goes_on = other.optimizer is recipe.optimizer and other.step < other.total_steps
         if goes_on and not takeover:
             raise Sparse24Error(
                 f"this model and optimizer have a recipe already, which is at step {other.step} of "
-                f"{other.phases.total_steps}; use that one, call its detach() first, or pass takeover=True to put this "
+                f"{other.total_steps}; use that one, call its detach() first, or pass takeover=True to put this "
                 "one in its place"
             )
         other.detach()
