@@ -109,6 +109,14 @@ def test_detached_probe_counts_no_more():
     assert probe.step == 0
 
 
+@pytest.mark.fault(100)
+def test_a_scheduler_is_no_optimizer():
+    model = MLP()
+    schedule = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(Sparse24Error, match="optimizer must be a torch.optim.Optimizer or None, got ConstantLR"):
+        MaskProbe(model, schedule)
+
+
 def test_models_without_dense_layers_are_refused():
     with pytest.raises(Sparse24Error, match="no dense layer of Sequential could be 2:4"):
         MaskProbe(torch.nn.Sequential(torch.nn.Linear(8, 8)))

@@ -160,11 +160,23 @@ def test_schedulers_iterators_and_functions_of_batches():
         (dict(mask_interval=40), "probe_step must be at least two searches"),
         (dict(target=(0.9, 0.5)), "target must be two rising bounds"),
         (dict(loss=None), "does not return a scalar loss"),
+        (dict(grid="1e-4"), "grid must be a sequence of decays, .*, got '1e-4'"),
+        (dict(grid=1e-4), "grid must be a sequence of decays, .*, got 0.0001"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, words):
     with pytest.raises(Sparse24Error, match=words):
         tune(**({"grid": (0.0,)} | settings))
+
+
+@pytest.mark.fault(100)
+def test_a_model_in_place_of_a_function_that_makes_one_is_named():
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(Sparse24Error, match="make_model must be a function, .*, got MLP; give lambda"):
+        tune_decay(model, lambda m: optimizer, X, loss=loss)
+    with pytest.raises(Sparse24Error, match="make_optimizer must be a function, .*, got SGD; give lambda"):
+        tune_decay(MLP, optimizer, X, loss=loss)
 
 
 def test_dense_run_that_never_moves_is_an_error():

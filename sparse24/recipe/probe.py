@@ -47,6 +47,8 @@ class MaskProbe:
                 f"no dense layer of {type(model).__name__} could be 2:4; a probe wants a dense model, and name layers "
                 'yourself, as in include=("*mlp*",), if their structure is not known'
             )
+        if optimizer is not None and not hasattr(optimizer, "register_step_post_hook"):
+            raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
         watched = {name: WatchedLayer(layer) for name, layer in self.layers.items()}
         self._search = MaskSearch(watched, mask_interval, applied=False)
         self._search.begin(0)

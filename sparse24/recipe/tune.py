@@ -156,6 +156,9 @@ def tune_decay(
     grid, batches that can be read only once, a probe step before the first few searches, and a dense run whose masks
     never change.
     """
+    _check_callables(make_model=make_model, make_optimizer=make_optimizer)
+    if isinstance(grid, str) or not isinstance(grid, Iterable):
+        raise Sparse24Error(f"grid must be a sequence of decays, such as (0.0, 1e-5, 1e-4), got {grid!r}")
     grid = sorted({check_decay(decay) for decay in grid})
     _check_grid(grid, target, probe_step, mask_interval)
     _check_read_again(batches)
@@ -183,6 +186,15 @@ def tune_decay(
     feasible = [arm for arm in table[1:] if arm.feasible]
     best = min(feasible, key=lambda arm: abs(arm.mu - PREFERRED_MU), default=None)
     return TuneResult(best.decay if best else None, table, tuple(target), settings)
+
+
+def _check_callables(**functions) -> None:
+    for name, function in functions.items():
+        if not callable(function) or isinstance(function, nn.Module):
+            raise Sparse24Error(
+                f"{name} must be a function, since each arm wants a new model and optimizer, got "
+                f"{type(function).__name__}; give lambda: ..., or a function that makes one"
+            )
 
 
 def _check_grid(grid: list[float], target: tuple[float, float], probe_step: int, mask_interval: int) -> None:
