@@ -361,6 +361,21 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_pat
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments["state"][key][k])) for k, v in state.items())
 
 
+@pytest.mark.fault(100)
+def test_arguments_in_another_order_are_named(tmp_path):
+    model, optimizer, recipe = make()
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(Sparse24Error, match="^model must be a torch.nn.Module, got PosixPath"):
+            call(model, tmp_path, optimizer, recipe)
+        with pytest.raises(Sparse24Error, match="^recipe must be the sparse24.Recipe that trains the model, got SGD"):
+            call(tmp_path, model, recipe, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(Sparse24Error, match="got NoneType; a model without one is written by sparse24.export"):
+            call(tmp_path, model, optimizer, None)
+        with pytest.raises(Sparse24Error, match="^optimizer must be a torch.optim.Optimizer, got Recipe"):
+            call(tmp_path, model, recipe, recipe)
+    assert not checkpoints(tmp_path)
+
+
 def test_sharded_weights_are_refused_at_both_ends(tmp_path):
     model, optimizer, recipe = make()
     path = save_checkpoint(tmp_path, model, optimizer, recipe)
@@ -397,6 +412,11 @@ def test_a_state_that_would_run_code_is_refused_at_both_ends(tmp_path):
     model, optimizer, recipe = make()
     with pytest.raises(Sparse24Error, match="extra must hold plain numbers"):
         save_checkpoint(tmp_path / "run", model, optimizer, recipe, {"evil": Evil()})
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with pytest.raises(
+        Sparse24Error, match=r"; extra\['a'\]\[1\] is a ConstantLR. Save the state_dict\(\) of schedulers"
+    ):
+        save_checkpoint(tmp_path / "run", model, optimizer, recipe, {"a": [0, schedule]})
     path = save_checkpoint(tmp_path / "run", model, optimizer, recipe)
     torch.save({"version": 1, "evil": Evil()}, path / STATE)
     with pytest.raises(Sparse24Error, match="cannot be read"):

@@ -15,6 +15,7 @@ import io
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,10 +50,10 @@ def save_checkpoint(
     where the step has a checkpoint already; Sparse24FileError (an OSError) when the disk refuses. The checkpoints
     before are then still there.
     """
+    _check_arguments(model, optimizer, recipe)
     folder = Path(folder)
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
         raise Sparse24Error(f"keep must be an integer, 1 or more, got {keep!r}: the checkpoint just written stays")
-    _refuse_shards(model)
     _check_plain(extra)
     state = {
         "version": VERSION,
@@ -93,7 +94,7 @@ def load_checkpoint(
     that is damaged, of another version or model, or whose recipe had other settings, and where `path` names a single
     checkpoint (step-...) that is not there.
     """
-    _refuse_shards(model)
+    _check_arguments(model, optimizer, recipe)
     folder, path = Path(path), newest_checkpoint(Path(path))
     if path is None:
         if required:
@@ -136,12 +137,31 @@ def _check_plain(extra: dict | None) -> None:
     except pickle.UnpicklingError as error:
         raise Sparse24Error(
             "extra must hold plain numbers, strings, lists, dicts and tensors, which a reader can load without running "
-            f"code: {str(error).splitlines()[0]}"
+            f"code; {_not_plain(extra, 'extra')}. Save the state_dict() of schedulers and the like"
         ) from error
 
 
-def _refuse_shards(model: nn.Module) -> None:
+def _not_plain(value: Any, name: str) -> str:
+    """The first thing in `value` that is not plain: its place and its type."""
+    if isinstance(value, dict):
+        found = (_not_plain(inner, f"{name}[{key!r}]") for key, inner in value.items())
+        return next(filter(None, found), "")
+    if isinstance(value, (list, tuple)):
+        found = (_not_plain(inner, f"{name}[{i}]") for i, inner in enumerate(value))
+        return next(filter(None, found), "")
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.Tensor))
+    return "" if plain else f"{name} is a {type(value).__name__}"
+
+
+def _check_arguments(model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe) -> None:
     check_module(model)
+    if not isinstance(recipe, Recipe):
+        raise Sparse24Error(
+            f"recipe must be the sparse24.Recipe that trains the model, got {type(recipe).__name__}; a model without "
+            "one is written by sparse24.export"
+        )
+    if not hasattr(optimizer, "param_groups"):  # wrappers of trainers are no torch.optim.Optimizer
+        raise Sparse24Error(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if any(packing.is_dtensor(parameter) for parameter in model.parameters()):
         raise Sparse24Error(
             "the weights are sharded (FSDP2): save them by torch.distributed.checkpoint and the recipe's state beside, "
