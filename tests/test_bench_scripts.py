@@ -21,6 +21,7 @@ SCRIPTS = {
     "bench_gemm": {"LAYERS": SMALL, "CEILING": 64},
     "bench_epilogue": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
     "bench_grad_weight": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
+    "bench_paper_peer": {"LAYERS": [suite.ffn_shape("small", 64, 64, 128, gated=False)]},
     "l2_walks": {"SHAPES": [("small", 64, 64)]},
 }
 
@@ -72,6 +73,8 @@ def without_gpu(monkeypatch):
         monkeypatch.setattr(module, "hot_clock_mhz", lambda call, time_us: 1500.0, raising=False)
         monkeypatch.setattr(module, "triton_mvue", lambda: None, raising=False)
         monkeypatch.setattr(module, "triton_searches", lambda dtype: {}, raising=False)
+        monkeypatch.setattr(module, "paper_multiply", lambda: None, raising=False)
+        monkeypatch.setattr(module, "as_sm80", lambda: None, raising=False)
         monkeypatch.setattr(module, "counters", counters, raising=False)
     with CudaIsCpu():
         yield
