@@ -9,62 +9,35 @@ hence the grid.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..convert import sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..files import write_atomically
 from ..layers.options import checked_options
 from .phases import check_decay
-from .recipe import Recipe
+from .tune_arms import Arm, ShortRuns, default_loss
 
 GRID = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 PREFERRED_MU = 0.8
-# The flip rate at the probe step is the mean over this many searches before it: one search is noisy.
-WINDOW = 3
 # An arm whose mu, at a search past half of its steps, is this far outside the target does not come back into it.
 HOPELESS_BELOW, HOPELESS_ABOVE = 0.5, 2.0
-# GradScaler finds its scale in a few dozen steps; more skipped ones than this mean gradients that are never finite.
-MOST_SKIPPED = 100
 DENSE_ARM = "dense"
 
 
 @dataclass
-class Arm:
-    """One short run.
-
-    decay      None: the dense run
-    flip_rate  per search, the mean over the last few before the probe step
-    mu         flip_rate over that of the dense run at the same steps
-    loss       at the last step
-    steps      taken; fewer than asked for when the arm was given up, and `note` says why
-    history    (step, flip rate) of each search
-    """
-
-    decay: float | None
-    flip_rate: float
-    mu: float
-    loss: float
-    steps: int
-    feasible: bool = False
-    note: str = ""
-    history: list[tuple[int, float]] = field(default_factory=list)
-
-    def rate_at(self, step: int) -> float:
-        """Mean flip rate of the last searches up to `step`; 0 before the first."""
-        rates = [rate for at, rate in self.history if at <= step][-WINDOW:]
-        return sum(rates) / max(1, len(rates))
-
-
-@dataclass
 class TuneResult:
-    """decay (None when no arm was feasible), and the arms in `table`, the dense one first."""
+    """What `tune_decay` found.
+
+    decay     the one to use; None where no arm was feasible
+    table     the arms, the dense one first
+    target    bounds of a feasible mu
+    settings  of the arms, as the file at `path` has them
+    """
 
     decay: float | None
     table: list[Arm]
@@ -78,13 +51,8 @@ class TuneResult:
         lines = [f"{'decay':>9}  {'flip rate':>9}  {'mu':>6}  {'loss':>8}"]
         for arm in self.table:
             name = DENSE_ARM if arm.decay is None else f"{arm.decay:.1e}"
-            mark = (
-                " <- chosen"
-                if arm.decay == self.decay and arm.decay is not None
-                else " feasible"
-                if arm.feasible
-                else ""
-            )
+            is_chosen = arm.decay is not None and arm.decay == self.decay
+            mark = " <- chosen" if is_chosen else " feasible" if arm.feasible else ""
             note = f"  ({arm.note})" if arm.note else ""
             lines.append(f"{name:>9}  {arm.flip_rate:9.5f}  {arm.mu:6.3f}  {arm.loss:8.4f}{mark}{note}")
         if self.decay is None:
@@ -162,8 +130,8 @@ def tune_decay(
     grid = sorted({check_decay(decay) for decay in grid})
     _check_grid(grid, target, probe_step, mask_interval)
     _check_read_again(batches)
-    runs = _Runs(
-        make_model=make_model, make_optimizer=make_optimizer, batches=batches, loss=loss or _default_loss,
+    runs = ShortRuns(
+        make_model=make_model, make_optimizer=make_optimizer, batches=batches, loss=loss or default_loss,
         split=split or (lambda batch: (batch,)),
         make_scaler=make_scaler or (lambda: torch.amp.GradScaler("cpu", enabled=False)), probe_step=probe_step,
         mask_interval=mask_interval, clip=clip, seed=seed, sparsify_settings=sparsify_settings or {},
@@ -246,134 +214,6 @@ def _compare_arms(run: Callable, grid: list[float], target: tuple[float, float],
         verdict = " feasible" if arm.feasible else f" {arm.note}" if arm.note else ""
         say(f"decay {decay:.1e}: mu {arm.mu:.3f}{verdict}")
     return table
-
-
-@dataclass
-class _Runs:
-    make_model: Callable
-    make_optimizer: Callable
-    batches: Iterable | Callable
-    loss: Callable
-    split: Callable
-    make_scaler: Callable
-    probe_step: int
-    mask_interval: int
-    clip: float | None
-    seed: int
-    sparsify_settings: dict
-    recipe_settings: dict
-
-    def train(self, decay: float | None, hopeless: Callable[[int, float], str]) -> Arm:
-        """Train one arm to the probe step, or until its loss is not finite or it is `hopeless`."""
-        torch.manual_seed(self.seed)
-        model = self.make_model()
-        if not sparse_layers(model):
-            sparsify(model, **self.sparsify_settings)
-        made = self.make_optimizer(model)
-        optimizer, scheduler = made if isinstance(made, tuple) else (made, None)
-        method = {"method": "dense", "decay_in": "step"} if decay is None else {"decay": decay}
-        recipe = Recipe(
-            model,
-            optimizer,
-            self.probe_step,
-            mask_interval=self.mask_interval,
-            dense_fraction=0.0,
-            **{**self.recipe_settings, **method},
-        )
-        scaler = self.make_scaler()
-        torch.manual_seed(self.seed + 1)
-        value, note, skipped = math.nan, "", 0
-        for batch in _with_own_generator(_over_and_over(self.batches), self.seed + 2):
-            before = recipe.step
-            loss = self._step(model, optimizer, scaler, batch)
-            if scheduler is not None:
-                scheduler.step()
-            if recipe.step == before:  # the scaler has skipped the step
-                skipped += 1
-                if skipped > MOST_SKIPPED:
-                    break
-                continue
-            if recipe.step % self.mask_interval == 0 or recipe.step == self.probe_step:
-                value = loss.item()
-                rates = recipe.monitor.history()
-                if not math.isfinite(value):
-                    note = f"the loss is {value}"
-                elif 2 * recipe.step >= self.probe_step > recipe.step and len(rates) >= WINDOW:
-                    note = hopeless(recipe.step, _mean([rate for _, rate in rates[-WINDOW:]]))
-                if note:
-                    note = f"stopped at step {recipe.step}: {note}"
-                    break
-            if recipe.step == self.probe_step:
-                break
-        if recipe.step < self.probe_step and not note:
-            raise Sparse24Error(
-                f"the optimizer counted {recipe.step} of {self.probe_step} steps: batches are empty, or loss scaling "
-                "skips every step"
-            )
-        recipe.detach()
-        history = recipe.monitor.history()
-        return Arm(
-            decay, _mean([rate for _, rate in history[-WINDOW:]]), math.nan, value, recipe.step, note=note,
-            history=history,
-        )  # fmt: skip
-
-    def _step(self, model: nn.Module, optimizer, scaler: torch.amp.GradScaler, batch) -> Tensor:
-        """One optimizer step on a batch; its mean loss, on the device."""
-        parts, total = list(self.split(batch)), 0.0
-        for part in parts:
-            loss = self.loss(model, part) / len(parts)
-            scaler.scale(loss).backward()
-            total = total + loss.detach()
-        if self.clip is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), self.clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return total
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(1, len(values))
-
-
-def _over_and_over(batches: Iterable | Callable[[], Iterable]) -> Iterator:
-    while True:
-        empty = True
-        for batch in batches() if callable(batches) else batches:
-            empty = False
-            yield batch
-        if empty:
-            return
-
-
-def _with_own_generator(source: Iterator, seed: int) -> Iterator:
-    """`source` with a torch CPU generator to itself: what a model draws meanwhile does not change the data."""
-    own = torch.Generator().manual_seed(seed).get_state()
-    while True:
-        outside = torch.get_rng_state()
-        torch.set_rng_state(own)
-        try:
-            batch = next(source)
-        except StopIteration:
-            return
-        finally:
-            own = torch.get_rng_state()
-            torch.set_rng_state(outside)
-        yield batch
-
-
-def _default_loss(model: nn.Module, batch) -> Tensor:
-    if isinstance(batch, dict):
-        out = model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        out = model(*batch)
-    else:
-        out = model(batch)
-    loss = out if isinstance(out, Tensor) else getattr(out, "loss", None)
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise Sparse24Error("the model does not return a scalar loss; give tune_decay loss=lambda model, batch: ...")
-    return loss
 
 
 def _read(path, settings: dict) -> dict[str, Arm]:
