@@ -1,4 +1,4 @@
-"""The compiled library: found once, its absence or mismatch remembered and explained when it matters.
+"""The compiled library: looked for once, at import. Where it is missing or does not match, the first op says why.
 
 Importing this module never raises, never touches a GPU and never creates a CUDA context.
 """
@@ -33,7 +33,7 @@ _REBUILD = "rebuild with `pip install --force-reinstall --no-deps .` in the sour
 def binding():
     """The binding, or None where there is no compiled library (ops then run `sparse24.reference`).
 
-    Raises Sparse24BuildError when these files, the binding and libsparse24 do not belong together.
+    Raises Sparse24BuildError when the Python files, the binding and libsparse24 are not from one build.
     """
     if mismatch := _mismatch():
         raise Sparse24BuildError(mismatch)
@@ -41,7 +41,7 @@ def binding():
 
 
 def _mismatch() -> str:
-    """What does not belong together; "" if all does, or nothing is compiled."""
+    """Which two of Python files, binding and library are from different builds; "" if none, or nothing is compiled."""
     if _binding is None:
         return ""
     version, interface = _binding.version(), getattr(_binding, "interface", 0)
@@ -59,7 +59,7 @@ def warn_once(message: str) -> None:
 
 @cache
 def device_info(index: int) -> dict:
-    """What libsparse24 says of CUDA device `index`; asking creates a context there."""
+    """What libsparse24 says about CUDA device `index`; -1: about the build alone, without asking the driver."""
     return binding().device_info(index)
 
 
@@ -90,7 +90,7 @@ def cuda_built() -> bool:
 
 @cache
 def runs_on(index: int) -> bool:
-    """Whether libsparse24 has kernels for CUDA device `index`; where it has none, says so once and what happens."""
+    """Whether libsparse24 has kernels for CUDA device `index`; warns once where it has none."""
     reason = device_info(index)["reason"]
     if reason:
         warn_once(

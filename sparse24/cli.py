@@ -1,7 +1,7 @@
 """The command line: `python -m sparse24 env | bench | pretrain | tune`.
 
 The options of `pretrain` are the fields of `pretrain.settings.Settings`, so that names, defaults and help are written
-once. A bad value, input or checkpoint is told in one line, and the exit status is 2.
+once. A bad value, input or checkpoint ends in one line on stderr, and exit status 2.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def pretrain(context: typer.Context, **values: Any) -> None:
 
 # ---- tune ----------------------------------------------------------------------------------------------------------
 
-# what a search for the decay has no use for
+# options of `pretrain` that mean nothing to a search for the decay
 NOT_FOR_TUNE = (
     "ffn", "compare", "time_ratio", "decay", "decay_schedule", "method", "dense_fraction", "dense_at", "resume",
     "overwrite", "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval",

@@ -20,4 +20,4 @@ class Sparse24FileError(Sparse24Error, OSError):
 
 
 class Sparse24Warning(UserWarning):
-    """Something works, but not as fast or not as one may expect."""
+    """Something works, but more slowly or otherwise than one may expect."""

@@ -31,7 +31,8 @@ class Format(NamedTuple):
     token_step   tokens of a pruned gradient are padded to a multiple of this
     mn_major     may a packed operand lie along m, [k/2, m]? Else [m, k/2] only
     scaled       values are x / scale, one power of two for a tensor
-    wide         what is computed beside values, and products of them, are in, where they are not float32; None: dtype
+    wide         dtype of products of such values, and of what is computed beside them, unless that is float32;
+                 None: `dtype` itself
     """
 
     dtype: torch.dtype
@@ -59,7 +60,7 @@ class Format(NamedTuple):
         return 16 // self.bytes
 
 
-#: of formats that are multiplied with a scale: order of E, steps, and dtype beside them
+#: what the formats with a scale have in common
 _EIGHT_BITS = dict(meta_tile_k=128, token_step=32, mn_major=False, scaled=True, wide=torch.bfloat16)
 FORMATS = {
     format_.dtype: format_
@@ -77,10 +78,10 @@ DTYPE_CODE = {dtype: format_.code for dtype, format_ in FORMATS.items() if forma
 #: what the sparse tensor cores multiply as it is, and with a scale beside it
 HALF_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on == "cuda" and not f.scaled)
 FLOAT8_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.scaled)
-#: dtypes of a master weight and of what products make of 16-bit operands; float64 is the reference's own
+#: dtypes that a master weight may have, and the result of a 16-bit product; the reference takes float64 as well
 WEIGHT_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on != "reference" and not f.scaled)
 REFERENCE_DTYPES = tuple(dtype for dtype, f in FORMATS.items() if f.runs_on == "reference")
-#: of packed values where nobody names another: a float32 weight on a GPU is a master weight for autocast
+#: dtype of packed values unless another is asked for: a float32 weight on a GPU is a master weight for autocast
 DEFAULT_DTYPE = HALF_DTYPES[0]
 #: what 8-bit layers pack
 E4M3 = FLOAT8_DTYPES[0]
@@ -142,14 +143,12 @@ def packed_dtype(dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
 
 def metadata_bytes(m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Bytes of E for a sparse operand of m rows and k dense columns: padded to blocks, one bit an element."""
-    tile_k = FORMATS[dtype].meta_tile_k
-    return (m + META_BLOCK - 1) // META_BLOCK * ((k + tile_k - 1) // tile_k) * (META_BLOCK * tile_k // 8)
+    return round_up(m, META_BLOCK) * round_up(k, FORMATS[dtype].meta_tile_k) // 8
 
 
 def padded_tokens(tokens: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Rows of a gradient after padding for MVUE: whole bytes of metadata, and whole steps of the format."""
-    step = FORMATS[dtype].token_step
-    return (tokens + step - 1) // step * step
+    return round_up(tokens, FORMATS[dtype].token_step)
 
 
 def is_row_major(t: Tensor) -> bool:

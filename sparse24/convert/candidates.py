@@ -1,4 +1,4 @@
-"""Which layers of a model are meant, and which of these can be 2:4."""
+"""Which layers of a model `include` and `exclude` mean, and which of these can be 2:4."""
 
 from __future__ import annotations
 
@@ -105,11 +105,11 @@ def _why_not_plain(module: nn.Module) -> str | None:
         computed = " and ".join(module.parametrizations)
         return f"{type(module).__name__} computes its {computed}; call remove_parametrizations first"
     if type(module) is not nn.Linear and not (structure.is_conv1d(module) and type(module).__name__ == "Conv1D"):
-        return f"{type(module).__name__} is a linear layer with a behaviour of its own"
+        return f"{type(module).__name__} is a linear layer with a forward of its own; name plain nn.Linear layers"
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance (offloading or another library's hook)"
     if getattr(module, "qconfig", None) is not None:
-        return "it is prepared for quantisation (it has a qconfig), which would pass a sparse layer by"
+        return "it is prepared for quantisation (it has a qconfig), which would not see a sparse layer"
     weight = module._parameters.get("weight")
     if weight is None:
         return "its weight is not a plain parameter (parametrized, pruned or normalised)"

@@ -19,11 +19,10 @@ def choose_function(
     *,
     assumed: bool = False,
 ) -> tuple[bool, str]:
-    """Whether this layer trains 2:4, and why: from its shape, the expected tokens and the device; never from a
-    batch.
+    """Whether this layer trains 2:4, and why. It depends on shape, expected tokens and device, and on no batch.
 
     block    (d_model, d_ff, gated) of the feed-forward layer that it is part of, which is then judged as a whole
-    assumed  nobody has said how many tokens a call has
+    assumed  the number of tokens is our default, as the user gave none
     """
     device = module.weight.device
     if backend == "sparse":

@@ -1,12 +1,13 @@
 """When does a 2:4 layer of 8-bit products train faster than dense ones, in bf16 and in FP8?
 
-As `cost_model`, whose rates of passes over memory and of launches hold here too.
+It works as `cost_model` does, with the same rates for passes over memory and for launches.
 
-What 8-bit products take beside 16-bit ones was measured on an H200 with this library's main loop made to run e4m3, in
-one interleaved run with `torch._scaled_mm`: 1.91 to 2.02 PFLOP/s for Llama's products (dense count) against 1.28; 1.61
-to 1.67 where sums are promoted to fp32; 1.62 for the up product of GPT-2 774M. The passes around them are estimates by
-bytes. What FP8 dense training adds to its products is fitted to torchao's tensorwise layers (0.18, compiled, the same
-GPU): 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for 2048 x 8192 with 16,384 tokens.
+How long 8-bit products take, compared with 16-bit ones, was measured on an H200: this library's main loop in e4m3 and
+`torch._scaled_mm`, in one interleaved run. For Llama's products (dense count) ours reached 1.91 to 2.02 PFLOP/s, and
+`torch._scaled_mm` 1.28. With sums promoted to fp32 ours reached 1.61 to 1.67, and 1.62 for the up product of
+GPT-2 774M. The passes around products are estimated by their bytes. What FP8 dense training adds to its products is
+fitted to torchao's tensorwise layers (0.18, compiled, the same GPU): 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for
+2048 x 8192 with 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from .cost_model import (
 
 #: time of an 8-bit product's K loop over a 16-bit one's: sums by the tensor cores alone, and promoted to fp32
 FAST, PROMOTED = 0.484, 0.60
-#: the same of a dense product
+#: the same ratio for a dense product
 DENSE = 0.488
-#: what torch.compile's casts and their repetitions reach of the bandwidth that a pass of one read and write does
+#: the bandwidth of torch.compile's casts, as a part of what a pass with one read and one write reaches
 DENSE_CASTS = 0.48
-#: the tile of promoted sums
+#: widths of the tiles that promote their sums
 PROMOTED_WIDTHS = (192,)
 
 

@@ -1,26 +1,26 @@
 """When does a 2:4 feed-forward layer train faster than a dense one? An estimate from measured rates.
 
 A step of a layer is a handful of kernels, and each is bound by the tensor cores or by memory. So its time is estimated
-as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes. The rates below
-come from an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm.csv, ffn.csv, tokens.csv,
-activation.csv, mvue.csv, packing.csv; epilogue.csv and grad_weight.csv of the H100 alone). The H200's results are of
-older kernels: what those took more is in its constants. `rates_for` carries those
-of the nearer one over to a chip with other memory or fewer multiprocessors. `python -m bench.fit_cost_model` fits them
-anew and prints how far the estimates are from what was measured. Ampere and Ada have not been measured by us: their
-rates are shares of published peaks (`cost_published`).
+as a sum: products by their multiplications and their waves of tiles, passes over memory by their bytes.
 
-The dense side is what `torch.compile` makes of the layer; run eagerly, it is slower than estimated here. Only the
-layer itself is counted, both passes, and for the 2:4 side everything that it adds to a step: re-packing, masked decay,
-a mask search every 40 steps, MVUE. Pure functions of numbers: no GPU is asked.
+The rates below were measured on an NVIDIA H200 and an H100 (bench/results and bench/results/h100: gemm.csv, ffn.csv,
+tokens.csv, activation.csv, mvue.csv, packing.csv; epilogue.csv and grad_weight.csv on the H100 alone). The H200 ran
+older, slower kernels, and its constants include what those took longer. `rates_for` scales the rates of the GPU with
+the more similar memory to other GPUs. `python -m bench.fit_cost_model` fits the rates again, and prints how far the
+estimates are off. We have not measured Ampere and Ada: their rates are parts of published peaks (`cost_published`).
+
+The dense side is the layer as `torch.compile` makes it; an eager one is slower than estimated here. Counted are both
+passes of the layer and, for 2:4, all that it adds to a step: re-packing, masked decay, a mask search every 40 steps,
+MVUE. These are pure functions of numbers: no GPU is asked.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-#: an estimate must promise this much before `sparsify(backend="auto")` believes it: what they err by at most on an H100
+#: `sparsify(backend="auto")` converts a layer from this estimated speed-up on: on an H100 estimates are off by less
 MARGIN = 1.08
-#: and this much where rates are guesses, since nobody has measured how far off they are
+#: the same where rates are guesses, since nobody has measured how far off those are
 MARGIN_OF_GUESSES = 1.2
 #: tokens a forward call that are assumed where the caller says nothing
 ASSUMED_TOKENS = 8192
@@ -47,14 +47,14 @@ class Rates:
     decay: float
     dense_pass: float  # what torch.compile's kernels reach
     launch_us: float = 3.0
-    # What a product takes longer for a million elements of h, or of a weight gradient that it adds to.
+    # How much longer a product takes for a million elements of h, or of a weight gradient that it adds to.
     activation_us: float = 1.2
     accumulation_us: float = 0.75
     measured: bool = True  # else guessed, from published peaks
 
     @property
     def margin(self) -> float:
-        """What an estimate must promise before `sparsify(backend="auto")` believes it."""
+        """The estimated speed-up from which on `sparsify(backend="auto")` converts."""
         return MARGIN if self.measured else MARGIN_OF_GUESSES
 
     def on(self, multiprocessors: int, memory_bandwidth: float) -> Rates:
@@ -144,10 +144,10 @@ WIDTHS, WEIGHT_GRADIENT_WIDTHS = (256,), (256, 192)
 
 
 def waves(m: int, n: int, k: int, rates: Rates, widths: tuple[int, ...] = WIDTHS) -> tuple[float, float]:
-    """Rounds of tiles, in pairs along m, over the chip: of K loops and of epilogues, in units of 128 x 256 tiles.
+    """How many rounds of tiles the chip takes, for K loops and for epilogues, in units of 128 x 256 tiles.
 
-    Of the width with the shorter loops. Multiprocessors that have no tile of the last round share its K loops
-    (stream-K): that takes a tenth more time, and a fixed cost like 512 more of k.
+    Tiles come in pairs along m. Of the `widths`, the one with the shorter loops is taken. Multiprocessors that have no
+    tile in the last round share its K loops (stream-K): a tenth more time, and a fixed cost like 512 more of k.
     """
 
     def of(width: int) -> tuple[float, float]:
@@ -208,7 +208,7 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
 
 
 def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> int | None:
-    """The fewest tokens a call, in multiples of 256, from which on the 2:4 layer is estimated ahead; None: never."""
+    """The break-even token count: tokens a call, in steps of 256, above which 2:4 is estimated faster; None: never."""
     counts = range(256, 2**16 + 1, 256)
     behind = [t for t in counts if feed_forward(d_model, d_ff, gated, training.of(tokens=t), rates).speedup <= 1]
     return None if counts[-1] in behind else max(behind, default=0) + 256
@@ -221,7 +221,7 @@ def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> flo
 
 
 def weight_step_us(weights: int, training: Training, rates: Rates, packed_bytes: float = 2.375) -> Times:
-    """What a step pays for its weights, whatever the tokens. packed_bytes: of a weight, both ways, and its mask."""
+    """What a step pays for its weights, however many tokens it has. packed_bytes: both packed forms and the mask."""
     sparse = _sparse_weight_us(weights, training, rates, packed_bytes)
     return Times(_dense_weight_us(weights, training, rates), sparse)
 

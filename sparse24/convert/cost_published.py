@@ -1,7 +1,7 @@
 """Rates of GPUs that we have not measured, from what NVIDIA publishes of them: Ampere and Ada.
 
-A chip is taken to reach the share of its published peaks that an H100 reaches of its own when hot. Nobody has timed
-these kernels there yet; whoever has such a GPU can: `python -m sparse24 bench --report FILE` (docs/when-it-pays.md).
+We assume that a chip reaches the same part of its published peaks as a hot H100 does. Nobody has timed these kernels
+on such GPUs yet; if you have one, you can: `python -m sparse24 bench --report FILE` (docs/when-it-pays.md).
 
 Dense peaks are those of bf16 with fp32 sums, from NVIDIA's white papers of GA100, GA102 and AD102; sparse ones are
 twice that. GeForce cards have half the rate of professional ones of the same chip where sums are fp32.

@@ -9,7 +9,7 @@ from ..layers.copies import follow_now
 
 #: children by which wrappers hold the model: Lightning Fabric (the original before its strategy's), torch.compile
 WRAPPED = ("_original_module", "_forward_module", "_orig_mod")
-#: parts of names that stand for no module of the model: of wrappers, activation checkpointing, FSDP, and adapters
+#: parts that wrappers, activation checkpointing, FSDP and adapters insert into the names of a model's modules
 WRAPPER_PARTS = {*WRAPPED, "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "base_layer"}
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

@@ -1,4 +1,4 @@
-"""What `sparsify` tells about its work."""
+"""The report that `sparsify` returns."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
 
 @torch.no_grad()
 def _mask_weights(model: nn.Module, layers: dict[str, SparseLayer]) -> None:
-    """Write what each layer multiplies with into its weight; nothing where one of them cannot be."""
+    """Write what each layer multiplies with into its weight; changes nothing where one of them cannot be written."""
     sharding.reshard(sharding.sharded_modules(model))
     _check_weights(model, layers)
     made: dict[int, Tensor] = {}

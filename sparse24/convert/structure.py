@@ -65,7 +65,7 @@ class FeedForward:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' Conv1D, or a subclass, told without importing transformers."""
+    """Whether `module` is transformers' Conv1D, or a subclass, found out without importing transformers."""
     return any(
         cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__
     )

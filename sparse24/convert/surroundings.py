@@ -1,4 +1,4 @@
-"""What modules around sparse layers must know: torch's fast paths for inference, and DDP."""
+"""Adjusting what is around sparse layers: torch's fast paths for inference, which would pass them by, and DDP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ACTIVATION, _NESTED = f"{HOLDER}_activation", f"{HOLDER}_nested"
 
 
 def after_conversion(model: nn.Module) -> None:
-    """Bring the modules around into line with the layers that are sparse now, and back where none is."""
+    """Adjust the modules around the layers that are sparse now, and undo it around those that are dense again."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             # Its inference fast path reads linear1.weight and never calls the layer: 0 sends it to the plain path.
@@ -27,7 +27,7 @@ def after_conversion(model: nn.Module) -> None:
 
 
 def _replace(module: nn.Module, name: str, value, keep_as: str, sparse: bool) -> None:
-    """Set an attribute while the module is sparse; what it was is kept on the module under another name."""
+    """Set an attribute while the module is sparse. The module keeps the old value, as `keep_as`, until it is dense."""
     if sparse and keep_as not in module.__dict__:
         module.__dict__[keep_as] = getattr(module, name)
         setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""A folder whose files are known by their digests: damaged ones, and those of another folder, are told."""
+"""Digests of the files of a folder: they show a file that was damaged, or that comes from another folder."""
 
 from __future__ import annotations
 

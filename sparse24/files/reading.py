@@ -1,4 +1,4 @@
-"""JSON that anybody may have written or damaged."""
+"""Reading JSON files, whoever wrote or damaged them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def parse_json(text: str | bytes, where: str) -> dict:
     """The object in `text`; Sparse24Error, naming `where`, for whatever hostile or damaged text does to a parser."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, an integer of thousands of digits; brackets
+    except (ValueError, RecursionError) as error:  # not JSON or UTF-8, thousands of digits, or of nested brackets
         raise Sparse24Error(f"{where} is not JSON ({(str(error).splitlines() or ['no detail'])[0]})") from error
     if not isinstance(value, dict):
         raise Sparse24Error(f"{where} is not a JSON object but {type(value).__name__}")

@@ -21,7 +21,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     path = Path(path)
     if path.exists() and not path.is_file():  # renaming would put a file in the place of a folder or of /dev/null
         raise Sparse24FileError(f"{path} is there and is not a plain file; give another name")
-    if not path.parent.is_dir():  # safetensors and torch would have it that the disk is full
+    if not path.parent.is_dir():  # safetensors and torch would report a full disk
         raise Sparse24FileError(f"{path} could not be written (no folder {path.parent}); make the folder first")
     temporary = _beside(path)
     try:
@@ -94,7 +94,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def refusals_named(path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
-    """What the operating system refuses within becomes Sparse24FileError, whichever library was told of it."""
+    """Turn what the file system refuses within into Sparse24FileError, whichever library reports it."""
     try:
         yield
     except Exception as error:
@@ -118,7 +118,7 @@ def _reason(error: Exception) -> str:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """torch.save and safetensors tell of a full disk in exceptions of their own, not by OSError."""
+    """torch.save and safetensors report a full disk by exceptions of their own, not by OSError."""
     if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
         return True
     of_torch = ("inline_container", "PytorchStreamWriter", "iostream", "Parent directory")

@@ -83,7 +83,7 @@ class Sparse24Callback(Callback):
         self.report = None
         self.recipe: Recipe | None = None
         self._loaded: dict | None = None  # the state of the checkpoint that this run starts from
-        self._guessed = False  # whether the masks are of a search for which nobody has vouched
+        self._masks_are_guessed = False  # whether the masks are of a search for which nobody has vouched
         self._masks: dict[str, torch.Tensor] | None = None  # while an averaging callback may write to buffers
         self._module: nn.Module | None = None
 
@@ -105,7 +105,7 @@ class Sparse24Callback(Callback):
         if not state:
             return  # not saved by this callback, or of a module that backend="auto" had left dense
         self._convert(trainer, pl_module)
-        self._loaded, self._guessed = state, False
+        self._loaded, self._masks_are_guessed = state, False
         if self.masks == "load" or trainer.state.fn != "fit":
             load_masks(pl_module, state)
 
@@ -118,9 +118,9 @@ class Sparse24Callback(Callback):
         given = {"dtype": packed_dtype(trainer), "micro_batches": trainer.accumulate_grad_batches}
         choice = (self.include, self.exclude, self.backend)
         self.report = sparsify_once(pl_module, *choice, **(given | self.sparsify_settings))
-        self._guessed = bool(sparse_layers(pl_module))
+        self._masks_are_guessed = bool(sparse_layers(pl_module))
         for copy in _copies(trainer, pl_module):  # a callback before this one has copied the dense module
-            if self._guessed and not sparse_layers(copy):
+            if self._masks_are_guessed and not sparse_layers(copy):
                 follow(copy, like=pl_module)
 
     # -- training -------------------------------------------------------------------------------------------------
@@ -136,10 +136,10 @@ class Sparse24Callback(Callback):
         end(self.recipe)
         self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **settings)
         self._go_on(trainer.global_step, before)
-        self._loaded, self._guessed = None, False
+        self._loaded, self._masks_are_guessed = None, False
         for copy in _copies(trainer, pl_module):
             follow(copy, like=pl_module)
-            _have_the_same_buffers(copy, pl_module)
+            _pair_decay_buffers(copy, pl_module)
 
     def _state_of_the_fit_before(self, trainer, pl_module) -> dict | None:
         """That of this callback's recipe, if the Trainer goes on with the same module."""
@@ -232,8 +232,8 @@ class Sparse24Callback(Callback):
         if trainer.state.fn == "fit":
             return
         self._convert(trainer, pl_module)  # where `configure_model` has made the layers
-        if self._guessed:
-            self._guessed = False
+        if self._masks_are_guessed:
+            self._masks_are_guessed = False
             warnings.warn(
                 f"trainer.{trainer.state.fn} runs a module that was dense, under masks that a search finds in its "
                 "weights now: if it was trained 2:4, those were others. Name its checkpoint in ckpt_path=, or call "
@@ -244,7 +244,7 @@ class Sparse24Callback(Callback):
             )
 
 
-def _have_the_same_buffers(copy: nn.Module, like: nn.Module) -> None:
+def _pair_decay_buffers(copy: nn.Module, like: nn.Module) -> None:
     """Averaging pairs buffers by their order; the decay of `decay_in="backward"`, one tensor for all layers, is one."""
     made = {}
     layers = sparse_layers(copy)

@@ -48,11 +48,11 @@ class Sparse24Converter:
     @checked_options()
     def __init__(self, total_steps: int, **settings: Any):
         self.total_steps = total_steps
-        self._of_sparsify, self._of_recipe = split_settings(settings, type(self).__name__)
+        self._sparsify_settings, self._recipe_settings = split_settings(settings, type(self).__name__)
         self.reports: list[SparsifyReport] = []
         self.recipes: list[Recipe] = []
         self._waiting: list[nn.Module] = []  # converted, and without a recipe
-        self._of_models: dict[int, Recipe] = {}
+        self._recipe_of: dict[int, Recipe] = {}
         self._first_forward: dict[int, Any] = {}
         self._saved: list[dict] = []  # states that came before their recipes
         self._hook: Any = None
@@ -61,7 +61,7 @@ class Sparse24Converter:
 
     def convert(self, model: nn.Module) -> None:
         """Sparsify `model`, in place; on the meta device too. Call it before parallelize_module and fully_shard."""
-        self.reports.append(sparsify(model, **self._of_sparsify))
+        self.reports.append(sparsify(model, **self._sparsify_settings))
         if not sparse_layers(model):
             return  # left dense, as the report says
         self._waiting.append(model)
@@ -134,7 +134,7 @@ class Sparse24Converter:
 
     def _before_first_forward(self, model: nn.Module, args: tuple) -> None:
         self._first_forward.pop(id(model)).remove()
-        if id(model) in self._of_models:
+        if id(model) in self._recipe_of:
             return
         packed_gather.divide_rows(sparse_layers(model), sharding.sharded_modules(model))
         place = len(self.recipes) + next(i for i, waiting in enumerate(self._waiting) if waiting is model)
@@ -154,11 +154,11 @@ class Sparse24Converter:
                 self._make_recipe(model, optimizer)
 
     def _make_recipe(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Recipe:
-        if id(model) in self._of_models:
+        if id(model) in self._recipe_of:
             raise Sparse24Error(f"this {type(model).__name__} has its recipe already; attach it once, before training")
-        recipe = Recipe(model, optimizer, self.total_steps, **self._of_recipe)
+        recipe = Recipe(model, optimizer, self.total_steps, **self._recipe_settings)
         self._waiting = [other for other in self._waiting if other is not model]
-        self._of_models[id(model)] = recipe
+        self._recipe_of[id(model)] = recipe
         self.recipes.append(recipe)
         if len(self._saved) >= len(self.recipes):
             recipe.load_state_dict(self._saved[len(self.recipes) - 1], rng=False)

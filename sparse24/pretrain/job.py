@@ -22,7 +22,7 @@ from .saved import differences, load_config
 from .settings import Settings, kind_of, resolve
 from .train import Trainer
 
-OURS = (
+OUR_FILES = (
     "config.json", "metrics.csv", "summary.json", "summary.md", "samples.txt", "loss.png", "flip_rate.png",
     "flips_against_gap.png",
 )  # fmt: skip
@@ -45,11 +45,11 @@ def pretrain(
     """
     s = resolve(settings)
     out = Path(s.out).expanduser() if s.out else new_run_folder(s)
-    occupied(out, s)
+    refuse_mixed_runs(out, s)
     with StopRequest() as stop, determinism(s.deterministic), writable(out), locked(out):
-        occupied(out, s)  # once more: another process may have begun before this one had the lock
+        refuse_mixed_runs(out, s)  # once more: another process may have begun before this one had the lock
         data = tokens.prepare(s, say)
-        with metrics.board_errors_told_once(), refusals_named(out, "make room, then --resume"):
+        with metrics.board_errors_without_traceback(), refusals_named(out, "make room, then --resume"):
             begin(out, s, data)
             results, written = run_arms(s, data, out, stop, say, on_step)
     say("")
@@ -70,7 +70,7 @@ def new_run_folder(s: Settings) -> Path:
     return Path("runs") / f"{s.model}-{s.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def occupied(out: Path, s: Settings) -> None:
+def refuse_mixed_runs(out: Path, s: Settings) -> None:
     """Refuse to write over a run, or to go on with none."""
     folder = out / "checkpoint"
     there = (out / "config.json").exists() or (folder.is_dir() and any(folder.iterdir()))
@@ -107,7 +107,7 @@ def writable(out: Path):
 def begin(out: Path, s: Settings, data: tokens.TokenData) -> None:
     """Clear what --overwrite replaces (and nothing that is not ours), and write config.json."""
     if s.overwrite:
-        for name in OURS:
+        for name in OUR_FILES:
             (out / name).unlink(missing_ok=True)
         for name in OUR_FOLDERS:
             empty(out / name)

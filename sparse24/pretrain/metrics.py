@@ -82,7 +82,7 @@ class MetricsLog:
 
 
 @contextlib.contextmanager
-def board_errors_told_once():
+def board_errors_without_traceback():
     """TensorBoard writes in a thread of its own and raises its errors in ours too: there they need no traceback."""
     before = threading.excepthook
 

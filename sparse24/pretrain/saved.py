@@ -40,17 +40,17 @@ def from_json(values: dict[str, Any]) -> Settings:
     hints = typing.get_type_hints(Settings)
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in hints}
     for name, value in known.items():
-        if not is_of(value, hints[name]):
+        if not has_type(value, hints[name]):
             raise Sparse24Error(f"{name} is {value!r}")
     return Settings(**known)
 
 
-def is_of(value: Any, kind: Any) -> bool:
+def has_type(value: Any, kind: Any) -> bool:
     """Whether a value from JSON is of a field's type: a number, text, a choice of those, or a tuple of one of them."""
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(is_of(item, typing.get_args(kind)[0]) for item in value)
+        return isinstance(value, tuple) and all(has_type(item, typing.get_args(kind)[0]) for item in value)
     if isinstance(kind, types.UnionType):
-        return any(is_of(value, choice) for choice in typing.get_args(kind))
+        return any(has_type(value, choice) for choice in typing.get_args(kind))
     return type(value) is kind or (kind is float and type(value) is int)
 
 

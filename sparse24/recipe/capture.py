@@ -1,4 +1,4 @@
-"""Whole training steps in a CUDA graph: what may be captured, and what a replay must do that a graph cannot."""
+"""Whole training steps in a CUDA graph: what may be captured, and what a replay adds that a graph cannot hold."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Capture:
         self._held = None
 
     def _next(self) -> tuple[str, str]:
-        """Phase and decay as a graph holds them. A decay in backward is read from memory, and may be any."""
+        """Phase and decay as a graph holds them. A decay in backward is read from memory, so its value may change."""
         if self.decay.decay_in == "step":
             return self.steps.phase, f"decay {self.steps.current_decay:g}"
         return self.steps.phase, "a decay in backward" if self.decay.is_read() else "no decay in backward"

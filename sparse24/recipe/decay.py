@@ -3,8 +3,9 @@
     gradient += decay * (1 - mask) * weight        or        weight -= lr * decay * (1 - mask) * weight
 
 The second is the form of SR-STE, and the one for Muon. Adam divides the gradient, with the decay in it, by the root of
-its second moment, entry by entry. Muon's update has no scale at all, so what a decay in its gradient does depends on
-the units of the loss. Beside the update, where Muon's own weight decay is, it has no unit: about 1, not 6e-5.
+its second moment, entry by entry. Muon's update does not depend on the scale of the gradient, so the effect of a decay
+in the gradient would depend on the units of the loss. Beside the update, where Muon's own weight decay acts, the decay
+has no unit: there it is about 1, not 6e-5.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from .phases import SCHEDULES, check_decay, positive, scheduled_decay
 
 #: where the decay is added to a gradient
 DECAY_IN = ("step", "backward")
-#: the decay with Muon where none is given; in small runs 0.3 to 3 brought mu into its range
+#: default decay with Muon; in small runs 0.3 to 3 brought mu (`tune.py`) into its range
 MUON_DECAY = 1.0
 
 
 def orthogonalizes(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is one of the Muon family, told by the names of its classes."""
+    """Whether an optimizer is one of the Muon family, recognised by the names of its classes."""
     return any("muon" in cls.__name__.lower() for cls in type(optimizer).__mro__)
 
 
@@ -123,7 +124,7 @@ class MaskedDecay:
             return
         for tensor in {id(decay_factor_of(layer)): decay_factor_of(layer) for layer in self.layers.values()}.values():
             if tensor is not None:
-                tensor.data.fill_(factor)  # .data: a forward that has saved it wants the present value
+                tensor.data.fill_(factor)  # .data: autograd may have saved it, and shall see the new value
         self._written = factor
 
     def is_read(self) -> bool:
@@ -131,7 +132,7 @@ class MaskedDecay:
         return any(decay_factor_of(layer) is not None for layer in self.layers.values())
 
     def leave(self) -> None:
-        """Let backward add nothing any more."""
+        """Stop adding decay in backward."""
         for layer in self.layers.values():
             if isinstance(layer, SparseLayer):
                 layer.set_decay(None)

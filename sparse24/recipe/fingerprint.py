@@ -1,4 +1,4 @@
-"""A short text that stands for the function beside the weights: the phase and the masks.
+"""A short text that stands for phase and masks, which decide what function a model computes with its weights.
 
 Store it with weights and compare it when they are loaded: weights under another phase or other masks are another model.
 """

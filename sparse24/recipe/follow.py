@@ -1,7 +1,7 @@
 """follow, load_masks: a model takes the masks and the phase that its weights belong to, without an optimizer.
 
-Masks and phase live beside the weights, in the recipe's state and in the layers that it trains. Every other holder of
-the weights, such as an average, a reference model or an evaluation in a new program, is given them here.
+Masks and phase are kept beside the weights: in the recipe's state and in the layers that it trains. Whoever else holds
+these weights, such as an average, a reference model or an evaluation in a new program, gets them by these functions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..layers.copies import settle
 from ..layers.modules import SparseLayer, state_of
 from ..layers.options import checked_options
 from ..layers.tensor_parallel import whole_mask
-from .state import check_state, phases_of, renewed
+from .state import check_state, phases_of, upgraded
 
 
 @checked_options()
@@ -61,11 +61,11 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     recipe_state  "recipe" in the state.pt of `save_checkpoint`, sparse24.pt of the Hugging Face callback, or what
                   `Recipe.state_dict` returned
 
-    Settings do not matter, since nothing is trained. Returns how many layers were packed. Raises Sparse24Error,
-    changing nothing, for a state that is corrupt or of another model.
+    The recipe's settings do not matter, since nothing is trained. Returns how many layers were packed. Raises
+    Sparse24Error, changing nothing, for a state that is corrupt or of another model.
     """
     check_module(model)
-    recipe_state = renewed(recipe_state)
+    recipe_state = upgraded(recipe_state)
     masks = recipe_state.get("masks") if isinstance(recipe_state, dict) else None
     if not isinstance(masks, dict) or not masks or not all(map(_is_matrix, masks.values())):
         raise Sparse24Error(

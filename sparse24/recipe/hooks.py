@@ -21,11 +21,11 @@ from .capture import Capture, is_capturing
 from .steps import Steps
 from .writes import WriteWatch, watch_other_optimizers
 
-#: methods of optimizers and their wrappers, beside the hooked step, after which weights may be others
+#: methods of optimizers and their wrappers, other than the hooked step, that may move weights
 MOVERS = ("step", "first_step", "second_step", "ascent_step", "descent_step", "eval", "train", "sync_lookahead")
-#: those of them that end a step of training
+#: those of MOVERS that end a training step
 ENDS = ("step", "second_step", "descent_step")
-#: packages whose wrappers hand calls on and move nothing themselves
+#: packages whose wrappers only pass calls on
 PLAIN_WRAPPERS = ("accelerate", "lightning", "pytorch_lightning")
 
 
@@ -33,7 +33,7 @@ class StepHooks:
     """Registers a recipe with its optimizer, and with the wrappers around it.
 
     chain  [outermost wrapper, ..., the optimizer whose step is counted], from `optimizers.chain_of`
-    keep   stays alive as long as the optimizer has the hooks: the recipe, which nobody else need hold
+    keep   the recipe: it stays alive as long as the optimizer has the hooks, even if the user drops it
     """
 
     def __init__(self, chain: list, steps: Steps, capture: Capture, *, keep: object):
@@ -44,7 +44,7 @@ class StepHooks:
         self._in_step, self._in_movers = False, 0
         self._writes = WriteWatch(steps.layers)
         watch_other_optimizers(self)
-        # A compiled step would trace what they do with each layer on the host.
+        # A compiled optimizer.step() would otherwise trace the hooks' work on the host, layer by layer.
         self._handles = [
             self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
             self.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
@@ -108,7 +108,7 @@ class StepHooks:
 
     @contextlib.contextmanager
     def around(self, owner, name: str) -> Iterator[None]:
-        """Around a call of one of MOVERS: have moved weights packed, and the end of a step counted."""
+        """Around a call of one of MOVERS: pack weights that it moved, and warn of steps that are not counted."""
         if name in ENDS:
             self._look_for_writes()
         taken, self._in_movers = self.steps.taken, self._in_movers + 1
@@ -118,10 +118,10 @@ class StepHooks:
             self._in_movers -= 1
         moved = not is_capturing() and self._pack_moved()
         if moved and name in ENDS and not self._in_movers and taken == self.steps.taken:
-            self._writes.tell_uncounted(owner, name, self.optimizer)
+            self._writes.warn_of_uncounted(owner, name, self.optimizer)
 
     def _pack_moved(self) -> bool:
-        """A wrapper may have moved weights, through `.data` perhaps, which only the weights themselves show."""
+        """Pack if weights have moved. A wrapper may write through `.data`, which only comparing values shows."""
         layers = self.steps.layers.values()
         moved = any(layer.weight_has_changed() for layer in layers) or not all(map(seems_packed, islice(layers, 1)))
         if moved:
@@ -142,12 +142,12 @@ class StepHooks:
 
 
 class _Mover:
-    """Stands in place of a method of an optimizer: calls it, then has moved weights packed."""
+    """Replaces a method of an optimizer: calls it, and packs weights that it moved."""
 
     def __init__(self, owner, name: str, hooks: StepHooks):
         self._owner, self._name = weakref.ref(owner), name
         self._hooks = weakref.ref(hooks)
-        self._own = vars(owner).get(name)  # what somebody, such as a learning-rate scheduler, has put there before
+        self._own = vars(owner).get(name)  # a learning-rate scheduler, for one, may have replaced the method before
         setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):

@@ -27,7 +27,7 @@ from ..errors import Sparse24Error
 class Method:
     name: str
     decay_on: str | None  # "gradient", "weight" or None
-    dense_at: str  # "start", "end" or "none": where the dense fraction of the steps lies unless told otherwise
+    dense_at: str  # "start", "end" or "none": where the dense steps are by default
     soft: bool = False
     freezes_second_moment: bool = False
     watches: bool = False  # masks are searched and not applied
@@ -52,7 +52,7 @@ MVUE = (True, False, None, "output", "input", "auto")
 
 
 def check_mvue(mvue, method: Method) -> None:
-    """Raises Sparse24Error for what no method takes, or this one does not."""
+    """Raises Sparse24Error for an mvue that no method takes, or that this one does not."""
     if not any(mvue is choice or (isinstance(mvue, str) and mvue == choice) for choice in MVUE):
         raise Sparse24Error(f'mvue must be True, False, None, "output", "input" or "auto", got {mvue!r}')
     if mvue in ("input", "auto") and method.soft:
@@ -127,7 +127,7 @@ class FrozenSecondMoment:
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Rounding does not add up: put the exact value back (what a skipped step needs too)."""
+        """Put the exact value back: rounding must not add up, and a skipped step has moved nothing."""
         for p, frozen in zip(self.parameters, self.frozen, strict=True):
             moment = self.optimizer.state.get(p, {}).get(self.KEY)
             if moment is not None:

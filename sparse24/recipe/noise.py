@@ -2,8 +2,8 @@
 
     kappa = sum a^2 (1/p - 1) / sum a^2        of the operand a, p the probability to be kept: see `relative_variance`
 
-Every so many steps one forward and backward pass is looked at, on a sample of its tokens, by hooks that take themselves
-off. A layer changes its operand only when the other one is quieter by a margin, and each change is an event.
+Every so many steps, hooks measure the noise in one forward and backward pass, on a sample of its tokens, and are taken
+off again. A layer changes its operand only when the other one is quieter by a margin, and each change is an event.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..layers import sharding
 from ..layers.modules import SparseLayer
 
 OUTPUT, INPUT = "output", "input"
-#: the other operand must have less than this part of the noise of the one that is pruned now
+#: a layer changes to the other operand when that has less than this part of the present one's noise
 MARGIN = 0.8
 #: tokens of a pass that are looked at
 SAMPLE = 1024
@@ -49,7 +49,7 @@ class NoiseWatch:
         self.chosen = dict.fromkeys(layers, OUTPUT)
         self._seen: dict[str, dict[str, Tensor]] = {}
         self._hooks: list = []
-        self._has_told = False
+        self._has_said_unseen = False
         self._set()
 
     def after_step(self, step: int) -> dict | None:
@@ -75,7 +75,7 @@ class NoiseWatch:
         changed = {}
         for name, seen in self._seen.items():
             if len(seen) < 2:
-                continue  # this pass has left the layer out
+                continue  # the layer did not run in this pass
             noise = {operand: float(value) for operand, value in seen.items()}
             now = self.chosen[name]
             other = INPUT if now == OUTPUT else OUTPUT
@@ -91,9 +91,9 @@ class NoiseWatch:
 
     def _say_unseen(self, step: int) -> dict | None:
         """Compiled code runs no hooks that came later: the choices stay as they are, which is said once."""
-        if self._has_told:
+        if self._has_said_unseen:
             return None
-        self._has_told = True
+        self._has_said_unseen = True
         message = (
             f"step {step}: no noise was measured, as no layer ran its hooks (compiled code does not); operands stay"
         )

@@ -18,7 +18,7 @@ def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
 
     optimizer  an optimizer, a wrapper around one (accelerate's, Lightning's, SAM, Lookahead, ...), or several in a list
 
-    With all sparse weights frozen nothing is changed by any optimizer, and the first one is taken, to count its steps.
+    Where all sparse weights are frozen no optimizer changes them, and the first one is taken, to count its steps.
     Raises Sparse24Error where none holds a sparse weight, several do, or the one that does never runs its hooks.
     """
     several = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
@@ -49,8 +49,8 @@ def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
 def _unwrapped(optimizer) -> list:
     """From the outermost wrapper to the optimizer to hook: the outermost one whose step() runs its hooks.
 
-    SAM is entered although its hooks run: its steps may be taken by `first_step` and `second_step`, and the decay
-    belongs to the gradient of the second, at the weights that are restored by then.
+    For SAM it is the optimizer inside, although SAM's own hooks run: its steps may be taken by `first_step` and
+    `second_step`, and the decay belongs to the gradient of the second, when the weights are back in their place.
     """
     chain = [optimizer]
     while not _runs_hooks(chain[-1]) or _is_sam(chain[-1]):

@@ -48,7 +48,7 @@ class Phases:
         return cls(total_steps, 0, total_steps)
 
     def at(self, step: int) -> str:
-        """The phase of step number `step`, from 0: the one that the next step belongs to after `step` steps."""
+        """The phase that the next step belongs to, once `step` steps have been taken."""
         if step < self.sparse_from:
             return DENSE
         ends = self.sparse_until < self.total_steps or self.sparse_until == self.sparse_from

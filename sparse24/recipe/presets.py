@@ -1,9 +1,9 @@
 """Named settings of a recipe, each with what it was found to cost.
 
-Loss is that of a GPT of 10.6 M parameters besides its embeddings, squared ReLU, after 160 M tokens of fresh text, 32k
-tokens a step, real kernels, against the dense one with the same seed (docs/results/quality.md); "time" that of its
-feed-forward layers, were they of a real size and 2:4 at 1.54x. Another size or length will differ; the order of
-the settings should not.
+"Loss" is the validation loss, against dense with the same seed, of a GPT with squared ReLU and 10.6 M parameters
+besides its embeddings, after 160 M tokens of fresh text, 32k tokens a step, with the real kernels
+(docs/results/quality.md). "Time" is that of its feed-forward layers, if they had a realistic size and 2:4 were 1.54x as
+fast. Figures will differ for other sizes and lengths; the order of the settings should not.
 
 paper       arXiv 2404.01847: masked decay in gradients, masks searched every 40 steps, dense for the last sixth. +0.6 %
             in 0.71 of the time (one seed): level with a dense layer of 2/3 of the width, +0.7 % in 0.67

@@ -1,4 +1,4 @@
-"""A check for many processes: every rank must train the same function, so all must hold the same masks."""
+"""A check across processes: all ranks must train the same function, so they must have the same masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 def check_ranks(layers: dict[str, SparseLayer]) -> None:
-    """All ranks must hold the same masks, or of a tensor-parallel layer all that hold the same part of it. Raises
-    Sparse24Error, naming the layers, where they do not.
+    """Raises Sparse24Error, naming the layers, unless all ranks have the same masks.
+
+    Of a tensor-parallel layer, the ranks that have the same part of it are compared.
     """
     if not layers or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return

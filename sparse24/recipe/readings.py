@@ -39,7 +39,7 @@ class Readings:
 
     @property
     def current_decay(self) -> float:
-        """The factor that the next step uses."""
+        """The decay factor of the next step, after its schedule."""
         return self._steps.current_decay
 
     @property
@@ -89,13 +89,15 @@ class Readings:
     def metrics(self) -> dict[str, float]:
         """Floats for a log. Reading the flip rate and the gaps waits for the device, so call it when you log.
 
-        flip_rate, flip_rate_per_step  part of the weights whose mask changed at the last search; that by its steps
+        flip_rate, flip_rate_per_step  part of the weights whose mask changed at the last search; the same, divided by
+                   the steps since the search before
         decay      the factor that the next step uses       phase     0 sparse, 1 dense
         mask_age   steps since the masks were searched      step      optimizer steps taken
-        gap_q10, gap_q50, gap_q90  quantiles over 4x4 blocks of the magnitude between the best and the next pattern
-        Of 8-bit layers, in the last step:
-        casts_clipped    part of the casts of which some value was beyond the scale of the step before
-        values_clipped, values_flushed  with count_casts: parts of the values that were; that became zero
+        gap_q10, gap_q50, gap_q90  quantiles, over 4x4 blocks, of the magnitude that the best pattern keeps more than
+                   the second best
+        and of 8-bit layers, in the last step:
+        casts_clipped    part of the casts in which a value did not fit the scale, which is that of the step before
+        values_clipped, values_flushed  with count_casts: part of the values that did not fit, and that became zero
         """
         check_layers(self.layers)
         return {

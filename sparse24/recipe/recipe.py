@@ -29,7 +29,7 @@ from .presets import filled
 from .readings import Readings
 from .scaling import CastScales
 from .surgery import ModelCheck
-from .takeover import pack_moved, take_over, tell_frozen, trainable_layers
+from .takeover import pack_moved, take_over, trainable_layers, warn_of_frozen
 
 
 class Recipe(Readings):
@@ -46,11 +46,12 @@ class Recipe(Readings):
     mask_interval  optimizer steps between two searches of the masks. Default 40
     dense_fraction part of the steps that is dense (the last ones, for the paper's method); 0 leaves a 2:4 model.
                    Default 1/6
-    mvue           weight gradients from output gradients pruned to 2:4 without bias (True, "output") or not (False);
-                   None: as the layers were converted. "input" prunes the layer's input instead, "auto" in each layer
-                   the operand that adds less noise, measured in training, and says so in `events`
+    mvue           True or "output": weight gradients are computed from output gradients that are pruned to 2:4, without
+                   bias. False: from dense ones. None: as the layers were converted. "input" prunes the layer's input
+                   instead; "auto" prunes, in each layer, the operand that adds less noise, measured in training, and
+                   writes changes into `events`
     method         "fst" (default), "ste", "sr-ste", "step", "s-ste", "mvue" or "dense": see sparse24/recipe/methods.py
-    preset         "paper", "equal-time" or "fine-tune": what settings are that are left out; sparse24/recipe/presets.py
+    preset         "paper", "equal-time" or "fine-tune": values of the settings left out; sparse24/recipe/presets.py
     decay_schedule "constant" (default), "linear" (rising from 0) or "cosine" (falling to 0), over the sparse steps
     dense_at       "end", "start", "none", or "auto" (default): where the method has its dense steps
     track_blocks   count flips of every 4x4 block too, for `plot_flips_against_gap`
@@ -60,7 +61,7 @@ class Recipe(Readings):
                    the step saves a pass over gradients and weights
     micro_batches  backward calls of an optimizer step, for decay_in="backward"; a step of fewer gets less decay
     count_casts    let 8-bit casts count what they clip and flush to zero, for `metrics`; costs a few per cent of them
-    takeover       end a recipe of this model and optimizer that is still in use: a trainer that starts its run anew
+    takeover       end the recipe that this model and optimizer have, even if it is in use: for trainers that start anew
 
     decay_in="backward" is for training where nothing clips or scales gradients. The order is un-scale -> clip -> decay,
     for the decay must keep its strength; what backward has added already would be clipped and un-scaled with the rest.
@@ -70,8 +71,7 @@ class Recipe(Readings):
     in a forward pass gets it as often.
 
     Frozen weights (`requires_grad_(False)`), such as those under LoRA adapters, keep the masks and the phase that they
-    have. Where all are frozen there is no dense phase either: what the adapters are trained over is what they will run
-    over.
+    have. Where all are frozen there is no dense phase either: adapters run over what they were trained over.
 
     Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse
     layers, an optimizer without their weights, and settings out of range.
@@ -122,14 +122,14 @@ class Recipe(Readings):
         self._search, self._decay = self._steps.search, self._steps.decay
         self._steps.check = ModelCheck(model, self.layers, self.optimizer)
         self._capture = Capture(self._steps, self._decay)
-        self._has_told = False
+        self._has_warned = False
         take_over(self, takeover)
         share_lookout(self.layers.values())
         begin(self._steps, settings)
         self._hooks = StepHooks(chain, self._steps, self._capture, keep=self)
         self._decay.write(self.current_decay)
         if not trained:
-            tell_frozen(self.layers)
+            warn_of_frozen(self.layers)
 
     # -- what users set -------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class Recipe(Readings):
         self._search.frozen = False
 
     def start_at(self, step: int) -> None:
-        """Count from `step` optimizer steps on, with masks searched now: for going on with a run that had no recipe.
+        """Continue at `step` optimizer steps, with masks searched now: for a run that had no recipe so far.
 
         Raises Sparse24Error for a step below 0.
         """
@@ -202,7 +202,7 @@ class Recipe(Readings):
         unseen  layers whose weights do not show that they were written
         """
         self._steps.finish_interrupted()
-        self._has_told |= pack_moved(self.layers, self.step, self.optimizer, unseen, tell=not self._has_told)
+        self._has_warned |= pack_moved(self.layers, self.step, self.optimizer, unseen, warn=not self._has_warned)
 
     def model_changed(self) -> None:
         """Called by layers of this recipe that were replaced or cast: the next step begins by looking at the model."""

@@ -1,4 +1,4 @@
-"""The scales of 8-bit layers over a training: a step behind, the same on all ranks, in checkpoints and in metrics."""
+"""The scales of 8-bit layers during training: one step behind, the same on all ranks, in checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class CastScales:
     def __init__(self, layers: dict[str, SparseLayer], counts: bool = False):
         self.layers = {name: layer for name, layer in layers.items() if float8.has_float8(layer)}
         self._advanced_to: int | None = None
-        self._of_step: dict[str, list[Tensor]] = {}  # of the last step, for the metrics
+        self._last_step: dict[str, list[Tensor]] = {}  # what metrics() reads
         float8.count_casts(self.layers.values(), counts)
 
     def begin(self) -> None:
-        """Of layers that enter the 2:4 function, before they are packed: nothing is known of their tensors."""
+        """Before layers that enter the sparse phase are packed: forget scales, as nothing is known of their tensors."""
         float8.forget_scales(self.layers.values())
         for layer in self.layers.values():
             packing.set_weight_scale(layer)
@@ -42,33 +42,31 @@ class CastScales:
             self._pack_frozen()
 
     def _pack_frozen(self) -> None:
-        """A frozen weight may have its scale from one that is trained: gate from up. Nobody else packs it."""
+        """Pack frozen weights that share a scale with a trained one, such as gate with up: nobody else does."""
         halves = [layer for layer in self.layers.values() if not layer.weight.requires_grad]
         packing.pack([layer for layer in halves if float8.scale_partner(layer) is not None], search=False)
 
     def _keep(self, name: str, values: list[Tensor]) -> None:
-        """At one address, for graphs."""
-        kept = self._of_step.get(name)
+        """Keep the values of this step, at one address: CUDA graphs write there in each replay."""
+        kept = self._last_step.get(name)
         if kept is None or [t.shape for t in kept] != [t.shape for t in values]:
-            self._of_step[name] = values
+            self._last_step[name] = values
         elif values:
             torch._foreach_copy_(kept, values)
 
     def metrics(self) -> dict[str, float]:
-        """Of the last step. casts_clipped: part of the casts of which some value was beyond the scale. With counts also
-        values_clipped and values_flushed: parts of the values that were cast, beyond the scale and rounded to zero.
-        """
-        if "clipped" not in self._of_step:
+        """casts_clipped and, with counts, values_clipped and values_flushed, of the last step: see `Recipe.metrics`."""
+        if "clipped" not in self._last_step:
             return {}
-        clipped = [t.float().sum().item() for t in self._of_step["clipped"]]
-        found = {"casts_clipped": sum(clipped) / sum(t.numel() for t in self._of_step["clipped"])}
-        if counts := self._of_step["counts"]:
+        clipped = [t.float().sum().item() for t in self._last_step["clipped"]]
+        found = {"casts_clipped": sum(clipped) / sum(t.numel() for t in self._last_step["clipped"])}
+        if counts := self._last_step["counts"]:
             clipped, flushed, seen = (sum(parts) for parts in zip(*(t.tolist() for t in counts), strict=True))
             found |= {"values_clipped": clipped / max(seen, 1), "values_flushed": flushed / max(seen, 1)}
         return found
 
     def leave(self) -> None:
-        """The recipe ends: nobody asks for counts."""
+        """The recipe ends, and with it the counting."""
         float8.count_casts(self.layers.values(), False)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
@@ -83,7 +81,7 @@ class CastScales:
             raise Sparse24Error("the recipe state is corrupt: its scales of 8-bit layers are not such")
 
     def load_state_dict(self, state: dict[str, Tensor]) -> bool:
-        """Take a checked state up; True: layers are to be packed anew. What it has of 16-bit layers is left out."""
+        """Take up a checked state; returns whether layers must be packed again. Ignores layers that are not 8-bit."""
         known = [name for name in self.layers if name in state]
         for name in known:
             float8.load_scale_state(self.layers[name], state[name])

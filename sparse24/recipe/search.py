@@ -45,8 +45,8 @@ class MaskSearch:
     """Searches the masks of `layers` every `interval` optimizer steps and counts the flips.
 
     layers   name -> layer, trained ones only
-    applied  the layers multiply with their masks, so that a search packs them; else it only looks
-    sharded  modules of FSDP2 around them, which must give their gathered weights back first
+    applied  True: the layers multiply with their masks, so that a search packs them. False: masks are only watched
+    sharded  modules of FSDP2 around them, which must reshard before their weights are read
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class MaskSearch:
         self.monitor = monitor.FlipMonitor(layers, sizes)
         self.block_flips = BlockFlips() if track_blocks else None
         self._before: list[Tensor] = []  # masks of the search before, in buffers that stay
-        self._before_of = 0  # the search that `_before` belongs to, by its step
+        self._before_step = 0  # the search that `_before` is of: the optimizer steps taken then
         self._gaps: tuple[int, dict[str, float]] | None = None
 
     @property
@@ -86,9 +86,9 @@ class MaskSearch:
 
         progress  part of the sparse steps done, for the monitor; None: never worry
         """
-        if self._before_of != step:  # else an interrupt has come, and the masks are partly new already
+        if self._before_step != step:  # else this search was interrupted, and some masks are new already
             self._remember()
-            self._before_of = step
+            self._before_step = step
         self._search()
         if step != self.last:
             self._count(step, progress)
@@ -163,5 +163,5 @@ class MaskSearch:
         if self.block_flips is not None and "blocks" in state:
             whole = tensor_parallel.whole_masks(list(self.layers.values()), self.masks)
             self.block_flips.load_state_dict(state["blocks"], whole)
-        self._before_of, self._gaps = self.last, None
+        self._before_step, self._gaps = self.last, None
         self._remember()

@@ -17,7 +17,7 @@ from .search import MaskSearch
 from .steps import Steps
 
 VERSION = 1
-#: what settings were before there was a choice: states of that time lack them
+#: settings that older states lack, with the only value that they had then
 OLDER_SETTINGS = {"decay_in": "step"}
 #: keys of older states -> their names now
 OLDER_KEYS = {"last_refresh": "last_search", "refreshes": "searches"}
@@ -64,7 +64,7 @@ def settings_of(steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
 
 
 def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
-    """See `Recipe.state_dict`; `layers` are all of the recipe, frozen ones too."""
+    """See `Recipe.state_dict`; `layers` are all layers of the recipe, frozen ones too."""
     check_layers(layers)
     steps.finish_interrupted()
     scales = [s for layer in layers.values() if (s := state_of(layer).soft_scale) is not None]
@@ -98,7 +98,7 @@ def load(
 ) -> None:
     """See `Recipe.load_state_dict`."""
     check_layers(layers)
-    state = renewed(state)
+    state = upgraded(state)
     shapes = [weight.shape for weight in steps.weights()]
     masks = {name: tensor_parallel.whole_mask(layer) for name, layer in layers.items()}
     masks = check_state(state, settings_of(steps, search, decay), masks, override, shapes)
@@ -119,7 +119,7 @@ def load(
             layer.set_soft_scale(scale)
     decay.value = check_decay(state["decay"])
     search.load_state_dict(state)
-    # Going back from a dense state to a sparse phase finds new masks: the old ones are of weights long gone.
+    # From a dense state back to the sparse phase: search, since the saved masks are of weights long gone.
     steps.go_to(state["step"], search=planned != state["phase"])
     if steps.noise is not None:
         steps.noise.load_state_dict(state.get("pruned", {}), state["step"])
@@ -138,11 +138,11 @@ def phases_of(state: dict) -> dict[str, str]:
     return dict.fromkeys(state["masks"], state["phase"]) | state.get("frozen_layers", {})
 
 
-def renewed(state: dict) -> dict:
-    """A state under the keys of now, where an older version has written it."""
+def upgraded(state: dict) -> dict:
+    """`state` with its keys renamed, where an older version has written it."""
     if not isinstance(state, dict):
         return state
-    return {OLDER_KEYS.get(key, key): renewed(value) if key == "blocks" else value for key, value in state.items()}
+    return {OLDER_KEYS.get(key, key): upgraded(value) if key == "blocks" else value for key, value in state.items()}
 
 
 def check_state(
@@ -150,7 +150,7 @@ def check_state(
 ) -> dict[str, Tensor]:
     """The masks of `state`, on the devices of `masks`, once all of `state` is known to fit; else Sparse24Error.
 
-    shapes  of the weights, each once; None: whoever asks does not train
+    shapes  of the weights, each once; None: nothing is trained, so the optimizer's part is not checked
     """
     if not isinstance(state, dict):
         raise Sparse24Error(f"a recipe state is a dict, got {type(state).__name__}")
@@ -204,7 +204,7 @@ def _check_kinds(items: dict, name: str, kinds: tuple[type, ...]) -> None:
 
 
 def _check_monitor(monitor: dict) -> None:
-    """The kinds of things; `FlipMonitor.check_state` looks at the sizes."""
+    """Check types; `FlipMonitor.check_state` checks sizes."""
     for key in ("steps", "intervals", "flips", "reported"):
         if key not in monitor:
             raise Sparse24Error(f"the recipe state is corrupt: its flip history lacks {key!r}")
@@ -238,7 +238,7 @@ def _check_tensors(tensors: list, name: str, shapes: list[torch.Size]) -> None:
 
 
 def _check_rng(rng: dict) -> None:
-    """Generators refuse what is not theirs; a scratch one tells for the CPU, the type must do for a GPU's."""
+    """A scratch generator refuses a CPU state that is none; of a GPU's state only the type is checked."""
     for device, state in rng.items():
         if device not in ("cpu", "cuda") or not isinstance(state, Tensor) or state.dtype != torch.uint8:
             raise Sparse24Error(f"the recipe state is corrupt: no generator state for {device!r}")
@@ -278,7 +278,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Take `state` up; a state of another kind of device leaves this device's generator alone."""
+    """Take up `state`; where it has none for this kind of device, the device's generator stays as it is."""
     if "cpu" in state:
         torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:

@@ -1,4 +1,4 @@
-"""The count of optimizer steps, and what each step leaves: layers packed, masks searched when due, the right phase."""
+"""The count of optimizer steps, and what follows each: layers packed, masks searched when due, the right phase."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .surgery import ModelCheck
 
 
 class Steps:
-    """Where a training is: how many steps are taken, which phase the layers are in.
+    """How far the training is: steps taken, and the phase of the layers.
 
     layers       those that are trained
     check_every  every so many steps all ranks compare their masks; 0: never
@@ -43,7 +43,7 @@ class Steps:
         self.taken = 0
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
         self.noise: NoiseWatch | None = None  # of mvue="auto"
-        self.check: ModelCheck | None = None  # before a step, of what was changed about the model
+        self.check: ModelCheck | None = None  # run before a step once the model was changed
         self._entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
 
@@ -83,15 +83,17 @@ class Steps:
         # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
-            for layer in self.layers.values():  # written to, perhaps, but not changed
+            for layer in self.layers.values():  # the optimizer may have written to weights, but not changed them
                 layer.note_packed()
             return
         self.finish(self.taken + 1)
 
     def finish(self, step: int, *, packed: bool = False) -> None:
-        """All that belongs to optimizer step number `step`; the count moves last. `packed`: values are packed already.
+        """Everything that follows optimizer step number `step`; the count changes last.
 
-        An interrupt in here leaves `_unfinished`, and whoever saves next finishes the step first. Doing it twice is
+        packed  the values are packed already, by a CUDA graph
+
+        An interrupt in here leaves `_unfinished` set, and whoever saves next finishes the step first. Doing it twice is
         harmless: masks and packed forms depend on the weights alone.
         """
         sharding.reshard(self.sharded)
@@ -140,11 +142,11 @@ class Steps:
         return [layer.weight for layer in unique_weights(self.layers)]
 
     def repack(self) -> None:
-        """After weights have moved between two steps: pack them under the masks of now."""
+        """Pack weights that were moved between two steps, under the present masks."""
         if self._entered == SPARSE:
             packing.pack(self.layers.values(), search=False)
 
     def go_to(self, step: int, *, search: bool) -> None:
-        """Be after `step` steps, in the phase that belongs there."""
+        """Continue as if `step` steps had been taken: set the count, and enter the phase that belongs to it."""
         self.taken, self._unfinished = step, None
         self.enter(self.phase, search=search)

@@ -1,4 +1,4 @@
-"""What has changed about the model that a recipe trains: layers put in others' places, weights of another dtype."""
+"""Changes to a model under its recipe: layers that were replaced, weights that were cast."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _no_model() -> None:
 
 
 class ModelCheck:
-    """Looks before an optimizer step whether the recipe's layers are still the model's, once something has changed.
+    """After a change, checks before the next optimizer step that the recipe's layers are still the model's.
 
-    due  layers have told of a change: modules were replaced or converted, or weights cast
+    due  a layer has reported a change: modules were replaced or converted, or weights cast
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], optimizer: torch.optim.Optimizer):
@@ -34,7 +34,7 @@ class ModelCheck:
         return self.__dict__ | {"_model": _no_model}
 
     def run(self, step: int) -> None:
-        """Raises Sparse24Error, as often as it is run, for layers that are gone and for trained ones without a recipe.
+        """Raises Sparse24Error, each time, for layers that are gone and for trained ones without a recipe.
 
         step  optimizer steps taken
         """
@@ -42,7 +42,7 @@ class ModelCheck:
         if model is not None:
             self._check_layers(model, step)
         self.due = False
-        self._tell_dtypes()
+        self._warn_of_old_dtypes()
 
     def _check_layers(self, model: nn.Module, step: int) -> None:
         there = set(map(id, model.modules()))
@@ -64,8 +64,8 @@ class ModelCheck:
             "wants such changes before its training begins"
         )
 
-    def _tell_dtypes(self) -> None:
-        """torch refuses a step over a state of another dtype in words that do not name it."""
+    def _warn_of_old_dtypes(self) -> None:
+        """Many optimizers refuse a state of another dtype in words that do not name the cause: warn before they do."""
         for name, layer in self.layers.items():
             weight = layer._parameters.get("weight")
             state = {} if weight is None else self.optimizer.state.get(weight, {})

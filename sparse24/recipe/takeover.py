@@ -1,4 +1,4 @@
-"""Which layers a recipe trains, one recipe a layer, and what is said of layers that something else writes."""
+"""Which layers a recipe trains, one recipe for each layer, and warnings about weights that something else writes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def trainable_layers(model: nn.Module) -> Layers:
 
 
 def take_over(recipe, takeover: bool) -> None:
-    """Of two recipes of a layer both would add the decay: a run that is over, or of another optimizer, ends here."""
+    """Make `recipe` the owner of its layers. Two recipes would decay twice, so one that is over ends here.
+
+    Raises Sparse24Error for a recipe of the same optimizer that is still in use, unless `takeover`.
+    """
     others = {id(other): other for layer in recipe.layers.values() if (other := owner_of(layer)) is not None}
     for other in others.values():
         goes_on = other.optimizer is recipe.optimizer and other.step < other.total_steps
@@ -49,11 +52,12 @@ def take_over(recipe, takeover: bool) -> None:
 
 
 def pack_moved(
-    layers: Layers, step: int, optimizer: torch.optim.Optimizer, unseen: Collection[nn.Module], *, tell: bool
+    layers: Layers, step: int, optimizer: torch.optim.Optimizer, unseen: Collection[nn.Module], *, warn: bool
 ) -> bool:
-    """Pack the layers whose weights were written since they were packed; returns whether it has said so.
+    """Pack the layers whose weights were written since they were packed; returns whether it has warned.
 
-    unseen  those of them that are known to be written although it does not show
+    unseen  layers that are known to be written, although neither address nor version of the weight shows it
+    warn    name the layers in a warning
     """
     moved = {
         name: layer
@@ -62,7 +66,7 @@ def pack_moved(
     }
     for layer in moved.values():
         layer.pack_written()
-    if not tell or not moved:
+    if not warn or not moved:
         return False
     warnings.warn(
         f"the weights of {', '.join(list(moved)[:4])} ({len(moved)} sparse layers) were written after step {step} of "
@@ -76,8 +80,8 @@ def pack_moved(
     return True
 
 
-def tell_frozen(layers: Layers) -> None:
-    """A recipe over frozen layers is right under adapters, and a mistake otherwise."""
+def warn_of_frozen(layers: Layers) -> None:
+    """Warn: a recipe over frozen layers is right under adapters, and a mistake otherwise."""
     warnings.warn(
         f"the weights of all {len(layers)} sparse layers are frozen: their masks and their phase stay, and nothing "
         "decays. If they should be trained, requires_grad_() them before the recipe is made",

@@ -1,13 +1,13 @@
-"""Weights that something writes between two steps without a hook: a loop of one's own, or another optimizer.
+"""Weights that something else writes between two steps: the user's own loop, or another optimizer.
 
-An eager forward pass finds most writes by itself, and packs (`layers/unseen.py`). The recipe adds:
+Eager forward passes find most writes, and pack (`layers/unseen.py`). The recipe adds three things:
 
 - a step of any other optimizer over the same weights is followed by a packing, for compiled passes do not look;
 - in its first two steps all layers compare their first rows in each pass, for writes through `.data`; after that one
   layer does, in every 16th step;
 - in the same steps, layers that only compiled passes have used are looked at before the optimizer's step.
 
-A single write is over with the next packing, a step later. What matters are loops that write in every step.
+The next packing, a step later, makes up for a single write. What matters are loops that write in every step.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class WriteWatch:
 
     def __init__(self, layers: dict[str, SparseLayer]):
         self.layers = layers
-        self._told = False
+        self._has_warned = False
 
     def after_step(self, step: int) -> None:
         """Have the layers that are due compare their first rows in all passes of the next step."""
@@ -41,8 +41,8 @@ class WriteWatch:
                 look_until_packed(layer)
 
     def before_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Tell, once, of layers that were written after the last packing and ran compiled since."""
-        due = [] if self._told else self._due(step)
+        """Warn, once, of layers that were written after the last packing and ran compiled since."""
+        due = [] if self._has_warned else self._due(step)
         if not due:
             return
         compiled = {name: layer for name, layer in self.layers.items() if ran_compiled(layer)}
@@ -52,7 +52,7 @@ class WriteWatch:
         ]
         if not written:
             return
-        self._told = True
+        self._has_warned = True
         warnings.warn(
             f"the weights of {', '.join(written[:4])} ({len(written)} sparse layers) were written after step {step} of "
             f"{type(optimizer).__name__}, and nobody has packed them since: compiled forward passes do not look, and "
@@ -62,11 +62,11 @@ class WriteWatch:
             stacklevel=2,
         )
 
-    def tell_uncounted(self, owner, name: str, optimizer: torch.optim.Optimizer) -> None:
-        """A wrapper's method has moved weights as a step does, and the step that is counted did not run in it."""
-        if self._told:
+    def warn_of_uncounted(self, owner, name: str, optimizer: torch.optim.Optimizer) -> None:
+        """Warn, once: a wrapper's method has moved weights as a step does, and the counted step did not run in it."""
+        if self._has_warned:
             return
-        self._told = True
+        self._has_warned = True
         warnings.warn(
             f"{name}() of {type(owner).__name__} has moved the weights, and step() of {type(optimizer).__name__}, "
             "which this recipe counts, did not run in it: they are packed, but such steps are not counted, get no "
@@ -77,7 +77,7 @@ class WriteWatch:
         )
 
     def _due(self, step: int) -> list[SparseLayer]:
-        """The layers to look at between `step` and the next one: who writes in a loop mostly does so from its start."""
+        """The layers to look at after `step`: all at first, since loops that write do so from the start."""
         layers = list(self.layers.values())
         if step < 2 or not layers:
             return layers

@@ -52,7 +52,7 @@ def test_a_folder_that_was_taken_while_this_one_started_is_refused(small, quiet,
     """The first look at the folder sees nothing; by the time of the lock another run has been there."""
     from sparse24.pretrain import job
 
-    look, seen = job.occupied, []
+    look, seen = job.refuse_mixed_runs, []
 
     def late(out, settings):
         if not seen:
@@ -62,7 +62,7 @@ def test_a_folder_that_was_taken_while_this_one_started_is_refused(small, quiet,
             return None
         return look(out, settings)
 
-    monkeypatch.setattr(job, "occupied", late)
+    monkeypatch.setattr(job, "refuse_mixed_runs", late)
     with pytest.raises(Sparse24Error, match="already holds a run"):
         pretrain(small(ffn=("dense",)), quiet)
     assert (tmp_path / "run" / "config.json").read_text() == "{}"
