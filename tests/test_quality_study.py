@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.quality import report, study, training
+from bench.quality import compare, picture, report, study, training
 from bench.quality.arms import Size, parse
 from bench.quality.model import SmallGPT, optimizers
 
@@ -151,12 +151,94 @@ def test_the_table_compares_with_dense_at_its_best_and_with_the_same_arm_in_sixt
         "relu2 2:4 mvue=True": runs(2.02), "relu2 2:4 mvue=True precision=fp8": runs(2.0402),
     }  # fmt: skip
     by_arm = {row[0]: row[1:] for row in report.rows(groups, {"": 1.5})}
-    assert by_arm["relu2 dense"][-1] == "0" and by_arm["relu2 dense lr=6e-3"][-1].startswith("+43.")
-    assert by_arm["relu2 2:4 mvue=True"] == ["2.0200", "one seed", "1", "0.72", "+1.00 %"]
-    assert by_arm["relu2 2:4 mvue=True precision=fp8"][3:] == ["-", "+2.01 %"]
-    assert by_arm["relu2 dense wide=2/3"][3:] == ["0.67", "+5.00 %"]
+    assert by_arm["relu2 dense"][-2] == "0" and by_arm["relu2 dense lr=6e-3"][-2].startswith("+43.")
+    assert by_arm["relu2 2:4 mvue=True"] == ["2.0200", "one seed", "1", "0.72", "+1.00 %", "-"]
+    assert by_arm["relu2 2:4 mvue=True precision=fp8"][3:] == ["-", "+2.01 %", "-"]
+    assert by_arm["relu2 dense wide=2/3"][3:] == ["0.67", "+5.00 %", "-"]
     fp8 = "relu2 2:4 mvue=True precision=fp8"
-    assert report.precision_rows(groups) == [[fp8, "2.0402", "2.0200", "1", "+1.00 %"]]
+    assert report.precision_rows(groups) == [[fp8, "2.0402", "2.0200", "1", "+1.00 %", "-"]]
+
+
+def test_the_paired_t_needs_three_pairs():
+    """Differences of 1, 2 and 3 %: their mean is 2, its error 1/sqrt(3)."""
+    base = runs(1.0, 2.0, 1.0)
+    assert compare.paired_t(runs(1.01, 2.04, 1.03), base) == "+3.5 (2)"
+    assert compare.paired_t(runs(1.01, 2.04), base) == compare.paired_t(runs(1.01, 2.04, 1.03), base[:2]) == "-"
+
+
+def test_arms_are_compared_within_their_family():
+    groups = {
+        "relu2 dense": runs(2.0), "gelu dense": runs(4.0), "gelu 2:4": runs(4.04), "swiglu 2:4": runs(1.0),
+        "relu2 dense tokens=131k": runs(3.0), "relu2 2:4 tokens=131k": runs(2.97), "relu2 dense size=60m": runs(1.0),
+        "relu2 2:4 size=60m optimizer=muon": runs(1.0),
+    }  # fmt: skip
+    ratios = {"": 1.5, "gated": 2.0}
+    by_arm = {row[0]: row for row in report.rows(groups, ratios)}
+    against = {arm: row[-2] for arm, row in by_arm.items()}
+    assert against["gelu 2:4"] == "+1.00 %" and against["relu2 2:4 tokens=131k"] == "-1.00 %"
+    assert against["swiglu 2:4"] == against["relu2 2:4 size=60m optimizer=muon"] == "-"
+    assert by_arm["swiglu 2:4"][4] == f"{5 / 6 / 2 + 1 / 6:.2f}"
+    text = report.other_tables(groups, ratios)
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "### GELU", "### squared ReLU, 131k tokens a step", "### squared ReLU, 64 million parameters",
+        "### squared ReLU, 64 million parameters, Muon", "### SwiGLU",
+    ]  # fmt: skip
+    assert "| relu2 dense |" not in text and report.other_tables({"relu2 dense": runs(1.0)}, ratios) == "Not run yet.\n"
+
+
+def test_one_lucky_seed_is_no_base():
+    groups = {"relu2 dense": runs(2.0, 2.0), "relu2 dense lr=1.5e-3": runs(1.9), "relu2 2:4": runs(2.02)}
+    assert compare.best_dense(groups, parse("relu2 2:4")) == "relu2 dense"
+
+
+def curve(name, seed, *points):
+    """A run of 100 steps from (step, loss)."""
+    return {"arm": f"{name} seed={seed}", "seed": seed, "steps": 100, "mean": points[-1][1], "valid_curve": points}
+
+
+def test_time_to_a_loss_lies_on_the_curve_and_is_never_extrapolated():
+    dense = [curve("relu2 dense", seed, (60, 3.0), (80, 2.5), (100, 2.0)) for seed in (0, 1)]
+    narrow = [curve("relu2 dense wide=1/2", 0, (60, 3.5), (80, 3.0), (100, 2.75))]
+    wide = "relu2 2:4 wide=1.5 dense=1/2"
+    sparse = [curve(wide, seed, (60, 3.0), (80, 2.25), (100, last)) for seed, last in ((0, 1.75), (1, 2.1))]
+    groups = {
+        "relu2 dense": dense,
+        "relu2 dense wide=1/2": narrow,
+        wide: sparse,
+        "relu2 2:4": [dense[0] | {"valid_curve": []}],
+    }
+    ratios = {"": 1.5}
+    assert compare.loss_targets(groups) == ["relu2 dense", "relu2 dense wide=1/2"]
+    # Half of the steps at 1, half at 1.5: the loss of 2.0 lies after 90 steps, 2.75 after 60 + 20/3 and after 70.
+    assert {row[0]: row[1:] for row in report.loss_rows(groups, ratios)} == {
+        wide: ["1.10 (1 of 2 seeds)", "0.75"], "relu2 dense": ["1.00 ± 0.00", "0.70"],
+        "relu2 dense wide=1/2": ["not reached", "0.50"],
+    }  # fmt: skip
+    early = [curve("relu2 dense", 0, (60, 1.0), (100, 0.5))]
+    assert compare.time_to(early, dense, ratios) == "at most 0.60"
+    assert compare.time_to(runs(1.0), dense, ratios) == "-"  # no curve was kept
+    assert report.loss_tables({"relu2 dense": runs(1.0)}, ratios) == report.NOT_RUN
+
+
+def test_times_are_those_that_equal_time_has_measured(monkeypatch):
+    rows = [
+        {"layer": "4096 x 16384", "side": "2:4", "width": width, "of dense": of}
+        for width, of in (("1", "0.65"), ("1.5", "0.97"))
+    ]
+    monkeypatch.setattr(compare.measured, "read", lambda name: rows)
+    assert compare.measured_ratio("4096 x 16384", "2:4") == 1.54 and compare.measured_ratio("llama-8B", "2:4") is None
+
+
+def test_the_picture_has_the_main_arms(tmp_path):
+    pytest.importorskip("matplotlib", reason="no matplotlib here")
+    learned = [[step, 3.0 - step / 1e3] for step in range(0, 1000, 100)]
+    seeds = lambda *losses: [run | {"steps": 1000, "curve": learned} for run in runs(*losses)]  # noqa: E731
+    groups = {f"relu2 2:4 wide={1 + i / 8}": seeds(2.0 + i / 100) for i in range(20)}
+    groups |= {"relu2 dense": seeds(2.1, 2.1), "relu2 dense lr=6e-3": seeds(2.2), "gelu dense": seeds(1.0)}
+    main, others = picture.drawn(groups, {"": 1.5})
+    assert len(main) == picture.MOST_DRAWN and next(iter(main)) == "relu2 dense" and len(others) == 14
+    picture.draw(tmp_path / "quality.png", groups, {"": 1.5})
+    assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 
 @pytest.fixture

@@ -1,0 +1,171 @@
+"""Arms of the study against one another: paired differences, time of feed-forward layers, time to a loss.
+
+Time is that of the feed-forward layers: a dense step of width 1 takes 1, a dense one of width w takes w, a 2:4 one
+w / ratio, the speed over dense that bench_equal_time has for a layer of real size. An arm whose ratio is not known has
+no time.
+
+Differences are paired: an arm's loss less that of its base with the same seed, which begins with the same weights and
+sees the same batches; the mean over the seeds that both have, and its standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+
+from bench import measured
+from bench.quality.arms import Arm, parse
+
+Runs = list[dict]
+Groups = dict[str, Runs]
+#: precision, "mvue" or "gated" -> how much faster than dense such layers are; "": 2:4 in 16 bits
+Ratios = dict[str, float | None]
+
+MAIN = parse("relu2 dense").family
+PLAIN_LAYER, GATED_LAYER = "4096 x 16384", "llama-8B"  # of bench_equal_time
+FEWEST_FOR_T = 3  # pairs; two have one degree of freedom
+
+
+def read(folder: Path) -> Groups:
+    """Runs by what their arms are called without a seed, in the one spelling of it."""
+    groups = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text())
+        groups[parse(run["arm"]).group].append(run)
+    return dict(groups)
+
+
+def measured_ratio(layer: str, side: str) -> float | None:
+    """How many times as fast as dense a layer of bench/results/equal_time.csv is; None where it has no such row."""
+    for row in measured.read("equal_time"):
+        if (row["layer"], row["side"], float(row["width"])) == (layer, side, 1.0):
+            return round(1 / float(row["of dense"]), 2)
+    return None
+
+
+def ratio_of(arm: Arm, ratios: Ratios) -> float | None:
+    """How much faster than dense the layers of a 2:4 arm are while they are sparse."""
+    if arm.gated:
+        return None if arm.precision or arm.method == "mvue" else ratios.get("gated")
+    return ratios.get("mvue" if arm.method == "mvue" else arm.precision)
+
+
+def spent(arm: Arm, step: float, steps: int, ratios: Ratios) -> float | None:
+    """Time of the first `step` of an arm's `steps`, with that of all of dense ones of width 1 as 1."""
+    ratio = ratio_of(arm, ratios) if arm.sparse else 1.0
+    if ratio is None:
+        return None
+    sparse = min(step, (1 - arm.dense) * steps) if arm.sparse else 0.0
+    return arm.wide * (sparse / ratio + step - sparse) / steps
+
+
+def ffn_time(arm: Arm, ratios: Ratios) -> float | None:
+    """Time of all steps of an arm."""
+    return spent(arm, 1, 1, ratios)
+
+
+def loss(runs: Runs) -> float:
+    return mean(run["mean"] for run in runs)
+
+
+def percents(runs: Runs, base: Runs) -> list[float]:
+    """By how much the loss of `runs` is above that of `base`, seed by seed."""
+    bases = {run["seed"]: run["mean"] for run in base}
+    return [100 * (run["mean"] / bases[run["seed"]] - 1) for run in runs if run["seed"] in bases]
+
+
+def with_error(values: list[float], form: str) -> str:
+    """Their mean and, of several, its standard error."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{error}"
+
+
+def difference(runs: Runs, base: Runs) -> str:
+    values = percents(runs, base)
+    return f"{with_error(values, '+.2f')} %" if values else "-"
+
+
+def paired_t(runs: Runs, base: Runs) -> str:
+    """The mean difference over its standard error, with the degrees of freedom; of three pairs and more."""
+    values = percents(runs, base)
+    if len(values) < FEWEST_FOR_T or stdev(values) == 0:
+        return "-"
+    return f"{mean(values) / (stdev(values) / math.sqrt(len(values))):+.1f} ({len(values) - 1})"
+
+
+def of_family(groups: Groups, family: tuple) -> Groups:
+    return {group: runs for group, runs in groups.items() if parse(group).family == family}
+
+
+def families(groups: Groups) -> list[tuple]:
+    """Those that have runs, what most of the study is about first."""
+    found = {parse(group).family for group in groups}
+    return sorted(found, key=lambda family: (family != MAIN, family))
+
+
+def best_dense(groups: Groups, arm: Arm) -> str | None:
+    """The dense arm of width 1 of the arm's family: of those with the most seeds that at the best learning rate."""
+    arms = {name: parse(name) for name in groups}
+    fitting = [n for n, a in arms.items() if not a.sparse and a.family == arm.family and a.wide == 1]
+    return min(fitting, key=lambda name: (-len(groups[name]), loss(groups[name])), default=None)
+
+
+def in_16_bits(group: str, groups: Groups) -> str | None:
+    """The arm that differs from an 8-bit one in its precision alone; None for others, and where it was not run."""
+    arm = parse(group)
+    twin = replace(arm, precision="").group
+    return twin if arm.precision and twin in groups else None
+
+
+def with_twins(float8: Groups, groups: Groups) -> Groups:
+    """8-bit arms and those they are compared with: what lies beside them, and the study's runs of other seeds."""
+    twins = {replace(parse(group), precision="").group for group in float8}
+    for twin in twins & groups.keys():
+        seeds = {run["seed"] for run in float8.get(twin, [])}
+        float8 = float8 | {twin: float8.get(twin, []) + [run for run in groups[twin] if run["seed"] not in seeds]}
+    return float8
+
+
+# -- time to a loss ---------------------------------------------------------------------------------------------------
+
+
+def first_step(run: dict, target: float) -> tuple[float, bool] | None:
+    """When a run's validation loss first is at most `target`: on the line between two points of its curve.
+
+    True beside it: the first point of the curve is that low already, and the step is an upper bound. None: never.
+    """
+    before = None
+    for step, value in run["valid_curve"]:
+        if value <= target:
+            if before is None:
+                return step, True
+            from_step, from_value = before
+            return from_step + (step - from_step) * (from_value - target) / (from_value - value), False
+        before = step, value
+    return None
+
+
+def time_to(runs: Runs, targets: Runs, ratios: Ratios) -> str:
+    """FFN time at which `runs` first reach the last loss of `targets` with the same seed; words where they do not."""
+    last = {run["seed"]: run["mean"] for run in targets}
+    pairs = [(parse(run["arm"]), run) for run in runs if run.get("valid_curve") and run["seed"] in last]
+    if not pairs or ffn_time(pairs[0][0], ratios) is None:
+        return "-"
+    reached = [(arm, run["steps"], *found) for arm, run in pairs if (found := first_step(run, last[run["seed"]]))]
+    if not reached:
+        return "not reached"
+    times = [spent(arm, step, steps, ratios) for arm, steps, step, _ in reached]
+    at_most = "at most " if any(bound for *_, bound in reached) else ""
+    of = f" ({len(reached)} of {len(pairs)} seeds)" if len(reached) < len(pairs) else ""
+    return f"{at_most}{with_error(times, '.2f')}{of}"
+
+
+def loss_targets(groups: Groups) -> list[str]:
+    """Arms of one family whose last loss others are to reach: dense, and narrower ones, the widest first."""
+    dense = [group for group in groups if not parse(group).sparse and parse(group).wide < 1]
+    base = best_dense(groups, parse(next(iter(groups))))
+    return [*([base] if base else []), *sorted(dense, key=lambda group: -parse(group).wide)]
