@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 
 from bench import simulate_gpus
-from bench.measured import ROOT, markdown, milliseconds, percent, ratio, read
+from bench.measured import RESULTS, ROOT, markdown, milliseconds, percent, ratio, read
 
 PAGE = ROOT / "docs" / "when-it-pays.md"
 MARK = re.compile(r"(<!-- table: (\w+)(?: (\w+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -145,6 +145,28 @@ def ffn_fp8(device: str = "") -> str:
     return markdown(header, rows)
 
 
+PEER_ARMS = ("dense, eager", "paper, sm_80 fp16", "2:4, as sm80", "2:4")
+
+
+def paper_peer(device: str = "") -> str:
+    """The paper's way and ours: speed over compiled dense, with one micro-batch a step and with eight."""
+    if not (RESULTS / device / "paper_peer.csv").exists():
+        return "Not measured yet.\n"
+    layers: dict[str, dict[str, dict[str, str]]] = {}
+    for row in read("paper_peer", device):
+        layers.setdefault(row["layer"], {})[row["arm"]] = row
+    rows = []
+    for layer, arms in layers.items():
+        cells = [layer, milliseconds(arms["dense, compiled"]["step_us"])]
+        for row in (arms.get(arm) for arm in PEER_ARMS):
+            speeds = ("speedup", "speedup 8 micro-batches")
+            cells.append("-" if row is None else ", ".join(ratio(row[column]) for column in speeds))
+        over = [ratio(arms.get(arm, {}).get("over the paper's", "")) for arm in PEER_ARMS[2:]]
+        rows.append([*cells, *over])
+    header = ["layer", "dense, compiled, ms", *PEER_ARMS, "as sm80 over the paper's", "2:4 over the paper's"]
+    return markdown(header, rows)
+
+
 TABLES = {
     "ffn": ffn,
     "ffn_fp8": ffn_fp8,
@@ -153,6 +175,7 @@ TABLES = {
     "tokens": tokens,
     "block": block,
     "step": step,
+    "paper_peer": paper_peer,
     "simulated": simulate_gpus.markdown,  # 8, 64 and 512 GPUs, from the results of one
 }
 

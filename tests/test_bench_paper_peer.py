@@ -15,9 +15,10 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bench import bench_paper_peer as peer
+from bench import measured, tables
 from bench.peers import cutlass_products
 from sparse24 import ops
-from sparse24.benchmark import suite
+from sparse24.benchmark import suite, timing
 
 SHAPE = suite.ffn_shape("small", 128, 64, 128, gated=False)
 
@@ -100,6 +101,21 @@ def test_what_a_step_costs():
     peer.add_rows(table, SHAPE, {peer.COMPILED: dense, peer.OURS: times}, {peer.OURS: "ours", peer.PAPER: "paper"})
     ((name, arm, us, speedup, many, over, *_),) = rows
     assert (name, arm, us, speedup, many) == ("small", "ours", 113, 200 / 113, 1600 / 743) and math.isnan(over)
+
+
+def test_rows_become_the_pages_table(monkeypatch, tmp_path):
+    for module in (measured, tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    assert tables.paper_peer() == "Not measured yet.\n"
+    layer, ours = {"first": 1000.0, "more": 900.0}, {"first": 500.0, "more": 450.0}
+    ours |= {"repack": 60.0, "search": 100.0, "decay": 39.0}
+    times = {peer.EAGER: layer, peer.COMPILED: layer, peer.PAPER: layer, peer.OURS: ours}
+    table = timing.Table("paper_peer", peer.COLUMNS, 2, tmp_path, quiet=True)
+    peer.add_rows(table, SHAPE, times, {kind: kind for kind in times})
+    peer.add_rows(table, SHAPE, times, {peer.OURS: "2:4, as sm80"})
+    *_, row = tables.paper_peer().splitlines()
+    speeds = "1.67x, 1.95x"  # 1000 / 600; 7300 / 3750
+    assert row == f"| small | 1.00 | 1.00x, 1.00x | 1.00x, 1.00x | {speeds} | {speeds} | 1.67x | 1.67x |"
 
 
 def test_what_is_said_where_there_is_nothing_to_run(monkeypatch, capsys):
