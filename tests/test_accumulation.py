@@ -10,20 +10,21 @@ from torch.utils.checkpoint import checkpoint
 import sparse24
 from sparse24 import SparseLinear, functional, ops
 from sparse24.functional import accumulation
+from sparse24.ops.gemm import weight_gradient
 
 
 @pytest.fixture
 def added(monkeypatch):
     """Shapes of the gradients that products have added to in place."""
     shapes = []
-    original = ops.sparse_mm_grad_weight
+    original = weight_gradient._compute_into
 
-    def watch(*args, out=None, accumulate=False, **settings):
+    def watch(pruning, operand, other, out, accumulate, decay):
         if accumulate:
             shapes.append(tuple(out.shape))
-        return original(*args, out=out, accumulate=accumulate, **settings)
+        return original(pruning, operand, other, out, accumulate, decay)
 
-    monkeypatch.setattr(ops, "sparse_mm_grad_weight", watch)
+    monkeypatch.setattr(weight_gradient, "_compute_into", watch)
     return shapes
 
 

@@ -48,7 +48,22 @@ def sample_calls(device):
         "activation_backward": (dh, gate_up, "silu", True, True),
         "activation_backward_mvue": (dh, gate_up, "silu", True, seed, True, True),
         "foreach_masked_decay_": ([torch.zeros_like(w)], [w], [mask], 0.1, None),
+        **feed_forward_calls(device, dtype),
         **float8_calls(device, dtype),
+    }
+
+
+def feed_forward_calls(device, dtype):
+    def randn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    up, down = (ops.prune_compress(randn(*shape), dtype)[1:] for shape in ((64, 32), (32, 32)))
+    x, dy, biases, seeds = randn(24, 32), randn(24, 32), (randn(64), randn(32)), ops.draw_seeds(randn(1), 2)
+    gate_up, h = ops.sparse_mm_gated_activation(x, *up[:2], 32, bias=biases[0])
+    operands, wanted = (dy, gate_up, x, h, *up[2:], *down[2:], seeds, "silu", True), (True, True, True)
+    return {
+        "feed_forward": (x, *up[:2], *down[:2], "silu", True, *biases),
+        "feed_forward_backward": (*operands, *wanted, None, torch.zeros_like(randn(64, 32)), None),
     }
 
 

@@ -15,6 +15,7 @@ from .. import ops
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import as_rows
 from ..ops.arguments import names_wrong_types
+from ..ops.feed_forward import BackwardOptions, feed_forward, feed_forward_backward
 from . import accumulation
 from .activation import activation_gradient
 from .operands import (
@@ -48,6 +49,8 @@ from .weight_gradient import (
     packed_output_gradient,
     weight_gradient,
 )
+
+_BOTH_OUTPUTS = (OUTPUT, OUTPUT)
 
 
 class _Plan(NamedTuple):
@@ -111,18 +114,18 @@ class _FeedForward(torch.autograd.Function):
     def forward(ctx, x, bias_up, bias_down, down_weight, plan: _Plan, decay, first_weight, second_weight):
         up, down, kind, gated, noise = plan
         up_weights = (first_weight,) if second_weight is None else (first_weight, second_weight)
-        rows = up.packed.shape[0]
-        if gated:  # gate_up = x (M.W_up)^T, h = act(gate) * up
-            gate_up, h = ops.sparse_mm_gated_activation(x, up.packed, up.E, rows // 2, kind, bias=bias_up)
+        forms = (up.packed, up.E), (down.packed, down.E)
+        y, gate_up, h = feed_forward(x, *forms, kind, gated, bias_up, bias_down)
+        ctx.by_one_op = _trains_plainly(ctx.needs_input_grad, plan, decay, down_weight.dtype, up_weights)
+        if ctx.by_one_op:
+            ctx.save_for_backward(gate_up, x, h, up.packed_t, up.E_t, down.packed_t, down.E_t, noise.seed)
         else:
-            gate_up, h = ops.sparse_mm_activation(x, up.packed, up.E, rows, kind, bias=bias_up)
-        y = ops.sparse_mm(h, down.packed, down.E, down.packed.shape[0], bias=bias_down)  # y = h (M.W_down)^T
-        of_x, of_h = _needed_inputs(ctx, x, h, plan)
-        decays = decay is not None
-        save_for_backward(
-            ctx, _Kept(gate_up, *of_x, *of_h, noise.seed, noise.input_seed, decay),
-            kept_weights(down, (down_weight,), decays), kept_weights(up, up_weights, decays),
-        )  # fmt: skip
+            of_x, of_h = _needed_inputs(ctx, x, h, plan)
+            decays = decay is not None
+            save_for_backward(
+                ctx, _Kept(gate_up, *of_x, *of_h, noise.seed, noise.input_seed, decay),
+                kept_weights(down, (down_weight,), decays), kept_weights(up, up_weights, decays),
+            )  # fmt: skip
         ctx.kind, ctx.gated, ctx.operands, ctx.rank = kind, gated, noise.operands, noise.rank
         ctx.d_model, ctx.d_ff, ctx.packed_dtype = x.shape[-1], h.shape[-1], down.packed.dtype
         ctx.bias_dtypes = None if bias_up is None else bias_up.dtype, None if bias_down is None else bias_down.dtype
@@ -132,33 +135,77 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        tensors, (down, up) = load_for_backward(ctx)
-        kept = _Kept(*tensors)
-        need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
-        need_up = any(ctx.needs_input_grad[6:])
-        shape, dy = dy.shape, as_rows(dy)
-        seed_down, seed_up = _seeds(ctx, kept.seed, dy) if need_down or need_up else (None, None)
+        return (_backward_by_one_op if ctx.by_one_op else _backward)(ctx, dy)
 
-        dh = ops.sparse_mm_grad_input(dy, *transposed_form(down, ctx.packed_dtype), ctx.d_ff)  # dh = dy (M.W_down)
-        made = activation_gradient(
-            dh, as_rows(kept.gate_up), ctx.kind, ctx.gated, seed=seed_up if need_up else None,
-            make_h=need_down and kept.h is None and kept.packed_h is None,
-            bias_dtype=ctx.bias_dtypes[0] if need_bias_up else None,
-        )  # fmt: skip
-        dx = d_down = db_down = None
-        bias_dtype = ctx.bias_dtypes[1] if need_bias_down else None
-        if need_down:
-            d_down, db_down = _down_gradient(
-                ctx, dy, _input_of_down(ctx, kept, made.h), down, kept.decay, seed_down, bias_dtype
-            )
-        elif need_bias_down:
-            db_down = bias_gradient(dy, bias_dtype)
-        d_ups = _up_gradients(ctx, made, kept, up) if need_up else [None] * len(ctx.ups)
-        if need_x:  # dx = d_gate_up (M.W_up)
-            dx = ops.sparse_mm_grad_input(made.d_gate_up, *transposed_form(up, ctx.packed_dtype), ctx.d_model)
-            if len(shape) != 2:
-                dx = dx.view(*shape[:-1], ctx.d_model)
-        return dx, made.db, db_down, d_down, None, None, *both(d_ups)
+
+def _trains_plainly(needs: tuple[bool, ...], plan: _Plan, decay, dtype: torch.dtype, up_weights) -> bool:
+    """Whether backward is the usual one, which is one op: both weights trained, in one dtype, by pruned output
+    gradients, from what forward has made and packed.
+    """
+    return (
+        decay is None
+        and plan.noise.operands == _BOTH_OUTPUTS
+        and needs[3]
+        and all(needs[6 : 6 + len(up_weights)])
+        and not is_lean(plan.down)
+        and not is_lean(plan.up)
+        and all(weight.dtype == dtype for weight in up_weights)
+    )
+
+
+def _backward_by_one_op(ctx, dy: Tensor) -> tuple:
+    gate_up, x, h, *forms, seed = ctx.saved_tensors
+    need_x, *need_biases = ctx.needs_input_grad[:3]
+    shape, dy, of = dy.shape, as_rows(dy), ctx.down
+    if seed is None:
+        seed = ops.draw_seeds(dy, 2, ctx.rank)
+    into = (
+        accumulation.stacked_target([up.leaf for up in ctx.ups], dy.dtype),
+        accumulation.target(of.leaf, dy.dtype),
+    )
+    options = BackwardOptions(need_x, *need_biases, torch.float32 if of.dtype == torch.float32 else None)
+    dx, d_up, d_down, *d_biases = feed_forward_backward(
+        dy, (as_rows(gate_up), as_rows(x), as_rows(h)), forms[:2], forms[2:], seed, (ctx.kind, ctx.gated), options, into
+    )
+    if need_x and len(shape) != 2:
+        dx = dx.view(*shape[:-1], ctx.d_model)
+    db_up, db_down = (
+        db.to(dtype) if need else None for db, dtype, need in zip(d_biases, ctx.bias_dtypes, need_biases, strict=True)
+    )
+    d_ups = _parts_of(None if into[0] is not None else d_up, ctx.ups)
+    d_down = None if into[1] is not None else as_laid_out(_in_dtype(d_down, of.dtype), of.columns)
+    return dx if need_x else None, db_up, db_down, d_down, None, None, *both(d_ups)
+
+
+def _backward(ctx, dy: Tensor) -> tuple:
+    """Any other, from single ops."""
+    tensors, (down, up) = load_for_backward(ctx)
+    kept = _Kept(*tensors)
+    need_x, need_bias_up, need_bias_down, need_down = ctx.needs_input_grad[:4]
+    need_up = any(ctx.needs_input_grad[6:])
+    shape, dy = dy.shape, as_rows(dy)
+    seed_down, seed_up = _seeds(ctx, kept.seed, dy) if need_down or need_up else (None, None)
+
+    dh = ops.sparse_mm_grad_input(dy, *transposed_form(down, ctx.packed_dtype), ctx.d_ff)  # dh = dy (M.W_down)
+    made = activation_gradient(
+        dh, as_rows(kept.gate_up), ctx.kind, ctx.gated, seed=seed_up if need_up else None,
+        make_h=need_down and kept.h is None and kept.packed_h is None,
+        bias_dtype=ctx.bias_dtypes[0] if need_bias_up else None,
+    )  # fmt: skip
+    dx = d_down = db_down = None
+    bias_dtype = ctx.bias_dtypes[1] if need_bias_down else None
+    if need_down:
+        d_down, db_down = _down_gradient(
+            ctx, dy, _input_of_down(ctx, kept, made.h), down, kept.decay, seed_down, bias_dtype
+        )
+    elif need_bias_down:
+        db_down = bias_gradient(dy, bias_dtype)
+    d_ups = _up_gradients(ctx, made, kept, up) if need_up else [None] * len(ctx.ups)
+    if need_x:  # dx = d_gate_up (M.W_up)
+        dx = ops.sparse_mm_grad_input(made.d_gate_up, *transposed_form(up, ctx.packed_dtype), ctx.d_model)
+        if len(shape) != 2:
+            dx = dx.view(*shape[:-1], ctx.d_model)
+    return dx, made.db, db_down, d_down, None, None, *both(d_ups)
 
 
 def _seeds(ctx, seed: Tensor | None, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -196,10 +243,19 @@ def _up_gradients(ctx, made, kept: _Kept, weights: KeptWeights) -> list[Tensor |
         d_up = packed_output_gradient(made.packed, x.x, target)
     else:
         d_up, _ = weight_gradient(d_gate_up, x, target, None)
+    return _parts_of(d_up, ups)
+
+
+def _parts_of(d_up: Tensor | None, ups: list[_Origin]) -> list[Tensor | None]:
+    """The gradient of each of the parameters that are stacked in the up product."""
     if d_up is None:
         return [None] * len(ups)
     parts = [d_up] if len(ups) == 1 else d_up.split([of.rows for of in ups])
-    return [as_laid_out(part, of.columns) for part, of in zip(parts, ups, strict=True)]
+    return [as_laid_out(_in_dtype(part, of.dtype), of.columns) for part, of in zip(parts, ups, strict=True)]
+
+
+def _in_dtype(dw: Tensor, dtype: torch.dtype) -> Tensor:
+    return dw if dw.dtype == dtype else dw.to(dtype)
 
 
 def _check_seed_pairs(seed: Tensor | None) -> None:

@@ -43,7 +43,7 @@ def _empty_h(gate_up: Tensor, width: int, column_major: bool) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], width))
 
 
-def _forward(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -> Tensor:
+def compute_activation(gate_up: Tensor, kind: str, gated: bool, column_major: bool = False) -> Tensor:
     width = check_input(gate_up, kind, gated)
     library, *place = where(gate_up)
     if library is None:
@@ -63,7 +63,10 @@ def _forward_fake(gate_up: Tensor, kind: str, gated: bool, column_major: bool) -
 
 
 _op_forward = define_op(
-    "activation", "(Tensor gate_up, str kind, bool gated, bool column_major) -> Tensor", _forward, _forward_fake
+    "activation",
+    "(Tensor gate_up, str kind, bool gated, bool column_major) -> Tensor",
+    compute_activation,
+    _forward_fake,
 )
 
 
@@ -185,7 +188,7 @@ def _check_backward_mvue(dh: Tensor, gate_up: Tensor, kind: str, gated: bool, se
     return check_backward(dh, gate_up, kind, gated)
 
 
-def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
+def compute_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
     width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
     library, *place = where(gate_up)
     if library is None or not has_kernel(gate_up):
@@ -210,7 +213,7 @@ def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tu
     return d_gate_up, packed, E, h, gate_up.new_empty(0) if tile_sums is None else tile_sums.sum(0)
 
 
-def _backward_mvue_fake(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
+def fake_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
     width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
@@ -222,8 +225,8 @@ _op_backward_mvue = define_op(
     "activation_backward_mvue",
     "(Tensor dh, Tensor gate_up, str kind, bool gated, Tensor seed, bool recompute_h, bool bias_grad) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward_mvue,
-    _backward_mvue_fake,
+    compute_backward_mvue,
+    fake_backward_mvue,
 )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _OPS = torch.ops.sparse24
+_NEED_X = 7  # its place among the arguments of feed_forward_backward, behind the shapes
 
 
 def _times_rows(x_shape, packed_shape, *_, **__) -> int:
@@ -32,6 +33,19 @@ def _grad_input(dy_shape, packed_t_shape, *_, **__) -> int:
 def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
     """packed [padded/2, features], pruned along tokens, by the other operand [tokens, features]."""
     return prod(other_shape) * packed_shape[1]
+
+
+def _feed_forward(x_shape, packed_up_shape, _, packed_down_shape, *__, **___) -> int:
+    """Both products: down's packed is [out, d_ff/2]."""
+    tokens, d_ff = prod(x_shape[:-1]), 2 * packed_down_shape[1]
+    return prod(x_shape) * packed_up_shape[0] + tokens * d_ff * packed_down_shape[0]
+
+
+def _feed_forward_backward(dy_shape, gate_up_shape, x_shape, h_shape, *rest, **named) -> int:
+    """Two weight gradients, the gradient of h, and that of x where it is wanted."""
+    (tokens, d_model), d_ff_up, d_ff = dy_shape, gate_up_shape[1], h_shape[1]
+    need_x = rest[_NEED_X] if len(rest) > _NEED_X else named["need_x"]
+    return 2 * tokens * d_model * d_ff + (1 + need_x) * prod(x_shape) * d_ff_up
 
 
 def _float8_grad_weight(packed_shape, _, __, x_t_shape, *___, **____) -> int:
@@ -57,3 +71,9 @@ def register_float8() -> None:
     """The same for 8-bit products, which are defined where they are asked for."""
     register_flop_formula(_OPS.sparse_mm_float8)(_float8)
     register_flop_formula(_OPS.grad_weight_float8_)(_float8_grad_weight)
+
+
+def register_feed_forward() -> None:
+    """The same for the ops of whole layers."""
+    register_flop_formula(_OPS.feed_forward)(_feed_forward)
+    register_flop_formula(_OPS.feed_forward_backward)(_feed_forward_backward)

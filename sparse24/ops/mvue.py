@@ -57,7 +57,7 @@ def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = 
     return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), scale_pointer
 
 
-def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def compute_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
     if library is None or not has_kernel(dy):
@@ -72,29 +72,27 @@ def _pack(dy: Tensor, seed: Tensor, sums_pointer: int, library, place) -> tuple[
     return packed, E
 
 
-def _mvue_compress_fake(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def fake_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
     return empty_mvue(*dy.shape, dy.dtype, dy.device)
 
 
-_op_mvue_compress = define_op(
-    "mvue_compress", "(Tensor dy, Tensor seed) -> (Tensor, Tensor)", _mvue_compress, _mvue_compress_fake
-)
+_op_mvue_compress = define_op("mvue_compress", "(Tensor dy, Tensor seed) -> (Tensor, Tensor)", compute_mvue, fake_mvue)
 
 
-def _mvue_compress_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def compute_mvue_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check_mvue(dy, seed)
     library, *place = where(dy)
     if library is None or not has_kernel(dy) or dy.numel() == 0:
-        return *_mvue_compress(dy, seed), reference.bias_gradient(dy)
+        return *compute_mvue(dy, seed), reference.bias_gradient(dy)
     # Columns are added up on the way.
     tile_sums = empty_tile_sums(dy)
     packed, E = _pack(dy, seed, tile_sums.data_ptr(), library, place)
     return packed, E, tile_sums.sum(0)
 
 
-def _mvue_compress_and_sum_fake(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return *_mvue_compress_fake(dy, seed), empty_bias_grad(dy)
+def fake_mvue_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *fake_mvue(dy, seed), empty_bias_grad(dy)
 
 
 def empty_bias_grad(dy: Tensor) -> Tensor:
@@ -104,8 +102,8 @@ def empty_bias_grad(dy: Tensor) -> Tensor:
 _op_mvue_compress_and_sum = define_op(
     "mvue_compress_and_sum",
     "(Tensor dy, Tensor seed) -> (Tensor, Tensor, Tensor)",
-    _mvue_compress_and_sum,
-    _mvue_compress_and_sum_fake,
+    compute_mvue_and_sum,
+    fake_mvue_and_sum,
 )
 
 

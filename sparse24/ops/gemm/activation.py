@@ -6,16 +6,15 @@ Where it does not take the operands as they are, each op is the two it is made o
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ...errors import Sparse24Error
 from ...formats import ACTIVATED_FORWARD, GATED_FORWARD, META_BLOCK, SparseOperand, as_rows
 from .._common import call_without_grad, define_op
-from ..activation import KINDS
+from ..activation import KINDS, compute_activation
 from ..arguments import names_wrong_types
 from . import launch
-from .products import check_sparse_mm, empty_rows
+from .products import check_sparse_mm, compute_sparse_mm, empty_rows
 
 
 def _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias) -> int:
@@ -24,7 +23,7 @@ def _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias) -
     return check_sparse_mm(x, packed, E, out_features, bias, None)[0]
 
 
-def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
+def compute_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
     in_features = _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
     width = out_features // 2 if gated else out_features
     if x.is_cuda and x.numel() > 0 and (not gated or width % META_BLOCK == 0):
@@ -38,11 +37,11 @@ def _sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
         if launch.run(problem, SparseOperand(packed, E), rows, y_rows, bias=bias, activation=activation):
             return y, h
         del y, y_rows, h, h_rows  # or they would be held twice
-    y = torch.ops.sparse24.sparse_mm.default(x, packed, E, out_features, bias, None)
-    return y, torch.ops.sparse24.activation.default(y, kind, gated, False)
+    y = compute_sparse_mm(x, packed, E, out_features, bias, None)
+    return y, compute_activation(y, kind, gated)
 
 
-def _sparse_mm_activation_fake(x, packed, E, out_features, kind, gated, bias):
+def fake_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias):
     _check_sparse_mm_activation(x, packed, E, out_features, kind, gated, bias)
     width = out_features // 2 if gated else out_features
     return x.new_empty((*x.shape[:-1], out_features)), x.new_empty((*x.shape[:-1], width))
@@ -51,8 +50,8 @@ def _sparse_mm_activation_fake(x, packed, E, out_features, kind, gated, bias):
 _op_sparse_mm_activation = define_op(
     "sparse_mm_activation",
     "(Tensor x, Tensor packed, Tensor E, int out_features, str kind, bool gated, Tensor? bias) -> (Tensor, Tensor)",
-    _sparse_mm_activation,
-    _sparse_mm_activation_fake,
+    compute_sparse_mm_activation,
+    fake_sparse_mm_activation,
 )
 
 

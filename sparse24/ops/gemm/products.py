@@ -58,7 +58,7 @@ def _explain_sparse_mm(x: Tensor, packed: Tensor, E: Tensor, out_features: int) 
     check_packed_operand(packed, E, "packed", (out_features, in_features // 2), out_features, in_features)
 
 
-def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
+def compute_sparse_mm(x, packed, E, out_features, bias, out_dtype):
     in_features, out_dtype = check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
     y, y_rows = empty_rows(x, out_features, out_dtype)
     if y.numel() == 0:
@@ -75,7 +75,7 @@ def _sparse_mm(x, packed, E, out_features, bias, out_dtype):
     return y.copy_((product if bias is None else product + bias).view(y.shape))
 
 
-def _sparse_mm_fake(x, packed, E, out_features, bias, out_dtype):
+def fake_sparse_mm(x, packed, E, out_features, bias, out_dtype):
     _, out_dtype = check_sparse_mm(x, packed, E, out_features, bias, out_dtype)
     return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
 
@@ -83,8 +83,8 @@ def _sparse_mm_fake(x, packed, E, out_features, bias, out_dtype):
 _op_sparse_mm = define_op(
     "sparse_mm",
     "(Tensor x, Tensor packed, Tensor E, int out_features, Tensor? bias, ScalarType? out_dtype) -> Tensor",
-    _sparse_mm,
-    _sparse_mm_fake,
+    compute_sparse_mm,
+    fake_sparse_mm,
 )
 
 
@@ -127,7 +127,7 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
     return out_features, dy.dtype if out_dtype is None else output_dtype(dy, out_dtype, "dy")
 
 
-def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
+def compute_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     out_features, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
     dx, dx_rows = empty_rows(dy, in_features, out_dtype)
     if dx.numel() == 0:
@@ -140,7 +140,7 @@ def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     return dx.copy_(matmul(rows, w, out_dtype).view(dx.shape))
 
 
-def _sparse_mm_grad_input_fake(dy, packed_t, E_t, in_features, out_dtype):
+def fake_grad_input(dy, packed_t, E_t, in_features, out_dtype):
     _, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
     return dy.new_empty((*dy.shape[:-1], in_features), dtype=out_dtype)
 
@@ -148,8 +148,8 @@ def _sparse_mm_grad_input_fake(dy, packed_t, E_t, in_features, out_dtype):
 _op_sparse_mm_grad_input = define_op(
     "sparse_mm_grad_input",
     "(Tensor dy, Tensor packed_t, Tensor E_t, int in_features, ScalarType? out_dtype) -> Tensor",
-    _sparse_mm_grad_input,
-    _sparse_mm_grad_input_fake,
+    compute_grad_input,
+    fake_grad_input,
 )
 
 

@@ -100,38 +100,51 @@ def _term(factor: Tensor | None, weights: list[Tensor], masks: list[Tensor]) -> 
     return None if factor is None and not weights and not masks else DecayTerm(factor, weights, masks)
 
 
+def _shape_of(pruning: _Pruning, packed, E, other, features, decay) -> tuple[int, int]:
+    """Of the gradient; checks what it is made of."""
+    _check_operands(pruning, packed, E, other, features)
+    shape = (features, other.shape[1]) if pruning is _OUTPUT else (other.shape[1], features)
+    if decay is not None:
+        check_decay_term(other, shape, decay)
+    return shape
+
+
+def _new_gradient(pruning: _Pruning, packed, E, other, features, out_dtype, decay) -> Tensor:
+    shape = _shape_of(pruning, packed, E, other, features, decay)
+    dw = other.new_empty(shape, dtype=output_dtype(other, out_dtype, pruning.other))
+    _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, dw, False, decay)
+    return dw
+
+
+def _write_gradient(pruning: _Pruning, packed, E, other, features, out, accumulate, decay) -> None:
+    _check_out(pruning, other, _shape_of(pruning, packed, E, other, features, decay), out)
+    _check_memory(pruning, (packed, E, other), out, decay)
+    _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, out, accumulate, decay)
+
+
+def compute_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, into: Tensor | None = None) -> Tensor | None:
+    """dW of a pruned output gradient, or None where it was added to `into`."""
+    if into is None:
+        return _new_gradient(_OUTPUT, packed_dy, E_dy, x, out_features, out_dtype, None)
+    return _write_gradient(_OUTPUT, packed_dy, E_dy, x, out_features, into, True, None)
+
+
 def _define(pruning: _Pruning, name: str, schema: str) -> tuple:
     """The op that makes a new tensor and the one that writes to `out`; `schema` of the operands they share."""
     term = "Tensor? decay_factor, Tensor[] decay_weights, Tensor[] decay_masks"
 
-    def check(packed, E, other, features, decay) -> tuple[int, int]:
-        _check_operands(pruning, packed, E, other, features)
-        shape = (features, other.shape[1]) if pruning is _OUTPUT else (other.shape[1], features)
-        if decay is not None:
-            check_decay_term(other, shape, decay)
-        return shape
-
-    def empty(packed, E, other, features, out_dtype, decay):
-        shape = check(packed, E, other, features, decay)
-        return other.new_empty(shape, dtype=output_dtype(other, out_dtype, pruning.other))
+    def new(packed, E, other, features, out_dtype, *decay):
+        return _new_gradient(pruning, packed, E, other, features, out_dtype, _term(*decay))
 
     def fake(packed, E, other, features, out_dtype, *decay):
-        return empty(packed, E, other, features, out_dtype, _term(*decay))
-
-    def new(packed, E, other, features, out_dtype, *decay):
-        term = _term(*decay)
-        dw = empty(packed, E, other, features, out_dtype, term)
-        _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, dw, False, term)
-        return dw
-
-    def fake_(packed, E, other, features, out, accumulate, *decay):
-        _check_out(pruning, other, check(packed, E, other, features, _term(*decay)), out)
+        shape = _shape_of(pruning, packed, E, other, features, _term(*decay))
+        return other.new_empty(shape, dtype=output_dtype(other, out_dtype, pruning.other))
 
     def into_(packed, E, other, features, out, accumulate, *decay):
-        term = _term(*decay)
-        _check_out(pruning, other, check(packed, E, other, features, term), out)
-        _check_memory(pruning, (packed, E, other), out, term)
-        _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, out, accumulate, term)
+        _write_gradient(pruning, packed, E, other, features, out, accumulate, _term(*decay))
+
+    def fake_(packed, E, other, features, out, accumulate, *decay):
+        _check_out(pruning, other, _shape_of(pruning, packed, E, other, features, _term(*decay)), out)
 
     return (
         define_op(name, f"({schema}, ScalarType? out_dtype, {term}) -> Tensor", new, fake),
