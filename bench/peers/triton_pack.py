@@ -2,7 +2,7 @@
 
 A dense matrix, row- or column-major, becomes its kept values, laid out as it is, and 16-bit metadata, a word for 16
 columns, in the order that CUTLASS' kernels of sm_80 read. What is kept: by a mask of 4x4 blocks, or two of four along a
-row by MVUE, with the draws of triton_mvue.py.
+row by MVUE, by the rule of triton_mvue.py with draws of five rounds of Philox.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def pack_kernel(
     word = (tl.program_id(1) * WORDS + tl.arange(0, WORDS))[None, :]
     inside = (row < rows) & (word < cols // 16)
     bits = tl.zeros([ROWS, WORDS], dtype=tl.int32)
+    if MVUE:  # one call of the generator for 16 columns
+        draws = tl.rand4x(tl.load(seed), row * (cols // 16) + word, n_rounds=5)
     for quad in tl.static_range(4):
         group = 4 * word + quad
         at = dense + row.to(tl.int64) * row_stride + 4 * group.to(tl.int64) * col_stride
@@ -55,8 +57,7 @@ def pack_kernel(
         a2 = tl.load(at + 2 * col_stride, mask=inside, other=0.0).to(tl.float32)
         a3 = tl.load(at + 3 * col_stride, mask=inside, other=0.0).to(tl.float32)
         if MVUE:
-            u = tl.rand(tl.load(seed), row * (cols // 4) + group)
-            k0, k1, k2, k3, base = kept_by_mvue(a0, a1, a2, a3, u)
+            k0, k1, k2, k3, base = kept_by_mvue(a0, a1, a2, a3, draws[quad])
             a0, a1, a2, a3 = signed(a0, base), signed(a1, base), signed(a2, base), signed(a3, base)
         else:
             block = tl.load(mask + (row // 4) * mask_row_stride + group * mask_col_stride, mask=inside, other=0)
