@@ -1,6 +1,7 @@
 // device.cpp: public functions of device.h.
 #include "sparse24/device.h"
 
+#include "api/dispatch.h"
 #include "common/check.h"
 #include "cpu/parallel.h"
 
@@ -16,8 +17,8 @@ namespace {
 
 #ifdef SPARSE24_WITH_CUDA
 
-/// Why kernels do not run on a GPU ("" if they do): as built, and as SPARSE24_ARCH asks. First the
-/// products, then what is around them.
+/// Why kernels do not run on a GPU ("" if they do), by what was built and what SPARSE24_ARCH asks
+/// for: first the products, then the kernels around them.
 std::string no_kernels_reason(gemm::Capability gpu) {
   try {
     const gemm::Capability chosen = gemm::chosen_capability(gpu);
@@ -35,8 +36,7 @@ std::string no_kernels_reason(gemm::Capability gpu) {
 void ask_driver(int device, DeviceInfo& info) {
   const auto failed = [&](cudaError_t status, const char* what) {
     if (status == cudaSuccess) return false;
-    cudaGetLastError();  // a missing driver is an answer, not an error that a later launch should
-                         // see
+    cudaGetLastError();  // clear it: a missing driver is an answer, and no error of a later launch
     info.reason = concat(what, ": ", cudaGetErrorString(status));
     return true;
   };
@@ -62,7 +62,7 @@ void ask_driver(int device, DeviceInfo& info) {
       cudaDeviceGetAttribute(&bus_bits, cudaDevAttrGlobalMemoryBusWidth, device) == cudaSuccess) {
     info.memory_bandwidth = 2.0 * clock_khz * 1e3 * bus_bits / 8;  // two transfers a clock
   } else {
-    cudaGetLastError();  // an estimate goes without
+    cudaGetLastError();  // clear it: the bandwidth stays unknown, 0
   }
   if (info.reason.empty())
     info.reason = no_kernels_reason({info.capability_major, info.capability_minor});
@@ -87,7 +87,7 @@ DeviceInfo device_info(int device) {
   }
 #else
   static_cast<void>(device);
-  info.reason = "libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1";
+  info.reason = api::kWithoutCuda;
 #endif
   return info;
 }

@@ -39,8 +39,11 @@ inline cudaStream_t stream(const Context& context) {
 
 namespace sparse24::api {
 
+inline constexpr const char* kWithoutCuda =
+    "libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1";
+
 [[noreturn]] inline void throw_without_cuda(const char* op) {
-  throw Error(concat(op, ": libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1"));
+  throw Error(concat(op, ": ", kWithoutCuda));
 }
 
 }  // namespace sparse24::api

@@ -20,7 +20,7 @@ int64_t h_cols(const SparseGemmArgs& args) {
   return args.epilogue == GemmEpilogue::kGate ? args.m / 2 : args.m;
 }
 
-/// What products with an activation want besides.
+/// The further rules on products with an activation.
 void check_activated(const SparseGemmArgs& args) {
   if (args.epilogue == GemmEpilogue::kPlain) return;
   SP24_CHECK(args.pass == GemmPass::kForward, "an activation belongs to forward products only");
@@ -28,7 +28,7 @@ void check_activated(const SparseGemmArgs& args) {
              "a gated product must have m = 2 d_ff with d_ff a multiple of 64, got m = ", args.m,
              "; run the plain product, then activation_forward");
   const int kind = static_cast<int>(args.activation);
-  SP24_CHECK(kind >= 0 && kind <= static_cast<int>(Activation::kIdentity),
+  SP24_CHECK(kind >= 0 && kind <= static_cast<int>(kLastActivation),
              "activation must be one of enum Activation, got ", kind);
   const DType expected =
       args.lhs.format == DType::kFloat32 ? DType::kFloat32 : wide_of(args.lhs.format);
@@ -68,7 +68,7 @@ void check_problem(const SparseGemmArgs& args) {
   check_activated(args);
 }
 
-/// What would otherwise read outside of weights or masks.
+/// Rules without which a decay would read outside of weights or masks.
 void check_decay(const SparseGemmArgs& args) {
   const MaskedDecayTerm& decay = args.decay;
   if (decay.factor == nullptr) return;
@@ -93,10 +93,6 @@ void check_decay(const SparseGemmArgs& args) {
     check_pointer(decay.mask[i], "decay.mask");
   }
 }
-
-#ifndef SPARSE24_WITH_CUDA
-const char* const kWithoutCuda = "libsparse24 was built without CUDA; rebuild with SPARSE24_CUDA=1";
-#endif
 
 }  // namespace
 
