@@ -8,9 +8,9 @@
 //   squared_relu  max(x, 0)^2
 //   identity   x
 //
-// NaN stays NaN everywhere. With kFor16Bits a function may be as coarse as results allow that are
-// rounded to 16 bits: a small part of their last place, and better than fp32 arithmetic with its
-// cancellation in the tail of GELU.
+// NaN stays NaN everywhere. With kFor16Bits a function may be coarser, by a small part of the last
+// place of a 16-bit result; in the tail of GELU it is still better than fp32 arithmetic, which
+// suffers from cancellation there.
 #pragma once
 
 #include <cmath>
@@ -61,10 +61,10 @@ SP24_HD Sigmoid sigmoid(float x) {
   return {value, value == 0.0f ? 1.0f : decayed * value};
 }
 
-/// log(Phi(x) / Phi(-x)): the sigmoid of it is Phi(x). An odd polynomial, fitted so that Phi errs
-/// by 2^-14 of itself for |x| < 3, more in the tail (2^-7 at 5.5), where 16-bit results are
-/// denormal or next to nothing. It rises everywhere, so both limits are right. A tenth of the work
-/// of erfc.
+/// log(Phi(x) / Phi(-x)): the sigmoid of it is Phi(x). An odd polynomial, fitted so that Phi
+/// is off by 2^-14 of itself for |x| < 3, and by more in the tail (2^-7 at 5.5), where 16-bit
+/// results are denormal or nearly so. It rises everywhere, so both limits are right. A tenth of the
+/// work of erfc.
 SP24_HD float normal_logit(float x) {
   constexpr float kCoefficients[] = {1.59558904f,      0.0729680136f, -0.000208145022f,
                                      -8.20214773e-05f, 5.209336e-06f, -1.43909972e-07f};

@@ -41,7 +41,7 @@ MatrixLines matrix_lines(const MatrixView<Pointer>& m, Layout layout, int64_t fi
   const int64_t bytes = bytes_of(m.dtype), along = column_major ? m.rows : cols;
   const int64_t lines = column_major ? cols : m.rows;
   const int64_t stride = column_major ? m.col_stride : m.row_stride;
-  // The distance of a single line is nobody's, and may be anything.
+  // A single line has no next one, so its stride may be anything.
   const int64_t line_bytes = lines > 1 ? stride * bytes : (along * bytes + 15) / 16 * 16;
   const char* first =
       static_cast<const char*>(static_cast<const void*>(m.data)) + first_col * m.col_stride * bytes;
@@ -146,7 +146,7 @@ constexpr bool kByEngine = false;
 template <>
 inline constexpr bool kByEngine<EngineOperand> = true;
 
-/// Is this code for a GPU that moves tiles so? Kernels that do not run here are left empty.
+/// Does the GPU that is compiled for move tiles this way? Kernels for other ways are left empty.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 template <typename Operand>
 constexpr bool kRunsHere = !kByEngine<Operand>;

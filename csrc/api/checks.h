@@ -1,7 +1,7 @@
 // checks.h: the rules that arguments of the public API must keep, whichever backend runs.
 //
-// Python has checked with kinder words before; here is what would otherwise read or write outside
-// of somebody's memory.
+// Python has checked most of it already, with more helpful messages. These checks keep every caller
+// from reading or writing outside of its memory.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +57,8 @@ void check_major(const MatrixView<Pointer>& view, const char* name) {
              ") for extents [", view.rows, ", ", view.cols, "]; make it contiguous");
 }
 
-/// Checks that, and gives extents of 1 the stride that goes with the layout: there any stride is
-/// right, and backends may then tell layouts by strides alone.
+/// Checks as check_major, and gives extents of 1, where any stride is right, the stride that goes
+/// with the layout: backends can then tell layouts by strides alone.
 template <typename Pointer>
 MatrixView<Pointer> as_major(MatrixView<Pointer> view, const char* name) {
   check_major(view, name);
@@ -101,8 +101,8 @@ inline bool writes_float8(const Float8Output& to) {
   return to.x8 != nullptr || to.x8_t != nullptr || to.amax != nullptr;
 }
 
-/// Of an MVUE-packed result: seed, packed and E belong together, and the format must be one. Args:
-/// those of mvue_pack or of an activation pass.
+/// The rules on an MVUE-packed result: seed, packed and E are given together, in a format that
+/// there is. Args: those of mvue_pack or of an activation pass.
 template <typename Args>
 void check_mvue(const Args& args, DType dtype, const Context& context, const char* name) {
   check_pointer(args.seed, "seed");

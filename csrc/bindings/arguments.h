@@ -90,10 +90,7 @@ inline Matrix read_matrix(const py::handle& item) {
   m.col_stride = fields.next<int64_t>();
   return m;
 }
-inline ConstMatrix read_const_matrix(const py::handle& item) {
-  const Matrix m = read_matrix(item);
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
-}
+inline ConstMatrix read_const_matrix(const py::handle& item) { return as_const(read_matrix(item)); }
 
 inline Float8Output read_float8(const py::handle& item) {
   Float8Output to;

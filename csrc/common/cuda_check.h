@@ -9,7 +9,7 @@
 namespace sparse24 {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) cudaGetLastError();  // told here, and not again by who launches next
+  if (status != cudaSuccess) cudaGetLastError();  // clear it: the next launch must not report it
   SP24_CHECK(status == cudaSuccess, what, ": CUDA reports ", cudaGetErrorName(status), " (",
              cudaGetErrorString(status), ")");
 }

@@ -16,8 +16,8 @@ namespace sparse24 {
 constexpr int kTensorsPerLaunch = 32;
 constexpr int kKernelParameterBytes = 4096;
 
-/// Of a bisection among `capacity` tensors: the largest power of two below that, so that the steps
-/// add up to every index, whatever the capacity is.
+/// The first step of a bisection among `capacity` tensors: the largest power of two below that, so
+/// that the steps add up to every index, whatever the capacity is.
 SP24_HD constexpr int first_step(int capacity) {
   int step = 1;
   while (2 * step < capacity) step *= 2;

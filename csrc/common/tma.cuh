@@ -61,7 +61,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// A barrier in shared memory that falls when one thread has announced bytes, and all of them came.
+/// A barrier in shared memory that completes when the bytes that one thread announced have arrived.
 __device__ __forceinline__ void start_barrier(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)));
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");  // seen by the copy engine
@@ -72,7 +72,7 @@ __device__ __forceinline__ void announce_bytes(uint64_t* barrier, uint32_t bytes
       "r"(bytes)
       : "memory");
 }
-/// Waits for the barrier's first fall.
+/// Waits until the barrier completes for the first time.
 __device__ __forceinline__ void wait_for_bytes(uint64_t* barrier) {
   asm volatile(
       "{\n .reg .pred done;\n wait:\n"

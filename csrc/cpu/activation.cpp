@@ -9,8 +9,8 @@
 namespace sparse24::cpu {
 namespace {
 
-/// Calls element(row, col) for all of [rows, cols], tile by tile, along `along_rows`' direction
-/// inside.
+/// Calls element(row, col) for all of [rows, cols], tile by tile; inside a tile column by column
+/// where `column_major`, else row by row.
 template <typename Element>
 void for_each_element(int64_t rows, int64_t cols, bool column_major, const Element& element) {
   const int64_t tile_cols = tiles_along(cols);
@@ -86,11 +86,7 @@ struct Backward {
   }
 };
 
-ConstMatrix constant(const Matrix& m) {
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
-}
-
-/// A result that others are made of: where it is wanted, or in memory of its own.
+/// A result from which other outputs are made: where the caller wants it, or in memory of its own.
 class Result {
  public:
   Result(const Matrix& wanted, DType dtype, int64_t rows, int64_t cols) : matrix_(wanted) {
@@ -105,11 +101,11 @@ class Result {
   Matrix matrix_;
 };
 
-/// What else comes out of the pass that made `x`. Args: of forward or backward.
+/// The other outputs of the pass that made `x`. Args: of forward or backward.
 template <typename Args>
 MvueArgs packing_of(const Matrix& x, const Args& args) {
   MvueArgs mvue;
-  mvue.dy = constant(x);
+  mvue.dy = as_const(x);
   mvue.seed = args.seed;
   mvue.packed = args.packed;
   mvue.E = args.E;

@@ -1,3 +1,4 @@
+// parallel.cpp: threads for the loops of the CPU backend.
 #include "cpu/parallel.h"
 
 #include <algorithm>

@@ -28,11 +28,7 @@
 namespace sparse24 {
 namespace {
 
-ConstMatrix view_of(const Matrix& m) {
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
-}
-
-/// Float8 results, of any kind?
+/// Is any of the results in 8 bits?
 bool with_float8(const ActivationBackwardArgs& args) {
   return args.float8.x8 != nullptr || args.float8.x8_t != nullptr || args.float8.amax != nullptr ||
          (args.packed != nullptr && is_float8(args.packed_dtype.value_or(args.d_h.dtype)));
@@ -103,7 +99,7 @@ void launch_one_pass(const ActivationBackwardArgs& args, const BackwardLayouts& 
   const bool summed = !args.gated && !layouts.any(Layout::kColumnMajor);
   if (args.tile_sums == nullptr || summed) return;
   with_packed16(args.d_h.dtype, [&](auto format) {
-    launch_tile_sums<typename decltype(format)::Storage>(view_of(args.d_gate_up), args.tile_sums,
+    launch_tile_sums<typename decltype(format)::Storage>(as_const(args.d_gate_up), args.tile_sums,
                                                          stream);
   });
 }
@@ -120,7 +116,7 @@ void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream
   const BackwardLayouts layouts(args);
   if (one_pass_fits(args, layouts)) return launch_one_pass(args, layouts, stream);
   activation_backward_dense(args, stream);
-  mvue_pack({view_of(args.d_gate_up), args.seed, args.packed, args.E, args.tile_sums}, stream);
+  mvue_pack({as_const(args.d_gate_up), args.seed, args.packed, args.E, args.tile_sums}, stream);
 }
 
 }  // namespace cuda

@@ -147,10 +147,6 @@ bool rows_fit(const MatrixView<Pointer>& m, int parts = 1) {
   return m.data == nullptr || vector_layout(m, parts) == Layout::kRowMajor;
 }
 
-inline ConstMatrix view_of(const Matrix& m) {
-  return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride};
-}
-
 /// Can a pass pack `features` (of each half) itself? Args: of forward or backward.
 template <typename Args>
 bool packing_fits(const Args& args, DType packed_dtype, int64_t features, bool halves) {
@@ -167,11 +163,11 @@ inline void check_written(const Matrix& result, const char* name) {
              name_of(result.dtype), " [", result.rows, ", ", result.cols, "]");
 }
 
-/// The result was written; what else is wanted of it, by passes of its own.
+/// The result has been written; passes of their own make the other outputs from it.
 template <typename Args>
 void write_others(const Args& args, const Matrix& result, float* tile_sums, cudaStream_t stream) {
   MvueArgs mvue;
-  mvue.dy = view_of(result), mvue.seed = args.seed, mvue.packed = args.packed, mvue.E = args.E;
+  mvue.dy = as_const(result), mvue.seed = args.seed, mvue.packed = args.packed, mvue.E = args.E;
   mvue.packed_dtype = args.packed_dtype, mvue.scale = args.scale, mvue.float8 = args.float8;
   mvue.tile_sums = tile_sums;
   if (args.packed == nullptr) return cuda::quantize({mvue.dy, mvue.float8}, stream);

@@ -1,4 +1,4 @@
-// stage.cuh: a tile's metadata on their way through shared memory.
+// stage.cuh: metadata of a tile, staged in shared memory.
 //
 // A thread's bytes of E lie 8 apart, in blocks that hold the bytes of 64 threads: written directly
 // they would cost a memory transaction each. So threads put bytes into staged blocks, and after a
@@ -25,7 +25,7 @@ __device__ __forceinline__ void stage_bytes(uint8_t* stage, uint32_t block, uint
 }
 
 /// One warp stores staged block `block` to E, at its block (block_m, block_k). Blocks outside of E
-/// are nobody's.
+/// are not stored.
 __device__ __forceinline__ void store_staged(uint8_t* E, const uint8_t* stage, uint32_t block,
                                              uint32_t block_m, uint32_t block_k, uint32_t m,
                                              uint32_t k) {

@@ -9,10 +9,9 @@
 //   tile_sums of 64 tokens each, with a packed form                    1/16 B
 //   amax, counters   of x8's scale: quantize.h
 //
-// Who made the patch is the business of the kernel: dense matrices in quantize.cu and
-// mvue_outputs.cu, activations in fused/activation_outputs.cuh. What leaves along tokens goes
-// through shared memory (stage8.cuh), the rest straight from registers, 8 or 16 B a thread and 128
-// or 256 B of a row.
+// The kernel says where the patch comes from: dense matrices in quantize.cu and mvue_outputs.cu,
+// activations in fused/activation_outputs.cuh. What leaves along tokens goes through shared memory
+// (stage8.cuh), the rest straight from registers, 8 or 16 B a thread and 128 or 256 B of a row.
 //
 // Edges    Tokens and features past the end are zeros. Rows that no vector fits are stored element
 //          by element. A gated result comes as two halves, gate and up, `features` wide each: with
@@ -306,7 +305,7 @@ inline bool packing16_fits(const void* packed, int64_t features) {
   return is_aligned16(packed) && features % kPatch == 0;
 }
 
-/// And a packed form. Args: of mvue_pack or an activation pass.
+/// Adds a packed form to the outputs. Args: of mvue_pack or an activation pass.
 template <typename Args>
 void add_packing(TileOutputs& p, const Args& args, DType packed_dtype) {
   p.seed = args.seed, p.packed = args.packed, p.E = args.E, p.packed_scale = args.scale;

@@ -24,8 +24,6 @@
 namespace sparse24 {
 namespace {
 
-constexpr int kThreads = 256;
-
 /// The four elements of a group, from its two kept ones. Equal positions, which no valid E has,
 /// keep the second.
 template <typename Bits>
@@ -36,10 +34,11 @@ __device__ __forceinline__ void place(uint32_t nibble, Bits first, Bits second, 
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnpackThreads)
     unpack_rows_kernel(const Bits* packed, const uint8_t* E, Bits* out, int64_t out_stride,
                        int64_t rows, int64_t cols, bool vectors) {
-  const int64_t bytes_a_row = (cols + 7) / 8, index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const int64_t bytes_a_row = (cols + 7) / 8,
+                index = int64_t{blockIdx.x} * kUnpackThreads + threadIdx.x;
   if (index >= rows * bytes_a_row) return;
   const int64_t row = index / bytes_a_row, col = index % bytes_a_row * 8;
   const uint32_t byte = E[meta_byte_offset(row, col, rows)];
@@ -75,11 +74,11 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Bits>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kUnpackThreads)
     unpack_columns_kernel(const Bits* packed_t, const uint8_t* E, Bits* out, int64_t out_stride,
                           int64_t rows, int64_t cols) {
   const int64_t bytes_a_column = (rows + 7) / 8,
-                index = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+                index = int64_t{blockIdx.x} * kUnpackThreads + threadIdx.x;
   if (index >= cols * bytes_a_column) return;
   const int64_t row = index / cols * 8, col = index % cols;
   const uint32_t byte = E[meta_byte_offset(col, row, cols)];
@@ -114,32 +113,33 @@ template <typename Bits>
 void launch_unpack(const UnpackArgs& args, cudaStream_t stream) {
   const int64_t rows = args.out.rows, cols = args.out.cols;
   const int64_t bytes = args.transposed ? cols * ((rows + 7) / 8) : rows * ((cols + 7) / 8);
-  const uint32_t blocks = static_cast<uint32_t>((bytes + kThreads - 1) / kThreads);
+  const uint32_t blocks = static_cast<uint32_t>((bytes + kUnpackThreads - 1) / kUnpackThreads);
   const Bits* packed = static_cast<const Bits*>(args.packed);
   Bits* out = static_cast<Bits*>(args.out.data);
   if (args.transposed) {
-    unpack_columns_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride,
-                                                           rows, cols);
+    unpack_columns_kernel<<<blocks, kUnpackThreads, 0, stream>>>(packed, args.E, out,
+                                                                 args.out.row_stride, rows, cols);
   } else {
     const bool vectors = vector_layout(args.out) == Layout::kRowMajor &&
                          reinterpret_cast<uintptr_t>(packed) % 8 == 0;
-    unpack_rows_kernel<<<blocks, kThreads, 0, stream>>>(packed, args.E, out, args.out.row_stride,
-                                                        rows, cols, vectors);
+    unpack_rows_kernel<<<blocks, kUnpackThreads, 0, stream>>>(
+        packed, args.E, out, args.out.row_stride, rows, cols, vectors);
   }
 }
 
 void launch_unpack8(const UnpackArgs& args, cudaStream_t stream) {
   const int64_t m = args.transposed ? args.out.cols : args.out.rows;
   const int64_t k = args.transposed ? args.out.rows : args.out.cols;
-  const uint32_t blocks = static_cast<uint32_t>((m * ((k + 7) / 8) + 255) / 256);
+  const uint32_t blocks =
+      static_cast<uint32_t>((m * ((k + 7) / 8) + kUnpackThreads - 1) / kUnpackThreads);
   with_packed_format(*args.packed_dtype, [&](auto format) {
     if constexpr (decltype(format)::kScaled) {
       using F = typename decltype(format)::Storage;
       with_type(args.out.dtype, [&](auto zero) {
-        unpack8_kernel<<<blocks, 256, 0, stream>>>(static_cast<const F*>(args.packed), args.E,
-                                                   args.scale,
-                                                   static_cast<decltype(zero)*>(args.out.data),
-                                                   args.out.row_stride, m, k, args.transposed);
+        unpack8_kernel<<<blocks, kUnpackThreads, 0, stream>>>(
+            static_cast<const F*>(args.packed), args.E, args.scale,
+            static_cast<decltype(zero)*>(args.out.data), args.out.row_stride, m, k,
+            args.transposed);
       });
     }
   });

@@ -16,11 +16,13 @@
 
 namespace sparse24 {
 
+constexpr int kUnpackThreads = 256;
+
 template <typename F, typename T>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(kUnpackThreads)
     unpack8_kernel(const F* packed, const uint8_t* E, const float* scale, T* out,
                    int64_t out_stride, int64_t m, int64_t k, bool transposed) {
-  const int64_t octets = (k + 7) / 8, index = int64_t{blockIdx.x} * 256 + threadIdx.x;
+  const int64_t octets = (k + 7) / 8, index = int64_t{blockIdx.x} * kUnpackThreads + threadIdx.x;
   if (index >= m * octets) return;
   const int64_t row = transposed ? index % m : index / octets;
   const int64_t octet = transposed ? index / m : index % octets;

@@ -19,9 +19,9 @@ constexpr Activation kLastActivation = Activation::kIdentity;
 /// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic
 /// inside.
 ///
-/// What else may come out of the same read is made of h as it is rounded to gate_up's dtype, whether h is stored or not:
-/// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_pack of h, where the weight gradient prunes
-/// the layer's input in place of dy.
+/// Further outputs of the same read are made from h as it is rounded to gate_up's dtype, whether h is stored or not:
+/// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_pack of h, for weight gradients that prune the
+/// layer's input in place of dy.
 struct ActivationArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;

@@ -27,7 +27,7 @@ constexpr bool is_grad_weight(GemmPass pass) {
   return pass == GemmPass::kGradWeight || pass == GemmPass::kGradWeightOfInput;
 }
 
-/// What a forward product makes besides:
+/// What a forward product makes in addition:
 ///
 ///   kActivation  h [n, m] = act(out), with the bits that activation_forward gives
 ///   kGate        the same of gate and up, stacked: m = 2 d_ff, out = gate_up, h [n, d_ff] = act(gate) * up. d_ff must

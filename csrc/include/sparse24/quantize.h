@@ -7,7 +7,7 @@
 
 namespace sparse24 {
 
-/// What a pass over x [rows, cols] writes in e4m3 on its way. Null outputs are not written; all that is here may be null.
+/// The e4m3 forms of x [rows, cols] that a pass over it writes. Every pointer may be null: that output is not written.
 ///
 ///   x8       [rows, cols] row-major, rows `x8_ld` elements apart
 ///   x8_t     [cols, padded rows], the transpose; rows `x8_t_ld` apart. padded rows: a multiple of 32, zeros past the end

@@ -44,4 +44,7 @@ struct MatrixView {
 using Matrix = MatrixView<void*>;
 using ConstMatrix = MatrixView<const void*>;
 
+/// The same view, for reading only.
+inline ConstMatrix as_const(const Matrix& m) { return {m.data, m.dtype, m.rows, m.cols, m.row_stride, m.col_stride}; }
+
 }  // namespace sparse24
