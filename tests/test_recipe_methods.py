@@ -56,6 +56,65 @@ def test_step_is_dense_first_and_then_freezes_the_second_moment():
     assert not torch.equal(optimizer.state[model.fc1.bias]["exp_avg_sq"], bias_moment)
 
 
+class Adam(torch.optim.Optimizer):
+    """Somebody else's, without an option for what its weight decay enters; of its step, the second moment alone."""
+
+    def __init__(self, params, lr, **options):
+        super().__init__(params, dict(lr=lr, betas=(0.9, 0.999), **options))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                moment = self.state[p].setdefault("exp_avg_sq", torch.zeros_like(p))
+                moment.lerp_((p.grad + group["weight_decay"] * p).square(), 1 - group["betas"][1])
+
+
+COUPLED = {"decoupled_weight_decay": False}
+DECOUPLED = {"decoupled_weight_decay": True}
+WITH_A_SECOND_MOMENT = [
+    (torch.optim.AdamW, {}), (torch.optim.Adam, COUPLED), (torch.optim.Adam, DECOUPLED), (torch.optim.NAdam, COUPLED),
+    (torch.optim.NAdam, DECOUPLED), (torch.optim.RAdam, COUPLED), (Adam, {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind, options", WITH_A_SECOND_MOMENT)
+def test_step_freezes_the_moment_that_weights_are_divided_by_whatever_weight_decay_enters(kind, options):
+    """Read behind the optimizer's step and before the recipe puts the exact value back. Gradients are zero, so that a
+    decay, which enters the moments or does not, is all that would move them.
+    """
+    used = []
+
+    def made(params, lr):
+        optimizer = kind(params, lr=lr, weight_decay=50.0, **options)
+        optimizer.register_step_post_hook(lambda o, *_: used.append(o.state[weight]["exp_avg_sq"].clone()))
+        return optimizer
+
+    model = MLP()
+    weight = model.fc1.weight
+    model, optimizer, recipe = make(made, 1e-4, model=model, method="step", dense_fraction=0.25)
+    run(model, optimizer, 3)
+    assert recipe.phase == "sparse"
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert used[2].count_nonzero() == weight.numel()
+    torch.testing.assert_close(used[3], used[2], **MANY_SUMS)
+    assert torch.equal(optimizer.state[weight]["exp_avg_sq"], used[2])
+
+
+def test_step_leaves_weights_alone_that_get_no_gradient():
+    model, optimizer, recipe = make(torch.optim.AdamW, 1e-2, method="step", dense_fraction=0.25, mvue=False)
+    run(model, optimizer, 4)
+    assert recipe.phase == "sparse"
+    weight = model.fc1.weight.detach().clone()
+    moment = optimizer.state[model.fc1.weight]["exp_avg_sq"].clone()
+    model.fc2(torch.randn(4, 32)).sum().backward()
+    optimizer.step()
+    assert recipe.step == 5 and torch.equal(model.fc1.weight, weight)
+    assert torch.equal(optimizer.state[model.fc1.weight]["exp_avg_sq"], moment)
+
+
 def test_step_needs_an_optimizer_with_a_second_moment():
     with pytest.raises(Sparse24Error, match="freezes Adam's second moment; SGD"):
         make(method="step")
@@ -130,10 +189,12 @@ def test_dense_method_trains_dense_and_only_watches_the_masks():
     plain = MLP()
     reference = torch.optim.SGD(plain.parameters(), lr=0.05)
     model, optimizer, recipe = make(method="dense", lr=0.05, model=copy.deepcopy(plain))
+    packed = model.fc1.packed.clone()
     for step in range(8):
         run(plain, reference, 1, step)
         run(model, optimizer, 1, step)
     assert torch.equal(plain.fc1.weight, model.fc1.weight)
+    assert torch.equal(model.fc1.packed, packed), "nothing multiplies with packed forms, so none are made"
     assert recipe.metrics()["flip_rate"] > 0 and recipe.phase == "dense"
     assert torch.equal(ops.transposable_mask(model.fc1.weight).view(torch.uint8), model.fc1.mask)
 

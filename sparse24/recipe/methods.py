@@ -115,11 +115,8 @@ class FrozenSecondMoment:
             scale = getattr(self.optimizer, "grad_scale", None)
             if scale is not None:
                 grad = grad / scale
-            if (
-                group.get("weight_decay", 0)
-                and type(self.optimizer).__name__ == "Adam"
-                and not group.get("decoupled_weight_decay", False)
-            ):
+            is_decoupled = group.get("decoupled_weight_decay", type(self.optimizer).__name__ != "Adam")
+            if group.get("weight_decay", 0) and not is_decoupled:
                 grad = grad + group["weight_decay"] * p  # Adam's L2 term enters g before the average does
             update = (1 - beta2) * grad.to(moment.dtype).square()
             # Rounding must not leave the result below 0, where the optimizer takes a root.
