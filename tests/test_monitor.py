@@ -127,6 +127,23 @@ def test_gap_quantiles_are_those_of_all_blocks_or_of_a_fair_sample():
     assert places == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
 
 
+def test_gap_quantiles_are_read_once_a_search():
+    """Metrics between two searches tell the same gaps; a search, or a state, brings those of its weights."""
+    model, optimizer, recipe = make(lr=0.5, mask_interval=2, dense_fraction=0)
+    told = []
+    for step in range(4):
+        told.append({key: value for key, value in recipe.metrics().items() if key.startswith("gap_")})
+        run(model, optimizer, 1, step)
+    assert told[0] == told[1] != told[2] == told[3]
+    state = recipe.state_dict()
+    recipe.metrics()
+    with torch.no_grad():
+        model.fc1.weight.mul_(2)
+        model.fc2.weight.mul_(2)
+    recipe.load_state_dict(state)
+    assert recipe.metrics()["gap_q50"] == gap_quantiles([layer.weight for layer in recipe.layers.values()])["gap_q50"]
+
+
 def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
     model, optimizer, recipe = make(lr=0.2, mask_interval=2, dense_fraction=0, track_blocks=True)
     with pytest.raises(Sparse24Error, match="no search has been counted"):
@@ -142,11 +159,28 @@ def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):
     again.load_state_dict(recipe.state_dict())
     assert again.block_flips.searches == 4
     assert torch.equal(again.block_flips.counts, recipe.block_flips.counts)
+    *_, uncounted = make(model=copy.deepcopy(model), mask_interval=2, dense_fraction=0)
+    uncounted.load_state_dict(recipe.state_dict())
+    again.load_state_dict(uncounted.state_dict())
+    assert uncounted.block_flips is None and again.block_flips.searches == 4
     *_, wider = make(model=MLP(32, 64), **settings)
     with pytest.raises(Sparse24Error, match="of other layers"):
         wider.block_flips.load_state_dict(
             recipe.block_flips.state_dict(), [layer.mask for layer in wider.layers.values()]
         )
+
+
+def test_a_state_with_flips_of_other_blocks_is_refused_and_changes_nothing():
+    model, optimizer, recipe = make(lr=0.5, mask_interval=1, dense_fraction=0, track_blocks=True)
+    run(model, optimizer, 2)
+    state = recipe.state_dict()
+    state["blocks"]["counts"] = [torch.zeros(3, dtype=torch.int32)]
+    run(model, optimizer, 2, 2)
+    mask, counts = model.fc1.mask.clone(), recipe.block_flips.counts.clone()
+    assert not torch.equal(mask, state["masks"]["fc1"])
+    with pytest.raises(Sparse24Error, match="flips per block in the state are of other layers"):
+        recipe.load_state_dict(state)
+    assert recipe.step == 4 and torch.equal(model.fc1.mask, mask) and torch.equal(recipe.block_flips.counts, counts)
 
 
 # -- thresholds, just below and just above ----------------------------------------------------------------------------

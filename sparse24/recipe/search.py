@@ -67,7 +67,7 @@ class MaskSearch:
         self.block_flips = BlockFlips() if track_blocks else None
         self._before: list[Tensor] = []  # masks of the search before, in buffers that stay
         self._before_step = 0  # the search that `_before` is of: the optimizer steps taken then
-        self._gaps: tuple[int, dict[str, float]] | None = None
+        self._gaps: dict[str, float] | None = None  # read once a search
 
     @property
     def masks(self) -> list[Tensor]:
@@ -79,7 +79,7 @@ class MaskSearch:
     def begin(self, step: int) -> None:
         """The first search, or one that begins a phase: there is nothing to compare its masks with."""
         self._search()
-        self.last = step
+        self.last, self._gaps = step, None
 
     def again(self, step: int, progress: float | None) -> None:
         """Search, pack, and count the flips since the masks before.
@@ -125,9 +125,9 @@ class MaskSearch:
         """gap_q10, gap_q50, gap_q90 of the weights at the last search; nothing where no mask is searched."""
         if not self.layers:
             return {}
-        if self._gaps is None or self._gaps[0] != self.last:
-            self._gaps = (self.last, self.gaps_by(monitor.gap_quantiles))
-        return self._gaps[1]
+        if self._gaps is None:
+            self._gaps = self.gaps_by(monitor.gap_quantiles)
+        return self._gaps
 
     def gaps_by(self, statistic: Callable):
         """`statistic(weights, elements=)` of `monitor`, over one weight at a time."""
