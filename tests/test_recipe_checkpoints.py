@@ -152,6 +152,16 @@ def test_phase_that_differs_from_the_settings_is_refused_unless_overridden():
     assert longer.phase == "sparse"
 
 
+def test_a_state_of_a_gpu_leaves_its_generators_alone_on_a_cpu(monkeypatch):
+    *_, recipe = make()
+    state = recipe.state_dict()
+    state["rng"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    drawn = torch.randn(4)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("there is no such generator here"))
+    recipe.load_state_dict(state)
+    assert torch.equal(torch.randn(4), drawn)  # the CPU's is as it was
+
+
 @pytest.mark.fault(63)
 def test_masks_of_a_state_serve_another_dtype():
     """Masks are loaded, not recomputed, whatever the new run's dtype."""

@@ -208,6 +208,21 @@ def test_decay_under_a_gradient_scaler_is_that_without(fused, unscale):
     torch.testing.assert_close(*moments, **ANOTHER_ORDER)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_decay_of_weights_under_a_gradient_scaler_is_that_without(fused):
+    """A step that is taken decays, whether or not the optimizer was told that nothing is infinite."""
+    weights = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model, optimizer, _ = make(torch.optim.AdamW, opt=dict(fused=fused), decay=0.5, method="sr-ste", mvue=False)
+        if scaler is None:
+            model(torch.randn(8, 16, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+            optimizer.step()
+        else:
+            scaled_step(model, optimizer, scaler)
+        weights.append(model.fc1.weight.detach())
+    torch.testing.assert_close(*weights, **ANOTHER_ORDER)
+
+
 @pytest.mark.fault(58, 60)
 @pytest.mark.parametrize("fused", [False, True])
 def test_order_under_a_scaler_is_unscale_clip_decay_step(fused):
@@ -253,6 +268,7 @@ def test_step_that_the_scaler_skips_changes_and_counts_nothing(fused, method):
     scaled_step(model, optimizer, scaler, poison=True)
     assert recipe.step == 0 and recipe.metrics()["flip_rate"] == 0
     assert all(torch.equal(t, before[n]) for n, t in (*model.named_parameters(), *model.named_buffers()))
+    assert not model.fc1.weight_has_changed(), "else the next forward pass would look for a writer"
     optimizer.zero_grad()
     scaled_step(model, optimizer, scaler)
     assert recipe.step == 1 and not torch.equal(model.fc1.weight, before["fc1.weight"])

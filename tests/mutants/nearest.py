@@ -8,7 +8,7 @@ _PRETRAIN = ["pretrain/test_pretrain_data", "pretrain/test_pretrain_damage", "pr
 NEAREST = {
     "recipe/phases.py": _RECIPE,
     "recipe/decay.py": [*_RECIPE, "test_decay_in_backward", "test_recipe_optimizers", "test_recipe_methods"],
-    "recipe/steps.py": [*_RECIPE, "test_recipe_methods"],
+    "recipe/steps.py": [*_RECIPE, "test_recipe_methods", "test_recipe_optimizers", "test_recipe_mvue", "test_surgery"],
     "recipe/search.py": [*_RECIPE, "test_monitor", "test_recipe_methods"],
     "recipe/state.py": [*_RECIPE, "test_fuzz_states", "test_recipe_methods"],
     "recipe/methods.py": ["test_recipe_methods", "test_recipe_checkpoints"],
