@@ -74,7 +74,8 @@ def test_damaged_cache_is_made_anew(small, tmp_path):
     settings = resolve(small(cache_dir=str(tmp_path / "cache")))
     said: list[str] = []
     before = np.array(tokens.prepare(settings, said.append).train)
-    assert said and not any("made anew" in line for line in said)
+    assert any(line.endswith(" kB into tokens") for line in said)
+    assert not any("made anew" in line for line in said)
     (folder,) = (tmp_path / "cache").iterdir()
     (folder / "train.bin").write_bytes(b"cut short")
     assert np.array_equal(tokens.prepare(settings, said.append).train, before)
@@ -115,6 +116,24 @@ def test_tokenizer_sample_is_capped_and_never_empty(text_file):
     big = (span,) * 20
     taken = sum(len(piece.encode()) for piece in tokens.sample(big, 200_000))
     assert 200_000 <= taken <= 280_000
+
+
+def test_tokenizer_sample_is_spread_evenly_from_the_first_piece_on(tmp_path):
+    path = tmp_path / "t"
+    path.write_text("".join(f"piece {i}\n" for i in range(8)))
+    spans = tuple(text.Span(path, 8 * i, 8 * (i + 1)) for i in range(8))
+    for cap, taken in ((64, range(8)), (32, (0, 2, 4, 6)), (16, (0, 4))):
+        assert list(tokens.sample(spans, cap)) == [f"piece {i}\n" for i in taken]
+
+
+@pytest.mark.parametrize("size, dtype", [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_take_two_bytes_as_long_as_the_largest_fits(small, tmp_path, monkeypatch, size, dtype):
+    class Large(ByteTokenizer):
+        vocab_size, end_of_text = size, size - 1
+
+    monkeypatch.setattr(tokens, "ByteTokenizer", Large)
+    data = tokens.prepare(resolve(small(tokenizer="bytes", cache_dir=str(tmp_path / "cache"))))
+    assert data.train.dtype == dtype and data.train[-1] == size - 1
 
 
 # ---- reading and splitting -----------------------------------------------------------------------------------------

@@ -158,6 +158,16 @@ def test_tensorboard_holds_training_validation_and_recipe(compared):
     assert len(events.Scalars("training/loss")) == 60
 
 
+def test_steps_are_timed_once_caches_and_compilers_are_warm(compared):
+    """Of 60 steps the first five are not, nor the two with which the dense phase begins at step 51."""
+    out, _, _ = compared
+    untimed = {
+        arm: [r["step"] for r in read_rows(out / "metrics.csv", arm)[1:] if r["step_ms"] is None]
+        for arm in ("dense", "sparse")
+    }
+    assert untimed == {"dense": [1, 2, 3, 4, 5], "sparse": [1, 2, 3, 4, 5, 51, 52]}
+
+
 def test_bits_per_byte_follow_from_loss_and_bytes(small, quiet, tmp_path):
     pretrain(small(ffn=("dense",), tokenizer="bytes", valid_fraction=0.05), quiet)
     rows = read_rows(tmp_path / "run" / "metrics.csv")
@@ -198,9 +208,14 @@ def test_attention_is_that_of_transformers(small, kind):
         torch.testing.assert_close(logits, ours(input_ids=ids).logits, **MANY_SUMS)
 
 
-def test_fp16_scales_the_loss_and_trains(small, quiet):
+def test_fp16_scales_the_loss_and_trains(small, quiet, tmp_path):
     summary = pretrain(small(ffn=("dense",), dtype="float16"), quiet)
     assert summary["arms"]["dense"]["valid_loss"] < summary["arms"]["dense"]["first_valid_loss"]
+    first = read_rows(tmp_path / "run" / "metrics.csv")[1]
+    pretrain(small(ffn=("dense",), out=str(tmp_path / "float32")), quiet)
+    whole = read_rows(tmp_path / "float32" / "metrics.csv")[1]
+    # the norm is told, and clipped, of gradients that are not scaled: by 2 ** 16 it would be another number
+    assert first["grad_norm"] == pytest.approx(whole["grad_norm"], rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +261,7 @@ def test_learning_rate_warms_up_then_falls_along_a_cosine(small):
     assert all(a < b for a, b in zip(rates[:9], rates[1:10], strict=True)) and all(
         a >= b for a, b in zip(rates[9:], rates[10:], strict=False)
     )
+    assert learning_rate(11, resolve(small(steps=12, warmup=10))) == pytest.approx(s.min_lr)  # a fall of one step
 
 
 @pytest.mark.fault(53)
