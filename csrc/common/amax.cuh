@@ -19,17 +19,27 @@ __device__ __forceinline__ uint32_t raise_amax(uint32_t seen, float x) {
   return magnitude < 0x7F800000u && magnitude > seen ? magnitude : seen;
 }
 
-/// All threads of a block must call it; `of_warp` has room for its warps. Contains a barrier.
-template <int kThreads>
-__device__ __forceinline__ void store_amax(uint32_t seen, float* amax, uint32_t* of_warp) {
+/// The block's amax, in two steps with a barrier of the caller's between them: all threads stage
+/// theirs, in `of_warp` with room for the block's warps, then all call the other.
+__device__ __forceinline__ void stage_amax(uint32_t seen, uint32_t* of_warp) {
   const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, seen);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = most;
-  __syncthreads();  // all warps' maxima are there
+}
+template <int kThreads>
+__device__ __forceinline__ void store_staged_amax(const uint32_t* of_warp, float* amax) {
   if (threadIdx.x >= 32) return;
   const uint32_t mine = threadIdx.x < kThreads / 32 ? of_warp[threadIdx.x] : 0u;
   const uint32_t block = __reduce_max_sync(0xFFFFFFFFu, mine);
   if (threadIdx.x == 0 && block > *reinterpret_cast<volatile uint32_t*>(amax))
     atomicMax(reinterpret_cast<uint32_t*>(amax), block);
+}
+
+/// Both steps, and the barrier.
+template <int kThreads>
+__device__ __forceinline__ void store_amax(uint32_t seen, float* amax, uint32_t* of_warp) {
+  stage_amax(seen, of_warp);
+  __syncthreads();  // all warps' maxima are there
+  store_staged_amax<kThreads>(of_warp, amax);
 }
 
 /// Adds what one value of the format did to `clipped` and `flushed`.

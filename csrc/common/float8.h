@@ -114,6 +114,31 @@ __device__ __forceinline__ uint32_t convert_pair8(float low, float high) {
   return pair;
 #endif
 }
+
+/// Four values likewise, the first in the lowest byte. One piece of code for two conversions, so that
+/// the halves of the word are not cleared first.
+template <typename F>
+__device__ __forceinline__ uint32_t convert_quad8(float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+  return convert_pair8<F>(a, b) | convert_pair8<F>(c, d) << 16;
+#else
+  uint32_t quad;
+  if constexpr (Float8Traits<F>::kMantissaBits == 3) {
+    asm("{\n .reg .b16 low, high;\n"
+        " cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        " mov.b32 %0, {low, high};\n}"
+        : "=r"(quad)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+  } else {
+    asm("{\n .reg .b16 low, high;\n"
+        " cvt.rn.satfinite.e5m2x2.f32 low, %2, %1;\n cvt.rn.satfinite.e5m2x2.f32 high, %4, %3;\n"
+        " mov.b32 %0, {low, high};\n}"
+        : "=r"(quad)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+  }
+  return quad;
+#endif
+}
 #endif
 
 /// To nearest even, saturating; y is not NaN, and may be infinite.

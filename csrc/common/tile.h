@@ -35,6 +35,10 @@ constexpr int kTileMetaBlocks = kTileRows * kTileCols / (kMetaBlock * kMetaBlock
 
 static_assert(kTileThreads == 128 && kTileMetaBlocks == 2, "see the table above");
 
+// Kernels that go by rows alone, with four features a thread: a warp takes eight tokens.
+constexpr int kRowThreads = 256;
+static_assert(kRowThreads / 32 * 8 == kTileRows && 32 * 4 == kTileCols);
+
 enum class Walk { kRows, kSquare, kTall };
 
 /// First element of a thread's patch, within the tile.

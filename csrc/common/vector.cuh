@@ -51,6 +51,9 @@ __device__ __forceinline__ void store16(void* address, uint4 v) {
 __device__ __forceinline__ void store8(void* address, uint2 v) {
   *static_cast<uint2*>(address) = v;
 }
+__device__ __forceinline__ void store4(void* address, uint32_t v) {
+  *static_cast<uint32_t*>(address) = v;
+}
 
 /// 16 bytes of global memory (zeros, if `there` is false) into shared memory, past the L1 and the
 /// registers.

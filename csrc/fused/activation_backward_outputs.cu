@@ -1,5 +1,5 @@
-// activation_backward_outputs.cu: launches of backward with several outputs; the kernels are in
-// activation_outputs.cuh.
+// activation_backward_outputs.cu: launches of backward with several outputs: the two that 8-bit
+// layers want by rows (backward_rows8.cuh), every other mix by activation_outputs.cuh.
 #include <cuda_runtime.h>
 
 #include "activation/activation_cuda.h"
@@ -45,6 +45,7 @@ void activation_backward_outputs(const ActivationBackwardArgs& args, cudaStream_
     activation_backward_dense(args, stream);
     return write_others(args, args.d_gate_up, args.tile_sums, stream);
   }
+  if (activation_backward_rows8(args, stream)) return;
   ActivationParams p = {};
   p.d_h = args.d_h, p.gate_up = args.gate_up, p.h = args.h;
   p.to = tile_outputs(args.d_h.rows, args.d_h.cols, parts, args.float8);

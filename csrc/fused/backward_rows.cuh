@@ -21,9 +21,6 @@
 
 namespace sparse24 {
 
-constexpr int kRowThreads = 256;
-static_assert(kRowThreads / 32 * 8 == kTileRows && 32 * 4 == kTileCols, "a warp takes 8 tokens");
-
 struct RowsBackwardMvue {
   PatchOperand d_h, gate_up, d_gate_up, h;  // h.data is null if it is not wanted
   uint32_t tile_rows, tile_cols;

@@ -19,5 +19,8 @@ void activation_backward(const ActivationBackwardArgs& args, cudaStream_t stream
 /// Activations with e4m3 copies of the result, and forward also with h packed. Row-major results.
 void activation_forward_outputs(const ActivationArgs& args, cudaStream_t stream);
 void activation_backward_outputs(const ActivationBackwardArgs& args, cudaStream_t stream);
+/// The latter, where it is what an 8-bit layer asks for: false, and nothing done, where it is not.
+/// Operands are row-major in whole vectors, and packing fits (activation_outputs.cuh).
+bool activation_backward_rows8(const ActivationBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace sparse24::cuda

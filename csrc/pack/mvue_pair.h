@@ -67,6 +67,18 @@ SP24_HD uint32_t raise_magnitudes(uint32_t a, uint32_t b) {
 #endif
 }
 
+#if defined(__CUDACC__)
+/// Both halves: the larger magnitude, with a sign that means nothing. NaN counts as nothing.
+template <typename T>
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 860
+  return raise_magnitudes<T>(a, b & 0x7FFF7FFFu);
+#else
+  return raise_magnitudes<T>(a, b);
+#endif
+}
+#endif
+
 /// Both groups pruned.
 struct PrunedPair {
   uint32_t first, second;  // a word of each packed row

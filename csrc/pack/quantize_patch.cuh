@@ -16,12 +16,10 @@ namespace sparse24 {
 /// along k are neighbours, and meet in L2.
 constexpr uint32_t kBand8 = 4;
 
-/// Two values in the lower half of a word. The sum with x * 0 makes NaN of Inf, which the
-/// conversion alone would clip; it leaves everything finite as it is.
-template <typename F>
-__device__ __forceinline__ uint32_t quantize_pair(float low, float high, float inverse_scale) {
-  return convert_pair8<F>(__fmaf_rn(low, 0.0f, low * inverse_scale),
-                          __fmaf_rn(high, 0.0f, high * inverse_scale));
+/// The sum with x * 0 makes NaN of Inf, which the conversion alone would clip; it leaves everything
+/// finite as it is.
+__device__ __forceinline__ float scaled_or_nan(float x, float inverse_scale) {
+  return __fmaf_rn(x, 0.0f, x * inverse_scale);
 }
 
 /// What a thread gathers about its patch.
@@ -48,8 +46,10 @@ __device__ __forceinline__ Patch8 quantize_patch(const Patch& patch, float inver
     for (int j = 0; j < kPatch; ++j) x[j] = patch.value(i, j);
     SP24_UNROLL
     for (int w = 0; w < 2; ++w) {
-      out.line[i][w] = pair_of_lows(quantize_pair<F>(x[4 * w], x[4 * w + 1], inverse_scale),
-                                    quantize_pair<F>(x[4 * w + 2], x[4 * w + 3], inverse_scale));
+      float y[4];
+      SP24_UNROLL
+      for (int j = 0; j < 4; ++j) y[j] = scaled_or_nan(x[4 * w + j], inverse_scale);
+      out.line[i][w] = convert_quad8<F>(y[0], y[1], y[2], y[3]);
     }
     if (wants_amax) {
       SP24_UNROLL
