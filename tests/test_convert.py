@@ -10,9 +10,12 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from rounding import MANY_SUMS
 from tiny_models import MLP, gpt2, llama, tokens
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import sparse24
 from sparse24 import SparseLinear
@@ -270,10 +273,44 @@ def test_refresh_packs_every_layer_and_searches_only_when_asked():
     assert not torch.equal(model.fc1.mask, mask) and sparse24.verify(model)
 
 
-def test_conversion_warns_of_nothing():
+def test_refresh_packs_the_shards_where_a_forward_pass_has_left_gathered_weights():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = MLP()
+        sparse24.sparsify(model)
+        weight = fully_shard(model, mesh=init_device_mesh("cpu", (1,))).fc1.weight
+        with torch.no_grad():
+            model(torch.randn(4, 16))
+            weight.to_local().copy_(written := torch.randn(32, 16))
+        sparse24.refresh(model)
+        kept = written * sparse24.ops.unpack_mask(model.fc1.mask)
+        assert torch.equal(sparse24.ops.decompress(model.fc1.packed, model.fc1.E, 32, 16), kept)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_conversion_warns_of_nothing_and_takes_both_directions_and_16_bits_unless_told_otherwise():
+    model = MLP()
     with warnings.catch_warnings():
         warnings.simplefilter("error", Sparse24Warning)
-        sparse24.sparsify(MLP())
+        report = sparse24.sparsify(model)
+    assert model.fc1.mvue and not model.fc1.lean and report.precision is None
+
+
+def test_layers_of_sizes_that_8_bit_products_do_not_take_stay_dense():
+    sizes = {"fits": (64, 96), "narrow": (48, 64), "short": (64, 48)}
+    model = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+    report = sparse24.sparsify(model, include="*", precision="fp8")
+    assert report.converted == ["fits"] == [*report.shapes] == [*report.reasons]
+    words = "is not a multiple of 32 both ways, as 8-bit products want it"
+    assert dict(report.skipped) == {"narrow": f"64 x 48 {words}", "short": f"48 x 64 {words}"}
+
+
+@pytest.mark.parametrize("count, last", [(8, "7$"), (9, "7 and 1 more$")])
+def test_an_error_names_eight_layers_and_counts_the_others(count, last):
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count)))
+    with pytest.raises(Sparse24Error, match=f"names here: 0, 1, .*, {last}"):
+        sparse24.sparsify(model, include="zzzzzz")
 
 
 @pytest.mark.parametrize(

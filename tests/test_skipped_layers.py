@@ -32,6 +32,14 @@ def test_sizes_without_whole_blocks_are_skipped_with_the_reason(width, hidden):
     assert set(reasons) == {"fc1", "fc2"} and all(word in reason for reason in reasons.values())
 
 
+@pytest.mark.parametrize("width, hidden", [(4, 4), (4, 12), (12, 4)])
+def test_a_layer_of_one_block_or_one_row_of_blocks_is_converted(width, hidden):
+    model = MLP(width, hidden)
+    assert sparse24.sparsify(model).converted == ["fc1", "fc2"]
+    model(torch.randn(2, width)).sum().backward()
+    assert sparse24.verify(model) and model.fc1.weight.grad.shape == (hidden, width)
+
+
 @pytest.mark.fault(29)
 def test_unsupported_dtypes_are_skipped_with_the_reason():
     """Complex weights are named with what is supported; float64 runs on the CPU."""

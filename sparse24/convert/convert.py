@@ -220,7 +220,6 @@ def _why_unavailable(model: nn.Module, precision: str | None = None) -> str | No
         return None
     if not (found := is_available(device)):
         return f"no 2:4 products on {device}: {found.reason}"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if precision is not None and (why := why_no_float8(index)):
+    if precision is not None and (why := why_no_float8(device.index)):
         return f"no 8-bit 2:4 products on {device}: {why}; precision=None trains in 16 bits"
     return None
