@@ -361,6 +361,17 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(damage, words, tmp_pat
         assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(moments["state"][key][k])) for k, v in state.items())
 
 
+def test_a_checkpoint_of_other_settings_is_refused_unless_overridden(tmp_path):
+    save_checkpoint(tmp_path, *make())
+    model, optimizer, recipe = make(seed=1, mask_interval=3)
+    before = copy.deepcopy(model)
+    with pytest.raises(Sparse24Error, match="other settings: mask_interval was 4, is 3"):
+        load_checkpoint(tmp_path, model, optimizer, recipe)
+    assert_same(model, before)
+    load_checkpoint(tmp_path, model, optimizer, recipe, override=True)
+    assert_same(model, make()[0])
+
+
 @pytest.mark.fault(100)
 def test_arguments_in_another_order_are_named(tmp_path):
     model, optimizer, recipe = make()

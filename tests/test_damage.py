@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import sparse24
 from sparse24.errors import Sparse24Error
 from sparse24.save import load_checkpoint, load_compressed, save_checkpoint
 from sparse24.save.exporting import load_exported
+from sparse24.save.fitting import check_optimizer
 from sparse24.save.folders import STATE, WEIGHTS
 
 FILES = (WEIGHTS, STATE, "SHA256SUMS")
@@ -171,6 +173,9 @@ def of_all(change):
         (of_group(lr=None), "a group has lr = None"),
         (of_group(betas=(0.9,)), "a group has betas = .0.9,"),
         (of_group(weight_decay=float("nan")), "a group has weight_decay = nan"),
+        (of_group(lr=torch.tensor(float("nan"))), "a group has lr = tensor.nan"),
+        (of_group(lr=torch.zeros(2)), "a group has lr = tensor..0., 0."),
+        (of_group(lr=torch.tensor(1j)), "a group has lr = tensor.0..1.j."),
         (of_group(amsgrad="yes"), "a group has amsgrad = .yes"),
         (of_group(foreach=[]), "a group has foreach = .."),
         (of_all(lambda v: v | {"step": "x"}), "step of parameter 0 is 'x', no number of steps"),
@@ -188,6 +193,19 @@ def test_an_optimizer_state_that_does_not_fit_is_refused_first(change, words, ch
     with pytest.raises(Sparse24Error, match=f"of another optimizer: .*{words}"):
         load_checkpoint(checkpoint, *fresh[0])
     fresh[1]()
+
+
+def test_a_momentum_of_another_shape_is_refused_from_two_elements_on():
+    """Beside a parameter of one element, what is as large may as well be a count."""
+
+    def check(size):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(size))], lr=0.1, momentum=0.9)
+        state = optimizer.state_dict() | {"state": {0: {"momentum_buffer": torch.zeros(size, 1)}}}
+        check_optimizer(Path("run"), state, optimizer)
+
+    check(1)
+    with pytest.raises(Sparse24Error, match="momentum_buffer of parameter 0 is .2, 1., the parameter .2,."):
+        check(2)
 
 
 @pytest.mark.parametrize(

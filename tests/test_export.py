@@ -36,6 +36,16 @@ def test_plain_export_is_the_dense_state_dict(make, tmp_path):
     assert not unexpected and set(missing) <= {"lm_head.weight"}  # tied with the embedding
 
 
+def test_tensors_that_share_memory_in_part_are_each_written_whole(tmp_path):
+    model = sparse()
+    table = torch.arange(16.0)
+    model.register_buffer("head", table[:10])
+    model.register_buffer("tail", table[6:])
+    sparse24.export(model, tmp_path / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["head"], table[:10]) and torch.equal(saved["tail"], table[6:])
+
+
 @pytest.mark.fault(75)
 @pytest.mark.parametrize("make", [MLP, gpt2, llama])
 def test_masked_export_is_two_of_four_and_computes_what_the_sparse_model_does(make, tmp_path):
