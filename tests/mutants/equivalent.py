@@ -31,6 +31,9 @@ EQUIVALENT: dict[tuple[str, str], str] = {
     ("pretrain/text.py", "BLOCK_BYTES = 1 << 20"): "how much of a file is in memory at once",
     ("pretrain/tokens.py", "self._epoch, self._starts = -1"): "any epoch that is none, any array that is replaced",
     ("pretrain/tokens.py", "comparison: count > batch"): "the remainder of a batch's own size is zero",
+    ("convert/candidates.py", "number: 5 -> 6 in close"): "how many names that come close a message shows",
+    ("save/folders.py", "number: 4 -> 5 in others"): "how many checkpoints a message shows",
+    ("save/fitting.py", "number: 2 -> 3 in small"): "a parameter of any small size makes the same states",
 }
 
 #: of those that are tried, the share that tests must see
