@@ -19,7 +19,7 @@ def check_gpu() -> None:
     if not torch.cuda.is_available():
         raise Sparse24Error(
             "the benchmark needs an NVIDIA GPU that runs 2:4 products, and torch finds no GPU here; "
-            "`python -m sparse24 env` tells more"
+            "`python -m sparse24 env` says more"
         )
     if not (found := is_available("cuda")):
         raise Sparse24Error(f"the benchmark needs 2:4 products on the GPU: {found.reason}")

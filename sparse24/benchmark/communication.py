@@ -1,4 +1,4 @@
-"""What ranks send to one another in a training step: bytes of each kind of collective, and what of it is exposed."""
+"""What ranks send to one another in a training step: bytes of each kind of collective, and the time it is exposed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {
 class CountBytes(TorchDispatchMode):
     """Within it, `bytes["gather"]` and `bytes["reduce"]` grow with each collective of this rank, in backward too.
 
-    Of a gather what it puts together on a rank, of a reduction what a rank puts in. A ring sends (n - 1) / n of that.
+    A gather counts what it puts together on a rank, a reduction what a rank puts in. A ring sends (n - 1) / n of that.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class CountBytes(TorchDispatchMode):
             return NotImplemented  # a DTensor's op: what it sends comes here by itself
         out = func(*args, **(kwargs or {}))
         namespace, _, name = func._schema.name.partition("::")
-        found = next((of for part, of in KINDS.items() if part in name), None)
+        found = next((entry for part, entry in KINDS.items() if part in name), None)
         if found is not None and namespace in ("c10d", "_c10d_functional"):
             kind, whole = found
             if namespace == "c10d":

@@ -1,7 +1,7 @@
 """One file that says how fast this library is on a GPU: the device, what was built, and every table of a run.
 
-It is JSON, written anew after each row, so that an interrupted run has reported what it measured. Nothing in it names
-the machine or its user. `python -m bench.add_report FILE` makes of it what bench/results has of a device.
+It is JSON, written again after each row, so that an interrupted run has reported what it measured. Nothing in it names
+the machine or its user. `python -m bench.add_report FILE NAME` turns it into a folder of bench/results.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import torch
 from .. import _library
 from ..convert import rates_on
 from ..errors import Sparse24Error
+from ..files import write_text_atomically
 from .timing import Table, copy_bandwidth, header
 
 FORMAT = 1
 
 
 class Report:
-    """What `bench --report` writes. Tables that are followed are in it, as far as they have been measured."""
+    """What `bench --report` writes: the tables that it follows, as far as they have been measured."""
 
     def __init__(self, path: Path):
         self.path, self.tables = path, []
         self.head: dict = {"format": FORMAT, "header": header(), "build": build(), "device": device()}
-        self.write()  # before anything is measured: a path that cannot be written is told of at once
+        self.write()  # before anything is measured, so that a path that cannot be written is an error at once
 
     def follow(self, *tables: Table) -> None:
         for table in tables:
@@ -37,12 +38,10 @@ class Report:
 
     def write(self) -> None:
         rows = {t.name: {"columns": t.columns, "rows": [in_json(row) for row in t.rows]} for t in self.tables if t.rows}
-        unfinished = self.path.with_name(f"{self.path.name}.unfinished")
         try:
-            unfinished.write_text(json.dumps({**self.head, "tables": rows}, indent=1) + "\n", encoding="utf-8")
-            unfinished.replace(self.path)
+            write_text_atomically(self.path, json.dumps({**self.head, "tables": rows}, indent=1) + "\n")
         except OSError as error:
-            raise Sparse24Error(f"--report cannot write {self.path}: {error.strerror}; name another file") from None
+            raise Sparse24Error(f"--report cannot write {self.path} ({error}); name another file") from None
 
 
 def in_json(row: list) -> list:
@@ -62,7 +61,7 @@ def build() -> dict:
 
 
 def device() -> dict:
-    """The current GPU, by its driver; what a copy reaches there; and the rates that estimates go by."""
+    """The current GPU as its driver describes it, the bandwidth of a copy, and the rates that estimates use."""
     index = torch.cuda.current_device()
     info, rates = _library.device_info(index), rates_on(torch.device("cuda", index))
     properties = torch.cuda.get_device_properties(index)

@@ -1,7 +1,7 @@
 """What is timed: parts of a model (a feed-forward layer, a block) and whole training steps, dense and 2:4.
 
-Both sides run under the same compiler settings. What a step adds to a 2:4 part is timed by itself: re-packing, masked
-decay, and a search of the masks every 40 steps.
+Both sides run under the same compiler settings. What a training step adds to a 2:4 part is timed separately:
+re-packing, masked decay, and a mask search every 40 steps.
 """
 
 from __future__ import annotations

@@ -4,15 +4,16 @@ Timing   CUDA events around one call each, candidates interleaved (A B C A B C .
          each call, as long as the host needs to enqueue it, lets the host run ahead, as it does in training with work
          to come, so that times are those of the GPU. What the host costs is measured by itself (`host_time_us`).
          Memory-bound kernels start with a cold L2: a buffer larger than the cache is written before each call.
-         Compute-bound ones run on a hot chip: Hopper is limited by power, and a rested one shows a dense GEMM 20 %
-         faster than training ever sees it.
-Ratios   only within one run.
+         Compute-bound ones run on a hot chip: Hopper is limited by power, and on a cool one a dense GEMM is 20 %
+         faster than it ever is in training.
+Ratios   are taken within one run only.
 """
 
 from __future__ import annotations
 
 import csv
 import functools
+import io
 import os
 import shutil
 import statistics
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..files import write_text_atomically
 
 
 def header() -> dict[str, str]:
@@ -134,12 +136,12 @@ def copy_bandwidth() -> float:
 class Table:
     """Rows of one benchmark, printed as they come and, with a folder, written as CSV under the header of `header()`.
 
-    key     so many of the first columns tell what was measured
+    key     how many of the first columns say what was measured
     folder  where NAME.csv is written, anew after each row, so that nothing measured is lost
     quiet   print nothing
-    report  if given, told of each row by report.write()
-    append  rows of a CSV that is there already, of this device, stay; but new ones take the place of those with their
-            key. Where the headers differ (commit, date), the line has both values, the newest first
+    report  if given, report.write() is called after each row
+    append  keep the rows of an existing CSV of this device, but for those whose key is measured again. Where the
+            headers differ (commit, date), the line has both values, the newest first
     """
 
     name: str
@@ -168,14 +170,12 @@ class Table:
         rows = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in self.rows]
         if self.append and path.exists():
             head, rows = self._with_those_of(path, head, rows)
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("w", newline="") as file:
-            for key, value in head.items():
-                file.write(f"# {key}: {value}\n")
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows(rows)
-        unfinished.replace(path)  # a run that is killed leaves a whole file
+        text = io.StringIO("".join(f"# {key}: {value}\n" for key, value in head.items()))
+        text.seek(0, io.SEEK_END)
+        writer = csv.writer(text)
+        writer.writerow(self.columns)
+        writer.writerows(rows)
+        write_text_atomically(path, text.getvalue())  # a run that is killed leaves a whole file
         return path
 
     def _with_those_of(

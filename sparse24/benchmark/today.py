@@ -1,14 +1,14 @@
-"""What PyTorch itself offers for 2:4 training: its greedy tile kernel after each optimizer step, cuSPARSELt forward and
-for the input gradient, a dense weight gradient. Beside our arms, in their clothes: a feed-forward layer, a block, a
-trainer.
+"""2:4 training with what PyTorch itself offers today, to compare with: the same arms as ours (a feed-forward layer, a
+block, a trainer).
 
-It is as fast as torch's parts allow. Gate and up are one product. All that the dense arm compiles is compiled, without
-graph breaks: a product by cuSPARSELt is one opaque op of a graph; casts, biases, activations, norms and residuals are
-fused around it. Packing runs eagerly. cuSPARSELt's algorithm is searched once a shape; it plans anew at each call, on
-the host.
+After each optimizer step torch's greedy tile kernel packs; cuSPARSELt multiplies in forward and for the input gradient;
+the weight gradient is dense. It is made as fast as torch's parts allow. Gate and up are one product. All that the dense
+arm compiles is compiled, without graph breaks: a product by cuSPARSELt is one opaque op of a graph; casts, biases,
+activations, norms and residuals are fused around it. Packing runs eagerly. cuSPARSELt's algorithm is searched once for
+each shape; cuSPARSELt plans again at each call, on the host.
 
-What torch or the shape does not have raises RuntimeError when an arm is made or first run: rows and columns must be
-multiples of 128.
+Rows and columns must be multiples of 128. Otherwise, and where torch lacks a part, making an arm or its first run
+raises RuntimeError.
 """
 
 from __future__ import annotations
