@@ -1,5 +1,6 @@
-"""Sparse24 inside other people's training loops: `transformers` (Hugging Face) and `lightning`; each needs its
-library.
+"""sparse24 in the training loops of others: `transformers` (Hugging Face), `lightning` and `torchtitan`.
+
+The first two import their library; each module is imported when it is first asked for.
 """
 
 import importlib

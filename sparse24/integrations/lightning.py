@@ -29,7 +29,7 @@ from ..recipe import Recipe, follow, load_masks
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, sparsify_once
 
-#: Strategies that place a module's parameters themselves.
+#: strategies that place a module's parameters themselves
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -83,7 +83,7 @@ class Sparse24Callback(Callback):
         self.report = None
         self.recipe: Recipe | None = None
         self._loaded: dict | None = None  # the state of the checkpoint that this run starts from
-        self._masks_are_guessed = False  # whether the masks are of a search for which nobody has vouched
+        self._masks_are_guessed = False  # they come from a search, and from no checkpoint or training
         self._masks: dict[str, torch.Tensor] | None = None  # while an averaging callback may write to buffers
         self._module: nn.Module | None = None
 
@@ -245,7 +245,7 @@ class Sparse24Callback(Callback):
 
 
 def _pair_decay_buffers(copy: nn.Module, like: nn.Module) -> None:
-    """Averaging pairs buffers by their order; the decay of `decay_in="backward"`, one tensor for all layers, is one."""
+    """Give `copy` the decay buffers of `like`: averaging pairs buffers by order, and decay_in="backward" adds some."""
     made = {}
     layers = sparse_layers(copy)
     for name, layer in sparse_layers(like).items():
@@ -256,7 +256,7 @@ def _pair_decay_buffers(copy: nn.Module, like: nn.Module) -> None:
 
 
 def _copies(trainer, pl_module: nn.Module) -> list[nn.Module]:
-    """Other modules of the class that the Trainer's callbacks hold: averages of its weights."""
+    """Modules of the same class that the Trainer's callbacks hold: averages of the weights."""
     held = [
         value for callback in trainer.callbacks for value in vars(callback).values() if isinstance(value, nn.Module)
     ]

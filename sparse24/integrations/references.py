@@ -1,7 +1,7 @@
 """Other models that a Trainer compares its model with: TRL's trainers make a reference before callbacks convert.
 
-DPO means the policy as it begins, and its loss begins at ln 2: a `ref_model` with the policy's weights gets its masks.
-Any other model with these weights may be dense on purpose, such as a teacher, and is told of.
+DPO's reference is the policy as it was at the start, so that the loss begins at ln 2: a `ref_model` with the policy's
+weights gets its masks. Another model with these weights, such as a teacher, may be dense on purpose: it gets a warning.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def take_references(model: nn.Module, *, resumed: bool) -> bool:
 def _follow(reference: nn.Module, model: nn.Module, resumed: bool) -> bool:
     try:
         follow(reference, like=model)
-    except Sparse24Error:  # a wrapped or quantised one, perhaps: told of where it is a twin
+    except Sparse24Error:  # wrapped or quantised, perhaps; the caller warns if it is a dense twin
         return False
     if resumed:
         for layer in sparse_layers(reference).values():
@@ -58,7 +58,7 @@ def _follow(reference: nn.Module, model: nn.Module, resumed: bool) -> bool:
 
 
 def _calling_trainer() -> Trainer | None:
-    """Callbacks are given the Trainer's parts, and not the Trainer: it is further up among the callers."""
+    """The Trainer whose callback runs now. Callbacks get its parts but not itself, so it is looked for in the stack."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""One flat list of keyword arguments for two functions: which go to `sparsify` and which to `Recipe`."""
+"""Splitting the keyword arguments of a callback: which go to `sparsify` and which to `Recipe`."""
 
 from __future__ import annotations
 

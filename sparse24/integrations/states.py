@@ -1,4 +1,4 @@
-"""What both trainers' callbacks do with a saved recipe: read its file, start one, go on with one."""
+"""What the callbacks of both trainers share: converting once, and reading a saved recipe."""
 
 from __future__ import annotations
 

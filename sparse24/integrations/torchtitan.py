@@ -71,9 +71,9 @@ class Sparse24Converter:
             self._hook = register_optimizer_step_pre_hook(self._before_step)
 
     def post_optimizer_hook(self, model: nn.Module | list[nn.Module]) -> None:
-        """After the optimizer's step. The recipes have done their part in it; this looks that they have.
+        """After the optimizer's step, in which the recipes do their part: check that there was a recipe to do it.
 
-        Raises Sparse24Error where a converted model is trained by an optimizer that nobody has heard of.
+        Raises Sparse24Error where the optimizer of a converted model runs no hooks, or does not hold its weights.
         """
         missing = [m for m in (model if isinstance(model, list) else [model]) if any(m is w for w in self._waiting)]
         if missing:
@@ -145,7 +145,7 @@ class Sparse24Converter:
             layer._repack(search=True)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        if not self._waiting:
+        if not self._waiting:  # each converted model has its recipe
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for model in list(self._waiting):

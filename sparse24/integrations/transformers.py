@@ -25,7 +25,7 @@ from .settings import check_decay_in, split_settings
 from .states import check_masks, end, read_state, sparsify_once
 
 STATE_FILE = "sparse24.pt"
-#: in trainer_state.json and in config.json: which masks and phase the weights beside it were saved under
+#: key in trainer_state.json and config.json: the masks and the phase that the weights beside it were saved under
 STATE_KEY = "sparse24"
 
 
@@ -95,8 +95,8 @@ class Sparse24Callback(TrainerCallback):
             _take_saved_masks(model)
 
     def log_through(self, trainer) -> None:
-        """Come before the Trainer's own callbacks, so that TensorBoard and whatever else `report_to` names, and the
-        progress bar, get the metrics with its logs.
+        """Move this callback before the Trainer's own, so that TensorBoard, whatever else `report_to` names, and the
+        progress bar get the metrics with the Trainer's logs.
         """
         callbacks = trainer.callback_handler.callbacks
         callbacks.remove(self)
@@ -190,7 +190,7 @@ class Sparse24Callback(TrainerCallback):
 
 
 def _mark(model: nn.Module) -> None:
-    """Say in the model's config, which is saved with the weights wherever they go, which function they belong to."""
+    """Write phase and masks, as a fingerprint, into the model's config, which is saved with the weights everywhere."""
     config = getattr(unwrap(model), "config", None)
     if config is not None and not isinstance(config, dict):
         setattr(config, STATE_KEY, {"function": fingerprint_of(model)})

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: those of the library, with what opens them elsewhere and what the run was asked for.
+"""Checkpoints of a run: those of the library, plus files for other readers and the run's settings.
 
     <out>/checkpoint/<arm>/step-000400/
         model.safetensors   fp32 master weights under the dense model's names
@@ -76,7 +76,7 @@ def complete(folder: Path) -> list[tuple[int, Path]]:
 
 
 def load(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint under `folder`, or None when there is none. What a killed process left there goes.
+    """The newest checkpoint under `folder`, or None when there is none; removes what a killed process left there.
 
     Raises Sparse24Error when it is damaged or of another version. Nothing in it can run code.
     """

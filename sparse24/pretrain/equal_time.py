@@ -1,8 +1,8 @@
-"""What a feed-forward layer's time pays for: widths of equal time, and time as an axis beside optimizer steps.
+"""Comparing arms at equal time: the widths that take equal time, and time as an axis beside optimizer steps.
 
-A tiny model on any machine says nothing about the time of a large one on a GPU. So time is that of a layer of reference
-size, of the run's own shape (FFN width over model width, gated or not), estimated by the cost model of an H100; or by
-`--time-ratio`, whoever has measured it. A step's FFN time is taken to go with the FFN's width.
+The time of a tiny model says nothing about a large one on a GPU. So time is that of a layer of reference size with the
+run's own shape (FFN width over model width, gated or not): the cost model's estimate for an H100, or `--time-ratio` if
+the user has measured it. We assume that a step's FFN time is proportional to the FFN's width.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SPARSE_KINDS = ("sparse", "wide")
 class LayerTime:
     """A layer of reference size in training.
 
-    dense_ms  an optimizer step of the dense one, as wide as the run's --ffn-width has it
-    ratio     that over a step of the 2:4 one in its sparse phase
+    dense_ms  an optimizer step of the dense layer of the run's --ffn-width
+    ratio     dense_ms over a step of the 2:4 layer in its sparse phase
     source    in words, for tables and pictures
     """
 
@@ -38,7 +38,7 @@ def layer_time(s: Settings) -> LayerTime:
     layer = (REFERENCE_WIDTH, hidden, s.model == "llama")
     times = feed_forward(*layer, training, H100)
     ratio, kind = times.speedup, ""
-    if s.precision is not None:  # dense arms stay in 16 bits, so the 8-bit layer's time is held against theirs
+    if s.precision is not None:  # dense arms stay in 16 bits, so the 8-bit layer is compared with those
         ratio = times.dense_us / cost_float8.feed_forward(*layer, training.of(precision=s.precision), H100).sparse_us
         kind = f", 2:4 in {s.precision}"
     size = f"a {REFERENCE_WIDTH} x {hidden} FFN, {REFERENCE_CALLS} x {REFERENCE_TOKENS} tokens a step{kind}"

@@ -24,7 +24,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def deferred(self):
-        """The code within looks at the request itself, where it is able to stop."""
+        """Inside, a signal is only noted: the code checks for it where it can stop."""
         self._deferred = True
         try:
             yield

@@ -71,7 +71,7 @@ def new_run_folder(s: Settings) -> Path:
 
 
 def refuse_mixed_runs(out: Path, s: Settings) -> None:
-    """Refuse to write over a run, or to go on with none."""
+    """Raises Sparse24Error where `out` has another run, or has none of these settings for --resume."""
     folder = out / "checkpoint"
     there = (out / "config.json").exists() or (folder.is_dir() and any(folder.iterdir()))
     if there and not s.resume and not s.overwrite:
@@ -89,7 +89,7 @@ def refuse_mixed_runs(out: Path, s: Settings) -> None:
 
 @contextlib.contextmanager
 def writable(out: Path):
-    """Make the folder and try it, before any work is done; take it away again if the run ends before writing to it."""
+    """Make the folder and test it before any work is done; remove it if the run ends before it has written anything."""
     fresh = not out.exists()
     try:
         try:
@@ -105,7 +105,7 @@ def writable(out: Path):
 
 
 def begin(out: Path, s: Settings, data: tokens.TokenData) -> None:
-    """Clear what --overwrite replaces (and nothing that is not ours), and write config.json."""
+    """Remove what --overwrite replaces, and only files of ours, then write config.json."""
     if s.overwrite:
         for name in OUR_FILES:
             (out / name).unlink(missing_ok=True)
@@ -197,7 +197,7 @@ def introduce(trainer: Trainer, say: Callable[[str], None]) -> None:
 
 
 def draw(out: Path, s: Settings, results: dict[str, summary.Result] | None = None) -> None:
-    """Both plots from what has been measured so far, also of a run that stopped; of `results`, each kind's best arm."""
+    """Draw both plots from what has been measured so far; with `results`, only the best arm of each kind."""
     kept = {result["arm"] for result in summary.best(results).values()} if results else None
     rows = [r for r in metrics.read_rows(out / "metrics.csv") if kept is None or r["arm"] in kept]
     with contextlib.suppress(OSError):

@@ -83,7 +83,7 @@ class MetricsLog:
 
 @contextlib.contextmanager
 def board_errors_without_traceback():
-    """TensorBoard writes in a thread of its own and raises its errors in ours too: there they need no traceback."""
+    """Let TensorBoard's writer thread print no traceback for an OSError: our thread raises the same error."""
     before = threading.excepthook
 
     def hook(args) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .equal_time import ffn_width
 from .settings import ACTIVATIONS, Settings, kind_of
 
-VOCAB_MULTIPLE = 64  # the head's GEMM wants round extents; the ids beyond the tokenizer's are never seen
+VOCAB_MULTIPLE = 64  # the head's GEMM is faster with round extents; ids beyond the tokenizer's are never used
 
 
 def padded_vocab(vocab_size: int) -> int:
@@ -94,5 +94,5 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def quiet_transformers() -> None:
-    """Keep its advice about pretrained checkpoints out of the log of a run that uses none."""
+    """Silence its advice about pretrained checkpoints, which this run does not use."""
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ def write_samples(
 ) -> torch.Tensor:
     """Continue `prompts` (int64 [count, length]) by `tokens` each; returns int64 [count, length + tokens].
 
-    Draws come from a generator of its own, so that sampling does not change what a run would do next.
+    It draws from a generator of its own, so that sampling does not change the rest of the run.
     """
     generator = torch.Generator().manual_seed(seed)
     was_training = model.training

@@ -1,4 +1,4 @@
-"""Settings that a run was saved with: read back, checked, and compared with those that are asked for now."""
+"""Reading the settings that a run was saved with, and comparing them with those that are asked for now."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Settings of a pre-training run: one dataclass, from which the command line is made too.
 
-A field left at None takes the value of the preset; `resolve` fills it in and checks everything, so that the rest of
-the job reads plain numbers and a bad value is told before any work is done.
+A field left at None takes the value of the preset. `resolve` fills these in and checks everything, so that the rest of
+the job reads plain numbers, and a bad value is an error before any work is done.
 """
 
 from __future__ import annotations
@@ -18,14 +18,9 @@ from ..layers.options import fitted
 from ..recipe.methods import METHODS
 from ..recipe.presets import PRESETS as RECIPES
 
-ARMS = ("dense", "sparse", "half", "narrow", "wide")  # what the feed-forward layers are
-ACTIVATIONS = {
-    "relu2": "relu2",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_new",
-    "silu": "silu",
-    "relu": "relu",
-}  # transformers'
+ARMS = ("dense", "sparse", "half", "narrow", "wide")  # kinds of feed-forward layers
+#: our names -> those of transformers
+ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
 PRECISIONS = (None, "fp8-hybrid", "fp8")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -70,7 +65,7 @@ def option(default: Any, text: str, *, free: bool = False) -> Any:
 class Settings:
     """Everything that decides a run. Sizes are in elements, tokens or optimizer steps unless named otherwise."""
 
-    # input and output; which text it is, not where it lies, is compared when a run is resumed
+    # input and output; a resumed run must have the same text, but it may lie elsewhere
     data: tuple[str, ...] = option(
         (), "Text files or folders (UTF-8). Default: the Python standard library's sources.", free=True
     )

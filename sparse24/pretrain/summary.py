@@ -1,4 +1,4 @@
-"""What a run comes to: summary.json, summary.md, samples.txt and the table on the screen."""
+"""The results of a run: summary.json, summary.md, samples.txt and the table on the screen."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ COLUMNS = {
     "flips, last": lambda r: number(r["flip_rate_last"], ".4f"),
     "FFN time (est.)": lambda r: f"{r['ffn_seconds']:.1f} s",
 }
-# a CPU has no sparse tensor cores: its times would say nothing of a GPU's
+# only on a GPU: a CPU has no sparse tensor cores, and its times would say nothing
 GPU_COLUMNS = {
     "ms/step 2:4": lambda r: number(r["step_ms_sparse_phase"], ".1f"),
     "ms/step dense": lambda r: number(r["step_ms_dense_phase"], ".1f"),
@@ -117,7 +117,7 @@ def table(results: dict[str, Result]) -> str:
 
 
 def words(results: dict[str, Result], s: Settings) -> list[str]:
-    """What was seen, in sentences: each kind against the dense one, at what FFN time; on a GPU also the speed."""
+    """The results in sentences: each kind against the dense one, with its FFN time; on a GPU also the speed."""
     kinds, ratios, time = best(results), compare(results), layer_time(s)
     lines = [
         f"{SENTENCE_NAMES[kind]}: validation loss {against(result, kinds['dense'])} the dense model's, in "

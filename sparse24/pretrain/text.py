@@ -1,4 +1,4 @@
-"""Which text a run reads: files found, checked to be UTF-8 text, and split into training and validation spans.
+"""The text of a run: finding files, checking that they are UTF-8, splitting them into training and validation spans.
 
 Nothing is held in memory: a span is a file and a byte range, read block by block.
 """
@@ -73,7 +73,7 @@ def load_corpus(data: tuple[str, ...], valid: tuple[str, ...], valid_fraction: f
 
 
 def standard_library() -> list[tuple[Source, bool]]:
-    """Python's own sources, less installed packages, tests (some are in other encodings on purpose) and code tables."""
+    """Python's own sources without installed packages, tests (some have other encodings on purpose) and code tables."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"encodings", "test", "tests", "idle_test", "site-packages", "dist-packages"}
     files = [p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts[:-1])]

@@ -83,7 +83,7 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the cached files are those that were written, byte for byte; a changed folder is made anew."""
+    """Whether the cached files are those that were written, byte for byte; else they are made again."""
     try:
         check_seal(folder)
         return np.dtype(read_json(folder / "meta.json").get("dtype")) in (np.uint16, np.uint32)

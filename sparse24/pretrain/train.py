@@ -55,7 +55,7 @@ def learning_rate(step: int, s: Settings) -> float:
 
 
 def sparsify_settings(s: Settings) -> dict[str, Any]:
-    """What `sparse24.sparsify` is told of a run; on a GPU, the dtype of autocast for the packed values."""
+    """Arguments of `sparse24.sparsify` for a run; on a GPU values are packed in the dtype of autocast."""
     in_16_bits = s.device.startswith("cuda") and s.dtype != "float32" and s.precision is None
     return {
         "backend": s.backend,
@@ -130,7 +130,7 @@ class Trainer:
                 dense_at=s.dense_at, track_blocks=True, preset=s.recipe or "paper",
             )  # fmt: skip
         else:
-            with contextlib.suppress(Sparse24Error):  # of a model whose widths no mask fits there is nothing to see
+            with contextlib.suppress(Sparse24Error):  # no probe of a model whose widths no mask fits
                 self.probe = MaskProbe(self.model, mask_interval=s.mask_interval)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=FORMATS[self.dtype].wants_loss_scaling)
         torch.manual_seed(s.seed)  # from here on a run's draws depend on nothing before
@@ -139,7 +139,7 @@ class Trainer:
         if s.compile:
             torch.compiler.reset()  # models of one class share torch's limit, and later arms would run eagerly
         self.forward = torch.compile(self.model) if s.compile else self.model
-        # steps yet to go before times count: caches and compilers warm up at the start of a process and of a phase
+        # steps before times count: caches and compilers warm up at the start of a process and of a phase
         self.cold = min(5, max(1, s.steps // 10))
 
     def make_sparse(self) -> Any:

@@ -1,4 +1,4 @@
-"""`python -m sparse24 tune`: the decay factor for a run of `pretrain`, found on its own text, model and schedule."""
+"""`python -m sparse24 tune`: finds the decay for a run of `pretrain`, with its text, model and schedule."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tune(
 ) -> Any:
     """Try each decay of `grid` for `probe_step` steps of the run that `settings` describe; see `sparse24.tune_decay`.
 
-    grid        decays to try; empty: a decade's thirds from 1e-6 to 1e-2
+    grid        decays to try; empty: 0, and 1e-6 to 1e-2 in steps of about a factor of three
     probe_step  inside the warm-up; default: its end, at least three mask searches
 
     Writes tune.json and tune.png into `settings.out`; a run that was stopped goes on where it was. Returns what

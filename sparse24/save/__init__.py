@@ -1,4 +1,4 @@
-"""What leaves the process: exports, checkpoints, PyTorch's own semi-structured weights; and what verifies them."""
+"""Models in files and in other forms: exports, checkpoints, PyTorch's semi-structured weights; and their checks."""
 
 from .checkpoints import load_checkpoint, save_checkpoint
 from .exporting import export, load_compressed

@@ -1,9 +1,9 @@
 """export: weights to files that others can read, and the way back from the compressed form.
 
-format="safetensors"  the model's state_dict. Plain: the *dense master weights*, which are not sparse. masked=True:
-                      the weights that the sparse phase multiplies with, zeros written out, checked to be 2:4
-format="compressed"   sparse weights as values and logical positions, about 9/16 of the size of 16-bit weights;
-                      nothing of it depends on a GPU's own order of metadata. `load_compressed` reads it
+format="safetensors"  the model's state_dict: the *dense master weights*, which are not sparse. With masked=True: the
+                      weights that the sparse phase multiplies with, zeros written out, checked to be 2:4
+format="compressed"   sparse weights as values and logical positions, about 9/16 of the size of 16-bit weights. It does
+                      not depend on the order of metadata of any GPU. `load_compressed` reads it
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
     version, digest = header.get("version"), metadata.get(DIGEST)
     if header and (type(version) is not int or version != VERSION):
         raise Sparse24Error(f"{path} has version {version!r}, this sparse24 reads {VERSION}")
-    if digest is not None and digest != _digest(state, metadata.get(HEADER, "")):  # files of before have none
+    if digest is not None and digest != _digest(state, metadata.get(HEADER, "")):  # older files have none
         raise Sparse24Error(f"{path} is not the file that was written: it was damaged; restore it from a copy")
     return state, header
 
@@ -144,7 +144,7 @@ def _digest(tensors: dict[str, Tensor], header: str) -> str:
 
 
 def _unpack(state: dict[str, Tensor], header: dict, path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state_dict that was exported. Whoever made the file, what is in the header is checked before it is used."""
+    """The state_dict that was exported. The header is checked before it is used: anybody may have made the file."""
     layers, same = header.get("layers", {}), header.get("same", {})
     if not isinstance(layers, dict) or not isinstance(same, dict):
         raise Sparse24Error(f"the header of {path} is corrupt: layers and same must be objects")
@@ -183,7 +183,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def warn_of_dense_phase(layers: dict[str, SparseLayer], doing: str) -> None:
-    """Say so where masked weights are asked of a model that does not multiply with them."""
+    """Warn where masked weights are asked of a model that does not multiply with them."""
     if any(state_of(layer).phase == DENSE for layer in layers.values()):
         warnings.warn(
             f"{doing} masked weights of a model in its dense phase: it does not compute with these weights; train "

@@ -13,7 +13,7 @@ from ..convert import plain_name, unwrap
 from ..errors import Sparse24Error
 from .exporting import plain_state
 
-#: options without which a step raises; newer ones get their default from torch, so older states may lack them
+#: options that a step cannot do without; for newer ones torch has a default, so older states may lack those
 OPTIONS = {"lr", "betas", "eps", "weight_decay", "momentum"}
 #: moments that every optimizer keeps in the shape of its parameter
 MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "grad_avg", "sum"}
@@ -36,7 +36,7 @@ def check_weights(path: Path, saved: dict[str, Tensor], model: nn.Module) -> Non
 
 
 def _kind(tensor: Tensor) -> str:
-    """Casting within a kind rounds; from one kind to another it loses what the numbers mean."""
+    """The kind of numbers: a cast within a kind only rounds, one to another kind changes what the numbers mean."""
     if tensor.is_floating_point() or tensor.is_complex():
         return "complex" if tensor.is_complex() else "floating"
     return str(tensor.dtype)
@@ -94,7 +94,7 @@ def _are_numbers(params: Any) -> bool:
 
 
 def _is_like(value: Any, own: Any) -> bool:
-    """Whether an option is of the kind that this optimizer has it in: a step on any other raises, or is no number."""
+    """Whether an option has the type that this optimizer has for it; a step with any other would raise or give NaN."""
     if isinstance(own, (tuple, list)):
         fits = isinstance(value, (tuple, list)) and len(value) == len(own)
         return fits and all(_is_like(*pair) for pair in zip(value, own, strict=True))
@@ -141,7 +141,7 @@ def _value_problem(name: Any, value: Any, parameter: Tensor) -> str | None:
 
 
 def _expected_names(optimizer: torch.optim.Optimizer, group: dict, dim: int) -> set | None:
-    """What a class of torch.optim keeps of a parameter under the options of `group`, by a step on a small one."""
+    """What a class of torch.optim keeps for a parameter under the options of `group`, from a step on a small one."""
     kind = next((base for base in type(optimizer).__mro__ if base.__module__.startswith("torch.optim.")), None)
     if kind is None or kind is not type(optimizer) or kind is torch.optim.LBFGS:
         return None

@@ -107,7 +107,7 @@ def read_checkpoint(path: Path, version: int, remedy: str) -> Saved:
 
 
 class OtherVersion(Sparse24Error):
-    """A checkpoint that another sparse24 wrote."""
+    """A checkpoint that another version of sparse24 wrote."""
 
 
 def _check_version(path: Path, state: Any, version: int) -> None:
@@ -119,7 +119,7 @@ def _check_version(path: Path, state: Any, version: int) -> None:
 
 
 def read_state(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU. Sparse24Error for whatever a damaged file does to zip and pickle readers."""
+    """What `torch.save` wrote, on the CPU. Raises Sparse24Error for a damaged file, whatever zip or pickle raise."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

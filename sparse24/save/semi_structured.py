@@ -123,7 +123,8 @@ def _tensor_class(layers: dict[str, SparseLayer], backend: str) -> type:
     for name in wanted:
         if reasons[name] is None:
             return getattr(torch.sparse, f"SparseSemiStructuredTensor{name.upper()}")
-    raise Sparse24Error("; ".join(f"{name}: {reasons[name]}" for name in wanted))
+    why = "; ".join(f"{name}: {reasons[name]}" for name in wanted)
+    raise Sparse24Error(f"{why}; export(masked=True) writes the zeros out for a dense runtime")
 
 
 def _why_not_backends(device: torch.device) -> dict[str, str | None]:
@@ -141,7 +142,7 @@ def _dtype_of(name: str, layer: SparseLayer, dtype: torch.dtype | None) -> torch
         packed = layer._buffers[PACKED].dtype
         dtype = FORMATS[packed].wide_dtype
     if dtype not in HALF_DTYPES:
-        # PyTorch takes float32 too, but there it means one of two, and would drop half of what is kept.
+        # PyTorch takes float32 too, but keeps one of two values there, which would drop half of what we keep.
         raise Sparse24DtypeError(
             f"the weight of {name} would be {dtype}; a 2:4 SparseSemiStructuredTensor is "
             f"{' or '.join(map(str, HALF_DTYPES))}: pass dtype="

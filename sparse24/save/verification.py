@@ -1,4 +1,4 @@
-"""verify: is what the sparse layers multiply with what it should be, and does a file hold what the model has?"""
+"""verify: do sparse layers multiply with what they should, and does a file hold what the model has?"""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
     the metadata in their places. In the dense phase only the masks are checked, and the report says so. Weights that
     `to_semi_structured` made are unpacked, and must be 2:4.
 
-    like  another holder of these weights, such as the model that `model` is an average of: the phase and the masks that
-          matter in it must be the same, or the two compute different functions of their weights
     path  a file that `export` made, plain, masked or compressed: each tensor must equal the model's, masked where the
-          file is, and masked ones must be 2:4; of a plain file, phase and masks must be those that the weights had when
-          they were saved. Of a model made by `to_semi_structured`, masked files are compared in
-          the dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
+          file is, and masked ones must be 2:4. For a plain file, the model must have the phase and masks that the
+          weights had when they were saved. For a model made by `to_semi_structured`, masked files are compared in the
+          dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
+    like  another model with these weights, such as the one that `model` is an average of: it must have the same phase
+          and masks, or the two compute different functions of their weights
     """
     sharding.reshard(sharding.sharded_modules(model))
     layers, semi = sparse_layers(model), semi_structured_layers(model)
