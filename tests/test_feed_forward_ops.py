@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse24 import ops
+from sparse24 import Sparse24Error, ops
 from sparse24.ops.feed_forward import BackwardOptions, feed_forward, feed_forward_backward
 
 TOKENS, D_MODEL, D_FF = 40, 32, 64
@@ -51,7 +51,14 @@ def test_backward_is_its_six_parts(device, gated, adds):
 
     versions = [t._version for t in before] if adds else []
     found = feed_forward_backward(
-        dy, (gate_up, x, h), up[2:], down[2:], seeds, ("silu", gated), BackwardOptions(True, True, True, None), before
+        dy,
+        (gate_up, x, h),
+        up[2:],
+        down[2:],
+        seeds,
+        ("silu", gated),
+        BackwardOptions(0, True, True, True, dy.dtype),
+        before,
     )
     weights = before if adds else found[1:3]
     for ours, parts in zip((found[0], *weights, *found[3:]), (dx, d_up, d_down, db_up, db_down), strict=True):
@@ -64,8 +71,40 @@ def test_backward_is_its_six_parts(device, gated, adds):
 def test_backward_makes_what_is_wanted_alone(device):
     x, up, down, _, dy = layer(device, True)
     _, gate_up, h = feed_forward(x, up[:2], down[:2], "silu", True, None, None)
-    wanted = BackwardOptions(False, False, False, torch.float32)
+    wanted = BackwardOptions(0, False, False, False, torch.float32)
     arguments = (dy, (gate_up, x, h), up[2:], down[2:], ops.draw_seeds(x, 2), ("silu", True), wanted, (None, None))
     dx, d_up, d_down, *biases = feed_forward_backward(*arguments)
     assert all(t.numel() == 0 for t in (dx, *biases))
     assert d_up.dtype == d_down.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", ["tokens", "width", "dtype", "seeds", "packed"])
+def test_backward_refuses_what_does_not_fit(device, wrong):
+    x, up, down, _, dy = layer(device, True)
+    _, gate_up, h = feed_forward(x, up[:2], down[:2], "silu", True, None, None)
+    seeds, forms = ops.draw_seeds(x, 2), up[2:]
+    if wrong == "tokens":
+        x = x[:-4]
+    elif wrong == "width":
+        gate_up = gate_up[:, :D_FF].contiguous()
+    elif wrong == "dtype":
+        h = h.double()
+    elif wrong == "seeds":
+        seeds = seeds.T
+    else:
+        forms = down[2:]
+    options = BackwardOptions(0, True, False, False, dy.dtype)
+    with pytest.raises(Sparse24Error):
+        feed_forward_backward(dy, (gate_up, x, h), forms, down[2:], seeds, ("silu", True), options, (None, None))
+
+
+def test_a_drawn_seed_follows_the_generator(device):
+    x, up, down, _, dy = layer(device, True)
+    _, gate_up, h = feed_forward(x, up[:2], down[:2], "silu", True, None, None)
+    arguments = (dy, (gate_up, x, h), up[2:], down[2:])
+    rest = ("silu", True), BackwardOptions(3, True, False, False, dy.dtype), (None, None)
+    torch.manual_seed(0)
+    seeds = ops.draw_seeds(x, 2, 3)
+    torch.manual_seed(0)
+    drawn, given = feed_forward_backward(*arguments, None, *rest), feed_forward_backward(*arguments, seeds, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, given, strict=True))

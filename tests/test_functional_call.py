@@ -265,7 +265,7 @@ def test_export_multiplies_with_the_packed_forms(strict):
     program = torch.export.export(model, (x,), strict=strict)
     assert torch.equal(program.module()(x), model(x))
     called = {str(node.target) for part in program.graph_module.modules() for node in part.graph.nodes}
-    assert "sparse24.sparse_mm.default" in called and "sparse24.compress.default" not in called
+    assert "sparse24.feed_forward.default" in called and "sparse24.compress.default" not in called
 
 
 # -- other substitutes, and what a layer remembers -----------------------------------------------------------------

@@ -60,10 +60,10 @@ def feed_forward_calls(device, dtype):
     up, down = (ops.prune_compress(randn(*shape), dtype)[1:] for shape in ((64, 32), (32, 32)))
     x, dy, biases, seeds = randn(24, 32), randn(24, 32), (randn(64), randn(32)), ops.draw_seeds(randn(1), 2)
     gate_up, h = ops.sparse_mm_gated_activation(x, *up[:2], 32, bias=biases[0])
-    operands, wanted = (dy, gate_up, x, h, *up[2:], *down[2:], seeds, "silu", True), (True, True, True)
+    operands, wanted = (dy, gate_up, x, h, *up[2:], *down[2:], seeds, "silu", True), (0, True, True, True)
     return {
         "feed_forward": (x, *up[:2], *down[:2], "silu", True, *biases),
-        "feed_forward_backward": (*operands, *wanted, None, torch.zeros_like(randn(64, 32)), None),
+        "feed_forward_backward": (*operands, *wanted, dtype, torch.zeros_like(randn(64, 32)), None),
     }
 
 

@@ -142,36 +142,34 @@ def _trains_plainly(needs: tuple[bool, ...], plan: _Plan, decay, dtype: torch.dt
     """Whether backward is the usual one, which is one op: both weights trained, in one dtype, by pruned output
     gradients, from what forward has made and packed.
     """
-    return (
-        decay is None
-        and plan.noise.operands == _BOTH_OUTPUTS
-        and needs[3]
-        and all(needs[6 : 6 + len(up_weights)])
-        and not is_lean(plan.down)
-        and not is_lean(plan.up)
-        and all(weight.dtype == dtype for weight in up_weights)
-    )
+    if decay is not None or plan.noise.operands != _BOTH_OUTPUTS or is_lean(plan.down) or is_lean(plan.up):
+        return False
+    first, second = both(up_weights)
+    if first.dtype != dtype or not (needs[3] and needs[6]):
+        return False
+    return second is None or (needs[7] and second.dtype == dtype)
 
 
 def _backward_by_one_op(ctx, dy: Tensor) -> tuple:
     gate_up, x, h, *forms, seed = ctx.saved_tensors
     need_x, *need_biases = ctx.needs_input_grad[:3]
     shape, dy, of = dy.shape, as_rows(dy), ctx.down
-    if seed is None:
-        seed = ops.draw_seeds(dy, 2, ctx.rank)
     into = (
         accumulation.stacked_target([up.leaf for up in ctx.ups], dy.dtype),
         accumulation.target(of.leaf, dy.dtype),
     )
-    options = BackwardOptions(need_x, *need_biases, torch.float32 if of.dtype == torch.float32 else None)
+    out_dtype = torch.float32 if of.dtype == torch.float32 else dy.dtype
+    options = BackwardOptions(ctx.rank, need_x, *need_biases, out_dtype)
     dx, d_up, d_down, *d_biases = feed_forward_backward(
         dy, (as_rows(gate_up), as_rows(x), as_rows(h)), forms[:2], forms[2:], seed, (ctx.kind, ctx.gated), options, into
     )
     if need_x and len(shape) != 2:
         dx = dx.view(*shape[:-1], ctx.d_model)
-    db_up, db_down = (
-        db.to(dtype) if need else None for db, dtype, need in zip(d_biases, ctx.bias_dtypes, need_biases, strict=True)
-    )
+    db_up, db_down = (db if need else None for db, need in zip(d_biases, need_biases, strict=True))
+    if torch.compiler.is_compiling():  # else autograd casts them to the dtypes of the biases, in less time
+        db_up, db_down = (
+            None if db is None else db.to(dtype) for db, dtype in zip((db_up, db_down), ctx.bias_dtypes, strict=True)
+        )
     d_ups = _parts_of(None if into[0] is not None else d_up, ctx.ups)
     d_down = None if into[1] is not None else as_laid_out(_in_dtype(d_down, of.dtype), of.columns)
     return dx if need_x else None, db_up, db_down, d_down, None, None, *both(d_ups)

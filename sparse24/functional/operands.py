@@ -202,8 +202,14 @@ def noise_of(
 # ---- rules on inputs ------------------------------------------------------------------------------------------------
 
 
+#: whether autocast is on for any device: one quick question, which most passes ask alone. Compilers do not know it
+_any_autocast = torch._C._is_any_autocast_enabled
+
+
 def computed_dtype(t: Tensor) -> torch.dtype:
     """The dtype in which `F.linear` would take `t`: autocast casts floating point, but not float64."""
+    if not torch.compiler.is_compiling() and not _any_autocast():
+        return t.dtype
     device = t.device.type
     if t.is_meta or not torch.is_autocast_enabled(device):  # the meta device knows no autocast
         return t.dtype
@@ -213,6 +219,8 @@ def computed_dtype(t: Tensor) -> torch.dtype:
 
 def cast_as_autocast_does(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Inputs and biases as `F.linear` would cast them."""
+    if not torch.compiler.is_compiling() and not _any_autocast():
+        return tensors
     cast = []
     for t in tensors:
         if t is not None and (dtype := computed_dtype(t)) != t.dtype:

@@ -188,20 +188,26 @@ def _check_backward_mvue(dh: Tensor, gate_up: Tensor, kind: str, gated: bool, se
     return check_backward(dh, gate_up, kind, gated)
 
 
-def compute_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
-    width = _check_backward_mvue(dh, gate_up, kind, gated, seed)
+def _backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
+    _check_backward_mvue(dh, gate_up, kind, gated, seed)
+    results = compute_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad)
+    return tuple(gate_up.new_empty(0) if t is None else t for t in results)
+
+
+def compute_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor | None, ...]:
+    """(d_gate_up, packed, E, h, bias_grad) of operands that have been checked; None where they are not wanted."""
     library, *place = where(gate_up)
     if library is None or not has_kernel(gate_up):
         if library is None:
             d_gate_up, h = reference.gated_activation_backward(dh, gate_up, kind, gated)
-            d_gate_up, h = d_gate_up.contiguous(), h.contiguous() if recompute_h else gate_up.new_empty(0)
+            d_gate_up, h = d_gate_up.contiguous(), h.contiguous()
         else:
             d_gate_up, h = _backward(dh, gate_up, kind, gated, recompute_h)
-        db = reference.bias_gradient(d_gate_up) if bias_grad else gate_up.new_empty(0)
-        return d_gate_up, *reference.mvue_compress(d_gate_up, seed), h, db
+        db = reference.bias_gradient(d_gate_up) if bias_grad else None
+        return d_gate_up, *reference.mvue_compress(d_gate_up, seed), h if recompute_h else None, db
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    packed, E = empty_mvue(*gate_up.shape, gate_up.dtype, gate_up.device)
-    h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
+    packed, E = empty_mvue(gate_up)
+    h = gate_up.new_empty(dh.shape) if recompute_h else None
     tile_sums = empty_tile_sums(gate_up) if bias_grad else None
     if d_gate_up.numel():
         dh, gate_up = as_major(dh), as_major(gate_up)
@@ -210,7 +216,7 @@ def compute_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad
         mvue = mvue_fields(seed, packed, E)
         library.activation_backward(KINDS[kind], gated, *operands, rows_h, None, mvue, sums_pointer, *place)
     # Without tokens there are no tiles, and their sum is zero.
-    return d_gate_up, packed, E, h, gate_up.new_empty(0) if tile_sums is None else tile_sums.sum(0)
+    return d_gate_up, packed, E, h, None if tile_sums is None else tile_sums.sum(0)
 
 
 def fake_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -> tuple[Tensor, ...]:
@@ -218,14 +224,14 @@ def fake_backward_mvue(dh, gate_up, kind, gated, seed, recompute_h, bias_grad) -
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     h = gate_up.new_empty((gate_up.shape[0], width) if recompute_h else 0)
     db = empty_bias_grad(gate_up) if bias_grad else gate_up.new_empty(0)
-    return d_gate_up, *empty_mvue(*gate_up.shape, gate_up.dtype, gate_up.device), h, db
+    return d_gate_up, *empty_mvue(gate_up), h, db
 
 
 _op_backward_mvue = define_op(
     "activation_backward_mvue",
     "(Tensor dh, Tensor gate_up, str kind, bool gated, Tensor seed, bool recompute_h, bool bias_grad) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    compute_backward_mvue,
+    _backward_mvue,
     fake_backward_mvue,
 )
 

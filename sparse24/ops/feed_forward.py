@@ -13,14 +13,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import Sparse24DtypeError, Sparse24Error
 from . import flops
 from ._common import define_op
-from .activation import compute_backward_mvue, empty_bias_grad, fake_backward_mvue
+from .activation import check_input, compute_backward_mvue, empty_bias_grad
 from .arguments import check_writable, names_wrong_types
 from .gemm.activation import compute_sparse_mm_activation, fake_sparse_mm_activation
-from .gemm.products import compute_grad_input, compute_sparse_mm, fake_grad_input, fake_sparse_mm
+from .gemm.products import check_grad_input, compute_grad_input, compute_sparse_mm, fake_sparse_mm
 from .gemm.weight_gradient import compute_grad_weight
-from .mvue import compute_mvue, compute_mvue_and_sum
+from .mvue import check_seeds, compute_mvue, compute_mvue_and_sum, compute_seeds
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 
@@ -63,58 +64,81 @@ def feed_forward(
 
 
 class BackwardOptions(NamedTuple):
-    """What of backward is wanted, beside the gradients of both weights.
+    """How backward runs, and what of it is wanted beside the gradients of both weights.
 
+    rank                        of this process, for seeds that are drawn
     need_x, bias_up, bias_down  whether these get gradients
-    out_dtype                   of new weight gradients: None, that of dy, or float32
+    out_dtype                   of new weight gradients: that of dy, or float32
     """
 
+    rank: int
     need_x: bool
     bias_up: bool
     bias_down: bool
-    out_dtype: torch.dtype | None
+    out_dtype: torch.dtype
+
+
+def _check_backward(dy, saved, up, down, seeds, activation, out_dtype) -> None:
+    """All rules at once; what backward makes of its operands fits by itself."""
+    (gate_up, x, h), (kind, gated) = saved, activation
+    check_grad_input(dy, *down, h.shape[-1], out_dtype)
+    check_input(gate_up, kind, gated)
+    check_grad_input(gate_up, *up, x.shape[-1], None)
+    tokens, d_ff = dy.shape[0], h.shape[-1]
+    if not (
+        dy.dim() == x.dim() == 2
+        and gate_up.shape == (tokens, 2 * d_ff if gated else d_ff)
+        and h.shape == (tokens, d_ff)
+        and x.shape[0] == tokens
+    ):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (dy, gate_up, x, h))
+        raise Sparse24Error(f"dy, gate_up, x and h must be rows of the same tokens, of widths that fit, got {shapes}")
+    if not (gate_up.dtype == x.dtype == h.dtype == dy.dtype and gate_up.device == x.device == h.device == dy.device):
+        kinds = ", ".join(f"{t.dtype} on {t.device}" for t in (dy, gate_up, x, h))
+        raise Sparse24DtypeError(f"dy, gate_up, x and h must have the same dtype and device, got {kinds}")
+    if seeds is not None:
+        check_seeds(seeds, dy)
 
 
 def _backward(dy, gate_up, x, h, packed_t_up, E_t_up, packed_t_down, E_t_down, seeds, kind, gated, *options):
-    need_x, bias_up, bias_down, out_dtype, into_up, into_down = options
-    seed_down, seed_up = seeds.unbind()
-    dh = compute_grad_input(dy, packed_t_down, E_t_down, h.shape[1], None)  # dh = dy (M.W_down)
+    rank, need_x, bias_up, bias_down, out_dtype, into_up, into_down = options
+    up, down = (packed_t_up, E_t_up), (packed_t_down, E_t_down)
+    _check_backward(dy, (gate_up, x, h), up, down, seeds, (kind, gated), out_dtype)
+    seed_down, seed_up = (compute_seeds(dy, 2, rank) if seeds is None else seeds).unbind()
+    dh = compute_grad_input(dy, *down, h.shape[1], dy.dtype)  # dh = dy (M.W_down)
     d_gate_up, packed, E, _, db_up = compute_backward_mvue(dh, gate_up, kind, gated, seed_up, False, bias_up)
     del dh
-    packed_dy, E_dy, db_down = (compute_mvue_and_sum if bias_down else _mvue)(dy, seed_down)
+    packed_dy, E_dy, *sums = (compute_mvue_and_sum if bias_down else compute_mvue)(dy, seed_down)
     # dW_down = MVUE(dy^T) h, dW_up = MVUE(d_gate_up^T) x
     d_down = compute_grad_weight(packed_dy, E_dy, h, dy.shape[1], out_dtype, into_down)
-    d_up = compute_grad_weight(packed, E, x, d_gate_up.shape[1], out_dtype, into_up)
+    d_up = compute_grad_weight(packed, E, x, gate_up.shape[1], out_dtype, into_up)
     # dx = d_gate_up (M.W_up)
-    dx = compute_grad_input(d_gate_up, packed_t_up, E_t_up, x.shape[1], None) if need_x else dy.new_empty(0)
-    return tuple(dy.new_empty(0) if t is None else t for t in (dx, d_up, d_down, db_up, db_down))
-
-
-def _mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, None]:
-    return *compute_mvue(dy, seed), None
+    dx = compute_grad_input(d_gate_up, *up, x.shape[1], dy.dtype) if need_x else None
+    gradients = (dx, d_up, d_down, db_up, sums[0] if bias_down else None)
+    return tuple([dy.new_empty(0) if t is None else t for t in gradients])
 
 
 def _fake_backward(dy, gate_up, x, h, packed_t_up, E_t_up, packed_t_down, E_t_down, seeds, kind, gated, *options):
-    need_x, bias_up, bias_down, out_dtype, into_up, into_down = options
-    dh = fake_grad_input(dy, packed_t_down, E_t_down, h.shape[1], None)
-    d_gate_up = fake_backward_mvue(dh, gate_up, kind, gated, seeds[1], False, False)[0]
-    none, dtype = dy.new_empty(0), out_dtype or x.dtype
+    _, need_x, bias_up, bias_down, out_dtype, into_up, into_down = options
+    up, down = (packed_t_up, E_t_up), (packed_t_down, E_t_down)
+    _check_backward(dy, (gate_up, x, h), up, down, seeds, (kind, gated), out_dtype)
     return (
-        fake_grad_input(d_gate_up, packed_t_up, E_t_up, x.shape[1], None) if need_x else none,
-        dy.new_empty((gate_up.shape[1], x.shape[1]), dtype=dtype) if into_up is None else none,
-        dy.new_empty((dy.shape[1], h.shape[1]), dtype=dtype) if into_down is None else none,
-        empty_bias_grad(gate_up) if bias_up else none,
-        empty_bias_grad(dy) if bias_down else none,
+        dy.new_empty(x.shape) if need_x else dy.new_empty(0),
+        dy.new_empty((gate_up.shape[1], x.shape[1]), dtype=out_dtype) if into_up is None else dy.new_empty(0),
+        dy.new_empty((dy.shape[1], h.shape[1]), dtype=out_dtype) if into_down is None else dy.new_empty(0),
+        empty_bias_grad(gate_up) if bias_up else dy.new_empty(0),
+        empty_bias_grad(dy) if bias_down else dy.new_empty(0),
     )
 
 
 _op_feed_forward_backward = define_op(
     "feed_forward_backward",
     "(Tensor dy, Tensor gate_up, Tensor x, Tensor h, Tensor packed_t_up, Tensor E_t_up, Tensor packed_t_down, "
-    "Tensor E_t_down, Tensor seeds, str kind, bool gated, bool need_x, bool bias_up, bool bias_down, "
-    "ScalarType? out_dtype, Tensor(a!)? into_up, Tensor(b!)? into_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor E_t_down, Tensor? seeds, str kind, bool gated, int rank, bool need_x, bool bias_up, bool bias_down, "
+    "ScalarType out_dtype, Tensor(a!)? into_up, Tensor(b!)? into_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
+    tags=(torch.Tag.nondeterministic_seeded,),
 )
 flops.register_feed_forward()
 
@@ -125,7 +149,7 @@ def feed_forward_backward(
     saved: tuple[Tensor, Tensor, Tensor],
     up: tuple[Tensor, Tensor],
     down: tuple[Tensor, Tensor],
-    seeds: Tensor,
+    seeds: Tensor | None,
     activation: tuple[str, bool],
     options: BackwardOptions,
     into: tuple[Tensor | None, Tensor | None],
@@ -135,13 +159,17 @@ def feed_forward_backward(
     dy          (tokens, d_model)
     saved       gate_up, x and h, as rows
     up, down    (packed_t, E_t)
-    seeds       int64 (2, 2): of MVUE of dy, and of the gradient of gate_up
+    seeds       int64 (2, 2): of MVUE of dy, and of the gradient of gate_up; None: drawn
     activation  (kind, gated)
     into        gradients of the up and the down weight to add to, in place of new ones
+
+    Gradients of biases are float32.
     """
-    written = [t for t in into if t is not None]
-    check_writable(*(("into", t) for t in written))
+    for t in into:
+        if t is not None:
+            check_writable(("into", t))
     gradients = _op_feed_forward_backward(dy, *saved, *up, *down, seeds, *activation, *options, *into)
-    for t in written:
-        torch.autograd.graph.increment_version(t)
+    for t in into:
+        if t is not None:
+            torch.autograd.graph.increment_version(t)
     return gradients

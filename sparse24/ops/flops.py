@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _OPS = torch.ops.sparse24
-_NEED_X = 7  # its place among the arguments of feed_forward_backward, behind the shapes
+_NEED_X = 8  # its place among the arguments of feed_forward_backward, behind the shapes
 
 
 def _times_rows(x_shape, packed_shape, *_, **__) -> int:

@@ -25,6 +25,17 @@ def check_seed(seed: Tensor, like: Tensor) -> None:
         check_same_device(like, "dy", seed=seed)
 
 
+def check_seeds(seeds: Tensor, like: Tensor) -> None:
+    """The same of seeds for two gradients, one a row."""
+    if seeds.dtype != torch.int64 or seeds.shape != (2, 2) or not seeds.is_contiguous():
+        raise Sparse24DtypeError(
+            f"seed must be a contiguous int64 tensor of shape (2, 2), got {seeds.dtype} of shape {tuple(seeds.shape)} "
+            f"with strides {seeds.stride()}; ops.draw_seeds(x, 2) makes one"
+        )
+    if seeds.device != like.device:
+        check_same_device(like, "dy", seed=seeds)
+
+
 def has_kernel(dy: Tensor) -> bool:
     """fp32 gradients have no GPU kernel: the weight gradient's operand is 16-bit there. The reference takes them."""
     return dy.dtype in HALF_DTYPES or dy.device.type == "cpu"
@@ -38,17 +49,17 @@ def _check_mvue(dy: Tensor, seed: Tensor) -> None:
     check_seed(seed, dy)
 
 
-def empty_mvue(tokens: int, features: int, dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
+def empty_mvue(dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the packed form of dy (tokens, features)."""
+    tokens, features = dy.shape
     padded = padded_tokens(tokens)
-    return (
-        torch.empty((padded // 2, features), dtype=dtype, device=device),
-        torch.empty(metadata_bytes(features, padded), dtype=torch.uint8, device=device),
-    )
+    E_bytes = metadata_bytes(features, padded)
+    return dy.new_empty((padded // 2, features)), dy.new_empty(E_bytes, dtype=torch.uint8)
 
 
 def empty_tile_sums(dy: Tensor) -> Tensor:
     """Room for the sums of dy's columns over each of its tiles of 64 tokens."""
-    return torch.empty((-(-dy.shape[0] // TILE_TOKENS), dy.shape[1]), dtype=torch.float32, device=dy.device)
+    return dy.new_empty((-(-dy.shape[0] // TILE_TOKENS), dy.shape[1]), dtype=torch.float32)
 
 
 def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = None) -> tuple[int, ...]:
@@ -57,8 +68,13 @@ def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = 
     return seed.data_ptr(), packed.data_ptr(), DTYPE_CODE[packed.dtype], E.data_ptr(), scale_pointer
 
 
-def compute_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+def _mvue_compress(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
+    return compute_mvue(dy, seed)
+
+
+def compute_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a gradient and a seed that have been checked."""
     library, *place = where(dy)
     if library is None or not has_kernel(dy):
         return reference.mvue_compress(dy, seed)
@@ -67,21 +83,28 @@ def compute_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pack(dy: Tensor, seed: Tensor, sums_pointer: int, library, place) -> tuple[Tensor, Tensor]:
     dy = as_major(dy)
-    packed, E = empty_mvue(*dy.shape, dy.dtype, dy.device)
+    packed, E = empty_mvue(dy)
     library.mvue_pack(matrix(dy), mvue_fields(seed, packed, E), None, sums_pointer, *place)
     return packed, E
 
 
 def fake_mvue(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     _check_mvue(dy, seed)
-    return empty_mvue(*dy.shape, dy.dtype, dy.device)
+    return empty_mvue(dy)
 
 
-_op_mvue_compress = define_op("mvue_compress", "(Tensor dy, Tensor seed) -> (Tensor, Tensor)", compute_mvue, fake_mvue)
+_op_mvue_compress = define_op(
+    "mvue_compress", "(Tensor dy, Tensor seed) -> (Tensor, Tensor)", _mvue_compress, fake_mvue
+)
+
+
+def _mvue_compress_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_mvue(dy, seed)
+    return compute_mvue_and_sum(dy, seed)
 
 
 def compute_mvue_and_sum(dy: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_mvue(dy, seed)
+    """Of a gradient and a seed that have been checked."""
     library, *place = where(dy)
     if library is None or not has_kernel(dy) or dy.numel() == 0:
         return *compute_mvue(dy, seed), reference.bias_gradient(dy)
@@ -102,7 +125,7 @@ def empty_bias_grad(dy: Tensor) -> Tensor:
 _op_mvue_compress_and_sum = define_op(
     "mvue_compress_and_sum",
     "(Tensor dy, Tensor seed) -> (Tensor, Tensor, Tensor)",
-    compute_mvue_and_sum,
+    _mvue_compress_and_sum,
     fake_mvue_and_sum,
 )
 
@@ -127,7 +150,7 @@ def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple
     return call_without_grad("mvue_compress", "functional.sparse_linear", op, (dy, seed))
 
 
-def _draw_seeds(like: Tensor, count: int, rank: int) -> Tensor:
+def compute_seeds(like: Tensor, count: int, rank: int) -> Tensor:
     seeds = torch.empty((count, 2), dtype=torch.int64, device=like.device)
     seeds.random_(-(2**63), None)
     if rank:
@@ -142,7 +165,7 @@ def _draw_seeds_fake(like: Tensor, count: int, rank: int) -> Tensor:
 _op_draw_seeds = define_op(
     "draw_seeds",
     "(Tensor like, int count, int rank) -> Tensor",
-    _draw_seeds,
+    compute_seeds,
     _draw_seeds_fake,
     tags=(torch.Tag.nondeterministic_seeded,),
 )

@@ -117,7 +117,7 @@ def sparse_mm(
 # ---- input gradient -------------------------------------------------------------------------------------------------
 
 
-def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, torch.dtype]:
+def check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, torch.dtype]:
     if dy.dim() == 0:
         raise Sparse24Error("dy must have at least one dimension, got a scalar")
     out_features = dy.shape[-1]
@@ -127,8 +127,14 @@ def _check_grad_input(dy, packed_t, E_t, in_features, out_dtype) -> tuple[int, t
     return out_features, dy.dtype if out_dtype is None else output_dtype(dy, out_dtype, "dy")
 
 
-def compute_grad_input(dy, packed_t, E_t, in_features, out_dtype):
-    out_features, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
+def _sparse_mm_grad_input(dy, packed_t, E_t, in_features, out_dtype):
+    _, out_dtype = check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
+    return compute_grad_input(dy, packed_t, E_t, in_features, out_dtype)
+
+
+def compute_grad_input(dy, packed_t, E_t, in_features: int, out_dtype: torch.dtype) -> Tensor:
+    """Of operands that have been checked."""
+    out_features = dy.shape[-1]
     dx, dx_rows = empty_rows(dy, in_features, out_dtype)
     if dx.numel() == 0:
         return dx
@@ -141,14 +147,14 @@ def compute_grad_input(dy, packed_t, E_t, in_features, out_dtype):
 
 
 def fake_grad_input(dy, packed_t, E_t, in_features, out_dtype):
-    _, out_dtype = _check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
+    _, out_dtype = check_grad_input(dy, packed_t, E_t, in_features, out_dtype)
     return dy.new_empty((*dy.shape[:-1], in_features), dtype=out_dtype)
 
 
 _op_sparse_mm_grad_input = define_op(
     "sparse_mm_grad_input",
     "(Tensor dy, Tensor packed_t, Tensor E_t, int in_features, ScalarType? out_dtype) -> Tensor",
-    compute_grad_input,
+    _sparse_mm_grad_input,
     fake_grad_input,
 )
 

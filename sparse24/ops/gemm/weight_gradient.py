@@ -122,11 +122,16 @@ def _write_gradient(pruning: _Pruning, packed, E, other, features, out, accumula
     _compute_into(pruning, SparseOperand(packed, E, k_major=False), other, out, accumulate, decay)
 
 
-def compute_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, into: Tensor | None = None) -> Tensor | None:
-    """dW of a pruned output gradient, or None where it was added to `into`."""
-    if into is None:
-        return _new_gradient(_OUTPUT, packed_dy, E_dy, x, out_features, out_dtype, None)
-    return _write_gradient(_OUTPUT, packed_dy, E_dy, x, out_features, into, True, None)
+def compute_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, into: Tensor | None) -> Tensor | None:
+    """dW from operands that have been checked; None where it was added to `into`, which is checked here."""
+    operand, shape = SparseOperand(packed_dy, E_dy, k_major=False), (out_features, x.shape[1])
+    if into is not None:
+        _check_out(_OUTPUT, x, shape, into)
+        _check_memory(_OUTPUT, (packed_dy, E_dy, x), into, None)
+        return _compute_into(_OUTPUT, operand, x, into, True, None)
+    dw = x.new_empty(shape, dtype=out_dtype)
+    _compute_into(_OUTPUT, operand, x, dw, False, None)
+    return dw
 
 
 def _define(pruning: _Pruning, name: str, schema: str) -> tuple:
