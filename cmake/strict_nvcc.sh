@@ -21,8 +21,11 @@ why=
 grep -q C7510 "$log" && why="ptxas serialised wgmma (C7510, above)"
 kernel=$(printf '%s\n' "$object" | sed -n 's|.*/\([^/]*/[^/]*\)\.cu\.o$|\1|p')  # such as sm90/Forward_...
 allowed=$(awk -v kernel="$kernel" 'kernel != "" && $1 == kernel { print $2 }' "$(dirname "$0")/allowed_spills.txt")
-spills=$(grep -E '[0-9]+ bytes spill (stores|loads)' "$log" | awk -v allowed="${allowed:-0}" '
-  { for (i = 1; i < NF; ++i) if ($(i + 1) == "bytes" && $(i + 2) == "spill" && $i > allowed) { sub(/^ +/, ""); print; exit } }')
+only=$(awk -v kernel="$kernel" 'kernel != "" && $1 == kernel { print $3 }' "$(dirname "$0")/allowed_spills.txt")
+spills=$(awk -v allowed="${allowed:-0}" -v only="$only" '
+  /Compiling entry function/ { arch = $NF; gsub(/\047/, "", arch) }
+  { for (i = 1; i < NF; ++i) if ($(i + 1) == "bytes" && $(i + 2) == "spill" &&
+        $i > (only == "" || only == arch ? allowed : 0)) { sub(/^ +/, ""); print; exit } }' "$log")
 [ -n "$spills" ] && why="ptxas spilled registers ($spills; ${allowed:-0} bytes allowed for ${kernel:-this file})"
 if [ -n "$why" ] || [ "$status" -ne 0 ]; then
   cat "$log" >&2
