@@ -16,7 +16,8 @@
 //      row 1         8     9   |  12     13
 //      row 9        10    11   |  14     15
 //
-// 8-bit values: blocks of 64 (m) x 128 (k), 1024 bytes, 16 bytes a row:
+// 8-bit values: blocks of 64 (m) x 128 (k), 1024 bytes, 16 bytes a row. mma.sp of sm_89 takes the
+// same words (gemm/sm80/staged.h), and so does that of sm_80 for 16-bit values:
 //
 //               k  0..7  8..15  16..23  ...  120..127
 //      row 0    byte 0     1      2     ...     15

@@ -11,6 +11,7 @@
 #include "elements.h"
 #include "gemm/sm80/staged.h"
 #include "random.h"
+#include "shared_banks.h"
 #include "testing.h"
 
 using namespace sparse24;
@@ -20,7 +21,9 @@ using testing::Random;
 
 namespace {
 
-constexpr int kTileM = 256, kTileN = 128;
+constexpr int kTileM = 256, kTileN = 128, kTileK = gemm::sm80::kTileKOf<2>;
+constexpr int kWarpN = gemm::sm80::kWarpNOf<2>, kFragmentsN = gemm::sm80::kFragmentsNOf<2>;
+using Meta = StagedMeta<2>;
 constexpr Orientation kKMajor = Orientation::kKMajor, kMnMajor = Orientation::kMnMajor;
 template <Orientation kOrientation>
 using Lhs = Staged<kOrientation, kTileM, kTileK / 2>;
@@ -89,10 +92,8 @@ std::vector<uint8_t> staged_meta(const std::vector<uint8_t>& E) {
   std::vector<uint8_t> memory(kTileM / 16 * kMetaGroupBytes);
   for (int group = 0; group < kTileM / 16; ++group)
     for (int unit = 0; unit < kMetaGroupBytes / kUnitBytes; ++unit)
-      std::memcpy(&memory[meta_unit_offset(group, unit)],
-                  &E[meta_block_start(group / 4, 0, kTileM / 64) + group % 4 * kMetaGroupBytes +
-                     unit * kUnitBytes],
-                  kUnitBytes);
+      std::memcpy(&memory[Meta::unit_offset(group, unit)],
+                  &E[meta_source<2>(group * 16, unit, kTileM / 64)], kUnitBytes);
   return memory;
 }
 
@@ -129,8 +130,9 @@ void check_warps() {
           });
           std::array<uint32_t, 32> words;
           for (int lane = 0; lane < 32; ++lane)
-            std::memcpy(&words[lane], &meta[meta_words_offset(warp_m, lane, m16 / 2) + step * 4],
-                        4);
+            std::memcpy(
+                &words[lane],
+                &meta[Meta::words_offset(warp_m, lane) + m16 / 2 * Meta::kLoadStep + step * 4], 4);
           multiply_sparse(sums, a, b, words, m16 % 2);
         }
         for (int m = 0; m < 16; ++m)
@@ -144,39 +146,6 @@ void check_warps() {
   }
 }
 
-/// How many lanes of a phase meet in a bank, at worst; lanes of the same word do not count.
-template <typename Address>
-int worst_conflict(int lanes, int bytes, const Address& address) {
-  const int phase = 128 / bytes;
-  int worst = 0;
-  for (int first = 0; first < lanes; first += phase) {
-    std::array<std::set<int>, 32> words;
-    for (int lane = first; lane < first + phase; ++lane)
-      for (int word = address(lane) / 4; word < (address(lane) + bytes) / 4; ++word)
-        words[word % 32].insert(word);
-    for (const auto& bank : words) worst = std::max(worst, static_cast<int>(bank.size()));
-  }
-  return worst;
-}
-
-template <typename Operand, typename Place>
-void check_ldmatrix_banks(int fragments) {
-  for (int fragment = 0; fragment < fragments; ++fragment)
-    for (int step = 0; step < kSteps; ++step)
-      CHECK_EQ(worst_conflict(32, kUnitBytes,
-                              [&](int lane) { return Place(1, lane).offset(fragment, step); }),
-               1);
-  // Copies of neighbouring threads: eight units at a time.
-  for (int first = 0; first + 32 <= 256; first += 32)
-    CHECK_EQ(worst_conflict(32, kUnitBytes,
-                            [&](int lane) {
-                              const int thread = first + lane;
-                              return unit_offset<Operand::kUnits>(thread / Operand::kUnits,
-                                                                  thread % Operand::kUnits);
-                            }),
-             1);
-}
-
 template <bool kMContiguous>
 void check_chunk_banks() {
   constexpr int kStride = kChunkStride<kMContiguous>;
@@ -184,9 +153,9 @@ void check_chunk_banks() {
   for (int half = 0; half < 2; ++half) {
     const int conflict =
         kMContiguous
-            ? worst_conflict(
+            ? testing::worst_conflict(
                   32, 4, [&](int lane) { return 4 * ((lane % 4 * 2 + half) * kStride + lane / 4); })
-            : worst_conflict(32, 8, [&](int lane) {
+            : testing::worst_conflict(32, 8, [&](int lane) {
                 return 4 * (lane / 4 * kStride + half * 8 + lane % 4 * 2);
               });
     CHECK_EQ(conflict, 1);
@@ -202,31 +171,22 @@ TEST(a_warp_multiplies_what_is_staged) {
 }
 
 TEST(nothing_that_lanes_do_at_a_time_meets_in_a_bank) {
-  check_ldmatrix_banks<Lhs<kKMajor>, LhsPlace<Lhs<kKMajor>>>(kFragmentsM);
-  check_ldmatrix_banks<Lhs<kMnMajor>, LhsPlace<Lhs<kMnMajor>>>(kFragmentsM);
-  check_ldmatrix_banks<Rhs<kKMajor>, RhsPlace<Rhs<kKMajor>>>(kFragmentsN);
-  check_ldmatrix_banks<Rhs<kMnMajor>, RhsPlace<Rhs<kMnMajor>>>(kFragmentsN);
-  for (int pair = 0; pair < kFragmentsM / 2; ++pair)
-    CHECK_EQ(worst_conflict(32, 8, [&](int lane) { return meta_words_offset(2, lane, pair); }), 1);
+  testing::check_operand_banks<Lhs<kKMajor>, LhsPlace<Lhs<kKMajor>>>(kFragmentsM);
+  testing::check_operand_banks<Lhs<kMnMajor>, LhsPlace<Lhs<kMnMajor>>>(kFragmentsM);
+  testing::check_operand_banks<Rhs<kKMajor>, RhsPlace<Rhs<kKMajor>>>(kFragmentsN);
+  testing::check_operand_banks<Rhs<kMnMajor>, RhsPlace<Rhs<kMnMajor>>>(kFragmentsN);
+  CHECK_EQ(testing::worst_conflict(32, 8, [&](int lane) { return Meta::words_offset(2, lane); }),
+           1);
+  static_assert(Meta::kLoadStep % 128 == 0);
   check_chunk_banks<true>();
   check_chunk_banks<false>();
 }
 
-/// A thread's copies are lines a constant apart: the exchange of units must not change with them.
-template <typename Operand>
-void check_lines_of_a_thread() {
-  const int step = 256 / Operand::kUnits;
-  for (int line = step; line < Operand::kLines; ++line)
-    for (int unit = 0; unit < Operand::kUnits; ++unit)
-      CHECK_EQ(unit_offset<Operand::kUnits>(line, unit),
-               unit_offset<Operand::kUnits>(line - step, unit) + step * Operand::kLineBytes);
-}
-
 TEST(lines_of_a_thread_are_a_constant_apart) {
-  check_lines_of_a_thread<Lhs<kKMajor>>();
-  check_lines_of_a_thread<Lhs<kMnMajor>>();
-  check_lines_of_a_thread<Rhs<kKMajor>>();
-  check_lines_of_a_thread<Rhs<kMnMajor>>();
+  testing::check_lines_of_a_thread<Lhs<kKMajor>>();
+  testing::check_lines_of_a_thread<Lhs<kMnMajor>>();
+  testing::check_lines_of_a_thread<Rhs<kKMajor>>();
+  testing::check_lines_of_a_thread<Rhs<kMnMajor>>();
 }
 
 // CUTLASS' reordering for sm_80, restated from what its documentation and host_reorder.h do to a

@@ -1,6 +1,6 @@
 // epilogue.h: sums to memory, each warp for itself.
 //
-//   out  = sums [+ out] [+ masked decay] [+ bias(m)], rounded once
+//   out  = [scale *] sums [+ out] [+ masked decay] [+ bias(m)], rounded once
 //   h    = act(out), or act(gate) * up of two halves, of rounded values: the bits of
 //          activation_forward
 //
@@ -35,12 +35,16 @@ struct EpilogueParams {
   Activation activation = Activation::kSilu;
   void* h = nullptr;
   int64_t h_ld = 0;
+  const float* lhs_scale = nullptr;  // of 8-bit operands, in device memory; null: 1
+  const float* rhs_scale = nullptr;
 };
 
-/// `Element` is of the operands; kNContiguous: lines of out may run along n, too.
-template <typename Element, bool kNContiguous>
+/// `Element` is of 16-bit outputs and the bias, kElementBytes of the operands; kNContiguous: lines
+/// of out may run along n, too.
+template <typename Element, int kElementBytes, bool kNContiguous>
 class Epilogue {
  public:
+  static constexpr int kFragmentsN = sm80::kFragmentsNOf<kElementBytes>;
   using Sums = float[kFragmentsM][kFragmentsN][4];
 
   /// m0, n0: of the tile. `chunk` is the warp's own memory.
@@ -50,10 +54,11 @@ class Epilogue {
         chunk_(chunk),
         m0_(m0),
         row_(warp_m * kWarpM),
-        n_(n0 + warp_n * kWarpN),
+        n_(n0 + warp_n * kWarpNOf<kElementBytes>),
         lane_(lane) {}
 
   CUTLASS_DEVICE void store(Sums& sums) const {
+    if constexpr (kElementBytes == 1) scale(sums);
     if constexpr (kNContiguous) {
       if (!params_.m_contiguous) return store_lines<false>(sums);
     }
@@ -62,8 +67,11 @@ class Epilogue {
   }
 
  private:
-  static constexpr int kUnits = kLineValues / kUnitElements;  // of a line
-  static constexpr int kPasses = kChunkLines * kUnits / 32;
+  template <bool kMContiguous>
+  static constexpr int kUnits =  // of a line
+      (kMContiguous ? kWarpM : kWarpNOf<kElementBytes>) / kUnitElements;
+  template <bool kMContiguous>
+  static constexpr int kChunks = kMContiguous ? kFragmentsN : 2 * kFragmentsM;
   struct Unit {
     float value[kUnitElements];
   };
@@ -73,6 +81,14 @@ class Epilogue {
     int64_t col;
     int cols;
   };
+
+  CUTLASS_DEVICE void scale(Sums& sums) const {
+    const float* const lhs = params_.lhs_scale;
+    const float* const rhs = params_.rhs_scale;
+    const float factor = (lhs == nullptr ? 1.0f : *lhs) * (rhs == nullptr ? 1.0f : *rhs);
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kFragmentsM * kFragmentsN * 4; ++i) (&sums[0][0][0])[i] *= factor;
+  }
 
   CUTLASS_DEVICE void add_bias(Sums& sums) const {
     CUTLASS_PRAGMA_UNROLL
@@ -94,8 +110,9 @@ class Epilogue {
 
   template <bool kMContiguous>
   CUTLASS_DEVICE void store_lines(const Sums& sums) const {
+    constexpr int kUnits = Epilogue::kUnits<kMContiguous>, kPasses = kChunkLines * kUnits / 32;
     CUTLASS_PRAGMA_NO_UNROLL
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
+    for (int chunk = 0; chunk < kChunks<kMContiguous>; ++chunk) {
       __syncwarp();
       switch (chunk) {  // sums are registers: each chunk has code of its own
         case 0: stage<kMContiguous, 0>(sums); break;
@@ -107,7 +124,7 @@ class Epilogue {
         case 6: stage<kMContiguous, 6>(sums); break;
         default: stage<kMContiguous, 7>(sums);
       }
-      static_assert(kChunks == 8);
+      static_assert(kChunks<kMContiguous> <= 8);
       __syncwarp();
       CUTLASS_PRAGMA_UNROLL
       for (int pass = 0; pass < kPasses; ++pass) {
@@ -122,7 +139,9 @@ class Epilogue {
   CUTLASS_DEVICE void stage(const Sums& sums) const {
     constexpr int kStride = kChunkStride<kMContiguous>;
     const int g = lane_ / 4, q = lane_ % 4;
-    if constexpr (kMContiguous) {
+    if constexpr (kChunk >= kChunks<kMContiguous>) {
+      return;
+    } else if constexpr (kMContiguous) {
       CUTLASS_PRAGMA_UNROLL
       for (int m16 = 0; m16 < kFragmentsM; ++m16) {
         CUTLASS_PRAGMA_UNROLL
@@ -166,8 +185,9 @@ class Epilogue {
     *out<Element, uint4>(at) = rounded;
     if (kMContiguous && params_.kind != GemmEpilogue::kPlain) {
       const bool gated = params_.kind == GemmEpilogue::kGate;
-      if (gated && unit >= kUnits / 2) return;  // of up: who has gate reads it
-      const uint4 up = gated ? round(read(staged, unit + kUnits / 2)) : uint4{};
+      constexpr int kUp = kUnits<true> / 2;
+      if (gated && unit >= kUp) return;  // of up: who has gate reads it
+      const uint4 up = gated ? round(read(staged, unit + kUp)) : uint4{};
       store_activated(at, rounded, up, gated);
     }
   }

@@ -60,10 +60,11 @@ CUTLASS_DEVICE uint2 load_pair(uint32_t from) {
 
 // Positions in rising order are what newer hardware is quick with; the word came with PTX 8.5.
 #if __CUDACC_VER_MAJOR__ > 12 || (__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ >= 5)
-#define SP24_MMA_SP "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+#define SP24_MMA_SP_SHAPE(shape) "mma.sp::ordered_metadata.sync.aligned." shape ".row.col.f32."
 #else
-#define SP24_MMA_SP "mma.sp.sync.aligned.m16n8k32.row.col.f32."
+#define SP24_MMA_SP_SHAPE(shape) "mma.sp.sync.aligned." shape ".row.col.f32."
 #endif
+#define SP24_MMA_SP SP24_MMA_SP_SHAPE("m16n8k32")
 #define SP24_MMA_SP_OF(types, selector)                                                        \
   asm volatile(SP24_MMA_SP types                                                               \
                ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, "                 \
@@ -92,7 +93,19 @@ CUTLASS_DEVICE void multiply_sparse(float (&sums)[4], const uint32_t (&lhs)[4],
     }
   }
 }
+
+/// product (16 x 8) = lhs (16 x 64, 2:4) rhs (64 x 8), of e4m3: all lanes' words of `meta` count.
+/// For sm_89 and later alone.
+CUTLASS_DEVICE void multiply_sparse8(float (&product)[4], const uint32_t (&lhs)[4],
+                                     const uint32_t (&rhs)[4], uint32_t meta) {
+  asm volatile(SP24_MMA_SP_SHAPE("m16n8k64") "e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+               "{%8, %9, %10, %11}, {%13, %13, %13, %13}, %12, 0x0;"
+               : "=f"(product[0]), "=f"(product[1]), "=f"(product[2]), "=f"(product[3])
+               : "r"(lhs[0]), "r"(lhs[1]), "r"(lhs[2]), "r"(lhs[3]), "r"(rhs[0]), "r"(rhs[1]),
+                 "r"(rhs[2]), "r"(rhs[3]), "r"(meta), "f"(0.0f));
+}
 #undef SP24_MMA_SP_OF
 #undef SP24_MMA_SP
+#undef SP24_MMA_SP_SHAPE
 
 }  // namespace sparse24::gemm::sm80

@@ -1,8 +1,10 @@
-// kernel.h: one sparse GEMM kernel for sm_80, 86 and 89, with mma.sp.
+// kernel.h: one sparse GEMM kernel for sm_80, 86 and 89, with mma.sp. 8 bits from sm_89 on.
 //
-//   out(m, n) = lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)] [+ decay(m, n)], lhs 2:4 along k
+//   out(m, n) = [scale *] lhs(m, k) rhs(k, n) [+ bias(m)] [+ out(m, n)] [+ decay(m, n)],
+//   lhs 2:4 along k
 //
 //   K-major, K-major     forward               packed [m, k/2]   rhs [n, k]   out [n, m]
+//                        8 bits, all passes    the same                       out as of 16 bits
 //   MN-major, K-major    grad_input            packed [k/2, m]   rhs [n, k]   out [n, m]
 //   MN-major, MN-major   grad_weight           packed [k/2, m]   rhs [k, n]   out [m, n]
 //                        grad_weight_of_input  the same                       out [n, m]
@@ -40,6 +42,10 @@ template <>
 struct StorageOf<DType::kFloat16> {
   using type = Float16;
 };
+template <>
+struct StorageOf<DType::kFloat8E4M3> {  // of outputs
+  using type = BFloat16;
+};
 
 template <typename Mainloop_>
 struct Kernel {
@@ -48,7 +54,8 @@ struct Kernel {
   static constexpr int kThreads = Mainloop::kThreads;
   static constexpr int kSums = Mainloop::kTileM * Mainloop::kTileN / kThreads;
   using Sums = PartialSums<kThreads, kSums>;
-  using Storer = Epilogue<typename StorageOf<Mainloop::kFormat>::type, !Mainloop::Rhs::kKMajor>;
+  using Storer = Epilogue<typename StorageOf<Mainloop::kFormat>::type, Mainloop::kElementBytes,
+                          !Mainloop::Rhs::kKMajor || Mainloop::kFloat8>;
   static constexpr int kEpilogueBytes = kThreads / 32 * kChunkBytes;
 
   struct Params {
@@ -106,15 +113,15 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1)
 
 template <Orientation kLhs, Orientation kRhs, DType kFormat, int kTileM, int kTileN, int kTileK_>
 struct SparseGemm {
-  static_assert(kTileK_ == kTileK, "blocks of E are as long as a K tile");
   using Loop = Mainloop<kFormat, kLhs, kRhs, kTileM, kTileN>;
+  static_assert(kTileK_ == Loop::kTileK, "blocks of E are as long as a K tile");
   using Kernel = sm80::Kernel<Loop>;
 
   static typename Kernel::Params params_of(const SparseGemmArgs& args, const GemmConfig& config,
                                            const Target& target, int stages) {
     const int m = static_cast<int>(args.m), n = static_cast<int>(args.n),
               k = static_cast<int>(args.k);
-    // A gradient operand is padded with zero rows; rhs ends at k, and zeros follow.
+    // A gradient operand of 16 bits is padded with zero rows; rhs ends at k, and zeros follow.
     const int packed_k = is_grad_weight(args.pass) ? static_cast<int>(round_up(args.k, 8)) : k;
     const int width = args.epilogue == GemmEpilogue::kGate ? m / 2 : 0;
     typename Kernel::Params params;
@@ -137,9 +144,11 @@ struct SparseGemm {
                        args.epilogue,
                        args.activation,
                        args.h,
-                       args.h_ld};
+                       args.h_ld,
+                       args.lhs.scale,
+                       args.rhs.scale};
     params.scheduler = Kernel::TileScheduler::to_params(
-        m, n, k, kTileM, kTileN, kTileK, config.strip, config.raster == Raster::kAlongM,
+        m, n, k, kTileM, kTileN, kTileK_, config.strip, config.raster == Raster::kAlongM,
         config.stream_k, target.multiprocessors);
     params.sums = Kernel::Sums::to_params(args.workspace, params.scheduler.grid_clusters);
     return params;

@@ -4,11 +4,9 @@
 //           enough apart that all lie in the same exchanged column (staged.h): its addresses in
 //           shared memory differ by constants.
 // Edges     what lies outside of an operand is written as zeros and not read: cp.async's size. E is
-//           read from the last block instead: positions beside zeros count for nothing, but must be
-//           such as the packing kernels write.
+//           read from the last block instead (staged.h).
 #pragma once
 
-#include "common/metadata.h"
 #include "gemm/sm80/instructions.h"
 #include "gemm/sm80/staged.h"
 
@@ -25,7 +23,8 @@ template <typename Operand, int kThreads>
 class OperandLoader {
   static constexpr int kLineStep = kThreads / Operand::kUnits;
   static constexpr int kCopies = Operand::kLines / kLineStep;
-  static constexpr int kElementBytes = kUnitBytes / kUnitElements;
+  static constexpr int kElementBytes = Operand::kElementBytes;
+  static constexpr int kUnitElements = Operand::kUnitElements;
   static_assert(kLineStep % 8 == 0 && Operand::kLines % kLineStep == 0);
 
  public:
@@ -85,27 +84,28 @@ class OperandLoader {
   int inside_;  // lines along k: how many of them are; else: bytes of the unit
 };
 
-/// E in memory: blocks along m first, then along k (common/metadata.h).
+/// E in memory: blocks along m first, then along k (common/metadata.h). A thread copies one unit
+/// of a K tile, or none.
 struct MetaSource {
   const uint8_t* blocks = nullptr;
   int blocks_m = 0;
 };
 
-template <int kTileM>
+template <int kTileM, int kElementBytes>
 class MetaLoader {
+  using Meta = StagedMeta<kElementBytes>;
+
  public:
-  static constexpr int kBytes = kTileM / 16 * kMetaGroupBytes;
-  static constexpr int kCopyingThreads = kBytes / kUnitBytes;
+  static constexpr int kCopyingThreads = kTileM / Meta::kRows * Meta::kUnits;
+  static constexpr int kBytes = kCopyingThreads * kUnitBytes;
 
   CUTLASS_DEVICE void begin(const MetaSource& source, int thread, int m0, int width, int k_tile) {
-    constexpr int kGroupUnits = kMetaGroupBytes / kUnitBytes;
-    const int group = thread / kGroupUnits % (kTileM / 16), unit = thread % kGroupUnits;
-    const int64_t row = source_row(m0, group * 16, width);
-    const int block = min(int(row / kMetaBlock), source.blocks_m - 1);
-    k_step_ = int64_t{source.blocks_m} * kMetaBlockBytes;
-    from_ = source.blocks + k_tile * k_step_ + int64_t{block} * kMetaBlockBytes +
-            row % kMetaBlock / 16 * kMetaGroupBytes + unit * kUnitBytes;
-    to_ = meta_unit_offset(group, unit);
+    const int group = thread / Meta::kUnits % (kTileM / Meta::kRows), unit = thread % Meta::kUnits;
+    const int64_t row = source_row(m0, group * Meta::kRows, width);
+    k_step_ = int64_t{source.blocks_m} * Meta::kBlockBytes;
+    from_ =
+        source.blocks + k_tile * k_step_ + meta_source<kElementBytes>(row, unit, source.blocks_m);
+    to_ = Meta::unit_offset(group, unit);
     copies_ = thread < kCopyingThreads;
   }
   CUTLASS_DEVICE void copy(uint32_t stage) {

@@ -7,6 +7,13 @@
 // Registers  128 sums, 2 x 16 of lhs, 32 of rhs. Those of rhs are loaded anew for the next step as
 //            soon as the instructions that read them have been issued, 28 others before their use;
 //            those of lhs are read by all of a step, and have a second set.
+// 8 bits     e4m3, from sm_89 on. Along k a K tile of 128 has the bytes of one of 64 in 16 bits, E
+//            twice as many. Hopper's tensor cores add such products with some 14 bits, and Ada's are
+//            taken to do so: each instruction begins at zero, and its sums of 64 k are added to those of the tile in
+//            fp32, by units that are idle otherwise: four additions a lane beside an instruction of
+//            32 cycles (RTX 4090; 16 on professional cards). So one kernel serves fast and promoted
+//            sums. A warp has 64 x 32, since 64 x 64 would spill, a tile of 128x128 eight warps; a
+//            stage is of 26 KB: three on a 4090.
 //
 // Arithmetic, per multiprocessor and K tile of 64 (estimates from published peaks: dense 16-bit
 // products with fp32 sums are 1024 multiply-adds a cycle on an A100, 256 on a 3090 or 4090, and 2:4
@@ -27,12 +34,16 @@ template <DType kFormat_, Orientation kLhs, Orientation kRhs, int kTileM_, int k
 class Mainloop {
  public:
   static constexpr DType kFormat = kFormat_;
+  static constexpr bool kFloat8 = is_float8(kFormat);
+  static constexpr int kElementBytes = kFloat8 ? 1 : 2;
+  static constexpr int kFragmentsN = sm80::kFragmentsNOf<kElementBytes>;
   static constexpr int kTileM = kTileM_, kTileN = kTileN_;
-  static constexpr int kWarpsM = kTileM / kWarpM, kWarpsN = kTileN / kWarpN;
+  static constexpr int kWarpsM = kTileM / kWarpM, kWarpsN = kTileN / kWarpNOf<kElementBytes>;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  using Lhs = Staged<kLhs, kTileM, kTileK / 2>;
-  using Rhs = Staged<kRhs, kTileN, kTileK>;
-  using Meta = MetaLoader<kTileM>;
+  static constexpr int kTileK = sm80::kTileKOf<kElementBytes>;
+  using Lhs = Staged<kLhs, kTileM, kTileK / 2, kElementBytes>;
+  using Rhs = Staged<kRhs, kTileN, kTileK, kElementBytes>;
+  using Meta = MetaLoader<kTileM, kElementBytes>;
   static constexpr int kStageBytes = Lhs::kBytes + Rhs::kBytes + Meta::kBytes;
   static constexpr int kMostStages = 4;
   static_assert(Meta::kCopyingThreads <= kThreads);
@@ -51,7 +62,7 @@ class Mainloop {
         ring_(shared_address(ring)),
         lhs_place_(thread / 32 % kWarpsM, thread % 32),
         rhs_place_(thread / 32 / kWarpsM, thread % 32),
-        meta_place_(meta_words_offset(thread / 32 % kWarpsM, thread % 32, 0)) {}
+        meta_place_(StagedMeta::words_offset(thread / 32 % kWarpsM, thread % 32)) {}
 
   /// The first K tiles of a part are on their way. The part before it must have been multiplied.
   CUTLASS_DEVICE void start(const Part& part, int thread) {
@@ -99,10 +110,12 @@ class Mainloop {
  private:
   using LhsLoader = OperandLoader<Lhs, kThreads>;
   using RhsLoader = OperandLoader<Rhs, kThreads>;
+  using StagedMeta = sm80::StagedMeta<kElementBytes>;
+  static constexpr int kMetaLoads = StagedMeta::kLoads;
   struct Fragments {
     uint32_t lhs[kSteps][kFragmentsM][4];
     uint32_t rhs[kFragmentsN][4];
-    uint2 meta[kFragmentsM / 2];  // of both steps
+    uint2 meta[kMetaLoads];  // of both steps
   };
   static_assert(kSteps == 2);
 
@@ -145,13 +158,13 @@ class Mainloop {
       load_rhs(f.rhs[n8], n8, 1);
       if constexpr (kMore) {  // of the last tile's successors there are none
         if (n8 == 0) copy<kCopyLhs>();
-        if (n8 == 2) copy<kCopyRhs>();
-        if (n8 == 4) copy<kCopyMeta>();
+        if (n8 == kFragmentsN / 4) copy<kCopyRhs>();
+        if (n8 == kFragmentsN / 2) copy<kCopyMeta>();
       }
     }
     wait_for_stage();
     read_ = read_ + 1 == params_.stages ? 0 : read_ + 1;
-    uint2 next[kFragmentsM / 2];
+    uint2 next[kMetaLoads];
     if constexpr (kMore) {
       load_lhs(f.lhs[0], 0);
       load_meta(next);
@@ -163,19 +176,30 @@ class Mainloop {
     }
     if constexpr (kMore) {
       CUTLASS_PRAGMA_UNROLL
-      for (int pair = 0; pair < kFragmentsM / 2; ++pair) f.meta[pair] = next[pair];
+      for (int i = 0; i < kMetaLoads; ++i) f.meta[i] = next[i];
     }
   }
 
   /// All rows of the warp by eight columns.
   template <int kStep>
   CUTLASS_DEVICE void multiply_column(Sums& sums, const Fragments& f, int n8) const {
-    CUTLASS_PRAGMA_UNROLL
-    for (int pair = 0; pair < kFragmentsM / 2; ++pair) {
-      const uint32_t meta = kStep == 0 ? f.meta[pair].x : f.meta[pair].y;
-      multiply_sparse<kFormat, 0>(sums[2 * pair][n8], f.lhs[kStep][2 * pair], f.rhs[n8], meta);
-      multiply_sparse<kFormat, 1>(sums[2 * pair + 1][n8], f.lhs[kStep][2 * pair + 1], f.rhs[n8],
-                                  meta);
+    if constexpr (kFloat8) {
+      CUTLASS_PRAGMA_UNROLL
+      for (int m16 = 0; m16 < kFragmentsM; ++m16) {
+        const uint32_t meta = kStep == 0 ? f.meta[m16].x : f.meta[m16].y;
+        float product[4];
+        multiply_sparse8(product, f.lhs[kStep][m16], f.rhs[n8], meta);
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < 4; ++i) sums[m16][n8][i] += product[i];
+      }
+    } else {
+      CUTLASS_PRAGMA_UNROLL
+      for (int pair = 0; pair < kFragmentsM / 2; ++pair) {
+        const uint32_t meta = kStep == 0 ? f.meta[pair].x : f.meta[pair].y;
+        multiply_sparse<kFormat, 0>(sums[2 * pair][n8], f.lhs[kStep][2 * pair], f.rhs[n8], meta);
+        multiply_sparse<kFormat, 1>(sums[2 * pair + 1][n8], f.lhs[kStep][2 * pair + 1], f.rhs[n8],
+                                    meta);
+      }
     }
   }
 
@@ -189,11 +213,11 @@ class Mainloop {
   CUTLASS_DEVICE void load_rhs(uint32_t (&to)[4], int n8, int step) const {
     load_matrices<!Rhs::kKMajor>(to, read_stage() + Lhs::kBytes + rhs_place_.offset(n8, step));
   }
-  CUTLASS_DEVICE void load_meta(uint2 (&to)[kFragmentsM / 2]) const {
+  CUTLASS_DEVICE void load_meta(uint2 (&to)[kMetaLoads]) const {
     CUTLASS_PRAGMA_UNROLL
-    for (int pair = 0; pair < kFragmentsM / 2; ++pair)
-      to[pair] = load_pair(read_stage() + Lhs::kBytes + Rhs::kBytes + meta_place_ +
-                           pair * 2 * kMetaGroupBytes);
+    for (int i = 0; i < kMetaLoads; ++i)
+      to[i] = load_pair(read_stage() + Lhs::kBytes + Rhs::kBytes + meta_place_ +
+                        i * StagedMeta::kLoadStep);
   }
 
   const Params& params_;

@@ -1,9 +1,10 @@
 // staged.h: where things lie in shared memory, and which lane reads what of it. Plain integers,
 // replayed on the CPU (tests/cpp/gemm_sm80_test.cpp).
 //
-// Operands  a K tile of 64: values of lhs are 32 along k. They wait as they lie in memory, in lines
-//           along k (K-major) or along m or n (MN-major). A line is of 16-byte units; units of a
-//           line are exchanged by the line's number, so that eight of them above one another, which
+// Operands  a K tile of 128 bytes of rhs' rows: 64 elements in 16 bits, 128 in 8 bits; values of lhs
+//           are half as many along k. They wait as they lie in memory, in lines along k (K-major)
+//           or along m or n (MN-major, 16 bits alone). A line is of 16-byte units; units of a line
+//           are exchanged by the line's number, so that eight of them above one another, which
 //           ldmatrix reads at a time, lie in eight different groups of four banks.
 // mma.sp    m16n8k32: lhs 16 (m) x 16 (packed k) as four 8 x 8 matrices, rhs 8 (n) x 32 (k) as
 //           four. Lane 4g + q holds, of each, elements 2q and 2q + 1 along k of line g of m or n.
@@ -24,22 +25,38 @@
 //           So four instructions are served by one load. Both of wgmma's lanes that CUTLASS'
 //           reorder for sm_80 pairs are the same: E needs no order of its own for this
 //           architecture.
+// 8 bits    mma.sp m16n8k64: the same bytes in the same lanes, four elements where there were two.
+//           All four lanes of each four give positions: lane 4g + q those of row g + 8 (q % 2),
+//           k 32 (q / 2) ... 32 (q / 2) + 31, four bits a group of four, the lowest k lowest. A row
+//           of our E has four such words beside one another, of 128 k. A sum may take its k in any
+//           order: the first instruction takes k 0-31 and 64-95, the second 32-63 and 96-127, so
+//           that a lane's two words are neighbours, eight bytes at
+//             row * 16 + q / 2 * 8.
+//           They are the words that CUTLASS' reordering hands to the same lanes, too.
 #pragma once
 
 #include <cstdint>
 
 #include "common/host_device.h"
+#include "common/metadata.h"
 #include "sparse24/gemm.h"
 
 namespace sparse24::gemm::sm80 {
 
-constexpr int kTileK = 64;                // of dense elements: what a block of E has
-constexpr int kUnitBytes = 16;            // what a lane copies and what ldmatrix reads of a line
-constexpr int kUnitElements = 8;          // in 16 bits
-constexpr int kWarpM = 64, kWarpN = 64;   // of the tile, for one warp
-constexpr int kSteps = kTileK / 32;       // instructions along a K tile
+template <int kElementBytes>
+constexpr int kTileKOf = 128 / kElementBytes;  // of dense elements: what a block of E has
+
+constexpr int kUnitBytes = 16;    // what a lane copies and what ldmatrix reads of a line
+constexpr int kUnitElements = 8;  // in 16 bits
+constexpr int kSteps = 2;         // instructions along a K tile
+
+// Of the tile, for one warp. In 8 bits products need registers beside the sums (mainloop.h).
+constexpr int kWarpM = 64;
+template <int kElementBytes>
+constexpr int kWarpNOf = kElementBytes == 2 ? 64 : 32;
 constexpr int kFragmentsM = kWarpM / 16;  // instructions of a warp along m
-constexpr int kFragmentsN = kWarpN / 8;   // and n
+template <int kElementBytes>
+constexpr int kFragmentsNOf = kWarpNOf<kElementBytes> / 8;  // and n
 
 /// Byte of a unit in a staged operand of lines of kUnits units.
 template <int kUnits>
@@ -50,15 +67,24 @@ SP24_HD constexpr int unit_offset(int line, int unit) {
 }
 
 /// An operand of kExtent rows of m or n and kLength stored elements along k.
-template <Orientation kOrientation, int kExtent_, int kLength_>
+template <Orientation kOrientation, int kExtent_, int kLength_, int kElementBytes_ = 2>
 struct Staged {
-  static constexpr int kExtent = kExtent_, kLength = kLength_;
+  static constexpr int kExtent = kExtent_, kLength = kLength_, kElementBytes = kElementBytes_;
   static constexpr bool kKMajor = kOrientation == Orientation::kKMajor;
+  static_assert(kKMajor || kElementBytes == 2, "ldmatrix transposes elements of 16 bits");
+  static constexpr int kUnitElements = kUnitBytes / kElementBytes;
   static constexpr int kLines = kKMajor ? kExtent : kLength;
   static constexpr int kUnits = (kKMajor ? kLength : kExtent) / kUnitElements;  // of a line
   static constexpr int kLineBytes = kUnits * kUnitBytes;
   static constexpr int kBytes = kLines * kLineBytes;
 };
+
+/// Units of a K-major line of lhs from the nearer half of an instruction's k to the farther one, and
+/// from one step to the next; of rhs twice as many. In 8 bits the steps take turns (above).
+template <int kElementBytes>
+constexpr int kFarUnits = kElementBytes == 2 ? 1 : 2;
+template <int kElementBytes>
+constexpr int kStepUnits = kElementBytes == 2 ? 2 : 1;
 
 /// Where a lane of a warp reads lhs: instruction m16 of the warp's rows, step along k. A lane gives
 /// the address of a line of one matrix: those of rows 0-7 and 8-15, then the same further along k.
@@ -68,12 +94,14 @@ class LhsPlace {
   SP24_HD LhsPlace(int warp_m, int lane) {
     const int matrix = lane / 8, line = lane % 8, far_m = matrix % 2, far_k = matrix / 2;
     base_ = Operand::kKMajor
-                ? unit_offset<Operand::kUnits>(warp_m * kWarpM + far_m * 8 + line, far_k)
+                ? unit_offset<Operand::kUnits>(warp_m * kWarpM + far_m * 8 + line,
+                                               far_k * kFarUnits<Operand::kElementBytes>)
                 : unit_offset<Operand::kUnits>(far_k * 8 + line, warp_m * (kWarpM / 8) + far_m);
   }
   /// Steps of a whole number of lines are sums; those within eight units are exchanged likewise.
   SP24_HD int offset(int m16, int step) const {
-    return Operand::kKMajor ? (base_ ^ step * 2 * kUnitBytes) + m16 * 16 * Operand::kLineBytes
+    constexpr int kStep = kStepUnits<Operand::kElementBytes> * kUnitBytes;
+    return Operand::kKMajor ? (base_ ^ step * kStep) + m16 * 16 * Operand::kLineBytes
                             : (base_ ^ m16 * 2 * kUnitBytes) + step * 16 * Operand::kLineBytes;
   }
 
@@ -87,13 +115,16 @@ template <typename Operand>
 class RhsPlace {
  public:
   SP24_HD RhsPlace(int warp_n, int lane) {
+    constexpr int kBytes = Operand::kElementBytes;
     const int matrix = lane / 8, line = lane % 8;
     base_ = Operand::kKMajor
-                ? unit_offset<Operand::kUnits>(warp_n * kWarpN + line, matrix)
-                : unit_offset<Operand::kUnits>(matrix * 8 + line, warp_n * (kWarpN / 8));
+                ? unit_offset<Operand::kUnits>(warp_n * kWarpNOf<kBytes> + line,
+                                               matrix / 2 * 2 * kFarUnits<kBytes> + matrix % 2)
+                : unit_offset<Operand::kUnits>(matrix * 8 + line, warp_n * kFragmentsNOf<kBytes>);
   }
   SP24_HD int offset(int n8, int step) const {
-    return Operand::kKMajor ? (base_ ^ step * 4 * kUnitBytes) + n8 * 8 * Operand::kLineBytes
+    constexpr int kStep = 2 * kStepUnits<Operand::kElementBytes> * kUnitBytes;
+    return Operand::kKMajor ? (base_ ^ step * kStep) + n8 * 8 * Operand::kLineBytes
                             : (base_ ^ n8 * kUnitBytes) + step * 32 * Operand::kLineBytes;
   }
 
@@ -103,18 +134,57 @@ class RhsPlace {
 
 // ---- E ----------------------------------------------------------------------------------------
 
-constexpr int kMetaGroupBytes = 128;  // of 16 rows, 64 k
+constexpr int kMetaGroupBytes = 128;  // in 16 bits: of 16 rows, 64 k
 
-/// Byte in the staged E of the unit of 16 bytes, 0-7, of a group of 16 rows of the tile. Units of
-/// odd groups are exchanged, as lanes of a phase read two groups at a time.
-SP24_HD constexpr int meta_unit_offset(int group, int unit) {
-  return group * kMetaGroupBytes + (unit ^ group % 2 * 2) * kUnitBytes;
-}
+/// E in memory and in a stage. A thread copies a unit of 16 bytes, as it lies; kUnits of them belong
+/// to a group of kRows rows. A lane loads eight bytes kLoads times, kLoadStep apart.
+template <int kElementBytes>
+struct StagedMeta;
 
-/// Where a lane reads the eight bytes of instructions m16 = 2 pair and 2 pair + 1, for both steps.
-SP24_HD constexpr int meta_words_offset(int warp_m, int lane, int pair) {
-  const int g = lane / 4, q = lane % 4;
-  return meta_unit_offset(warp_m * kFragmentsM + pair * 2 + q / 2, q % 2 * 4 + g / 2) + g % 2 * 8;
+template <>
+struct StagedMeta<2> {
+  static constexpr int kRows = 16, kUnits = kMetaGroupBytes / kUnitBytes;
+  static constexpr int kBlockBytes = kMetaBlockBytes;
+  static constexpr int kLoads = kFragmentsM / 2, kLoadStep = 2 * kMetaGroupBytes;
+
+  /// Byte in the staged E of a unit of a group of the tile. Units of odd groups are exchanged, as
+  /// lanes of a phase read two groups at a time.
+  SP24_HD static constexpr int unit_offset(int group, int unit) {
+    return group * kMetaGroupBytes + (unit ^ group % 2 * 2) * kUnitBytes;
+  }
+  /// Where a lane reads the first time: of instructions m16 = 0 and 1, for both steps.
+  SP24_HD static constexpr int words_offset(int warp_m, int lane) {
+    const int g = lane / 4, q = lane % 4;
+    return unit_offset(warp_m * kFragmentsM + q / 2, q % 2 * 4 + g / 2) + g % 2 * 8;
+  }
+};
+
+template <>
+struct StagedMeta<1> {
+  static constexpr int kRows = 1, kUnits = 1;
+  static constexpr int kBlockBytes = kMeta8BlockBytes;
+  static constexpr int kLoads = kFragmentsM, kLoadStep = 16 * kUnitBytes;
+
+  /// Rows eight apart, which lanes of a phase read together, are in different banks.
+  SP24_HD static constexpr int unit_offset(int row, int) {
+    return (row ^ row / 8 % 2 * 4) * kUnitBytes;
+  }
+  /// Of instruction m16 = 0, for both steps.
+  SP24_HD static constexpr int words_offset(int warp_m, int lane) {
+    const int g = lane / 4, q = lane % 4;
+    return unit_offset(warp_m * kWarpM + q % 2 * 8 + g, 0) + q / 2 * 8;
+  }
+};
+
+/// Byte of a unit of the rows from `row` on, in the blocks along m of one K tile. Past the end of
+/// the operand it is one of the last block: positions beside zeros count for nothing, but must be
+/// such as the packing kernels write.
+template <int kElementBytes>
+SP24_HD constexpr int64_t meta_source(int64_t row, int unit, int blocks_m) {
+  using Meta = StagedMeta<kElementBytes>;
+  const int64_t block = row / kMetaBlock < blocks_m ? row / kMetaBlock : blocks_m - 1;
+  return block * Meta::kBlockBytes +
+         (row % kMetaBlock / Meta::kRows * Meta::kUnits + unit) * kUnitBytes;
 }
 
 // ---- rows -------------------------------------------------------------------------------------
@@ -136,8 +206,9 @@ SP24_HD constexpr bool is_source_row(int64_t m0, int row, int64_t width, int64_t
 
 // ---- sums -------------------------------------------------------------------------------------
 
-// A warp stores its 64 x 64 sums in eight chunks of eight lines. Lines run as those of out do.
-constexpr int kChunks = 8, kChunkLines = 8, kLineValues = 64;
+// A warp stores its sums in chunks of eight lines. Lines run as those of out do, over all of the
+// warp's rows or columns.
+constexpr int kChunkLines = 8;
 
 /// Values from one line of a chunk to the next: so far apart that the lanes of a phase write to
 /// different banks. Along m a lane writes single values of two lines, 2q and 2q + 1; along n pairs
