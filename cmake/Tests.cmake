@@ -19,7 +19,7 @@ endforeach()
 
 # The choice of a GEMM config is host code without CUDA: tested in CPU builds too.
 set(gemm_config csrc/gemm/arch.cpp csrc/gemm/config.cpp csrc/gemm/operands.cpp csrc/gemm/sm80/arch.cpp
-  csrc/gemm/sm90/arch.cpp)
+  csrc/gemm/sm89/arch.cpp csrc/gemm/sm90/arch.cpp)
 if(NOT SPARSE24_WITH_CUDA AND TARGET gemm_config_test)
   target_sources(gemm_config_test PRIVATE ${gemm_config})
 endif()

@@ -48,7 +48,7 @@ def device(request) -> str:
 
 @pytest.fixture(autouse=True)
 def gpu_with_8_bit_products(request):
-    """Skips tests of 8-bit layers on GPUs that have 16-bit products alone, as with SPARSE24_ARCH=sm80."""
+    """Skips tests of 8-bit layers on GPUs that have 16-bit products alone, as with SPARSE24_ARCH=sm80, not sm89."""
     parameters = getattr(request.node, "callspec", None)
     values = parameters.params.values() if parameters else ()
     eight_bits = "float8" in request.path.name or any(isinstance(v, str) and "fp8" in v for v in values)

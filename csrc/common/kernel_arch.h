@@ -15,6 +15,9 @@
 #ifndef SPARSE24_BUILT_SM80
 #define SPARSE24_BUILT_SM80 1
 #endif
+#ifndef SPARSE24_BUILT_SM89  // products of 8 bits for sm_89
+#define SPARSE24_BUILT_SM89 1
+#endif
 #ifndef SPARSE24_BUILT_SM90
 #define SPARSE24_BUILT_SM90 1
 #endif

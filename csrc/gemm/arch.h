@@ -68,15 +68,18 @@ const GemmArch* arch_of(Capability gpu);
 std::string no_arch_reason(Capability gpu);
 
 /// The capability that kernels are chosen for: the GPU's own, or what SPARSE24_ARCH names
-/// (common/kernel_arch.h), so that kernels of older GPUs run on newer ones. Throws Error where that
-/// is none, or cannot be.
+/// (common/kernel_arch.h), so that kernels of older GPUs run on newer ones. 8.9 becomes 8.6, which
+/// differs in products of 8 bits alone, where no code for these was built that the GPU runs. Throws
+/// Error where what was asked is none, or cannot be.
 Capability chosen_capability(Capability gpu);
-Capability chosen_capability(Capability gpu, const std::string& asked);  // "": nothing was asked
+Capability chosen_capability(Capability gpu, const std::string& asked,  // "": nothing was asked
+                             const std::string& float8_archs);
 
 /// Shared memory that a block may have, in bytes.
 int shared_bytes_of(Capability gpu);
 
 extern const GemmArch kSm80;
+extern const GemmArch kSm89;
 extern const GemmArch kSm90;
 
 }  // namespace sparse24::gemm

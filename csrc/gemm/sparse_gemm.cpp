@@ -120,7 +120,9 @@ std::string unsupported(const SparseGemmArgs& args, int device) {
     return concat("no kernel is compiled for ", to_string(desc),
                   has_float8(*arch) || !is_float8(desc.format)
                       ? ""
-                      : concat(" on ", arch->name, "; products of 8 bits need a Hopper GPU"));
+                      : concat(" on ", arch->name,
+                               "; products of 8 bits need a GPU of compute "
+                               "capability 8.9 or 9.0, and a build for it"));
   }
   return arch->unsupported(args);
 }

@@ -23,7 +23,7 @@ namespace {
 
 constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight};
 constexpr DType kHalves[] = {DType::kBFloat16, DType::kFloat16};
-const GemmArch* const kArchs[] = {&kSm80, &kSm90};
+const GemmArch* const kArchs[] = {&kSm80, &kSm89, &kSm90};
 
 /// A plain product.
 GemmDesc desc_of(GemmPass pass, int64_t m, int64_t n, int64_t k, DType format, DType out_dtype) {
@@ -52,22 +52,27 @@ TEST(every_kernel_is_listed_once) {
   }
 }
 
-TEST(every_16_bit_product_of_one_architecture_is_one_of_the_others) {
-  const auto products = [](const GemmArch& arch) {
-    std::set<std::string> all;
-    for (int i = 0; i < arch.count; ++i) {
-      const KernelEntry& e = arch.kernels[i];
-      if (!is_float8(e.format))
-        all.insert(to_string({e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation}));
-    }
-    return all;
-  };
-  CHECK(products(kSm80) == products(kSm90));
+/// What an architecture computes with operands of 8 or of 16 bits.
+std::set<std::string> products_of(const GemmArch& arch, bool of_8_bits) {
+  std::set<std::string> all;
+  for (int i = 0; i < arch.count; ++i) {
+    const KernelEntry& e = arch.kernels[i];
+    if (is_float8(e.format) == of_8_bits)
+      all.insert(to_string({e.pass, e.epilogue, 0, 0, 0, e.format, e.out_dtype, e.accumulation}));
+  }
+  return all;
+}
+
+TEST(every_product_of_one_architecture_is_one_of_the_others) {
+  for (const GemmArch* arch : kArchs) CHECK(products_of(*arch, false) == products_of(kSm90, false));
+  CHECK(products_of(kSm80, true).empty());
+  if (SPARSE24_BUILT_SM89) CHECK(products_of(kSm89, true) == products_of(kSm90, true));
 }
 
 TEST(an_architecture_is_for_its_compute_capabilities) {
   CHECK(arch_of({9, 0}) == (kBuiltSm90 ? &kSm90 : nullptr));
-  for (const int minor : {0, 6, 9}) CHECK(arch_of({8, minor}) == (kBuiltSm80 ? &kSm80 : nullptr));
+  for (const int minor : {0, 6}) CHECK(arch_of({8, minor}) == (kBuiltSm80 ? &kSm80 : nullptr));
+  CHECK(arch_of({8, 9}) == (kBuiltSm80 ? &kSm89 : nullptr));
   for (const Capability none : {Capability{7, 5}, {8, 7}, {9, 1}, {10, 0}, {12, 0}, {0, 0}})
     CHECK(arch_of(none) == nullptr);
 }
@@ -82,16 +87,32 @@ TEST(a_gpu_without_kernels_is_told_which_there_are) {
         std::string::npos);
 }
 
+constexpr Capability kA100{8, 0}, kRtx3090{8, 6}, kRtx4090{8, 9}, kH100{9, 0}, kB200{10, 0};
+
 TEST(kernels_of_older_gpus_can_be_asked_for) {
-  const Capability h100{9, 0}, a100{8, 0}, rtx4090{8, 9}, b200{10, 0};
-  CHECK(chosen_capability(h100, "") == h100 && chosen_capability(b200, "") == b200);
+  const auto chosen = [](Capability gpu, const char* asked) {
+    return chosen_capability(gpu, asked, "89, 90, 89-virtual");
+  };
+  CHECK(chosen(kH100, "") == kH100 && chosen(kB200, "") == kB200 &&
+        chosen(kRtx4090, "") == kRtx4090);
   if (!kBuiltSm80) SKIP("this library has no kernels for them");
-  CHECK(chosen_capability(h100, "sm80") == a100 && chosen_capability(b200, "sm80") == a100);
-  CHECK(chosen_capability(h100, "sm89") == rtx4090 && chosen_capability(a100, "sm89") == rtx4090);
-  CHECK_THROWS(chosen_capability({7, 5}, "sm80"),
+  CHECK(chosen(kH100, "sm80") == kA100 && chosen(kB200, "sm80") == kA100);
+  CHECK(chosen(kH100, "sm89") == kRtx4090 && chosen(kB200, "sm89") == kRtx4090);
+  CHECK_THROWS(chosen({7, 5}, "sm80"),
                "needs a GPU of compute capability 8.0 or later, this one has 7.5");
-  CHECK_THROWS(chosen_capability(a100, "sm90"), "needs a GPU of compute capability 9.0");
-  CHECK_THROWS(chosen_capability(h100, "hopper"), "must be sm80, sm86, sm89 or sm90");
+  CHECK_THROWS(chosen(kA100, "sm90"), "needs a GPU of compute capability 9.0");
+  CHECK_THROWS(chosen(kH100, "hopper"), "must be sm80, sm86, sm89 or sm90");
+}
+
+TEST(an_ada_without_code_for_8_bits_is_an_ampere) {
+  CHECK(chosen_capability(kRtx4090, "", "89") == kRtx4090);
+  for (const char* built_for : {"", "90"})
+    CHECK(chosen_capability(kRtx4090, "", built_for) == kRtx3090);
+  CHECK(chosen_capability(kA100, "", "") == kA100 && chosen_capability(kH100, "", "") == kH100);
+  if (!kBuiltSm80) SKIP("this library has no kernels for them");
+  CHECK(chosen_capability(kH100, "sm89", "90") == kRtx4090);
+  CHECK(chosen_capability(kH100, "sm89", "89") == kRtx3090);
+  CHECK(chosen_capability(kA100, "sm89", "89, 90, 89-virtual") == kRtx3090);
 }
 
 TEST(a_block_has_the_shared_memory_of_its_gpu) {
@@ -128,7 +149,7 @@ TEST(sums_over_tokens_are_promoted_unless_told_otherwise) {
   CHECK(describe(half).accumulation == Accumulation::kFast);  // fp32 sums need no promotion
 }
 
-TEST(each_accumulation_has_kernels_of_its_own) {
+TEST(each_accumulation_has_kernels) {
   for (GemmPass pass : kPasses)
     for (Accumulation accumulation : {Accumulation::kFast, Accumulation::kPromoted}) {
       const GemmDesc desc = describe(args_of_float8(pass, accumulation));
@@ -139,6 +160,11 @@ TEST(each_accumulation_has_kernels_of_its_own) {
         CHECK_EQ(config.tile_k, 128);
         CHECK_EQ(to_string(decode(kSm90, desc, encode(kSm90, desc, config))), to_string(config));
       }
+      if (!SPARSE24_BUILT_SM89) continue;
+      for (const GemmConfig& config : candidate_configs(kSm89, desc, 128)) {  // one serves both
+        CHECK(config.accumulation == accumulation && config.tile_k == 128);
+        CHECK_EQ(to_string(decode(kSm89, desc, encode(kSm89, desc, config))), to_string(config));
+      }
     }
 }
 
@@ -146,6 +172,7 @@ TEST(what_8_bit_kernels_cannot_take_is_said) {
   const auto refused = [](GemmPass pass, auto change) {
     SparseGemmArgs args = args_of_float8(pass, Accumulation::kAuto);
     change(args);
+    CHECK_EQ(kSm89.unsupported(args), kSm90.unsupported(args));
     return kSm90.unsupported(args);
   };
   const auto nothing = [](auto&) {};

@@ -1,6 +1,8 @@
-// gemm_float8_gpu_test.cu: the sparse GEMM of 8-bit operands on a Hopper GPU.
+// gemm_float8_gpu_test.cu: the sparse GEMM of 8-bit operands on a Hopper or Ada GPU; SPARSE24_ARCH=sm89
+// takes the kernels of Ada.
 //
 //   metadata  our 8-bit order of E equals that of CUTLASS' own compressor
+//   instruction  mma.sp m16n8k64 is what the PTX manual says: what kernels for Ada build upon
 //   identity  every finite e4m3 code, through every position of a K tile, comes out as it is
 //   exact     small integers, both accumulations, by every config: equal to the host's product,
 //             with scales, bias, accumulation, both output dtypes; canaries around outputs stay
@@ -11,15 +13,18 @@
 //
 //   bench     only by name: TFLOP/s (counted dense) of both accumulations and of bf16
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "gemm/sm80/instructions.h"
 #include "gemm_bench.h"
 #include "gemm_checks.h"
 #include "gpu_test_main.h"
 #include "metadata_order.h"
+#include "mma_sp8.h"
 
 using namespace sparse24;
 using namespace gpu_testing;
@@ -51,6 +56,54 @@ std::vector<Variant> variants(const Problem& p) {
 void test_metadata_order() {
   for (const auto& [m, k] : {std::pair(128, 128), {192, 384}, {64, 128}, {320, 1152}})
     check_metadata_order<cutlass::float_e4m3_t, kFormat>(m, k);
+}
+
+__global__ void instruction_kernel(const uint4* lhs, const uint4* rhs, const uint32_t* meta,
+                                   float4* product) {
+#if __CUDA_ARCH__ >= 890
+  const int lane = threadIdx.x;
+  const uint32_t a[4] = {lhs[lane].x, lhs[lane].y, lhs[lane].z, lhs[lane].w},
+                 b[4] = {rhs[lane].x, rhs[lane].y, rhs[lane].z, rhs[lane].w};
+  float sums[4];
+  gemm::sm80::multiply_sparse8(sums, a, b, meta[lane]);
+  product[lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+#endif
+}
+
+/// Small integers, and positions at random.
+void test_instruction() {
+  Random random(1);
+  for (int round = 0; round < 100; ++round) {
+    ++cases;
+    testing::Registers lhs, rhs;
+    std::array<uint32_t, 32> meta{};
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int byte = 0; byte < 16; ++byte) {
+        const auto code = [&] { return from_float<Float8E4M3>(random.below(9) - 4).bits; };
+        lhs[lane][byte / 4][byte % 4] = code();
+        rhs[lane][byte / 4][byte % 4] = code();
+      }
+      for (int group = 0; group < 8; ++group) {
+        const int first = random.below(3), second = first + 1 + random.below(3 - first);
+        meta[lane] |= static_cast<uint32_t>(first | second << 2) << (4 * group);
+      }
+    }
+    const Buffer a(std::vector<testing::Registers>{lhs}), b(std::vector<testing::Registers>{rhs}),
+        words(std::vector<std::array<uint32_t, 32>>{meta}), product(32 * sizeof(float4));
+    instruction_kernel<<<1, 32>>>(static_cast<uint4*>(a.get()), static_cast<uint4*>(b.get()),
+                                  static_cast<uint32_t*>(words.get()),
+                                  static_cast<float4*>(product.get()));
+    synchronize_or_exit("instruction");
+    const std::vector<float> got = product.read<float>();
+    float expected[16][8] = {};
+    testing::multiply_sparse8(expected, lhs, rhs, meta);
+    for (int i = 0; i < 128; ++i) {
+      const int lane = i / 4, row = lane / 4 + i % 4 / 2 * 8, column = lane % 4 * 2 + i % 2;
+      if (got[i] == expected[row][column]) continue;
+      fail("instruction at [", row, ", ", column, "]: ", got[i], " for ", expected[row][column]);
+      break;
+    }
+  }
 }
 
 void test_refusals() {
@@ -266,6 +319,7 @@ void test_sanitize() {
 
 int main(int count, char** arguments) {
   return run_gpu_tests({{"metadata_order", test_metadata_order},
+                        {"instruction", test_instruction},
                         {"refusals", test_refusals},
                         {"identity", test_identity},
                         {"products", test_products},

@@ -202,7 +202,8 @@ void test_refusals() {
   if (!has_kernels(&gemm::arch_on(0), true)) {
     SparseGemmArgs float8 = good;
     float8.lhs.format = DType::kFloat8E4M3;
-    if (unsupported(float8).find("products of 8 bits need a Hopper GPU") == std::string::npos)
+    if (unsupported(float8).find(
+            "products of 8 bits need a GPU of compute capability 8.9 or 9.0") == std::string::npos)
       fail("products of 8 bits are not refused with the reason: ", unsupported(float8));
   }
   for (const auto& [name, change] : broken) {

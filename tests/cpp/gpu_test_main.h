@@ -47,8 +47,10 @@ inline int run_gpu_tests(const std::vector<NamedTest>& tests, int count, char** 
     return 1;
   }
   if (!has_kernels(gemm::arch_of(gpu), of_8_bits)) {
-    std::printf("skipped: %s%s\n", of_8_bits ? "products of 8 bits need a Hopper GPU; " : "",
-                gemm::no_arch_reason(gpu).c_str());
+    std::printf(
+        "skipped: %s%s\n",
+        of_8_bits ? "products of 8 bits need an Ada or Hopper GPU, and a build for it; " : "",
+        gemm::no_arch_reason(gpu).c_str());
     return 77;
   }
   int ran = 0;

@@ -81,7 +81,8 @@ struct MaskedDecayTerm {
 /// How sums of 8-bit products are kept. The tensor cores add them with some 14 bits and cut off the rest: harmless
 /// where signs are mixed, but a bias of several per cent on sums of one sign. kPromoted adds partial sums of 256 k in
 /// fp32 and loses a sixth of the speed. kAuto promotes weight gradients, whose sums are the longest; a caller who knows
-/// that rhs has one sign (squared ReLU) asks for kPromoted. 16-bit products are always summed in fp32.
+/// that rhs has one sign (squared ReLU) asks for kPromoted. Kernels for Ada promote all sums, those of 64 k. 16-bit
+/// products are always summed in fp32.
 enum class Accumulation : int { kAuto = 0, kFast = 1, kPromoted = 2 };
 
 struct SparseGemmArgs {
