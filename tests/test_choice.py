@@ -92,6 +92,9 @@ def test_estimates_for_gpus_that_nobody_has_measured_say_so_and_must_promise_mor
     assert converts and "by published peaks (not measured by us), on GPU" in reason
     converts, reason = choose(on_gpu(3072, 768), "auto", training(8192), (768, 3072, True))
     assert not converts and "(not measured by us), less than the 1.20x asked for" in reason
+    h200.update(multiprocessors=128, memory_bandwidth=1.008e12, capability_minor=9)
+    converts, reason = choose(on_gpu(11008, 4096), "auto", training(8192, precision="fp8"), (4096, 11008, True))
+    assert converts and "FP8 dense" in reason and "by published peaks (not measured by us), on GPU" in reason
 
 
 def test_the_decision_knows_the_gpu(h200):

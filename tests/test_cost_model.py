@@ -118,6 +118,8 @@ def test_the_page_has_these_estimates():
         speedup = feed_forward(4096, 11008, True, Training(8192), rates).speedup
         tflops, tb = f"{published.dense_tflops:.0f}", f"{published.memory_bandwidth / 1e12:.3f}"
         assert f"| {name} | {published.multiprocessors} | {tflops} | {tb} | {speedup:.2f}x |" in page
+    eight = cost_float8.feed_forward(4096, 11008, True, Training(8192, precision="fp8"), rates).speedup  # RTX 4090
+    assert f"the same layer is estimated at {eight:.2f}x the faster of bf16 and FP8 dense" in page
 
 
 def test_hopper_keeps_its_measured_rates():

@@ -4,7 +4,8 @@ We assume that a chip reaches the same part of its published peaks as a hot H100
 on such GPUs yet; if you have one, you can: `python -m sparse24 bench --report FILE` (docs/when-it-pays.md).
 
 Dense peaks are those of bf16 with fp32 sums, from NVIDIA's white papers of GA100, GA102 and AD102; sparse ones are
-twice that. GeForce cards have half the rate of professional ones of the same chip where sums are fp32.
+twice that. GeForce cards have half the rate of professional ones of the same chip where sums are fp32. Ada's products
+of 8 bits are twice as fast as those of 16, as Hopper's are, so `cost_float8` takes the same parts of their time there.
 """
 
 from __future__ import annotations
