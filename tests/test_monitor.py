@@ -5,10 +5,14 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_models import MLP
 from tiny_recipes import make, run
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from sparse24 import ops
+import sparse24
+from sparse24 import Recipe, ops
 from sparse24.errors import Sparse24Error, Sparse24Warning
 from sparse24.recipe.monitor import FlipMonitor, gap_quantiles, gap_sample
 
@@ -142,6 +146,24 @@ def test_gap_quantiles_are_read_once_a_search():
         model.fc2.weight.mul_(2)
     recipe.load_state_dict(state)
     assert recipe.metrics()["gap_q50"] == gap_quantiles([layer.weight for layer in recipe.layers.values()])["gap_q50"]
+
+
+def test_gaps_are_of_the_shards_where_a_forward_pass_has_left_gathered_weights():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = MLP()
+        sparse24.sparsify(model)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        recipe = Recipe(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)
+        shards = [layer.weight.detach().to_local() for layer in (model.fc1, model.fc2)]
+        with torch.no_grad():
+            model(torch.randn(4, 16))
+            for shard in shards:
+                shard.copy_(torch.randn_like(shard))
+        told = recipe.metrics()
+        assert {key: told[key] for key in told if key.startswith("gap_")} == gap_quantiles(shards)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_flips_of_blocks_add_up_and_can_be_drawn_against_their_gaps(tmp_path):

@@ -76,6 +76,10 @@ def corrupt(state, key, value):
     return state
 
 
+ONE = torch.tensor([4])
+HISTORY_OF_THREE = {"steps": ONE, "intervals": ONE, "flips": torch.tensor([[1, 2, 3]]), "reported": []}
+
+
 @pytest.mark.parametrize(
     "key, value, words",
     [
@@ -90,6 +94,7 @@ def corrupt(state, key, value):
         ("masks", {"fc1": torch.zeros(2, 2), "fc2": None}, "must be uint8 \\(8, 8\\), got torch.float32"),
         ("masks", {"fc1": torch.full((8, 8), 255, dtype=torch.uint8), "fc2": None}, "mask of fc1 is corrupt"),
         ("monitor", {}, "flip history lacks"),
+        ("monitor", HISTORY_OF_THREE, "flip history in the state does not fit 2 layers"),
         ("settings", {}, "other settings: method was None"),
     ],
 )
