@@ -20,7 +20,7 @@ struct LaunchRows8 {
       const auto kernel = !kGated && params.to.tile_sums != nullptr
                               ? backward_rows8_kernel<kKind, kGated, T, !kGated>
                               : backward_rows8_kernel<kKind, kGated, T, false>;
-      kernel<<<row_grid(params.to), kRowThreads, 0, stream>>>(params);
+      kernel<<<static_cast<uint32_t>(row_blocks(params.to)), kRowThreads, 0, stream>>>(params);
     }
   }
 };

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads, kGated || kSums ? 2 : 3)
   __shared__ uint32_t of_warp[kRowThreads / 32];
   [[maybe_unused]] __shared__ alignas(16) OctetSums octet_sums;
 
-  const RowPlace at = RowPlace::here();
+  const RowPlace at = RowPlace::here(p.to.tile_cols);
   const int d_ff = p.to.features, token = at.token(), feature = at.feature();
   // Tokens past the end are zeros: with d_h = 0 all gradients are, and their groups keep nothing.
   const int valid = feature < d_ff ? p.to.tokens - token : 0;
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kRowThreads, kGated || kSums ? 2 : 3)
   __syncthreads();  // all that waits in shared memory is there
   SP24_UNROLL
   for (int half = 0; half < kHalves; ++half) store_row_stage(p.to, stage[half], at, half);
-  if constexpr (kSums) store_row_sums(p.to, octet_sums);
+  if constexpr (kSums) store_row_sums(p.to, octet_sums, at);
   if (p.to.amax != nullptr) store_staged_amax<kRowThreads>(of_warp, p.to.amax);
 }
 

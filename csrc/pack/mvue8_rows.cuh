@@ -30,13 +30,14 @@ namespace sparse24 {
 
 constexpr int kRowOctets = kTileRows / 8;
 
-/// Where a thread of a grid of tiles, features along x, is: its eight tokens of four features.
+/// Where a thread is: its eight tokens of four features, in tiles that are walked along features.
 struct RowPlace {
   uint32_t tile_token, tile_feature;
   int octet, col;  // in the tile: token / 8, feature
 
-  static __device__ __forceinline__ RowPlace here() {
-    return {blockIdx.y * kTileRows, blockIdx.x * kTileCols, static_cast<int>(threadIdx.x / 32),
+  static __device__ __forceinline__ RowPlace here(uint32_t tile_cols) {
+    const uint32_t row = blockIdx.x / tile_cols, col = blockIdx.x - row * tile_cols;
+    return {row * kTileRows, col * kTileCols, static_cast<int>(threadIdx.x / 32),
             static_cast<int>(threadIdx.x % 32) * 4};
   }
   __device__ __forceinline__ int token() const { return static_cast<int>(tile_token) + octet * 8; }
@@ -210,21 +211,22 @@ __device__ __forceinline__ void store_row_stage(const TileOutputs& p, const RowS
 }
 
 /// The sums of the tile's features, if it has tokens.
-__device__ __forceinline__ void store_row_sums(const TileOutputs& p, const OctetSums& sums) {
-  if (blockIdx.y * kTileRows < static_cast<uint32_t>(p.tokens))
-    sums.store(p.tile_sums, blockIdx.y, blockIdx.x, p.features);
+__device__ __forceinline__ void store_row_sums(const TileOutputs& p, const OctetSums& sums,
+                                               const RowPlace& at) {
+  if (at.tile_token < static_cast<uint32_t>(p.tokens))
+    sums.store(p.tile_sums, at.tile_token / kTileRows, at.tile_feature / kTileCols, p.features);
 }
 
 // ---- host -------------------------------------------------------------------------------------
 
 /// One block a tile of 64 tokens: an even number along tokens, as blocks of E have 128.
-inline dim3 row_grid(const TileOutputs& p) { return dim3(p.tile_cols, 2 * p.tile_rows); }
+inline int64_t row_blocks(const TileOutputs& p) { return int64_t{2} * p.tile_rows * p.tile_cols; }
 
 /// Are these the outputs that kernels by rows make, and do vectors fit them?
 inline bool rows8_fit(const TileOutputs& p, DType packed_dtype) {
   const bool vectors = reinterpret_cast<uintptr_t>(p.x8) % 4 == 0 && p.x8_ld % 4 == 0 &&
                        p.features % 4 == 0 && reinterpret_cast<uintptr_t>(p.E) % 8 == 0 &&
-                       p.x8_ld < int64_t{1} << 32 && row_grid(p).y < 65536;
+                       p.x8_ld < int64_t{1} << 32 && row_blocks(p) < int64_t{1} << 31;
   return is_float8(packed_dtype) && p.packed != nullptr && p.x8 != nullptr && p.x8_t == nullptr &&
          p.x16 == nullptr && p.counters == nullptr && p.packed_vectors && vectors;
 }

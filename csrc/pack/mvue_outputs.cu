@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   __shared__ uint32_t of_warp[kRowThreads / 32];
   [[maybe_unused]] __shared__ alignas(16) OctetSums octet_sums;
 
-  const RowPlace at = RowPlace::here();
+  const RowPlace at = RowPlace::here(p.to.tile_cols);
   const int token = at.token(), feature = at.feature();
   const int valid = feature < p.to.features ? p.to.tokens - token : 0;
   uint2 rows[8];
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   stage_amax(float_bits(quantize.amax()), of_warp);
   __syncthreads();  // all that waits in shared memory is there
   store_row_stage(p.to, stage, at, 0);
-  if constexpr (kSums) store_row_sums(p.to, octet_sums);
+  if constexpr (kSums) store_row_sums(p.to, octet_sums, at);
   if (p.to.amax != nullptr) store_staged_amax<kRowThreads>(of_warp, p.to.amax);
 }
 
@@ -95,7 +95,7 @@ void launch_rows(const MvueOutputsParams& outputs, cudaStream_t stream) {
   const MvueRowsParams p = {patch_operand(outputs.dy, Layout::kRowMajor), outputs.to};
   const auto kernel =
       p.to.tile_sums != nullptr ? mvue8_rows_kernel<T, true> : mvue8_rows_kernel<T, false>;
-  kernel<<<row_grid(p.to), kRowThreads, 0, stream>>>(p);
+  kernel<<<static_cast<uint32_t>(row_blocks(p.to)), kRowThreads, 0, stream>>>(p);
 }
 
 }  // namespace
