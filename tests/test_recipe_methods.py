@@ -119,6 +119,27 @@ def test_step_leaves_weights_alone_that_get_no_gradient():
 def test_step_needs_an_optimizer_with_a_second_moment():
     with pytest.raises(Sparse24Error, match="freezes Adam's second moment; SGD"):
         make(method="step")
+    with pytest.raises(Sparse24Error, match="freezes Adam's second moment, which Adamax does not keep as 'exp_avg_sq'"):
+        make(torch.optim.Adamax, method="step")
+
+
+def test_step_looks_at_what_an_optimizer_of_somebody_keeps():
+    """Lion, for one, has betas and a first moment alone: known once there is a state, when dense steps end."""
+
+    class Lion(torch.optim.SGD):
+        def __init__(self, params, lr):
+            super().__init__(params, lr=lr)
+            self.param_groups[0]["betas"] = (0.9, 0.99)
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+
+    model, optimizer, _ = make(Lion, 1e-2, method="step", dense_fraction=0.5)
+    with pytest.raises(Sparse24Error, match="which Lion does not keep"):
+        for _ in range(12):
+            model(torch.randn(8, 16)).sum().backward()
+            optimizer.step()
 
 
 def test_soft_threshold_is_the_published_function():

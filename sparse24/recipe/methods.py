@@ -98,6 +98,13 @@ class FrozenSecondMoment:
                 f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses "
                 "amsgrad; use Adam or AdamW without amsgrad, or another method"
             )
+        # Others have betas too. What an optimizer keeps shows in its state, which there is after the first step.
+        keeps_none = any(state and FrozenSecondMoment.KEY not in state for state in optimizer.state.values())
+        if keeps_none or isinstance(optimizer, torch.optim.Adamax):
+            raise Sparse24Error(
+                f"method='step' freezes Adam's second moment, which {type(optimizer).__name__} does not keep as "
+                f"{FrozenSecondMoment.KEY!r}; use Adam or AdamW, or another method"
+            )
 
     def _moment(self, p: Tensor) -> Tensor:
         moment = self.optimizer.state.get(p, {}).get(self.KEY)
