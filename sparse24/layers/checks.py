@@ -19,11 +19,6 @@ def check_module(value, argument: str = "model") -> None:
         raise Sparse24Error(f"{argument} must be a torch.nn.Module, got {type(value).__name__}")
 
 
-def check_switch(name: str, value) -> None:
-    if not isinstance(value, bool):
-        raise Sparse24Error(f"{name} must be True or False, got {value!r}")
-
-
 def distributed_rank() -> int:
     """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

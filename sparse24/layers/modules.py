@@ -1,7 +1,7 @@
 """`sparse24.modules`: the classes of sparse layers and their constants, gathered from the files of this room."""
 
 from .activations import ACTIVATIONS
-from .checks import DTYPES, check_module, check_switch, distributed_rank
+from .checks import DTYPES, check_module, distributed_rank
 from .gated_mlp import SparseGatedMLP
 from .linear import SparseLinear
 from .sparse_layer import SparseLayer
@@ -16,7 +16,6 @@ __all__ = [
     "SparseLayer",
     "SparseLinear",
     "check_module",
-    "check_switch",
     "decay_factor_of",
     "distributed_rank",
     "mask_of",
