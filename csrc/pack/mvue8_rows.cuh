@@ -44,6 +44,7 @@ struct RowPlace {
   __device__ __forceinline__ int feature() const { return static_cast<int>(tile_feature) + col; }
 };
 
+/// patch_address of an operand that is known to lie by rows: no choice is left to the kernel.
 template <typename T>
 __device__ __forceinline__ const char* row_address(const PatchOperand& operand, int row, int col) {
   return advance(static_cast<const char*>(operand.data), operand.line_bytes, row) +

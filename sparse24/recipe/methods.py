@@ -85,6 +85,9 @@ class FrozenSecondMoment:
         self.parameters = list(parameters)
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.check(optimizer)
+        # Others have betas too. What one keeps shows in the states of these parameters, once it has taken a step.
+        if any(self.KEY not in state for p in self.parameters if (state := optimizer.state.get(p))):
+            self._refuse(optimizer)
         if frozen is not None:
             self.frozen = [f.to(p.device, copy=True) for f, p in zip(frozen, self.parameters, strict=True)]
         else:
@@ -98,13 +101,15 @@ class FrozenSecondMoment:
                 f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses "
                 "amsgrad; use Adam or AdamW without amsgrad, or another method"
             )
-        # Others have betas too. What an optimizer keeps shows in its state, which there is after the first step.
-        keeps_none = any(state and FrozenSecondMoment.KEY not in state for state in optimizer.state.values())
-        if keeps_none or isinstance(optimizer, torch.optim.Adamax):
-            raise Sparse24Error(
-                f"method='step' freezes Adam's second moment, which {type(optimizer).__name__} does not keep as "
-                f"{FrozenSecondMoment.KEY!r}; use Adam or AdamW, or another method"
-            )
+        if isinstance(optimizer, torch.optim.Adamax):
+            FrozenSecondMoment._refuse(optimizer)
+
+    @staticmethod
+    def _refuse(optimizer: torch.optim.Optimizer) -> None:
+        raise Sparse24Error(
+            f"method='step' freezes Adam's second moment, which {type(optimizer).__name__} does not keep as "
+            f"{FrozenSecondMoment.KEY!r}; use Adam or AdamW, or another method"
+        )
 
     def _moment(self, p: Tensor) -> Tensor:
         moment = self.optimizer.state.get(p, {}).get(self.KEY)
