@@ -159,12 +159,13 @@ def test_mvue_in_eight_bits_is_unbiased_where_rounding_to_nearest_would_not_be()
 
 @pytest.mark.fault(89, 91)
 def test_passes_count_what_they_clip_and_flush(device):
+    """Of 90 tokens, without those that pad the transposed form."""
     torch.manual_seed(0)
-    dy, one, seed = torch.randn(96, 64, device=device).bfloat16(), scale(2.0**-9, device), torch.tensor([1, 2])
+    dy, one, seed = torch.randn(90, 64, device=device).bfloat16(), scale(2.0**-9, device), torch.tensor([1, 2])
     dy[0, :5], dy[1, :3], dy[2, 0], dy[3] = 100.0, 1e-7, torch.inf, 0.0
     expected = plain.cast_counts(dy, one)
     clipped = ((dy.float() / one).abs() > 448) & dy.isfinite()
-    assert expected.tolist()[0] == int(clipped.sum()) >= 5 and expected.tolist()[1] >= 3 and expected[2] == 96 * 64
+    assert expected.tolist()[0] == int(clipped.sum()) >= 5 and expected.tolist()[1] >= 3 and expected[2] == 90 * 64
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     float8.quantize(dy, one, transposed=True, counts=counts)
     assert torch.equal(counts, expected)

@@ -4,42 +4,46 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...formats import as_major
+from ...formats import DTYPE_CODE, as_major
 from ...reference import float8 as reference
 from ...reference import gated_activation
-from .._common import define_op, matrix, where
+from .._common import define_op, matrix, pointer, where
 from ..activation import KINDS, check_input
 from ..arguments import names_wrong_types
-from .operands import check_matrix, check_noted, empty_float8, note, output, takes_one_pass
+from .operands import Cast, check_cast, empty_float8, note, output, takes_one_pass
 
 
-def _check(gate_up, kind, gated, scale, amax, counts) -> None:
-    check_matrix(gate_up, scale)
+def _activation_quantize(gate_up, kind, gated, scale, keep_h, transposed, amax, counts) -> tuple[Tensor, ...]:
+    cast = (scale, amax, counts)
+    check_cast(gate_up, cast)
     check_input(gate_up, kind, gated)
-    check_noted(gate_up, amax, counts)
+    return compute_activation_quantize(gate_up, kind, gated, cast, keep_h, transposed)
 
 
-def _activation_quantize(
-    gate_up, kind, gated, scale, keep_h, transposed, amax, counts
+def compute_activation_quantize(
+    gate_up: Tensor, kind: str, gated: bool, cast: Cast, keep_h: bool, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(gate_up, kind, gated, scale, amax, counts)
-    h = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1)))
-    out = empty_float8(h, *h.shape, True, transposed)
+    """Of operands that have been checked."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1)
+    out = empty_float8(gate_up, tokens, width, True, transposed)
     library, *place = where(gate_up)
     if library is None:
         h = gated_activation(gate_up, kind, gated)
-        note(amax, h, counts, scale)
-        x8 = reference.to_float8(h, scale)
+        note(h, cast)
+        x8 = reference.to_float8(h, cast[0])
         return h if keep_h else h.new_empty(0), x8, reference.transpose_padded(x8) if transposed else out[1]
     gate_up = as_major(gate_up)
-    stored = keep_h or not takes_one_pass(h.shape[1], gate_up)
-    to = (h.data_ptr() if stored else 0, *matrix(h)[1:])
-    library.activation_forward(KINDS[kind], gated, matrix(gate_up), to, output(*out, scale, amax, counts), None, *place)
-    return h if keep_h else h.new_empty(0), *out
+    stored = keep_h or not takes_one_pass(width, gate_up)
+    h = gate_up.new_empty((tokens, width) if stored else 0)
+    to = (pointer(h), DTYPE_CODE[h.dtype], tokens, width, width, 1)
+    written = output(*out, cast, tokens * width)
+    library.activation_forward(KINDS[kind], gated, matrix(gate_up), to, written, None, *place)
+    return h if keep_h or not stored else h.new_empty(0), *out
 
 
 def _activation_quantize_fake(gate_up, kind, gated, scale, keep_h, transposed, amax, counts):
-    _check(gate_up, kind, gated, scale, amax, counts)
+    check_cast(gate_up, (scale, amax, counts))
+    check_input(gate_up, kind, gated)
     shape = (gate_up.shape[0], gate_up.shape[1] // (2 if gated else 1))
     return gate_up.new_empty(shape if keep_h else (0,)), *empty_float8(gate_up, *shape, True, transposed)
 

@@ -8,30 +8,32 @@ from ...formats import as_major
 from ...reference import float8 as reference
 from .._common import define_op, matrix, where
 from ..arguments import names_wrong_types
-from .operands import check_matrix, check_noted, empty_float8, note, output
+from .operands import Cast, check_cast, empty_float8, note, output
 
 
-def _quantize(
-    x: Tensor, scale: Tensor, rows: bool, transposed: bool, amax: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    check_matrix(x, scale)
-    check_noted(x, amax, counts)
+def _quantize(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
+    cast = (scale, amax, counts)
+    check_cast(x, cast)
+    return compute_quantize(x, cast, rows, transposed)
+
+
+def compute_quantize(x: Tensor, cast: Cast, rows: bool, transposed: bool) -> tuple[Tensor, Tensor]:
+    """Of operands that have been checked."""
     out = empty_float8(x, *x.shape, rows, transposed)
     library, *place = where(x)
     if library is None:
-        x8 = reference.to_float8(x, scale)
-        note(amax, x, counts, scale)
+        x8 = reference.to_float8(x, cast[0])
+        note(x, cast)
         return x8 if rows else out[0], reference.transpose_padded(x8) if transposed else out[1]
     if x.numel() == 0:
         return out
     x = as_major(x)
-    library.quantize(matrix(x), output(*out, scale, amax, counts), *place)
+    library.quantize(matrix(x), output(*out, cast, x.numel()), *place)
     return out
 
 
 def _quantize_fake(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
-    check_matrix(x, scale)
-    check_noted(x, amax, counts)
+    check_cast(x, (scale, amax, counts))
     return empty_float8(x, *x.shape, rows, transposed)
 
 

@@ -12,7 +12,7 @@ from .._common import define_op, matrix, pointer, where
 from ..activation import KINDS, check_backward
 from ..arguments import names_wrong_types
 from ..mvue import check_seed, empty_tile_sums, mvue_fields
-from .operands import E4M3, check_matrix, check_noted, empty_float8, note, output, takes_one_pass
+from .operands import E4M3, Cast, check_cast, note, output, takes_one_pass
 
 
 def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -30,31 +30,41 @@ def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) ->
     return torch.ops.sparse24.mvue_compress.default(dy, seed)
 
 
-def _check_mvue(dy: Tensor, seed: Tensor, scale: Tensor, amax: Tensor | None, counts: Tensor | None) -> None:
-    check_matrix(dy, scale)
-    check_noted(dy, amax, counts)
+def _check_mvue(dy: Tensor, seed: Tensor, cast: Cast) -> None:
+    check_cast(dy, cast)
     check_seed(seed, dy)
 
 
-def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_mvue(dy, seed, scale, amax, counts)
+def _mvue_quantize(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, ...]:
+    cast = (scale, amax, counts)
+    _check_mvue(dy, seed, cast)
+    return _all_given(*compute_mvue_quantize(dy, seed, cast, float8, bias_grad))
+
+
+def _all_given(packed: Tensor, E: Tensor, dy8: Tensor, sums: Tensor | None) -> tuple[Tensor, ...]:
+    return packed, E, dy8, dy8.new_empty(0, dtype=torch.float32) if sums is None else sums
+
+
+def compute_mvue_quantize(
+    dy: Tensor, seed: Tensor, cast: Cast, float8: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of operands that have been checked; no sums without `bias_grad`."""
     library, *place = where(dy)
     if library is None:
-        packed, E = _mvue_by_reference(dy, seed, scale, float8)
-        note(amax, dy, counts, scale)
-        sums = dy.sum(0, dtype=torch.float32) if bias_grad else dy.new_empty(0, dtype=torch.float32)
-        return packed, E, reference.to_float8(dy, scale), sums
+        packed, E = _mvue_by_reference(dy, seed, cast[0], float8)
+        note(dy, cast)
+        return packed, E, reference.to_float8(dy, cast[0]), dy.sum(0, dtype=torch.float32) if bias_grad else None
     dy = as_major(dy)
     packed, E = _empty_mvue(dy, float8)
-    dy8, none = empty_float8(dy, *dy.shape, True, False)
+    dy8 = dy.new_empty(dy.shape, dtype=E4M3)
     sums = empty_tile_sums(dy) if bias_grad else None
-    fields = mvue_fields(seed, packed, E, scale if float8 else None)
-    library.mvue_pack(matrix(dy), fields, output(dy8, none, scale, amax, counts), pointer(sums), *place)
-    return packed, E, dy8, dy.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
+    fields = mvue_fields(seed, packed, E, cast[0] if float8 else None)
+    library.mvue_pack(matrix(dy), fields, output(dy8, None, cast, dy8.numel()), pointer(sums), *place)
+    return packed, E, dy8, None if sums is None else sums.sum(0)
 
 
-def _mvue_quantize_fake(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_mvue(dy, seed, scale, amax, counts)
+def _mvue_quantize_fake(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, ...]:
+    _check_mvue(dy, seed, (scale, amax, counts))
     bias = dy.new_empty(dy.shape[1] if bias_grad else 0, dtype=torch.float32)
     return *_empty_mvue(dy, float8), dy.new_empty(dy.shape, dtype=E4M3), bias
 
@@ -91,28 +101,37 @@ def mvue_quantize(
 
 
 def _activation_backward_quantize(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):
-    _check_mvue(gate_up, seed, scale, amax, counts)
+    cast = (scale, amax, counts)
+    _check_mvue(gate_up, seed, cast)
     check_backward(dh, gate_up, kind, gated)
+    return _all_given(*compute_activation_backward_quantize(dh, gate_up, (kind, gated), seed, cast, float8, bias_grad))
+
+
+def compute_activation_backward_quantize(
+    dh: Tensor, gate_up: Tensor, activation: tuple[str, bool], seed: Tensor, cast: Cast, float8: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Of operands that have been checked; no sums without `bias_grad`."""
+    kind, gated = activation
     library, *place = where(gate_up)
     if library is None:
         d_gate_up = gated_activation_backward(dh, gate_up, kind, gated)[0]
-        return _mvue_quantize(d_gate_up, seed, scale, float8, bias_grad, amax, counts)
+        return compute_mvue_quantize(d_gate_up, seed, cast, float8, bias_grad)
     dh, gate_up = as_major(dh), as_major(gate_up)
     if gated and gate_up.is_cuda and gate_up.shape[1] // 2 % META_BLOCK:
         # A block of E would hold features of gate and of up, which no thread block has both of: two passes.
         d_gate_up = torch.ops.sparse24.activation_backward.default(dh, gate_up, kind, True, False)[0]
-        return _mvue_quantize(d_gate_up, seed, scale, float8, bias_grad, amax, counts)
+        return compute_mvue_quantize(d_gate_up, seed, cast, float8, bias_grad)
     packed, E = _empty_mvue(gate_up, float8)
-    d_gate_up8, none = empty_float8(gate_up, *gate_up.shape, True, False)
+    d_gate_up8 = gate_up.new_empty(gate_up.shape, dtype=E4M3)
     sums = empty_tile_sums(gate_up) if bias_grad else None
     stored = None if takes_one_pass(dh.shape[1], dh, gate_up) else gate_up.new_empty(gate_up.shape)
     dense = (0 if stored is None else stored.data_ptr(), DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)
-    fields = mvue_fields(seed, packed, E, scale if float8 else None)
+    fields = mvue_fields(seed, packed, E, cast[0] if float8 else None)
     library.activation_backward(
         KINDS[kind], gated, matrix(dh), matrix(gate_up), dense, None,
-        output(d_gate_up8, none, scale, amax, counts), fields, pointer(sums), *place,
+        output(d_gate_up8, None, cast, d_gate_up8.numel()), fields, pointer(sums), *place,
     )  # fmt: skip
-    return packed, E, d_gate_up8, gate_up.new_empty(0, dtype=torch.float32) if sums is None else sums.sum(0)
+    return packed, E, d_gate_up8, None if sums is None else sums.sum(0)
 
 
 def _activation_backward_quantize_fake(dh, gate_up, kind, gated, seed, scale, float8, bias_grad, amax, counts):

@@ -11,17 +11,19 @@ from ...reference import float8 as reference
 from .._common import check_same_device, check_weight_dtype
 from ..arguments import check_writable
 
+#: how a pass casts: scale, amax and counts as in `quantize`
+Cast = tuple[Tensor, Tensor | None, Tensor | None]
 
-def output(
-    x8: Tensor, x8_t: Tensor, scale: Tensor, amax: Tensor | None, counts: Tensor | None = None
-) -> tuple[int, ...]:
-    """What a pass writes in e4m3, as the binding takes it. The pass counts what is clipped and flushed; of how many,
-    here.
+
+def output(x8: Tensor, x8_t: Tensor | None, cast: Cast, values: int) -> tuple[int, ...]:
+    """What a pass over `values` values writes in e4m3, as the binding takes it. The pass counts what is clipped and
+    flushed; of how many, here.
     """
+    scale, amax, counts = cast
     rows = (x8.data_ptr(), x8.stride(0)) if x8.numel() else (0, 0)
-    columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t.numel() else (0, 0)
+    columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t is not None and x8_t.numel() else (0, 0)
     if counts is not None:
-        counts[2].add_(max(x8.numel(), x8_t.numel()))
+        counts[2].add_(values)
     noted = 0 if amax is None else amax.data_ptr(), 0 if counts is None else counts.data_ptr()
     return *rows, *columns, scale.data_ptr(), *noted
 
@@ -51,16 +53,19 @@ def check_scale(like: Tensor, name: str, scale: Tensor) -> None:
         check_same_device(like, "x", **{name: scale})
 
 
-def note(amax: Tensor | None, x: Tensor, counts: Tensor | None = None, scale: Tensor | None = None) -> None:
+def note(x: Tensor, cast: Cast) -> None:
     """What a pass notes of x, by the reference."""
+    scale, amax, counts = cast
     if amax is not None:
         torch.maximum(amax, reference.amax(x), out=amax)
     if counts is not None:
         counts += reference.cast_counts(x, scale)
 
 
-def check_noted(like: Tensor, amax: Tensor | None, counts: Tensor | None) -> None:
-    """What a pass writes beside its result: it must be ours to write, and as large as the pass takes it to be."""
+def check_scale_and_notes(like: Tensor, cast: Cast) -> None:
+    """What a pass notes must be ours to write, and as large as the pass takes it to be."""
+    scale, amax, counts = cast
+    check_scale(like, "scale", scale)
     if amax is not None:
         check_scale(like, "amax", amax)
         check_writable(("amax", amax))
@@ -86,9 +91,10 @@ def check_packed(packed: Tensor, E: Tensor, scale: Tensor, name: str, m: int, k:
         check_same_device(packed, name, E=E)
 
 
-def check_matrix(x: Tensor, scale: Tensor) -> None:
+def check_cast(x: Tensor, cast: Cast) -> None:
+    """A matrix that a pass reads, and how it casts it or what it makes of it."""
     if x.dim() != 2:
         raise Sparse24Error(f"x must be 2-D, (tokens, features), got shape {tuple(x.shape)}; flatten it first")
     if x.dtype not in WEIGHT_DTYPES:
         check_weight_dtype(x, "x")
-    check_scale(x, "scale", scale)
+    check_scale_and_notes(x, cast)

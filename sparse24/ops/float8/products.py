@@ -18,6 +18,8 @@ from .weights import unpack_dense
 
 #: sums of 8-bit products: the tensor cores keep some 14 bits of them; "promoted" adds every 256 k in fp32
 ACCUMULATIONS = {"auto": 0, "fast": 1, "promoted": 2}
+#: a sparse operand: packed, E and scale
+Weight = tuple[Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=4096)
@@ -40,7 +42,7 @@ def why_unavailable(index: int) -> str:
     return _library.binding().sparse_gemm_unsupported(problem, 256, 256, _library.CUDA, index, 0)
 
 
-def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumulate=False, accumulation=0) -> bool:
+def _launch(problem, weight: Weight, rhs, rhs_scale, out, *, bias=None, accumulate=False, accumulation=0) -> bool:
     """The product on the GPU's tensor cores; False, and nothing done, where they do not take it."""
     library, backend, index, stream = where(out)
     if backend != _library.CUDA:
@@ -51,10 +53,10 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
         return False
     config, scratch_bytes = _plan(problem, accumulation, index)
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
-    packed, E = lhs
+    packed, E, scale = weight
     library.sparse_gemm(
         problem,
-        (packed.data_ptr(), E.data_ptr(), lhs_scale.data_ptr()),
+        (packed.data_ptr(), E.data_ptr(), scale.data_ptr()),
         (rhs.data_ptr(), rhs_ld, rhs_scale.data_ptr()),
         (out.data_ptr(), out_ld),
         (0 if bias is None else bias.data_ptr(), accumulate, None, None),
@@ -67,7 +69,7 @@ def _launch(problem, lhs, lhs_scale, rhs, rhs_scale, out, *, bias=None, accumula
     return True
 
 
-def _check_dense(x8: Tensor, x_scale: Tensor, name: str) -> None:
+def check_dense(x8: Tensor, x_scale: Tensor, name: str) -> None:
     rows_lie_so = x8.dim() == 2 and x8.stride(1) == 1 and (x8.stride(0) >= x8.shape[1] or x8.shape[0] < 2)
     if x8.dtype != E4M3 or not (rows_lie_so or x8.dim() == 2 and 0 in x8.shape):
         raise Sparse24DtypeError(
@@ -77,21 +79,31 @@ def _check_dense(x8: Tensor, x_scale: Tensor, name: str) -> None:
     check_scale(x8, f"scale of {name}", x_scale)
 
 
-def _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype) -> None:
-    _check_dense(x8, x_scale, "x8")
-    check_packed(packed, E, scale, "packed", out_features, x8.shape[1])
-    if packed.device != x8.device or (bias is not None and bias.device != x8.device):
-        check_same_device(x8, "x8", packed=packed, bias=bias)
+def check_weight(x: Tensor, weight: Weight, out_features: int, k: int, bias: Tensor | None) -> None:
+    """The sparse operand of a product with x (tokens, k) or its 8 bits, and the bias."""
+    packed, E, scale = weight
+    check_packed(packed, E, scale, "packed", out_features, k)
+    if packed.device != x.device or (bias is not None and bias.device != x.device):
+        check_same_device(x, "x8", packed=packed, bias=bias)
     if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
         raise Sparse24Error(
             f"bias must be floating of shape {(out_features,)}, got {bias.dtype} of shape {tuple(bias.shape)}"
         )
+
+
+def check_out_dtype(out_dtype: torch.dtype) -> None:
     if out_dtype not in WEIGHT_DTYPES:
         raise Sparse24DtypeError(f"out_dtype must be {names(WEIGHT_DTYPES)}, got {out_dtype}")
 
 
+def _check_sparse_mm(x8, x_scale, weight, out_features, bias, out_dtype) -> None:
+    check_dense(x8, x_scale, "x8")
+    check_weight(x8, weight, out_features, x8.shape[1], bias)
+    check_out_dtype(out_dtype)
+
+
 def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
-    _check_dense(x8_t, x_scale, "x8_t")
+    check_dense(x8_t, x_scale, "x8_t")
     if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
         raise Sparse24Error(
             f"out must be {names(WEIGHT_DTYPES)} of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
@@ -105,23 +117,31 @@ def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
 
 
 def _sparse_mm_float8(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
-    _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype)
-    tokens, k = x8.shape
+    weight = (packed, E, scale)
+    _check_sparse_mm(x8, x_scale, weight, out_features, bias, out_dtype)
+    return compute_sparse_mm_float8(x8, x_scale, weight, bias, out_dtype, accumulation)
+
+
+def compute_sparse_mm_float8(
+    x8: Tensor, x_scale: Tensor, weight: Weight, bias: Tensor | None, out_dtype: torch.dtype, accumulation: int = 0
+) -> Tensor:
+    """Of operands that have been checked."""
+    (tokens, k), out_features = x8.shape, weight[0].shape[0]
     on_gpu = x8.device.type == "cuda"
     y = x8.new_empty((tokens, out_features), dtype=FORMATS[E4M3].wide_dtype if on_gpu else out_dtype)
     if y.numel() == 0:
         return y.to(out_dtype)
     problem = (FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
     bias = None if bias is None else bias.to(y.dtype).contiguous()
-    if not _launch(problem, (packed, E), scale, x8, x_scale, y, bias=bias, accumulation=accumulation):
-        w = unpack_dense(packed, E, scale, out_features, k, torch.float32)
+    if not _launch(problem, weight, x8, x_scale, y, bias=bias, accumulation=accumulation):
+        w = unpack_dense(*weight, out_features, k, torch.float32)
         product = (x8.float() * x_scale) @ w.T
         y.copy_(product if bias is None else product + bias)
     return y.to(out_dtype)
 
 
 def _sparse_mm_float8_fake(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
-    _check_sparse_mm(x8, x_scale, packed, E, scale, out_features, bias, out_dtype)
+    _check_sparse_mm(x8, x_scale, (packed, E, scale), out_features, bias, out_dtype)
     return x8.new_empty((x8.shape[0], out_features), dtype=out_dtype)
 
 
@@ -156,14 +176,19 @@ def sparse_mm_float8(
 
 def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> None:
     _check_grad_weight(packed, E, scale, x8_t, x_scale, out)
+    compute_grad_weight_float8((packed, E, scale), x8_t, x_scale, out, accumulate)
+
+
+def compute_grad_weight_float8(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: Tensor, accumulate: bool) -> None:
+    """Of operands that have been checked; dy is pruned."""
     (m, n), k = out.shape, x8_t.shape[1]
     if out.numel() == 0:
         return
     problem = (GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(out.dtype, 0))
     fits = out.is_contiguous() and out.dtype in (FORMATS[E4M3].wide_dtype, torch.float32) and k > 0
-    if fits and _launch(problem, (packed, E), scale, x8_t, x_scale, out, accumulate=accumulate):
+    if fits and _launch(problem, dy, x8_t, x_scale, out, accumulate=accumulate):
         return
-    product = unpack_dense(packed, E, scale, m, k, torch.float32) @ (x8_t.float() * x_scale).T
+    product = unpack_dense(*dy, m, k, torch.float32) @ (x8_t.float() * x_scale).T
     out.add_(product) if accumulate else out.copy_(product)
 
 

@@ -92,7 +92,7 @@ def _pack_by_reference(search, weights, masks, forms, scales, amaxes) -> None:
             mask.copy_(transposable_mask(w))
         for form, value in zip(forms, reference.pack_float8(w, mask, scale, E4M3), strict=True):
             form[i].copy_(value)
-        note(amax, w)
+        note(w, (scale, amax, None))
 
 
 def _pack_float8_fake(search, weights, masks, packed, E, packed_t, E_t, scales, amaxes) -> None:
