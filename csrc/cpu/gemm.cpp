@@ -116,8 +116,8 @@ void multiply(const SparseGemmArgs& args) {
 
 void sparse_gemm(const SparseGemmArgs& args) {
   with_operand_type(args.lhs.format, [&](auto lhs) {
+    using T = decltype(lhs);
     with_type(args.out_dtype, [&](auto out) {
-      using T = decltype(lhs);
       using Out = decltype(out);
       if constexpr (sizeof(T) == 1) {
         multiply<T, Float8E4M3, Out, Out>(args);

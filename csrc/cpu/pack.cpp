@@ -121,8 +121,9 @@ void pack(const PackArgs* weights, int count) {
   for (int index = 0; index < count; ++index) {
     const PackArgs& args = weights[index];
     with_type(args.w.dtype, [&](auto in) {
+      using In = decltype(in);
       with_packed_type(args.out_dtype,
-                       [&](auto out) { pack_weight<decltype(in), decltype(out), kFrom>(args); });
+                       [&](auto out) { pack_weight<In, decltype(out), kFrom>(args); });
     });
   }
 }

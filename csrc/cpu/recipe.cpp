@@ -37,11 +37,13 @@ void masked_decay(const MaskedDecayArgs* tensors, int count) {
     const float decay = args.grad_scale == nullptr ? args.decay : args.decay * *args.grad_scale;
     const int64_t rows = args.grad.rows, cols = args.grad.cols, tile_cols = tiles_along(cols);
     with_type(args.grad.dtype, [&](auto grad) {
+      using Grad = decltype(grad);
       with_type(args.w.dtype, [&](auto w) {
+        using W = decltype(w);
         parallel_for(tiles_along(rows) * tile_cols, kTile * kTile, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t)
-            masked_decay_tile<decltype(grad), decltype(w)>(
-                args, decay, tile_at(t / tile_cols, t % tile_cols, rows, cols));
+            masked_decay_tile<Grad, W>(args, decay,
+                                       tile_at(t / tile_cols, t % tile_cols, rows, cols));
         });
       });
     });

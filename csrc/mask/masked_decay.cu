@@ -130,7 +130,8 @@ using DecayKernel = void (*)(DecayList);
 DecayKernel choose_kernel(DType grad, DType w) {
   DecayKernel kernel = nullptr;
   with_type(grad, [&](auto g) {
-    with_type(w, [&](auto v) { kernel = masked_decay_kernel<decltype(g), decltype(v)>; });
+    using Grad = decltype(g);
+    with_type(w, [&](auto v) { kernel = masked_decay_kernel<Grad, decltype(v)>; });
   });
   return kernel;
 }

@@ -130,10 +130,11 @@ void launch_pack8_list(const Pack8List& list, DType out, Layout layout, cudaStre
   if (tiles == 0) return;
   const ConstMatrix& first = list.tensor[0].w;
   with_type(first.dtype, [&](auto in) {
+    using In = decltype(in);
     with_packed_format(out, [&](auto format) {
       if constexpr (decltype(format)::kScaled) {
         const auto kernel =
-            choose_pack8_kernel<Masks, decltype(in), typename decltype(format)::Storage>(layout);
+            choose_pack8_kernel<Masks, In, typename decltype(format)::Storage>(layout);
         kernel<<<tiles, kTile8Threads, 0, stream>>>(list);
       }
     });
