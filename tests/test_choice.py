@@ -151,20 +151,6 @@ def test_a_gpu_without_8_bit_products_leaves_models_dense_and_says_what_else_the
     )
 
 
-@pytest.mark.fault(99)
-def test_kernels_that_no_gpu_has_run_are_taken_by_those_who_ask_alone(monkeypatch):
-    on_gpu = type("OnGpu", (), {"parameters": lambda self: [type("P", (), {"device": torch.device("cuda:0")})()]})()
-    capability = [(8, 9)]
-    monkeypatch.setattr(sparse24.convert.convert, "is_available", lambda device: True)
-    monkeypatch.setattr(sparse24.convert.convert, "why_no_float8", lambda index: "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[0])
-    why = sparse24.convert.convert._why_unavailable
-    assert 'backend="sparse" takes them' in why(on_gpu, "fp8", "auto")
-    assert why(on_gpu, "fp8", "sparse") is None and why(on_gpu, None, "auto") is None
-    capability[0] = (9, 0)
-    assert why(on_gpu, "fp8", "auto") is None
-
-
 @pytest.mark.parametrize("setting", [dict(tokens=0), dict(tokens=2.5), dict(micro_batches=0)])
 def test_tokens_and_micro_batches_are_counts(setting):
     (name, value), *_ = setting.items()

@@ -76,7 +76,7 @@ def sparsify(
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
-    unavailable = _why_unavailable(model, precision, backend)
+    unavailable = _why_unavailable(model, precision)
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
@@ -213,14 +213,8 @@ def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
             raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")
 
 
-#: GPUs whose 8-bit products no GPU has run yet: "auto" does not take them
-UNTRIED_FLOAT8 = {(8, 9)}
-
-
-def _why_unavailable(model: nn.Module, precision: str | None = None, backend: str = "sparse") -> str | None:
-    """Why the GPU that holds the model cannot, or should not, multiply sparse, or None; a model elsewhere runs
-    everywhere.
-    """
+def _why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:
+    """Why the GPU that holds the model cannot multiply sparse, or None; a model elsewhere runs everywhere."""
     device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     if device is None:
         return None
@@ -228,10 +222,4 @@ def _why_unavailable(model: nn.Module, precision: str | None = None, backend: st
         return f"no 2:4 products on {device}: {found.reason}"
     if precision is not None and (why := why_no_float8(device.index)):
         return f"no 8-bit 2:4 products on {device}: {why}; precision=None trains in 16 bits"
-    capability = torch.cuda.get_device_capability(device) if precision is not None and backend == "auto" else None
-    if capability in UNTRIED_FLOAT8:
-        return (
-            f"8-bit 2:4 products of compute capability {capability[0]}.{capability[1]} are tested without a GPU only; "
-            'backend="sparse" takes them, precision=None trains in 16 bits'
-        )
     return None
