@@ -2,7 +2,7 @@
 
 Only the feed-forward layer is 2:4, so Amdahl's law bounds the gain: 1 / (1 - share + share / speed-up), with the
 share of the dense layer in the dense block and its speed-up measured in the same loop. In that loop too: the block with
-PyTorch's own 2:4 training (sparse24/benchmark/today.py).
+PyTorch's own 2:4 training (sparse24/benchmark/pytorch_sparse.py).
 
     python -m bench.bench_block [--csv FOLDER] [--append] [--png FOLDER] [--quick] [--only NAMES] [--master bf16|fp32]
                                 [--no-pytorch]

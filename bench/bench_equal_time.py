@@ -13,9 +13,9 @@ import torch
 
 from bench.common import arguments, chosen, header, open_table, time_hot
 from sparse24.benchmark import suite
+from sparse24.benchmark.arms import Arm, between_us, feed_forward_arm
 from sparse24.benchmark.float8_suite import PRECISIONS
 from sparse24.benchmark.models import ModelShape
-from sparse24.benchmark.step import Arm, between_us, feed_forward_arm
 
 LAYERS = [
     suite.ffn_shape("2048 x 8192", 16384, 2048, 8192, gated=False),

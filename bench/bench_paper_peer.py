@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bench.common import Table, arguments, chosen, header, open_table, time_hot
 from sparse24 import ops
-from sparse24.benchmark import step, suite
+from sparse24.benchmark import arms, suite
 from sparse24.benchmark.models import ModelShape, compile_to_time
 from sparse24.convert import sparse_layers, sparsify
 
@@ -133,7 +133,7 @@ class PaperLinear(nn.Module):
 
     @torch.no_grad()
     def decay(self) -> None:
-        ops.masked_decay_(self.weight.grad, self.weight, self.mask, step.DECAY)
+        ops.masked_decay_(self.weight.grad, self.weight, self.mask, arms.DECAY)
 
     def forward(self, x: Tensor) -> Tensor:
         return _PaperLinear.apply(x.to(torch.float16), self.weight, self)
@@ -158,7 +158,7 @@ def check(layer: PaperLinear) -> None:
         assert error < CLOSE, f"the paper's {what} of a {rows} x {cols} weight is off by {error:.1e}"
 
 
-class Arm(step.Arm):
+class Arm(arms.Arm):
     """A feed-forward layer with fp32 weights under fp16 autocast: `kind` is one of the names above."""
 
     def __init__(self, shape: ModelShape, kind: str, multiply: Multiply | None = None):
@@ -192,7 +192,7 @@ class Arm(step.Arm):
             layer.repack()
 
     def search(self) -> None:
-        """And packing, as `step.between_us` has it."""
+        """And packing, as `arms.between_us` has it."""
         if self.layers:
             super().search()
         for layer in self.paper:
@@ -209,8 +209,8 @@ class Arm(step.Arm):
 def measure(shape: ModelShape, kinds: list[str], multiply: Multiply | None) -> dict[str, dict[str, float]]:
     """Microseconds of each arm by part, all arms in one loop."""
     suite.fresh()
-    arms, calls = {kind: Arm(shape, kind, multiply) for kind in kinds}, {}
-    for kind, arm in arms.items():
+    calls = {}
+    for kind, arm in {kind: Arm(shape, kind, multiply) for kind in kinds}.items():
         calls |= {(kind, "first"): arm.first, (kind, "more"): arm.accumulate}
         if kind in (PAPER, OURS):
             calls |= {(kind, part): getattr(arm, part) for part in ("decay", "repack", "search")}
@@ -219,7 +219,7 @@ def measure(shape: ModelShape, kinds: list[str], multiply: Multiply | None) -> d
 
 
 def step_us(times: dict[str, float], micro_batches: int) -> float:
-    between = step.between_us(times) if "repack" in times else 0.0
+    between = arms.between_us(times) if "repack" in times else 0.0
     return times["first"] + (micro_batches - 1) * times["more"] + between
 
 

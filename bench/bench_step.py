@@ -3,7 +3,7 @@
 Forward, backward, fused AdamW; the 2:4 side under a Recipe: decay, re-packing, mask searches. SDPA attention, random
 weights. Compiled block by block. "bound" is Amdahl's, from the layer's share and speed-up measured in the same run;
 tokens/s, model FLOP utilisation of the dense peak (the 2:4 side counted as dense), peak memory, host time. The last
-column is PyTorch's own 2:4 training over dense, from a loop of these two (sparse24/benchmark/today.py).
+column is PyTorch's own 2:4 training over dense, from a loop of these two (sparse24/benchmark/pytorch_sparse.py).
 
     python -m bench.bench_step [--csv FOLDER] [--append] [--png FOLDER] [--quick] [--all] [--only NAMES]
                                [--master bf16|fp32] [--micro-batches N] [--many NAMES] [--eager] [--no-pytorch]

@@ -13,8 +13,7 @@ from torch._dynamo.utils import counters
 
 from bench import bench_fp8
 from sparse24 import SparseLinear
-from sparse24.benchmark import float8_dense, float8_suite, models, suite, timing
-from sparse24.benchmark import step as arms
+from sparse24.benchmark import arms, float8_dense, float8_suite, models, suite, timing
 
 SMALL = models.ModelShape("small", "llama", 1, 64, 2, 2, 128, 0, 16, 2)
 

@@ -9,7 +9,7 @@ import torch
 from rounding import EPS16
 
 import sparse24
-from sparse24.benchmark import command, kernels, models, step, suite, timing, today
+from sparse24.benchmark import arms, command, kernels, models, pytorch_sparse, suite, timing
 from sparse24.benchmark.models import Decoder, ModelShape
 from sparse24.errors import Sparse24Error
 
@@ -40,7 +40,7 @@ def pytorch_24(monkeypatch):
     monkeypatch.setattr(torch, "_sparse_semi_structured_tile", tile)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *args, transpose_result: 3)
-    monkeypatch.setattr(today, "_algorithms", {})
+    monkeypatch.setattr(pytorch_sparse, "_algorithms", {})
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def without_gpu(monkeypatch, pytorch_24):
             call()
         return {name: {"dense": 20.0, "sparse": 10.0}.get(name, 1.0) for name in candidates}
 
-    for module in (today, step):
+    for module in (pytorch_sparse, arms):
         for name in ("feed_forward_arm", "block_arm", "Trainer"):
             original = getattr(module, name)
             monkeypatch.setattr(
@@ -94,7 +94,7 @@ def test_models_hold_what_their_shape_says(shape):
 def test_a_trainers_step_is_a_training_step(shape, master):
     settings = dict(master=master, micro_batches=2, compiled=False, device="cpu")
     for sparse in (False, True):
-        trainer = step.Trainer(shape, sparse=sparse, **settings)
+        trainer = arms.Trainer(shape, sparse=sparse, **settings)
         matrices = [p for p in trainer.module.parameters() if p.dim() == 2]  # a norm's ones swallow small steps
         before = [p.detach().clone() for p in matrices]
         trainer.step()
@@ -104,7 +104,7 @@ def test_a_trainers_step_is_a_training_step(shape, master):
 
 
 def test_one_arm_serves_with_and_without_mvue():
-    arm = step.feed_forward_arm(GATED, sparse=True, master=BF16, compiled=False, device="cpu")
+    arm = arms.feed_forward_arm(GATED, sparse=True, master=BF16, compiled=False, device="cpu")
     seen = []
     for mvue in (True, False):
         arm.with_mvue(mvue, lambda: seen.append({layer.mvue for layer in arm.layers}))()
@@ -112,7 +112,7 @@ def test_one_arm_serves_with_and_without_mvue():
 
 
 def test_one_arm_serves_with_the_decay_in_backward_and_without():
-    arm = step.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
+    arm = arms.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
     arm.set_mvue(False)
     arm.micro_batch()
     arm.decay()
@@ -125,14 +125,14 @@ def test_one_arm_serves_with_the_decay_in_backward_and_without():
 
 def test_a_trainer_may_have_the_decay_in_backward():
     settings = dict(sparse=True, master=FP32, micro_batches=2, compiled=False, device="cpu", decay_in="backward")
-    trainer = step.Trainer(GATED, **settings)
+    trainer = arms.Trainer(GATED, **settings)
     trainer.step()
     factors = [layer.decay_factor.item() for layer in trainer.layers]
-    assert trainer.recipe.step == 1 and factors == pytest.approx([step.DECAY / 2] * len(factors))
+    assert trainer.recipe.step == 1 and factors == pytest.approx([arms.DECAY / 2] * len(factors))
 
 
 def test_gradients_of_a_micro_batch_are_fresh_and_sums_are_kept():
-    arm = step.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
+    arm = arms.feed_forward_arm(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
     arm.set_mvue(False)
     arm.micro_batch()
     first = arm.layers[0].weight.grad.clone()
@@ -150,7 +150,7 @@ def masked_copy(module):
     """The dense module whose feed-forward weights are those that PyTorch's own arm multiplies with."""
     dense = copy.deepcopy(module)
     for name, layer in list(dense.named_modules()):
-        if isinstance(layer, today.SemiStructuredLinear):
+        if isinstance(layer, pytorch_sparse.SemiStructuredLinear):
             linear = torch.nn.Linear(*layer.weight.t().shape, bias=layer.bias is not None, dtype=layer.weight.dtype)
             linear.weight.data.copy_(layer.weight * greedy_mask(layer.weight))
             linear.bias = layer.bias
@@ -162,8 +162,8 @@ def masked_copy(module):
 @pytest.mark.parametrize("shape", [GATED, PLAIN])
 def test_pytorchs_own_arm_computes_what_its_masked_weights_do(pytorch_24, shape, master):
     """Outputs and gradients of a block: those of the masked dense one, but for the weights' own, which are dense."""
-    arm = today.block_arm(shape, master=master, compiled=False, device="cpu")
-    layers = [layer for layer in arm.module.modules() if isinstance(layer, today.SemiStructuredLinear)]
+    arm = pytorch_sparse.block_arm(shape, master=master, compiled=False, device="cpu")
+    layers = [layer for layer in arm.module.modules() if isinstance(layer, pytorch_sparse.SemiStructuredLinear)]
     assert len(layers) == 2 and sum(layer.weight.numel() for layer in layers) == shape.ffn_weights()
     dense = masked_copy(arm.module)
     results = []
@@ -178,7 +178,7 @@ def test_pytorchs_own_arm_computes_what_its_masked_weights_do(pytorch_24, shape,
 
 
 def test_pytorchs_own_arm_compiles_without_graph_breaks(pytorch_24):
-    arm = today.block_arm(PLAIN, master=FP32, compiled=False, device="cpu")
+    arm = pytorch_sparse.block_arm(PLAIN, master=FP32, compiled=False, device="cpu")
     compiled = torch.compile(arm.module, fullgraph=True, backend="aot_eager")
     results = []
     for module in (compiled, arm.module):
@@ -193,8 +193,8 @@ def test_pytorchs_own_arm_compiles_without_graph_breaks(pytorch_24):
 
 @pytest.mark.parametrize("shape", [GATED, PLAIN])
 def test_pytorchs_own_trainer_packs_after_each_step(pytorch_24, shape):
-    trainer = today.Trainer(shape, master=BF16, micro_batches=2, compiled=False, device="cpu")
-    layers = [layer for layer in trainer.module.modules() if isinstance(layer, today.SemiStructuredLinear)]
+    trainer = pytorch_sparse.Trainer(shape, master=BF16, micro_batches=2, compiled=False, device="cpu")
+    layers = [layer for layer in trainer.module.modules() if isinstance(layer, pytorch_sparse.SemiStructuredLinear)]
     before = [layer.weight.detach().clone() for layer in layers]
     trainer.step()
     assert len(layers) == 2 * shape.layers
@@ -206,7 +206,7 @@ def test_pytorchs_own_trainer_packs_after_each_step(pytorch_24, shape):
 
 def test_an_algorithm_that_computes_something_else_is_not_taken(pytorch_24, monkeypatch, capsys):
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda *args, transpose_result: 7)
-    layer = today.SemiStructuredLinear(torch.nn.Linear(64, 128, dtype=BF16), 32)
+    layer = pytorch_sparse.SemiStructuredLinear(torch.nn.Linear(64, 128, dtype=BF16), 32)
     assert layer.algorithm == layer.algorithm_t == 0
     assert "algorithm 7 is wrong for 128 x 32 x 64: its default is taken" in capsys.readouterr().out
 
@@ -242,7 +242,7 @@ def test_tables_count_everything(without_gpu):
 def test_blocks_and_steps_stand_beside_their_bound(without_gpu):
     table = timing.Table("block", suite.BLOCK_COLUMNS)
     suite.blocks(table, [GATED, PLAIN], ["bf16"])
-    assert cells(table, "bound") == [step.amdahl(1 / 20, 1 / 3)] * 2
+    assert cells(table, "bound") == [arms.amdahl(1 / 20, 1 / 3)] * 2
     assert cells(table, THEIRS) == [20 / 2] * 2  # a micro-batch, and packing
     suite.blocks(table, [GATED], ["bf16"], pytorch=False)
     assert math.isnan(cells(table, THEIRS)[2])
@@ -314,7 +314,7 @@ def test_rows_of_another_device_are_not_kept(head, tmp_path, capsys):
 
 
 def test_amdahl():
-    assert step.amdahl(0.5, 2.0) == pytest.approx(4 / 3) and step.amdahl(1.0, 1.5) == 1.5 and step.amdahl(0.0, 9) == 1
+    assert arms.amdahl(0.5, 2.0) == pytest.approx(4 / 3) and arms.amdahl(1.0, 1.5) == 1.5 and arms.amdahl(0.0, 9) == 1
 
 
 @pytest.mark.parametrize(

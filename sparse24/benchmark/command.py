@@ -133,8 +133,10 @@ def unless_out_of_memory(part: str, measure: Callable[[], object]) -> None:
 
 
 def run_suite(parts: tuple[str, ...], quick: bool, csv: Path | None, report: Path | None = None) -> None:
-    """The parts of the suite that are asked for, all by default. `report`: one file for all of it, with where the time
-    of a layer goes."""
+    """The parts of the suite that are asked for, all by default.
+
+    report  one file for all of it, which also says where the time of a layer goes
+    """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
         raise Sparse24Error(f"no benchmark {', '.join(unknown)}; there are {', '.join(PARTS)}")

@@ -26,9 +26,9 @@ from torch import nn
 from ..convert import sparsify
 from ..errors import Sparse24Error
 from ..recipe import Recipe
+from .arms import DECAY, peak_flops
 from .communication import CountBytes, exposed_ms
 from .models import Decoder, ModelShape, rotary_table
-from .step import DECAY, peak_flops
 from .timing import Table
 
 #: arm -> (kind, precision or scaling)

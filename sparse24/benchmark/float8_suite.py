@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from . import float8_dense
-from . import step as arms
+from . import arms, float8_dense
 from .models import ModelShape
 from .suite import MANY, MASTERS, fresh, peak_gb
 from .timing import Table, time_hot

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterable
 
 import torch
 
 from ..convert import cost_model, rates_on
-from . import kernels, today
-from . import step as arms
+from . import arms, kernels, pytorch_sparse
 from .models import SHAPES, ModelShape
 from .timing import Table, host_time_us, time_hot
 
@@ -90,7 +90,7 @@ class FeedForwardTimes:
             self.lean = arms.feed_forward_arm(shape, sparse=True, compiled=False, lean=True, **settings)
             calls |= {"lean": self.lean.micro_batch, "lean repack": self.lean.repack}
             calls["decay in backward"] = sparse.with_decay(calls["sparse"])
-            calls |= _pytorch_calls(today.feed_forward_arm, shape, master)
+            calls |= _pytorch_calls(pytorch_sparse.feed_forward_arm, shape, master)
         # Several in a row, as in a model of many layers; of large ones one covers the host's next.
         calls_in_a_row = 4 if shape.tokens * shape.ffn_weights() < 1e12 else 2
         self.times = time_hot(calls, rounds=rounds, warm_seconds=warm, calls=calls_in_a_row)
@@ -122,7 +122,7 @@ def _pytorch_calls(make: Callable[..., arms.Arm], shape: ModelShape, master: tor
     except Exception as error:
         _note(error)
         return {}
-    return {"pytorch": arm.micro_batch, "pytorch pack": lambda: today.repack(arm.module)}
+    return {"pytorch": arm.micro_batch, "pytorch pack": lambda: pytorch_sparse.repack(arm.module)}
 
 
 def _note(error: Exception) -> None:
@@ -205,8 +205,6 @@ def break_even(points: list[tuple[int, float]]) -> float | None:
 
     Linear in the logarithm of the tokens between the last point behind and the first of those ahead that follow.
     """
-    import math
-
     points = sorted(points)
     if not points or points[-1][1] <= 1:
         return None
@@ -229,7 +227,7 @@ def blocks(
             dense, sparse = (arms.block_arm(shape, sparse=s, **settings) for s in (False, True))
             dense_ffn, sparse_ffn = (arms.feed_forward_arm(shape, sparse=s, **settings) for s in (False, True))
             sparse.micro_batch()
-            peer = _pytorch_calls(today.block_arm, shape, MASTERS[label]) if pytorch else {}
+            peer = _pytorch_calls(pytorch_sparse.block_arm, shape, MASTERS[label]) if pytorch else {}
             times = time_hot(
                 {
                     "dense": dense.micro_batch,
@@ -277,7 +275,7 @@ def _pytorch_step_over_dense(shape: ModelShape, rounds: int, **settings) -> floa
     In a loop of the two, before there is a third model: two of them fit a GPU that the main loop's two fit.
     """
     try:
-        theirs = today.Trainer(shape, **settings)
+        theirs = pytorch_sparse.Trainer(shape, **settings)
         theirs.step()
         dense = arms.Trainer(shape, sparse=False, **settings)
         times = time_hot({"dense": dense.step, "pytorch": theirs.step}, rounds=rounds, warm_seconds=0.5)

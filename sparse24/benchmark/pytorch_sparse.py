@@ -1,5 +1,4 @@
-"""2:4 training with what PyTorch itself offers today, to compare with: the same arms as ours (a feed-forward layer, a
-block, a trainer).
+"""PyTorch's own 2:4 training, to compare with: the same arms as in `arms` (a feed-forward layer, a block, a trainer).
 
 After each optimizer step torch's greedy tile kernel packs; cuSPARSELt multiplies in forward and for the input gradient;
 the weight gradient is dense. It is made as fast as torch's parts allow. Gate and up are one product. All that the dense
@@ -16,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import step
+from . import arms
 from .models import DenseGatedMLP, GatedMLP, ModelShape, compile_to_time
 
 torch.library.define(
@@ -120,26 +119,26 @@ def repack(module: nn.Module) -> None:
 
 def feed_forward_arm(
     shape: ModelShape, *, master: torch.dtype, compiled: bool = True, device: str = "cuda"
-) -> step.Arm:
-    """As `step.feed_forward_arm`."""
-    arm = step.feed_forward_arm(shape, sparse=False, master=master, compiled=False, device=device)
+) -> arms.Arm:
+    """As `arms.feed_forward_arm`."""
+    arm = arms.feed_forward_arm(shape, sparse=False, master=master, compiled=False, device=device)
     arm.root["part"] = arm.module = converted(arm.module, shape.tokens)
     if compiled:
         compile_to_time(arm.module)
     return arm
 
 
-def block_arm(shape: ModelShape, *, master: torch.dtype, compiled: bool = True, device: str = "cuda") -> step.Arm:
-    """As `step.block_arm`."""
-    arm = step.block_arm(shape, sparse=False, master=master, compiled=False, device=device)
+def block_arm(shape: ModelShape, *, master: torch.dtype, compiled: bool = True, device: str = "cuda") -> arms.Arm:
+    """As `arms.block_arm`."""
+    arm = arms.block_arm(shape, sparse=False, master=master, compiled=False, device=device)
     arm.module.mlp = converted(arm.module.mlp, shape.tokens)
     if compiled:
         compile_to_time(arm.module)
     return arm
 
 
-class Trainer(step.Trainer):
-    """As `step.Trainer`, dense but for its feed-forward layers, which are packed anew after each step."""
+class Trainer(arms.Trainer):
+    """As `arms.Trainer`, dense but for its feed-forward layers, which are packed anew after each step."""
 
     def __init__(self, shape: ModelShape, *, compiled: bool = True, **settings):
         super().__init__(shape, sparse=False, compiled=False, **settings)

@@ -1,4 +1,4 @@
-"""What is timed: parts of a model (a feed-forward layer, a block) and whole training steps, dense and 2:4.
+"""The arms that are timed: a feed-forward layer, a block, a whole training step, each dense or 2:4.
 
 Both sides run under the same compiler settings. What a training step adds to a 2:4 part is timed separately:
 re-packing, masked decay, and a mask search every 40 steps.
@@ -163,8 +163,8 @@ def feed_forward_arm(
         gated = shape.gated and one_gate and not sparse
         module = (DenseGatedMLP(shape.d_model, shape.d_ff) if gated else feed_forward(shape)).to(master)
     x = torch.randn(shape.tokens, shape.d_model, device=device, dtype=torch.bfloat16, requires_grad=True)
-    arms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense)
-    arm = Arm(module, (x,), sparse=sparse, master=master, device=device, **arms)
+    forms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense)
+    arm = Arm(module, (x,), sparse=sparse, master=master, device=device, **forms)
     if compiled:
         compile_to_time(arm.module)
     return arm
