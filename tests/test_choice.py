@@ -32,7 +32,7 @@ def test_without_tokens_layers_are_chosen_as_with_8192(monkeypatch):
         asked.append((training, kwargs.get("assumed", args[-1] if args else None)))
         return True, "asked"
 
-    monkeypatch.setattr(sparse24.convert.convert, "choose_function", choose)
+    monkeypatch.setattr(sparse24.convert.choice, "choose_function", choose)
     for count in (None, 8192, 256):
         sparse24.sparsify(MLP(), tokens=count)
     by_default, as_said, few = (asked[i][0] for i in (0, 2, 4))
@@ -127,7 +127,7 @@ def test_whole_blocks_are_converted_or_none_of_their_layers(h200):
 def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_forced(monkeypatch):
     """The reason is told, and only backend='sparse' makes it an error."""
     monkeypatch.setattr(
-        sparse24.convert.convert, "_why_unavailable", lambda *asked: "no 2:4 products on cuda:0: sm_75 is too old"
+        sparse24.convert.choice, "why_unavailable", lambda *asked: "no 2:4 products on cuda:0: sm_75 is too old"
     )
     model = MLP()
     with pytest.warns(Sparse24Warning, match="left the model dense.*sm_75"):
@@ -141,9 +141,9 @@ def test_gpus_without_sparse_kernels_stay_dense_with_a_warning_or_raise_when_for
 def test_a_gpu_without_8_bit_products_leaves_models_dense_and_says_what_else_there_is(monkeypatch):
     model = MLP()
     on_gpu = [type("OnGpu", (), {"device": torch.device("cuda:0")})()]
-    monkeypatch.setattr(sparse24.convert.convert, "is_available", lambda device: True)
-    monkeypatch.setattr(sparse24.convert.convert, "why_no_float8", lambda index: "no kernel is compiled for float8")
-    why = sparse24.convert.convert._why_unavailable
+    monkeypatch.setattr(sparse24.convert.choice, "is_available", lambda device: True)
+    monkeypatch.setattr(sparse24.convert.choice, "why_no_float8", lambda index: "no kernel is compiled for float8")
+    why = sparse24.convert.choice.why_unavailable
     monkeypatch.setattr(model, "parameters", lambda: on_gpu)
     assert why(model, None) is None
     assert why(model, "fp8") == (

@@ -186,7 +186,7 @@ def test_unknown_settings_are_refused_at_once(kind):
 def test_trainers_train_dense_where_auto_leaves_the_model_dense(tmp_path, monkeypatch):
     """A GPU without our kernels: sparsify warns, and training goes on."""
     why = "no 2:4 products on cuda:0: too old"
-    monkeypatch.setattr(sparse24.convert.convert, "_why_unavailable", lambda *asked: why)
+    monkeypatch.setattr(sparse24.convert.choice, "why_unavailable", lambda *asked: why)
     with pytest.warns(sparse24.Sparse24Warning, match="left the model dense: no 2:4 products"):
         trainer, callback = hf_trainer(tmp_path, steps=2)
     trainer.train()

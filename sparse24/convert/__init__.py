@@ -2,11 +2,12 @@
 
 from .candidates import candidates, patterns
 from .choice import choose_function, rates_on
-from .convert import refresh, sparsify
 from .names import plain_name, sparse_layers, unwrap
+from .repack import refresh
 from .report import Skipped, SparsifyReport
-from .restore import densify, effective_weight
 from .surroundings import after_conversion
+from .to_dense import densify, effective_weight
+from .to_sparse import sparsify
 
 __all__ = [
     "Skipped",

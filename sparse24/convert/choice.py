@@ -1,4 +1,4 @@
-"""Whether a layer that can be 2:4 should be: backend="auto" asks the cost model."""
+"""Whether layers that can be 2:4 should be: what their GPU can multiply, and for backend="auto" the cost model."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ import torch
 from torch import nn
 
 from .. import _library
+from .._library import is_available
 from ..layers import tensor_parallel
+from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_float8, cost_model, cost_published, structure
 from .cost_model import Training
+
+
+def why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:
+    """Why the GPU that holds the model cannot multiply sparse, or None; a model elsewhere runs everywhere."""
+    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
+    if device is None:
+        return None
+    if not (found := is_available(device)):
+        return f"no 2:4 products on {device}: {found.reason}"
+    if precision is not None and (why := why_no_float8(device.index)):
+        return f"no 8-bit 2:4 products on {device}: {why}; precision=None trains in 16 bits"
+    return None
 
 
 def choose_function(

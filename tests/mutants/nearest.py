@@ -21,7 +21,7 @@ NEAREST = {
     "files/writing.py": ["test_files", "test_damage"],
     "files/digests.py": ["test_files", "test_damage"],
     "convert/choice.py": _CHOICE,
-    "convert/convert.py": ["test_convert", "test_skipped_layers", "test_choice"],
+    "convert/to_sparse.py": ["test_convert", "test_skipped_layers", "test_choice"],
     "convert/candidates.py": ["test_skipped_layers", "test_convert"],
     "convert/structure.py": ["test_families", "test_convert"],
     "convert/cost_model.py": ["test_cost_model", *_CHOICE],

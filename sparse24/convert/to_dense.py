@@ -15,7 +15,7 @@ from ..layers.options import checked_options
 from ..layers.owners import end_recipes
 from ..layers.state import SOFT, mask_of, state_of
 from .candidates import weight_owners
-from .exchange import dense_class
+from .classes import dense_class
 from .names import sparse_layers, unwrap
 from .surroundings import after_conversion
 

@@ -1,4 +1,4 @@
-"""sparsify and refresh: turning layers of a model sparse in place, and packing weights that were written by hand.
+"""sparsify: turning layers of a model sparse, in place.
 
 A layer is converted by changing its class and adding buffers: parameters, hooks, names and every reference to the
 module stay as they are, so an optimizer made before works on. *Which function* a layer trains, 2:4 or dense, is
@@ -13,19 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .. import ops
-from .._library import is_available
 from ..errors import Sparse24Error, Sparse24Warning
 from ..formats import FLOAT8_DTYPES, packed_dtype
-from ..layers import DTYPES, SparseLayer, float8, mask_of, sharding, state_of
+from ..layers import DTYPES, float8, sharding, state_of
 from ..layers.options import checked_options
-from ..ops.float8.products import why_unavailable as why_no_float8
-from . import cost_model, structure
+from . import choice, cost_model, structure
 from .candidates import candidates, linear_names, patterns, some, weight_owners, why_not
-from .choice import choose_function
+from .classes import make_sparse
 from .cost_model import Training
-from .exchange import convert
-from .names import sparse_layers
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport
 
 BACKENDS = ("auto", "sparse")
@@ -58,25 +53,27 @@ def sparsify(
     dtype       dtype of the packed values; default: the weight's, and bfloat16 for float32 weights on a GPU
     tokens      tokens per forward call (batch x length), for that estimate: few tokens do not pay on a GPU; assumed
                 to be 8192 where nothing is said
-    micro_batches  forward calls an optimizer step: what is paid once a step weighs less
+    micro_batches  forward calls an optimizer step: the more, the less weighs what is paid once a step
     allow_tied  also convert layers that share their weight with another module
+    fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (layers/feedforward.py)
     lean        memory before speed: one packed form of each weight, not two (1.125 bytes a weight less, for a pass over
                 the weight in each backward), and in fused blocks h, what enters the down product, is made again in
                 backward instead of kept (one activation of tokens x d_ff less)
     precision   None: 16-bit products. "fp8-hybrid": forward and input gradient in float8_e4m3fn, the weight gradient in
                 16 bits. "fp8": all three (docs/fp8.md). Layers whose sizes are not multiples of 32 stay dense
-    fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (layers/feedforward.py)
 
     Call it again at will: layers that are sparse already stay as they are, and a warning says so where this call asks
-    for another precision, lean or dtype than they have. Raises Sparse24Error, with the closest
-    names, when a pattern matches nothing, and with the reasons when nothing at all can be converted; the model is
-    then untouched. On a GPU without sparse kernels "auto" warns and leaves the model dense, and "sparse" raises.
+    for another precision, lean or dtype than they have. On a GPU without sparse kernels "auto" warns and leaves the
+    model dense, and "sparse" raises.
+
+    Raises Sparse24Error, with the closest names, when a pattern matches nothing, and with the reasons when nothing at
+    all can be converted; the model is then untouched.
     """
     _check_settings(model, backend, dtype, tokens, micro_batches)
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
-    unavailable = _why_unavailable(model, precision)
+    unavailable = choice.why_unavailable(model, precision)
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
@@ -87,7 +84,7 @@ def sparsify(
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=3)
     elif not todo and not any(skip.reason.startswith(ALREADY_SPARSE) for skip in report.skipped):
         _raise_nothing_fits(model, report)
-    report.fused = convert(
+    report.fused = make_sparse(
         model, todo, fuse_blocks=fuse, mvue=mvue, compute_dtype=dtype, lean=lean, precision=precision
     )
     report.converted = list(todo)
@@ -122,7 +119,7 @@ def _choose(
             block = blocks.get(name)
             whole = block is not None and all(layer in chosen for layer in block.layers)
             sizes = block.sizes(model) if whole else None
-            converts, reason = choose_function(module, backend, training, sizes, assumed=assumed)
+            converts, reason = choice.choose_function(module, backend, training, sizes, assumed=assumed)
             if converts:
                 todo[name] = module
                 report.reasons[name] = reason
@@ -166,41 +163,6 @@ def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport,
         )
 
 
-@checked_options()
-def refresh(model: nn.Module, *, search: bool = False) -> int:
-    """Re-pack every sparse layer of `model` after its weights were written by hand (EMA, `.data`, surgery).
-
-    search  also find the masks anew from the weights' magnitudes; by default the masks stay, and a copy of another
-            model (`copy.deepcopy`, `AveragedModel`) takes the masks and phase that this one has now
-
-    Returns how many layers were packed. A mask that is none any more, because an average over buffers went through it
-    (`AveragedModel(use_buffers=True)`), is searched anew, with a warning.
-    """
-    sharding.reshard(sharding.sharded_modules(model))
-    layers = sparse_layers(model)
-    for layer in layers.values():
-        if search:
-            layer.accept_weights()
-        layer.look(forward=False)
-    broken = [] if search else [name for name, layer in layers.items() if not _has_mask(layer)]
-    if broken:
-        warnings.warn(
-            f"the masks of {', '.join(broken[:4])} ({len(broken)} layers) do not keep two in each row and column of "
-            "their blocks: something has written to buffers, an average perhaps; they are searched anew",
-            Sparse24Warning,
-            stacklevel=3,
-        )
-    for name, layer in layers.items():
-        layer._repack(search=search or name in broken)
-    return len(layers)
-
-
-def _has_mask(layer: SparseLayer) -> bool:
-    mask = mask_of(layer)
-    by_rows = state_of(layer).soft_scale is not None  # S-STE's masks keep two in each row only
-    return mask is None or mask.is_meta or by_rows or ops.is_transposable(mask)
-
-
 def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     sharding.sharded_modules(model)  # refuses FSDP1
     if backend not in BACKENDS:
@@ -211,15 +173,3 @@ def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
     for name, value in (("tokens", 1 if tokens is None else tokens), ("micro_batches", micro_batches)):
         if not isinstance(value, int) or value < 1:
             raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")
-
-
-def _why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:
-    """Why the GPU that holds the model cannot multiply sparse, or None; a model elsewhere runs everywhere."""
-    device = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
-    if device is None:
-        return None
-    if not (found := is_available(device)):
-        return f"no 2:4 products on {device}: {found.reason}"
-    if precision is not None and (why := why_no_float8(device.index)):
-        return f"no 8-bit 2:4 products on {device}: {why}; precision=None trains in 16 bits"
-    return None

@@ -17,7 +17,9 @@ from .surroundings import after_conversion
 
 
 @torch.inference_mode(False)  # else a caller's inference mode makes buffers that no recipe may write later
-def convert(model: nn.Module, layers: dict[str, nn.Module], *, fuse_blocks: bool, **settings: Any) -> dict[str, str]:
+def make_sparse(
+    model: nn.Module, layers: dict[str, nn.Module], *, fuse_blocks: bool, **settings: Any
+) -> dict[str, str]:
     """Make `layers` of `model` sparse and fuse what can be fused; block -> "" or why it is not fused.
 
     An error, out of memory on the last layer perhaps, leaves the model as it was.
