@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import assert_same, make, rewrite, run
+from tiny_checkpoints import assert_same, make, rewrite, run
 
 import sparse24
 from sparse24.errors import Sparse24Error

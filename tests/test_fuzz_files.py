@@ -18,8 +18,8 @@ import torch
 from fuzzing import fuzz_files
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_checkpoints import make, rewrite, run
 from test_fuzz_states import JUNK, everything, places
+from tiny_checkpoints import make, rewrite, run
 from tiny_models import MLP
 
 import sparse24

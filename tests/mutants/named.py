@@ -8,7 +8,7 @@ NAMED = [
         "layers/packing.py",  # the search in the packed dtype, which rounds magnitudes together
         "weights, masks = [full_weight(layer) for layer in group], [",
         "weights, masks = [full_weight(layer).to(layer._buffers[PACKED_BUFFERS[0]].dtype) for layer in group], [",
-        ["test_verify", "test_modules"],
+        ["test_verify", "test_modules", "test_module_changes"],
     ),
     (
         "save/verification.py",

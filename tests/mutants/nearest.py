@@ -1,7 +1,7 @@
 """The tests that should see a fault in a module, nearest first; of some modules, the functions that are in question."""
 
 _RECIPE = ["test_recipe", "test_recipe_checkpoints"]
-_CHECKPOINTS = ["test_damage", "test_checkpoints"]
+_CHECKPOINTS = ["test_damage", "test_checkpoints", "test_checkpoint_refusals", "test_checkpoint_resuming"]
 _CHOICE = ["test_choice", "test_convert"]
 _PRETRAIN = ["pretrain/test_pretrain_data", "pretrain/test_pretrain_damage", "pretrain/test_pretrain_resume"]
 
