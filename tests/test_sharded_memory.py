@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_packed_gather import SETTINGS, policy, shard
+from packed_gather_runs import SETTINGS, policy, shard
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
