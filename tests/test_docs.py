@@ -8,6 +8,8 @@ ones above it.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -34,6 +36,7 @@ NEEDS = {
 SNIPPET = re.compile(r"^(?:<!-- needs: ([\w, ]+) -->\n)?```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SHELL = re.compile(r"^```(?:bash|sh)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:python -m sparse24|make) [^`\n]*)`")
+REFERENCE = re.compile(r"^::: sparse24\.([\w.]+)$", re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -166,3 +169,28 @@ def test_the_page_about_the_paper_names_files_and_tests_that_exist():
     named = re.findall(r"`(test_\w+?)_?(?:\.\.\.)?`", text)
     missing |= {name for name in named if f"def {name}" not in tests}
     assert len(files) > 10 and len(named) > 5 and not missing
+
+
+def documented(name: str):
+    """What a line `::: sparse24.NAME` of the reference is about: a module, a class or a function."""
+    try:
+        return importlib.import_module(f"sparse24.{name}")
+    except ModuleNotFoundError:
+        *parents, last = f"sparse24.{name}".split(".")
+        return getattr(importlib.import_module(".".join(parents)), last)
+
+
+def test_no_file_hides_a_function_of_its_name_from_the_reference():
+    """The generator reads files: of `from .follow import follow` it documents the file follow.py, not the function."""
+    entries = {
+        name for page in (ROOT / "docs" / "reference").glob("*.md") for name in REFERENCE.findall(page.read_text())
+    }
+    hidden = []
+    for entry in entries:
+        found = documented(entry)
+        if hasattr(found, "__path__"):  # a room: all that it lists
+            files = {path.stem for path in Path(found.__path__[0]).glob("*.py")}
+            hidden += [f"{entry}.{name}.{name}" for name in found.__all__ if name in files]
+        elif inspect.isfunction(found) and found.__module__.rpartition(".")[2] == found.__name__:
+            hidden.append(f"{found.__module__.removeprefix('sparse24.')}.{found.__name__}")
+    assert set(hidden) <= entries and "follow" in entries
