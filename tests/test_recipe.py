@@ -13,7 +13,8 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, ops
 from sparse24.errors import Sparse24Error
-from sparse24.recipe.phases import Phases, scheduled_decay
+from sparse24.recipe.decay import scheduled_decay
+from sparse24.recipe.phases import Phases
 
 # -- masked decay ---------------------------------------------------------------------------------------------------
 

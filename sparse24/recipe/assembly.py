@@ -23,14 +23,14 @@ def assemble(
     optimizer: torch.optim.Optimizer,
     total_steps: int,
     settings: Preset,
-    others: dict,
+    given: dict,
     scales: CastScales,
     sharded: list[nn.Module],
 ) -> Steps:
     """The steps of a recipe, with its search and decay; nothing of the layers changes yet.
 
     layers  those that are trained
-    others  the settings of `Recipe` that no preset has, by name
+    given   the arguments of `Recipe` by name, for settings that no preset has
     """
     method = get_method(settings.method)
     check_mvue(settings.mvue, method)
@@ -40,18 +40,18 @@ def assemble(
     decay = MaskedDecay(
         layers,
         method,
-        MUON_DECAY if beside and others["decay"] is None else settings.decay,
+        MUON_DECAY if beside and given["decay"] is None else settings.decay,
         on="weight" if beside else method.decay_on,
         schedule=settings.decay_schedule,
-        decay_in=others["decay_in"],
-        micro_batches=others["micro_batches"],
+        decay_in=given["decay_in"],
+        micro_batches=given["micro_batches"],
     )
     search = MaskSearch(
         {} if method.gradients_only else layers,
         settings.mask_interval,
         applied=not method.watches,
         sharded=sharded,
-        track_blocks=others["track_blocks"],
+        track_blocks=given["track_blocks"],
     )
     return Steps(
         layers,
@@ -62,13 +62,13 @@ def assemble(
         decay,
         scales,
         sharded=sharded,
-        check_every=positive("check_ranks_every", others["check_ranks_every"], least=0),
+        check_every=positive("check_ranks_every", given["check_ranks_every"], least=0),
     )
 
 
-def reads_whole_weights(settings: Preset, others: dict) -> str:
+def reads_whole_weights(settings: Preset, given: dict) -> str:
     """What of the settings makes a rank of FSDP2 read whole weights, so that packed rows are not enough; "" if none."""
-    if others["decay_in"] == "backward":
+    if given["decay_in"] == "backward":
         return "decay_in='backward' reads whole weights"
     return "method='s-ste' multiplies with soft-thresholded weights" if get_method(settings.method).soft else ""
 

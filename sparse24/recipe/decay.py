@@ -10,6 +10,9 @@ has no unit: there it is about 1, not 6e-5.
 
 from __future__ import annotations
 
+import math
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -18,12 +21,39 @@ from ..errors import Sparse24Error
 from ..layers import packing, sharding
 from ..layers.modules import SparseLayer, decay_factor_of, mask_of
 from .methods import Method
-from .phases import SCHEDULES, check_decay, positive, scheduled_decay
+from .phases import positive
 
+SCHEDULES = ("constant", "linear", "cosine")
+DECAY_RULE = "be a finite number that float32 holds, 0 or more"
+FLOAT32_MAX = torch.finfo(torch.float32).max
 #: where the decay is added to a gradient
 DECAY_IN = ("step", "backward")
 #: default decay with Muon; in small runs 0.3 to 3 brought mu (`tune.py`) into its range
 MUON_DECAY = 1.0
+
+
+def is_decay(value) -> bool:
+    """Whether it is a decay: a number from 0 to the largest of float32."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= FLOAT32_MAX
+
+
+def check_decay(decay: float) -> float:
+    if not is_decay(decay):
+        raise Sparse24Error(f"decay must {DECAY_RULE}, got {decay!r}; 0 is plain straight-through")
+    return float(decay)
+
+
+def scheduled_decay(decay: float, schedule: str, progress: float) -> float:
+    """The decay factor at `progress` in [0, 1] of the sparse phase.
+
+    constant  the same throughout;  linear  0 rising to `decay`;  cosine  `decay` falling to 0 along half a cosine
+    """
+    progress = min(max(progress, 0.0), 1.0)
+    if schedule == "linear":
+        return decay * progress
+    if schedule == "cosine":
+        return decay * 0.5 * (1 + math.cos(math.pi * progress))
+    return decay
 
 
 def orthogonalizes(optimizer: torch.optim.Optimizer) -> bool:

@@ -1,21 +1,16 @@
-"""Which steps are sparse and which dense."""
+"""Which steps are sparse and which dense, and the rule on counts of steps."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from numbers import Integral, Real
-
-import torch
+from numbers import Integral
 
 from ..errors import Sparse24Error
 from ..layers.modules import DENSE, SPARSE
 
-FLOAT32_MAX = torch.finfo(torch.float32).max
 PLACES = ("auto", "start", "end", "none")
 TOTAL_STEPS_RULE = "be the number of optimizer steps of the whole run, an integer of 1 or more"
 DENSE_FRACTION_RULE = "be the part of the steps that is dense, a number from 0 to 1"
-DECAY_RULE = "be a finite number that float32 holds, 0 or more"
 
 
 @dataclass(frozen=True)
@@ -59,35 +54,8 @@ class Phases:
         return self.sparse_until - self.sparse_from
 
 
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-def scheduled_decay(decay: float, schedule: str, progress: float) -> float:
-    """The decay factor at `progress` in [0, 1] of the sparse phase.
-
-    constant  the same throughout;  linear  0 rising to `decay`;  cosine  `decay` falling to 0 along half a cosine
-    """
-    progress = min(max(progress, 0.0), 1.0)
-    if schedule == "linear":
-        return decay * progress
-    if schedule == "cosine":
-        return decay * 0.5 * (1 + math.cos(math.pi * progress))
-    return decay
-
-
 def positive(name: str, value: int, least: int = 1) -> int:
     """`value` as an int. Raises Sparse24Error, with the argument's name, for anything but an integer >= `least`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise Sparse24Error(f"{name} must be an integer, {least} or more, got {value!r}")
     return int(value)
-
-
-def is_decay(value) -> bool:
-    """Whether it is a decay: a number from 0 to the largest of float32."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= value <= FLOAT32_MAX
-
-
-def check_decay(decay: float) -> float:
-    if not is_decay(decay):
-        raise Sparse24Error(f"decay must {DECAY_RULE}, got {decay!r}; 0 is plain straight-through")
-    return float(decay)

@@ -3,8 +3,9 @@
     backward over all micro-batches -> unscale -> clip -> [masked decay -> optimizer step -> masks, packing, phase]
 
 The bracket is one call of `optimizer.step()`; the recipe hooks in before and after it, so the training loop stays as it
-was. Nothing counts in forward: accumulation, evaluation and skipped steps change nothing here. Each part has a file:
-assembly.py makes them; hooks.py (order), steps.py (count, phases), search.py (masks), decay.py, capture.py, state.py.
+was. Forward passes count nothing, so accumulation, evaluation and skipped steps change nothing here. Each part has a
+file, and assembly.py puts them together: hooks.py (order), steps.py (count, phases), search.py (masks), decay.py,
+capture.py, state.py.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from ..layers.unseen import share_lookout
 from . import state
 from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture
+from .decay import DECAY_RULE, check_decay
 from .hooks import StepHooks
 from .optimizers import chain_of
-from .phases import DECAY_RULE, DENSE_FRACTION_RULE, TOTAL_STEPS_RULE, check_decay, positive
+from .phases import DENSE_FRACTION_RULE, TOTAL_STEPS_RULE, positive
 from .presets import filled
 from .readings import Readings
 from .scaling import CastScales
@@ -107,17 +109,17 @@ class Recipe(Readings):
         takeover: bool = False,
         count_casts: bool = False,
     ):
-        others = locals()
-        settings = filled(preset, others)
+        given = locals()  # by name: a preset fills in what is None
+        settings = filled(preset, given)
         self.layers = trainable_layers(model)
         sharded = sharding.sharded_modules(model)
         sharding.reshard(sharded)
         trained = {name: layer for name, layer in self.layers.items() if layer.weight.requires_grad}
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
-        packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings, others))
+        packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings, given))
         scales = CastScales(self.layers, count_casts)
-        self._steps = assemble(trained, self.optimizer, total_steps, settings, others, scales, sharded)
+        self._steps = assemble(trained, self.optimizer, total_steps, settings, given, scales, sharded)
         self.method, self.phases = self._steps.method, self._steps.phases
         self._search, self._decay = self._steps.search, self._steps.decay
         self._steps.check = ModelCheck(model, self.layers, self.optimizer)

@@ -10,9 +10,8 @@ from ..errors import Sparse24Error
 from ..layers import packing, tensor_parallel
 from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
 from . import noise
-from .decay import MaskedDecay
+from .decay import MaskedDecay, check_decay, is_decay
 from .methods import FrozenSecondMoment
-from .phases import check_decay, is_decay
 from .search import MaskSearch
 from .steps import Steps
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
-from ..files import write_atomically
+from ..files import write_text_atomically
 from ..layers.options import checked_options
-from .phases import check_decay
+from .decay import check_decay
 from .tune_arms import Arm, ShortRuns, default_loss
 
 GRID = (0.0, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
@@ -78,7 +78,7 @@ class TuneResult:
 
     def save(self, path) -> None:
         """All of it as JSON, whole or not at all."""
-        write_atomically(path, lambda p: p.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8"))
+        write_text_atomically(path, json.dumps(asdict(self), indent=1))
 
 
 @checked_options()
@@ -234,4 +234,4 @@ def _read(path, settings: dict) -> dict[str, Arm]:
 def _write(path, settings: dict, arms: dict[str, Arm]) -> None:
     if path is not None:
         text = json.dumps({"settings": settings, "arms": {key: asdict(arm) for key, arm in arms.items()}}, indent=1)
-        write_atomically(path, lambda p: p.write_text(text, encoding="utf-8"))
+        write_text_atomically(path, text)
