@@ -25,11 +25,10 @@ SP24_HD uint32_t transpose_masks(uint32_t masks) {
   return masks ^ swap ^ (swap << 6);
 }
 
-/// Four nibbles of the lower half and four of the upper become four bytes: byte i = low nibble i |
-/// high nibble i << 4.
+/// Four nibbles of the lower half and four of the upper become four bytes: nibble i of the lower
+/// half is the low nibble of byte i, nibble i of the upper half its high one.
 SP24_HD uint32_t interleave_nibbles(uint32_t halves) {
-  // As 2x4 nibbles in order 0 1 2 3 | 4 5 6 7; wanted 0 4 1 5 2 6 3 7: two exchanges of middle
-  // parts.
+  // Nibbles 0 1 2 3 | 4 5 6 7 become 0 4 1 5 2 6 3 7 by two exchanges of middle parts.
   uint32_t swap = (halves ^ (halves >> 8)) & 0x0000FF00u;
   halves ^= swap ^ (swap << 8);
   swap = (halves ^ (halves >> 4)) & 0x00F000F0u;

@@ -38,15 +38,13 @@ constexpr uint32_t kPaddingNibble = 0x4u;  // positions 0 and 1: what lies past 
 
 SP24_HD int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
-/// Offset of the byte of elements (m, k..k+7) within its 64 x 64 block; m, k in [0, 64), k % 8 ==
-/// 0.
+/// Offset of the byte of elements (m, k..k+7) within its 64 x 64 block; k is a multiple of 8.
 SP24_HD int meta_block_offset(int m, int k) {
   return (m / 16) * 128 + ((k / 16) % 2) * 64 + (m % 8) * 8 + (k / 32) * 4 + ((m / 8) % 2) * 2 +
          (k % 16) / 8;
 }
 
-/// Offset of the first byte of metadata block (block_m, block_k) of an operand with `blocks_m` of
-/// them along m.
+/// Offset of the first byte of block (block_m, block_k) of an operand with `blocks_m` along m.
 SP24_HD int64_t meta_block_start(int64_t block_m, int64_t block_k, int64_t blocks_m) {
   return (block_k * blocks_m + block_m) * kMetaBlockBytes;
 }

@@ -1,8 +1,8 @@
 // mvue_group.h: unbiased, minimum-variance 2:4 pruning of one group of four gradients, with one
 // uniform number.
 //
-// Element i is kept with probability p_i (their sum is 2) and then scaled by 1/p_i; p_i = min(1, c
-// |a_i|) has the least variance. With S the sum of magnitudes that means
+// Element i is kept with probability p_i and then scaled by 1/p_i; the sum of the p_i is 2. Of all
+// such p_i, min(1, c |a_i|) has the least variance. With S the sum of magnitudes that means
 //
 //   level   no magnitude above S/2: p_i = 2 |a_i| / S, and every kept value becomes sign(a_i) S/2;
 //   heavy   one above: it is kept as it is, and one of the other three, drawn with p_i = |a_i| / R
@@ -49,14 +49,14 @@ struct MvuePick {
   uint32_t nibble;  // first index | second index << 2
 };
 
-/// The random bits of eight groups, tokens 8*octet ... 8*octet + 7 of features 4*quad ... 4*quad +
-/// 3: a function of the seed and these alone.
+/// The random bits of eight groups, those of tokens 8*octet to 8*octet + 7 and features 4*quad to
+/// 4*quad + 3: a function of the seed and of these two numbers alone.
 SP24_HD Philox4 mvue_random(const PhiloxKey& key, uint32_t octet, uint32_t quad) {
   return philox4x32_10({{quad, octet, key.stream0, key.stream1}}, key.key0, key.key1);
 }
 
-/// The 16 of them that are the group's of tokens 4*group, ... (group 0 or 1) and of `feature` (0 to
-/// 3).
+/// The 16 of them that belong to one group: `group` (0 or 1) says which four tokens of the octet,
+/// `feature` (0 to 3) which feature of the quad.
 SP24_HD uint32_t mvue_bits(const Philox4& random, int group, int feature) {
   return random.word[2 * group + feature / 2] >> (feature % 2 * 16) & 0xFFFFu;
 }
@@ -163,8 +163,8 @@ SP24_HD MvuePick keep_nonfinite(const float (&a)[4]) {
   return {pick_of_four(a, first), pick_of_four(a, second), first | (second << 2)};
 }
 
-/// Does the sum of magnitudes stay finite? Nearly always; pick_group alone does then for 16-bit
-/// values.
+/// Does the sum of magnitudes stay finite? It nearly always does; pick_group alone is then right
+/// for 16-bit values.
 SP24_HD bool has_finite_sum(float sum) { return sum < bits_float(0x7f800000u); }
 
 /// Prune one group. u from mvue_uniform.

@@ -3,11 +3,16 @@
 It works as `cost_model` does, with the same rates for passes over memory and for launches.
 
 How long 8-bit products take, compared with 16-bit ones, was measured on an H200: this library's main loop in e4m3 and
-`torch._scaled_mm`, in one interleaved run. For Llama's products (dense count) ours reached 1.91 to 2.02 PFLOP/s, and
-`torch._scaled_mm` 1.28. With sums promoted to fp32 ours reached 1.61 to 1.67, and 1.62 for the up product of
-GPT-2 774M. The passes around products are estimated by their bytes. What FP8 dense training adds to its products is
-fitted to torchao's tensorwise layers (0.18, compiled, the same GPU): 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for
-2048 x 8192 with 16,384 tokens.
+`torch._scaled_mm`, in one interleaved run.
+
+    PFLOP/s, dense count                              Llama's products   GPT-2 774M up
+    2:4, sums by the tensor cores                        1.91 to 2.02
+    2:4, sums promoted to fp32                           1.61 to 1.67         1.62
+    torch._scaled_mm                                     1.28
+
+The passes around products are estimated by their bytes. What FP8 dense training adds to its products is fitted to
+torchao's tensorwise layers (0.18, compiled, the same GPU): 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for 2048 x 8192
+with 16,384 tokens.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ older, slower kernels, and its constants include what those took longer. `rates_
 the more similar memory to other GPUs. `python -m bench.fit_cost_model` fits the rates again, and prints how far the
 estimates are off. We have not measured Ampere and Ada: their rates are parts of published peaks (`cost_published`).
 
-The dense side is the layer as `torch.compile` makes it; an eager one is slower than estimated here. Counted are both
-passes of the layer and, for 2:4, all that it adds to a step: re-packing, masked decay, a mask search every 40 steps,
-MVUE. These are pure functions of numbers: no GPU is asked.
+The dense side is the layer as `torch.compile` makes it; an eager one is slower than estimated here. An estimate
+covers both passes of the layer and, for 2:4, all that it adds to a step: re-packing, masked decay, a mask search every
+40 steps, MVUE. These are pure functions of numbers: no GPU is asked.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ weights since: a written copy takes the present masks and phase of the layer tha
 stays as it is.
 
 Arrivals. A state_dict carries a fingerprint of phase and mask for each layer, in the metadata that modules have for
-their versions. Weights that were saved under another phase or other masks than the layer has are told of at the next
-forward pass, and not at loading, for masks may be loaded after weights.
+their versions. Where weights were saved under another phase or other masks than the layer has, the next forward pass
+warns. Loading itself does not, because masks may be loaded after weights.
 
 Both cost a forward pass one test for None, and compiled code a guard; where there is something to look at, its graph
 breaks there.
@@ -41,7 +41,7 @@ METADATA_KEY = "sparse24"
 WHY_UNCOMPILED = (
     "this sparse layer is a copy of another, whose masks and phase it may have to take, or has weights that were saved "
     "under other masks. Run it once eagerly or without fullgraph=True; sparse24.follow(copy, like=model, once=True) "
-    "gives a copy the masks of now, and it follows nobody from there on"
+    "gives a copy the present masks, and it follows nobody from then on"
 )
 
 

@@ -42,21 +42,21 @@ class LayerState:
     packed_weight  the Parameter that was packed last; COMPUTED; None: a shard of FSDP2, which forward does not see
     stamp          its address and version then, for the alarm in forward
     watch          what to look at before the next forward pass; see `copies`
-    generation     changes of mask, scale or phase so far: what copies look at
-    packs          packings so far, as well
-    has_owner      a recipe trains it, or has until it was forgotten
-    passed         the packing that an eager forward pass has used last
-    fingerprint    of phase and masks, with its generation
-    copied_from    of a copy, until it is packed
+    generation     how often mask, scale or phase have changed: copies compare it
+    packs          how often the weight has been packed: copies compare it too
+    has_owner      a recipe trains it
+    passed         `packs` at the last eager forward pass
+    fingerprint    (generation, text that stands for phase and mask), once somebody has asked for it
+    copied_from    of a copy: the layer that it was made of, until the copy is packed
     precision      None: 16-bit products; "fp8-hybrid", "fp8": see `float8`
-    scales_known   a step has told how tensors are cast; until then each cast looks at its tensor
+    scales_known   the scales of 8-bit casts are those of a step; until then each cast looks at its tensor
     scale_partner  weak reference to the other half of a fused gate and up, whose weights have one scale
     cut            how a tensor-parallel plan has cut the weight, `tensor_parallel.Cut`; None: it has not
     shards         the rows of this rank of FSDP2, where packed forms are gathered, `row_shards.RowShards`; or None
     adapter        weak reference to the adapter around it, which may be merged into it: see `merges`
-    lookout        shared by the layers of a model; with the next two see `unseen`
-    looked         its `evaluation` or `training`, whichever the layer has compared in last
-    keeps_looking  each pass compares, until the next packing
+    lookout        `unseen.Lookout`, shared by the layers of a model
+    looked         the lookout's `evaluation` or `training`: the one in which the layer last compared its weight
+    keeps_looking  compare in each pass until the next packing
     """
 
     mvue: bool

@@ -22,12 +22,12 @@ class WatchedWeight:
         return copies.fingerprint_of(self)
 
     def accept_weights(self) -> None:
-        """The weights are to run under the masks of now, wherever they come from."""
+        """The weights are to run under the present masks, wherever they come from."""
         if state_of(self).watch is not None:
             state_of(self).watch.arrival = None
 
     def look(self, *, forward: bool = True) -> None:
-        """Follow the layer that this one is a copy of; before a forward pass also tell of weights of other masks."""
+        """Follow the layer that this one is a copy of; before a forward pass also warn of weights of other masks."""
         if state_of(self).watch is not None:
             copies.look(self, forward=forward)
 

@@ -1,19 +1,25 @@
 """Named settings of a recipe, each with what it was found to cost.
 
-"Loss" is the validation loss, against dense with the same seed, of a GPT with squared ReLU and 10.6 M parameters
-besides its embeddings, after 160 M tokens of fresh text, 32k tokens a step, with the real kernels
-(docs/results/quality.md). "Time" is that of its feed-forward layers, if they had a realistic size and 2:4 were 1.54x as
-fast. Figures will differ for other sizes and lengths; the order of the settings should not.
-
-paper       arXiv 2404.01847: masked decay in gradients, masks searched every 40 steps, dense for the last sixth. +0.6 %
-            in 0.71 of the time (one seed): level with a dense layer of 2/3 of the width, +0.7 % in 0.67
+paper       arXiv 2404.01847: masked decay in gradients, masks searched every 40 steps, dense for the last sixth
 equal-time  the same, dense for the last third, and the weight gradients pruned in the operand that adds less noise: h,
-            not dy, in down products (so from the first step on, where figures are given). +0.16 % in 0.77 of the time
-            (one seed). Over wider layers it is *better* than dense: 1.375 times as wide by 0.69 % in 1.05 of the time
-            (one seed), and dense for the last sixth alone by 0.27 % in 0.97 of it (three seeds). So: widen the layer by
-            what 2:4 gains in time, and use squared ReLU where the model is yours to choose
-fine-tune   dense weights, sparse weight gradients (`method="mvue"`): no mask, so a pretrained model keeps its function.
-            +0.3 % (one seed); simulated +0.26 % at 32k tokens a step and +0.14 % at 131k
+            not dy, in down products (so from the first step on, where figures are given)
+fine-tune   dense weights, sparse weight gradients (`method="mvue"`): no mask, so a pretrained model keeps its function
+
+    settings                                 FFN width   validation loss   FFN time   seeds
+    paper                                        1          +0.6 %           0.71       1
+    a dense layer, to compare with              2/3         +0.7 %           0.67       1
+    equal-time                                   1          +0.16 %          0.77       1
+    equal-time                                 1.375        -0.69 %          1.05       1
+    equal-time, dense for the last sixth       1.375        -0.27 %          0.97       3
+    fine-tune                                    1          +0.3 %            -         1
+    fine-tune, simulated, 32k tokens a step      1          +0.26 %           -
+    fine-tune, simulated, 131k tokens a step     1          +0.14 %           -
+
+Loss and time are over dense of width 1, for a GPT with squared ReLU and 10.6 M parameters besides its embeddings, after
+160 M tokens of fresh text, 32k tokens a step, with the real kernels (docs/results/quality.md). The time is that of its
+feed-forward layers, if they had a realistic size and 2:4 were 1.54x as fast. Figures will differ for other sizes and
+lengths; the order of the settings should not. So widen the layer by what 2:4 gains in time, and use squared ReLU where
+the model is yours to choose.
 """
 
 from __future__ import annotations

@@ -9,15 +9,14 @@
 
 namespace sparse24 {
 
-/// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2. kIdentity
-/// gives x back: a copy from one layout to another.
+/// kGelu is the erf form, kGeluTanh the tanh approximation, kSquaredRelu is relu(x)^2. kIdentity gives x back: a copy
+/// from one layout to another.
 enum class Activation : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSquaredRelu = 4, kIdentity = 5 };
 constexpr Activation kLastActivation = Activation::kIdentity;
 
 /// Gated: gate_up [tokens, 2*d_ff] holds [gate | up] and h = act(gate) * up, [tokens, d_ff].
 /// Plain (`gated` false): gate_up is [tokens, d_ff] and h = act(gate_up).
-/// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic
-/// inside.
+/// Every matrix is row- or column-major, each on its own; all share one dtype; fp32 arithmetic inside.
 ///
 /// Further outputs of the same read are made from h as it is rounded to gate_up's dtype, whether h is stored or not:
 /// `float8` (h8, h8_t), and h MVUE-packed along tokens, bit-equal to mvue_pack of h, for weight gradients that prune the
@@ -36,9 +35,9 @@ struct ActivationArgs {
 };
 SP24_API void activation_forward(const ActivationArgs& args, const Context& context);
 
-/// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass.
-/// With `packed` and `E`, d_gate_up is also MVUE-packed for the weight gradient, bit-equal to
-/// mvue_pack(d_gate_up, seed), and `tile_sums`, if given, are those of that call.
+/// d_gate_up from d_h and gate_up; `h` (when its data is not null) is recomputed in the same pass. With `packed` and `E`,
+/// d_gate_up is also MVUE-packed for the weight gradient, bit-equal to mvue_pack(d_gate_up, seed), and `tile_sums`, if
+/// given, are those of that call.
 struct ActivationBackwardArgs {
   Activation kind = Activation::kSilu;
   bool gated = true;

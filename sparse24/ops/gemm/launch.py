@@ -44,7 +44,7 @@ def problem_of(pass_code: int, mnk: tuple[int, int, int], operand: Tensor, out: 
     return _problem(pass_code, mnk, operand.dtype, out.dtype)
 
 
-@lru_cache(maxsize=4096)  # also of the next ones: a training has few shapes, and each call asks
+@lru_cache(maxsize=4096)  # each call asks, and a training has few shapes
 def _problem(pass_code: int, mnk: tuple[int, int, int], dtype: torch.dtype, out_dtype: torch.dtype) -> GemmProblem:
     return GemmProblem(pass_code, *mnk, DTYPE_CODE.get(dtype, -1), DTYPE_CODE.get(out_dtype, -1))
 

@@ -143,7 +143,7 @@ def product_key(key: GemmProblem) -> str:
 
 @cache
 def _read(path: Path | None) -> dict[str, dict[str, int]]:
-    """The cache's content, read once; a file that is no such cache is told of and ignored."""
+    """The cache's content, read once; a warning names a file that is no such cache, which is ignored."""
     if path is None or not path.is_file():
         return {}
     try:

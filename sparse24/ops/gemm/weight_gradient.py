@@ -1,8 +1,8 @@
 """The weight gradient dW = dy^T x, in which either operand may be the 2:4 one: dy (the paper), or the layer's input x.
 
-Pruned is what `mvue_compress` makes: kept values along tokens. With x pruned the kernel computes dW^T = x'^T dy, whose
-store is transposed, so that dW is row-major in memory in either case. Sums are fp32; masked decay is added to them
-before the one rounding, and so is a gradient that is there already.
+The 2:4 operand is what `mvue_compress` makes: kept values along tokens. With x pruned the kernel computes
+dW^T = x'^T dy, whose store is transposed, so that dW is row-major in memory in either case. Sums are fp32; masked decay
+is added to them before the one rounding, and so is a gradient that is there already.
 """
 
 from __future__ import annotations
