@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, open_table, time_hot
+from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, heat, open_table, time_hot
 from sparse24 import ops
 
 CEILING = 16384
@@ -76,12 +76,8 @@ def time_busy(candidates: dict[str, Callable], rounds: int, warm_seconds: float)
         run()
         torch.cuda.synchronize()
         calls[name] = max(1, min(8, round(5e-4 / (time.perf_counter() - start))))
+    heat(warm_seconds)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    start = time.perf_counter()
-    while time.perf_counter() - start < warm_seconds:
-        for _ in range(10):
-            torch.mm(a, a)
-        torch.cuda.synchronize()
     for _ in range(10):
         torch.mm(a, a)  # the host gets ahead
     events: dict[str, list] = {name: [] for name in candidates}

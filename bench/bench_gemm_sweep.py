@@ -11,12 +11,11 @@ with the chip's temperature and power: rows are medians of three.
 from __future__ import annotations
 
 import statistics
-import time
 from functools import partial
 
 import torch
 
-from bench.common import arguments, header, open_table
+from bench.common import arguments, header, heat, open_table
 from sparse24 import _library, ops
 from sparse24.formats import FORWARD, GRAD_INPUT, GRAD_WEIGHT, GemmProblem, SparseOperand
 from sparse24.ops.gemm import launch as gemm_launch
@@ -53,15 +52,6 @@ def products(tokens: int, in_features: int, out_features: int, passes: str):
         pruned = SparseOperand(*ops.mvue_compress(dy, torch.tensor([1, 2], device="cuda")))
         mnk = (out_features, in_features, tokens)
         yield pruned, x, dw, problem(GRAD_WEIGHT, mnk, x, dw), lambda: torch.mm(dy.T, x, out=dw)
-
-
-def heat(seconds: float) -> None:
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    start = time.time()
-    while time.time() - start < seconds:
-        for _ in range(10):
-            torch.mm(a, a)
-        torch.cuda.synchronize()
 
 
 def median_times(candidates: dict, rounds: int) -> dict:

@@ -7,6 +7,7 @@ from sparse24.benchmark.timing import (  # noqa: F401
     chosen,
     copy_bandwidth,
     header,
+    heat,
     masters,
     open_table,
     time_cold,

@@ -72,13 +72,18 @@ def time_hot(
 
     calls  in a row between two events: for calls of many kernels, whose host cost one wait would not hide
     """
+    heat(warm_seconds)
+    return _time(candidates, rounds, lambda: None, calls)
+
+
+def heat(seconds: float) -> None:
+    """Multiply matrices for so long, to bring the chip to the temperature and the power that training has."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     start = time.time()
-    while time.time() - start < warm_seconds:
+    while time.time() - start < seconds:
         for _ in range(10):
             torch.mm(a, a)
         torch.cuda.synchronize()
-    return _time(candidates, rounds, lambda: None, calls)
 
 
 def _time(candidates: dict[str, Callable], rounds: int, before: Callable, calls: int = 1) -> dict[str, float]:
