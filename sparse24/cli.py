@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Sparse24Error
+from .pretrain.settings import Settings, flag_of
 
 app = typer.Typer(
     name="sparse24",
@@ -170,9 +171,9 @@ def options_of(settings: type, leave_out: tuple[str, ...] = ()) -> list[inspect.
             preferred = (choice for choice in (bool, str) if choice in kinds)
             kind = next(preferred, next(t for t in kinds if t is not type(None)))
             kind = typing.Optional[kind]  # noqa: UP045
-        name = f"--{field.name.replace('_', '-')}"
+        name = flag_of(field.name)
         if bool in (kind, *typing.get_args(kind)) and default is not False:
-            name = f"{name}/--no-{field.name.replace('_', '-')}"
+            name = f"{name}/--no-{name[2:]}"
         annotation = Annotated[kind, typer.Option(name, help=field.metadata["help"])]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -199,9 +200,6 @@ def given(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
     # by name: some versions of typer bring a click of their own
     written = {k: v for k, v in values.items() if context.get_parameter_source(k).name == "COMMANDLINE"}
     return {k: tuple(v) if isinstance(v, list) else v for k, v in written.items()}
-
-
-from .pretrain.settings import Settings  # noqa: E402
 
 
 @app.command()

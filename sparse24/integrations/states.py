@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..convert import Skipped, SparsifyReport, sparse_layers, sparsify
 from ..convert.report import ALREADY_SPARSE
 from ..errors import Sparse24Error
 from ..recipe import Recipe
+from ..save import folders
 
 MASKS = ("load", "search")
 
@@ -33,12 +33,11 @@ def sparsify_once(model: nn.Module, *choice, **settings) -> SparsifyReport:
 def read_state(path: Path) -> dict:
     """The recipe's state in a file. Raises Sparse24Error where there is none that could be read."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - damaged archives raise OSError, EOFError, KeyError, UnicodeDecodeError, ...
-        reason = (str(error).splitlines() or ["no detail"])[0]
+        state = folders.read_state(path)
+    except Sparse24Error as error:
         raise Sparse24Error(
-            f"{path} cannot be read ({type(error).__name__}: {reason}): it is damaged. Restore it from a copy, take an "
-            'older checkpoint, or search the masks anew with Sparse24Callback(masks="search")'
+            f"{path} cannot be read ({error}): it is damaged. Restore it from a copy, take an older checkpoint, or "
+            'search the masks anew with Sparse24Callback(masks="search")'
         ) from error
     if not isinstance(state, dict) or not isinstance(state.get("masks"), dict) or not state["masks"]:
         raise Sparse24Error(

@@ -14,17 +14,17 @@ from typing import Any
 
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
+from ..layers.float8 import PRECISIONS
 from ..layers.options import fitted
+from ..recipe.decay import FLOAT32_MAX, SCHEDULES
 from ..recipe.methods import METHODS
+from ..recipe.phases import PLACES
 from ..recipe.presets import PRESETS as RECIPES
 
 ARMS = ("dense", "sparse", "half", "narrow", "wide")  # kinds of feed-forward layers
 #: our names -> those of transformers
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
-PRECISIONS = (None, "fp8-hybrid", "fp8")
-SCHEDULES = ("constant", "linear", "cosine")
-PLACES = ("auto", "start", "end", "none")
 COUNTS = (
     "layers", "width", "heads", "ctx", "ffn_width", "steps", "batch", "micro_batch", "mask_interval",
     "eval_interval", "eval_tokens", "log_interval", "save_interval", "tokenizer_bytes",
@@ -277,11 +277,11 @@ def check_choices(s: Settings) -> None:
     for kind in s.kinds:
         require_choice("--ffn", kind, ARMS)
     require_choice("--activation", s.activation, (None, *ACTIVATIONS))
-    require(
-        s.precision in PRECISIONS, "precision", "must be fp8-hybrid or fp8", s.precision, "leave it out for 16 bits"
-    )
+    known = s.precision is None or s.precision in PRECISIONS
+    rule = rule_on(s)
+    rule("precision", known, f"must be {' or '.join(PRECISIONS)}", "leave it out for 16 bits")
     scaled_twice = s.precision is not None and FORMATS[DTYPES[s.dtype]].wants_loss_scaling
-    rule_on(s)("dtype", not scaled_twice, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
+    rule("dtype", not scaled_twice, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
 
 
 def check_ranges(s: Settings) -> None:
@@ -302,7 +302,7 @@ def check_ranges(s: Settings) -> None:
     for name in ("lr", "min_lr", "init_std"):
         rule(name, 0 < getattr(s, name) < math.inf, "must be finite and above 0", "give a small positive number")
     for name in ("decay", "weight_decay", "clip"):
-        finite = 0 <= getattr(s, name) < 3.4e38  # in float32 too
+        finite = 0 <= getattr(s, name) <= FLOAT32_MAX
         rule(name, finite, "must be finite and not negative", "give 0 or a small number")
     for name in ("dropout", "beta1", "beta2"):
         rule(name, 0 <= getattr(s, name) < 1, "must be in [0, 1)", "give a smaller one")
@@ -332,7 +332,7 @@ def check_sizes(s: Settings) -> None:
                 name,
                 getattr(s, name) % 4 == 0,
                 "must be a multiple of 4 for 2:4 FFNs",
-                f"use --{name.replace('_', '-')} {above}",
+                f"use {flag_of(name)} {above}",
             )
     if s.tokenizer == "bpe":
         enough = s.vocab_size >= 257

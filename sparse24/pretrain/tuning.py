@@ -18,7 +18,7 @@ from ..recipe import tune_decay
 from . import tokens
 from .job import writable
 from .model import build_model, build_optimizer, model_config, next_token_loss
-from .settings import DTYPES, Settings, require, resolve
+from .settings import DTYPES, Settings, flag_of, require, resolve
 from .train import learning_rate, sparsify_settings
 
 
@@ -119,7 +119,7 @@ def command(settings: Settings, decay: float) -> str:
         value = getattr(settings, field.name)
         if value == field.default or field.name in ("out", "decay"):
             continue
-        option = f"--{field.name.replace('_', '-')}"
+        option = flag_of(field.name)
         if isinstance(value, bool):
             words.append(option if value else f"--no-{option[2:]}")
         else:
