@@ -373,7 +373,7 @@ def test_a_closed_gate_over_an_infinite_value_is_nan_in_both_passes(device, kind
 @pytest.mark.parametrize(
     "kind, slope", [("silu", 0.5), ("gelu", 0.5), ("gelu_tanh", 0.5), ("relu", 0.0), ("squared_relu", 0.0)]
 )
-def test_slopes_at_zero(device, kind, slope, zero, dtype):
+def test_slopes_at_zero_are_those_of_pytorch(device, kind, slope, zero, dtype):
     """relu is flat at 0, as PyTorch has it: a token that is exactly 0 gets no gradient."""
     if dtype == torch.float64 and device == "cuda":
         pytest.skip("float64 runs on the CPU")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 
+import benchmarks_on_cpu
 import pytest
 import torch
 from torch import nn
@@ -24,25 +25,10 @@ def without_gpu(monkeypatch):
 
 
 def patch_gpu_away(monkeypatch, compiled):
-    def time_hot(candidates, **settings):
-        for call in candidates.values():
-            call()
-        return {name: 20.0 if "dense" in name else 10.0 for name in candidates}
-
-    for name in ("feed_forward_arm", "block_arm", "Trainer"):
-        original = getattr(arms, name)
-        monkeypatch.setattr(
-            arms,
-            name,
-            lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": compiled}),
-        )
+    benchmarks_on_cpu.without_gpu(monkeypatch, arms, compiled=compiled, allocated=10**6, peak=10**6)
+    time_hot = benchmarks_on_cpu.call_each(lambda name: 20.0 if "dense" in name else 10.0)
     monkeypatch.setattr(float8_suite, "time_hot", time_hot)
-    monkeypatch.setattr(timing, "header", lambda: {"device": "none", "commit": "abc1234"})
     monkeypatch.setattr(bench_fp8, "header", dict)
-    for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name in ("memory_allocated", "max_memory_allocated"):
-        monkeypatch.setattr(torch.cuda, name, lambda: 10**6)
     monkeypatch.setattr(bench_fp8, "LAYERS", [SMALL])
     monkeypatch.setattr(bench_fp8, "STEPS", [SMALL])
     monkeypatch.setattr(suite, "BLOCKS", [SMALL])

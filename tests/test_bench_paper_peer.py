@@ -92,7 +92,7 @@ def test_ours_and_dense_are_the_same_layer_in_fp16():
     assert len(arms[1].layers) == 2 and {layer.packed.dtype for layer in arms[1].layers} == {torch.float16}
 
 
-def test_what_a_step_costs():
+def test_a_step_costs_its_micro_batches_and_what_is_paid_once():
     times = {"first": 100.0, "more": 90.0, "repack": 8.0, "search": 88.0, "decay": 3.0}
     assert peer.step_us(times, 1) == 100 + 8 + 2 + 3 and peer.step_us(times, 8) == 113 + 7 * 90
     assert peer.step_us({"first": 100.0, "more": 90.0}, 2) == 190

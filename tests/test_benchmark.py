@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 
+import benchmarks_on_cpu
 import pytest
 import torch
 from rounding import EPS16
@@ -46,29 +47,12 @@ def pytorch_24(monkeypatch):
 @pytest.fixture
 def without_gpu(monkeypatch, pytorch_24):
     """The suite on the CPU: calls run, times are made up, nothing is compiled."""
-
-    def time_hot(candidates, **settings):
-        for call in candidates.values():
-            call()
-        return {name: {"dense": 20.0, "sparse": 10.0}.get(name, 1.0) for name in candidates}
-
-    for module in (pytorch_sparse, arms):
-        for name in ("feed_forward_arm", "block_arm", "Trainer"):
-            original = getattr(module, name)
-            monkeypatch.setattr(
-                module,
-                name,
-                lambda shape, original=original, **s: original(shape, **{**s, "device": "cpu", "compiled": False}),
-            )
+    benchmarks_on_cpu.without_gpu(monkeypatch, pytorch_sparse, arms)
+    time_hot = benchmarks_on_cpu.call_each(lambda name: {"dense": 20.0, "sparse": 10.0}.get(name, 1.0))
     monkeypatch.setattr(suite, "time_hot", time_hot)
     monkeypatch.setattr(suite, "host_time_us", lambda call, calls=5: 3.0)
     monkeypatch.setattr(suite.kernels, "costs", lambda call: {"sparse products": 6.0, "mvue": 1.0})
     monkeypatch.setattr(command, "check_gpu", lambda: None)
-    monkeypatch.setattr(timing, "header", lambda: {"device": "none"})
-    for name in ("empty_cache", "synchronize", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    for name, value in (("memory_allocated", 0), ("max_memory_allocated", 10**9), ("get_device_name", "NVIDIA H200")):
-        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
 
 
 def cells(table, column):
@@ -313,7 +297,7 @@ def test_rows_of_another_device_are_not_kept(head, tmp_path, capsys):
     assert written(tmp_path)[3:] == ["bf16,b,1"] and "another device, NVIDIA H200" in capsys.readouterr().out
 
 
-def test_amdahl():
+def test_the_bound_is_amdahls():
     assert arms.amdahl(0.5, 2.0) == pytest.approx(4 / 3) and arms.amdahl(1.0, 1.5) == 1.5 and arms.amdahl(0.0, 9) == 1
 
 
@@ -393,7 +377,7 @@ def test_kernels_are_sorted_by_what_they_are_for(kernel, cost):
     assert kernels.cost_of(kernel) == cost
 
 
-def test_names_of_cases():
+def test_cases_are_chosen_by_name_and_unknown_names_refused():
     arguments = functools.partial(timing.arguments("", select=True).parse_args)
     cases = list(models.SHAPES.values())
     assert timing.chosen(arguments(["--only", "llama-1B,gpt2-124M"]), cases, ())[0].name == "llama-1B"

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import ORDER
+from tiny_models import ActivatedMLP as MLP
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -16,16 +17,6 @@ from sparse24.errors import Sparse24Error, Sparse24Warning
 from sparse24.layers import SparseLayer, mask_of
 
 pytestmark = pytest.mark.fault(85)
-
-
-class MLP(nn.Module):
-    def __init__(self, width=32):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up_proj, self.act, self.down_proj = nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width)
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.up_proj(x)))
 
 
 def sparse_mlp():
@@ -222,7 +213,7 @@ def test_a_recipe_over_such_weights_is_refused_by_name(name):
         Recipe(model, torch.optim.SGD(model.parameters(), lr=0.1), total_steps=4)
 
 
-def test_a_layer_that_grows():
+def test_a_layer_that_grows_is_masked_and_packed_anew():
     model, x = sparse_mlp(), torch.randn(4, 32)
     mlp = model[0]
     mlp.up_proj.weight, mlp.up_proj.bias = nn.Parameter(torch.randn(96, 32)), nn.Parameter(torch.randn(96))

@@ -11,7 +11,7 @@ from sparse24.testing import assert_same_bits, column_major
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_the_worked_example(device):
+def test_decay_of_the_worked_example_is_right(device):
     w = torch.arange(1, 17, device=device).float().view(4, 4)
     mask = torch.tensor([[0xC3C3]], dtype=torch.uint16, device=device)  # rows keep {0,1}, {2,3}, {0,1}, {2,3}
     grad = ops.masked_decay_(torch.zeros(4, 4, device=device), w, mask, 0.03)
@@ -19,7 +19,7 @@ def test_the_worked_example(device):
     torch.testing.assert_close(grad, expected)
 
 
-def test_the_worked_example_in_backward(device):
+def test_decay_of_the_worked_example_in_backward_is_right(device):
     """g = 0, w = [1, 2, 3, 4] of which 1 and 3 are kept, decay 0.03: the gradient is [0, 0.06, 0, 0.12]."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     w = torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 64, device=device, dtype=dtype).repeat(1, 16).requires_grad_()

@@ -49,7 +49,7 @@ def weights(model):
         ("gated", True, 1 + 1 / 8 + 1 / 8),
     ],
 )
-def test_bytes_over_dense(name, lean, per_weight):
+def test_a_layer_holds_these_bytes_beside_its_dense_weight(name, lean, per_weight):
     root, _, _ = make(name, lean=lean, dtype=torch.bfloat16)
     assert held_bytes(root) == per_weight * weights(root)
 

@@ -73,7 +73,7 @@ def test_only_the_gradients_asked_for_are_computed(wanted):
 
 
 @pytest.mark.fault(49)
-def test_no_bias():
+def test_a_layer_without_bias_is_its_product_alone():
     """Bias None."""
     layer, x = sparse_linear(bias=False), torch.randn(4, 16)
     torch.testing.assert_close(layer(x), F.linear(x, masked(layer)), **ANOTHER_ORDER)

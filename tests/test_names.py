@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny_models import ActivatedMLP as MLP
 from torch import nn
 
 import sparse24
@@ -15,16 +16,6 @@ pytestmark = pytest.mark.fault(84)
 
 NAMES = ("mask", "packed", "E", "packed_t", "E_t", "soft", "decay_factor", "phase", "mvue", "rank", "lean")
 NAMES += ("soft_scale", "mask_is_state", "compute_dtype", "watch", "state", "_stamp", "_ffn", "_halves", "link")
-
-
-class MLP(nn.Module):
-    def __init__(self, width=32):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up_proj, self.act, self.down_proj = nn.Linear(width, 64), nn.GELU(), nn.Linear(64, width)
-
-    def forward(self, x):
-        return self.down_proj(self.act(self.up_proj(x)))
 
 
 class Gated(nn.Module):

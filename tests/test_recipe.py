@@ -98,7 +98,7 @@ def test_packed_forms_follow_every_step_and_masks_every_interval():
         (1, 1 / 6, "end", range(1)),
     ],
 )
-def test_phases_of_a_run(total, fraction, at, sparse):
+def test_the_dense_phase_lies_where_it_was_asked_for(total, fraction, at, sparse):
     phases = Phases.plan(total, fraction, at)
     assert [step for step in range(total) if phases.at(step) == "sparse"] == list(sparse)
     last = phases.at(total - 1)
@@ -181,7 +181,7 @@ def test_masks_can_be_frozen_and_set_free():
 
 
 @pytest.mark.parametrize("schedule, halfway", [("constant", 1.0), ("linear", 0.5), ("cosine", 0.5)])
-def test_decay_schedules(schedule, halfway):
+def test_decay_follows_its_schedule(schedule, halfway):
     assert scheduled_decay(2.0, schedule, 0.5) == pytest.approx(2.0 * halfway)
     assert scheduled_decay(2.0, "linear", 0.0) == 0.0 and scheduled_decay(2.0, "cosine", 1.0) == pytest.approx(0.0)
     model, optimizer, recipe = make(decay=2.0, decay_schedule=schedule, total_steps=8, dense_fraction=0)

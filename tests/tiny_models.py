@@ -62,3 +62,16 @@ class MLP(torch.nn.Module):
 
     def forward(self, x):
         return self.fc2(torch.relu(self.fc1(x)))
+
+
+class ActivatedMLP(torch.nn.Module):
+    """An FFN with a module for its activation, always of the same weights."""
+
+    def __init__(self, width=32, hidden=64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj, self.act = torch.nn.Linear(width, hidden), torch.nn.GELU()
+        self.down_proj = torch.nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.down_proj(self.act(self.up_proj(x)))
