@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parent.parent / "sparse24"
 
 ROOMS = (
     ("_version", "errors"),
-    ("_library", "files", "formats"),
+    ("_library", "files", "formats", "options"),
     ("reference",),
     ("ops",),
     ("functional",),

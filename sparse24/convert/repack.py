@@ -9,7 +9,7 @@ from torch import nn
 from .. import ops
 from ..errors import Sparse24Warning
 from ..layers import SparseLayer, mask_of, sharding, state_of
-from ..layers.options import checked_options
+from ..options import checked_options
 from .names import sparse_layers
 
 

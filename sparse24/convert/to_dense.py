@@ -11,9 +11,9 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..layers import SPARSE, SparseLayer, packing, sharding
 from ..layers.feedforward import FusedFeedForward, own_class, unfuse_block
-from ..layers.options import checked_options
 from ..layers.owners import end_recipes
 from ..layers.state import SOFT, mask_of, state_of
+from ..options import checked_options
 from .candidates import weight_owners
 from .classes import dense_class
 from .names import sparse_layers, unwrap

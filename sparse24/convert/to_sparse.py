@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import Sparse24Error, Sparse24Warning
 from ..formats import FLOAT8_DTYPES, packed_dtype
 from ..layers import DTYPES, float8, sharding, state_of
-from ..layers.options import checked_options
+from ..options import checked_options
 from . import choice, cost_model, structure
 from .candidates import candidates, linear_names, patterns, some, weight_owners, why_not
 from .classes import make_sparse

@@ -24,7 +24,7 @@ except ImportError:  # the same library under its older name
 from ..convert import refresh, sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import decay_factor_of, mask_of
-from ..layers.options import checked_options
+from ..options import checked_options
 from ..recipe import Recipe, follow, load_masks
 from .settings import check_decay_in, split_settings
 from .states import check_masks, end, sparsify_once

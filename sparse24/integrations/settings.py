@@ -8,7 +8,7 @@ from typing import Any
 
 from ..convert import sparsify
 from ..errors import Sparse24Error
-from ..layers.options import fitted
+from ..options import fitted
 from ..recipe import Recipe
 
 

@@ -18,7 +18,7 @@ from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
 from ..layers.modules import DENSE
-from ..layers.options import checked_options
+from ..options import checked_options
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
 from .references import take_references
 from .settings import check_decay_in, split_settings

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Sparse24Error
+from ..options import checked_options
 from .activations import ACTIVATIONS
 from .feedforward import BlockState, FusedFeedForward, attach
 from .linear import SparseLinear
-from .options import checked_options
 from .replaced import Child
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .options import checked_options
+from ..options import checked_options
 from .sparse_layer import SparseLayer
 from .state import DENSE, HOLDER, state_of
 

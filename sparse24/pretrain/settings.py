@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
 from ..layers.float8 import PRECISIONS
-from ..layers.options import fitted
+from ..options import fitted
 from ..recipe.decay import FLOAT32_MAX, SCHEDULES
 from ..recipe.methods import METHODS
 from ..recipe.phases import PLACES

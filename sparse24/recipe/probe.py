@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..convert import SparsifyReport, candidates, patterns, unwrap
 from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer
-from ..layers.options import checked_options
+from ..options import checked_options
 from . import monitor
 from .search import MaskSearch, WatchedLayer
 

@@ -17,9 +17,9 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import packed_gather, sharding
-from ..layers.options import checked_options
 from ..layers.owners import forget_owner
 from ..layers.unseen import share_lookout
+from ..options import checked_options
 from . import state
 from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture

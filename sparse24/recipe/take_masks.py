@@ -14,8 +14,8 @@ from ..errors import Sparse24Error
 from ..layers import check_module
 from ..layers.copies import settle
 from ..layers.modules import SparseLayer, state_of
-from ..layers.options import checked_options
 from ..layers.tensor_parallel import whole_mask
+from ..options import checked_options
 from .state import check_state, phases_of, upgraded
 
 

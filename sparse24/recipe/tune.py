@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import Sparse24Error
 from ..files import write_text_atomically
-from ..layers.options import checked_options
+from ..options import checked_options
 from .decay import check_decay
 from .tune_arms import Arm, ShortRuns, default_loss
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import check_module, packing
-from ..layers.options import checked_options
+from ..options import checked_options
 from ..recipe import Recipe
 from .exporting import export
 from .fitting import check_optimizer, check_weights, load_weights

@@ -23,8 +23,8 @@ from ..errors import Sparse24Error, Sparse24Warning
 from ..files import parse_json, write_atomically
 from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of, tensor_parallel
 from ..layers.copies import fingerprint_of
-from ..layers.options import checked_options
 from ..layers.state import SOFT
+from ..options import checked_options
 
 FORMATS = ("safetensors", "compressed")
 VERSION = 1

@@ -17,9 +17,9 @@ from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import FORMATS, HALF_DTYPES
 from ..layers import SparseLayer, feedforward, packing
-from ..layers.options import checked_options
 from ..layers.owners import end_recipes
 from ..layers.state import PACKED
+from ..options import checked_options
 from .exporting import masked_weight, warn_of_dense_phase
 
 BACKENDS = ("auto", "cusparselt", "cutlass")

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy
 
-from ..errors import Sparse24Error
+from .errors import Sparse24Error
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
