@@ -189,14 +189,21 @@ def _problems(layer: SparseLayer) -> list[str]:
         return ["its mask has a block that does not keep two of each row and column"]
     if state.phase == DENSE:
         return []
-    problems = []
     weight, bits = packed_gather.packed_weight(layer), packing.mask_bits(packed_gather.packed_mask(layer))
+    return (_packed_problems if state.precision is None else _float8_problems)(layer, weight, bits)
+
+
+def _float8_problems(layer: SparseLayer, weight: Tensor, bits: Tensor) -> list[str]:
+    buffers = layer._buffers
+    fresh = packing.pack_as(layer, weight, bits)
+    ours = (buffers[PACKED], layer.flat_E(), buffers[PACKED_T], buffers[METADATA_T])
+    same = all(torch.equal(*map(packing.as_bits, pair)) for pair in zip(ours, fresh, strict=True))
+    return [] if same else ["its packed values are not those of its weight in 8 bits: call sparse24.refresh"]
+
+
+def _packed_problems(layer: SparseLayer, weight: Tensor, bits: Tensor) -> list[str]:
+    buffers, state, problems = layer._buffers, state_of(layer), []
     rows, cols = weight.shape
-    if state.precision is not None:
-        fresh = packing.pack_as(layer, weight, bits)
-        ours = (buffers[PACKED], layer.flat_E(), buffers[PACKED_T], buffers[METADATA_T])
-        same = all(torch.equal(*map(packing.as_bits, pair)) for pair in zip(ours, fresh, strict=True))
-        return [] if same else ["its packed values are not those of its weight in 8 bits: call sparse24.refresh"]
     kept = torch.where(ops.unpack_mask(bits), weight.to(buffers[PACKED].dtype), 0)
     both = ((buffers[PACKED], layer.flat_E(), False), (buffers[PACKED_T], buffers[METADATA_T], True))
     for values, E, transposed in both[:1] if state.lean else both:
