@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import Table, arguments, copy_bandwidth, header, open_table, time_cold
+from bench.common import Table, arguments, copy_bandwidth, header, open_table, save_picture, time_cold
 from bench.counters import READ, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -187,11 +187,7 @@ def plot(table: Table, folder: Path, copy: float) -> Path:
     axes[0].set_yticks(range(len(labels)), labels, fontsize=8)
     axes[0].invert_yaxis()
     figure.suptitle(f"gated activation (SwiGLU, bf16), {torch.cuda.get_device_name()}")
-    figure.tight_layout()
-    path = folder / "activation.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_picture(figure, folder / "activation.png")
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, heat, open_table, time_hot
+from bench.common import LAYERS, Table, arguments, copy_bandwidth, header, heat, open_table, save_picture, time_hot
 from sparse24 import ops
 
 CEILING = 16384
@@ -129,11 +129,7 @@ def plot_roofline(table: Table, ceiling: float, bandwidth: float, folder: Path) 
     axes.set_ylabel("TFLOP/s (dense count)")
     axes.set_title(f"sparse GEMM, {torch.cuda.get_device_name()}, hot")
     axes.legend()
-    figure.tight_layout()
-    path = folder / "gemm_roofline.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_picture(figure, folder / "gemm_roofline.png")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from sparse24.benchmark.timing import (  # noqa: F401
     heat,
     masters,
     open_table,
+    save_picture,
     time_cold,
     time_hot,
 )

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.common import Table, arguments, open_table
+from bench.common import Table, arguments, open_table, save_picture
 from bench.counters import READ, TIME_NS, WRITTEN, counted, counters
 from sparse24 import ops
 
@@ -93,11 +93,7 @@ def plot(table: Table, folder: Path) -> Path:
     dram.set_yticks(places, [f"{row[1]}, {row[0]}" for row in table.rows])
     dram.invert_yaxis()
     figure.suptitle(f"SwiGLU from column-major to row-major, by the order of the walk, {torch.cuda.get_device_name()}")
-    figure.tight_layout()
-    path = folder / "l2-walks.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return save_picture(figure, folder / "l2-walks.png")
 
 
 def main() -> None:

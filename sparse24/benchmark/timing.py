@@ -227,11 +227,17 @@ class Table:
         if reference is not None:
             axes.axvline(reference, color="black", linewidth=1, linestyle="--")
         axes.set_title(f"{self.name}, {torch.cuda.get_device_name()}")
-        figure.tight_layout()
-        path = folder / f"{self.name}.png"
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-        return path
+        return save_picture(figure, folder / f"{self.name}.png")
+
+
+def save_picture(figure, path: Path) -> Path:
+    """Write a figure of pyplot, and close it."""
+    import matplotlib.pyplot as plt
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return path
 
 
 def arguments(description: str, *, select: bool = False):
