@@ -175,8 +175,8 @@ def test_overwrite_replaces_the_run_and_nothing_else(small, quiet, stopped_run):
 # ---- NaN -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("log_interval", [1, 4])
-def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(small, quiet, tmp_path, monkeypatch, log_interval):
+@pytest.fixture
+def nan_at_step_8(monkeypatch):
     original = Trainer.train_step
 
     def poisoned(self):
@@ -185,6 +185,12 @@ def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(small, quiet
         return original(self)
 
     monkeypatch.setattr(Trainer, "train_step", poisoned)
+
+
+@pytest.mark.parametrize("log_interval", [1, 4])
+def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(
+    small, quiet, tmp_path, monkeypatch, nan_at_step_8, log_interval
+):
     with pytest.raises(
         TrainingDiverged,
         match="dense: loss nan .* at step 8 .*last good checkpoint is .*step-000005; start anew .* lower --lr",
@@ -198,15 +204,7 @@ def test_nan_loss_names_the_step_and_keeps_the_last_good_checkpoint(small, quiet
     assert len(history(tmp_path / "run", "dense")) == 13
 
 
-def test_signal_at_a_nan_step_does_not_save_it(small, quiet, tmp_path, monkeypatch):
-    original = Trainer.train_step
-
-    def poisoned(self):
-        if self.step == 7:
-            next(self.model.parameters()).data.fill_(float("nan"))
-        return original(self)
-
-    monkeypatch.setattr(Trainer, "train_step", poisoned)
+def test_signal_at_a_nan_step_does_not_save_it(small, quiet, tmp_path, nan_at_step_8):
     with pytest.raises(TrainingDiverged):
         pretrain(small(ffn=("dense",)), quiet, stop_at(8))
     assert os.listdir(tmp_path / "run" / "checkpoint" / "dense") == ["step-000005"]
