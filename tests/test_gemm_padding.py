@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from test_gemm import dense_gradient, layer
+from gemm_cases import dense_gradient, layer
 
 from sparse24 import Sparse24Warning, _library, ops, reference
 from sparse24.formats import (
