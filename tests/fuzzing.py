@@ -9,6 +9,7 @@ Cases are independent: each has a generator of its own, made from the seed, the 
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 import random
@@ -203,3 +204,22 @@ def same(ours, theirs, what):
     ours, theirs = ((ours,), (theirs,)) if isinstance(ours, torch.Tensor) else (ours, theirs)
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert_same_bits(a, b, f"{what}[{i}]")
+
+
+# -- states ---------------------------------------------------------------------------------------------------------
+
+JUNK = [None, -1, 10**6, 0.5, float("nan"), True, "x", [], {}, [1], {"x": 1}, torch.zeros(()), torch.zeros(3), ...]
+
+
+def everything(model, recipe):
+    """What a refused state must leave alone."""
+    torch.save((model.state_dict(), list(model.buffers()), recipe.state_dict(), recipe.phase), buffer := io.BytesIO())
+    return buffer.getvalue(), [layer.phase for layer in recipe.layers.values()]
+
+
+def places(state, path=()):
+    """Paths to everything in nested dicts and lists."""
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rounding import ANOTHER_ORDER
-from test_feedforward import Gated, Plain
+from tiny_models import Gated, Plain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

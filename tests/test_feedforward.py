@@ -6,44 +6,13 @@ import pickle
 import pytest
 import torch
 from rounding import MANY_SUMS, ROUNDED_TO_16
-from tiny_models import MLP, VOCAB, from_config, gpt2, llama, tokens
+from tiny_models import MLP, VOCAB, Gated, Plain, from_config, gpt2, llama, tokens
 from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, ops
 from sparse24.layers.activations import ACTIVATIONS, activation_kind
 from sparse24.layers.feedforward import FusedFeedForward, fuse
-
-
-class Gated(nn.Module):
-    """A gated block as Llama writes it."""
-
-    def __init__(self, act_fn=None, bias=False, width=32, hidden=64):
-        super().__init__()
-        torch.manual_seed(0)
-        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias) for _ in range(2))
-        self.down_proj = nn.Linear(hidden, width, bias)
-        self.act_fn = act_fn or nn.SiLU()
-
-    def forward(self, x):
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Plain(nn.Module):
-    """A plain block as CLIP and ViT write it, with a dropout at the end as GPT-2 has it."""
-
-    def __init__(self, bias=True):
-        super().__init__()
-        torch.manual_seed(0)
-        self.fc1, self.act, self.fc2 = nn.Linear(16, 32, bias), nn.GELU("tanh"), nn.Linear(32, 16, bias)
-        self.dropout = nn.Dropout(0.0)
-
-    def forward(self, hidden):
-        hidden = self.fc1(hidden)
-        hidden = self.act(hidden)
-        hidden = self.fc2(hidden)
-        hidden = self.dropout(hidden)
-        return hidden
 
 
 def pair(make, **settings):

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuzzing import fuzz_files
+from fuzzing import JUNK, everything, fuzz_files, places
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_fuzz_states import JUNK, everything, places
 from tiny_checkpoints import make, rewrite, run
 from tiny_models import MLP
 

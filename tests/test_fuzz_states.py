@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
 
 import pytest
 import torch
+from fuzzing import JUNK, everything, places
 from tiny_models import MLP
 
 import sparse24
@@ -27,23 +27,6 @@ def trained(method):
         optimizer.step()
         optimizer.zero_grad()
     return model, optimizer, recipe
-
-
-def everything(model, recipe):
-    """What a refused state must leave alone."""
-    torch.save((model.state_dict(), list(model.buffers()), recipe.state_dict(), recipe.phase), buffer := io.BytesIO())
-    return buffer.getvalue(), [layer.phase for layer in recipe.layers.values()]
-
-
-def places(state, path=()):
-    """Paths to everything in nested dicts and lists."""
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
-    for key, value in items:
-        yield (*path, key)
-        yield from places(value, (*path, key))
-
-
-JUNK = [None, -1, 10**6, 0.5, float("nan"), True, "x", [], {}, [1], {"x": 1}, torch.zeros(()), torch.zeros(3), ...]
 
 
 @pytest.mark.fault(47)

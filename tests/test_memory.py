@@ -5,8 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_feedforward import Gated, Plain
-from tiny_models import gpt2, tokens
+from tiny_models import Gated, Plain, gpt2, tokens
 from torch import nn
 
 import sparse24

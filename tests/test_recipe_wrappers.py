@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict
 import pytest
 import torch
 from tiny_models import MLP
-from tiny_recipes import kept, make, run
+from tiny_recipes import kept, loss_of, make, run
 from torch import nn
 
 import sparse24
@@ -93,11 +93,6 @@ class ScheduleFree(torch.optim.SGD):
 
     def train(self):
         self.swap()
-
-
-def loss_of(model, step=0):
-    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
-    return (model(x) - x.flip(-1)).square().mean()
 
 
 def prepared(make_optimizer, **settings):

@@ -6,18 +6,16 @@ import warnings
 
 import pytest
 import torch
-from rounding import ANOTHER_ORDER
+from masked_outputs import X, assert_right, evaluated, masked_output
 from tiny_models import MLP
 from tiny_recipes import make, run
 from torch.utils.checkpoint import checkpoint
 
 import sparse24
-from sparse24 import Sparse24Warning, ops
+from sparse24 import Sparse24Warning
 from sparse24.convert import sparse_layers
 from sparse24.layers import unseen
 from sparse24.layers.state import PACKED, state_of
-
-X = torch.randn(8, 16, generator=torch.Generator().manual_seed(99))
 
 
 class SwappedAverage:
@@ -41,26 +39,6 @@ class SwappedAverage:
     def restore(self):
         for parameter, value in zip(self.parameters, self.stored, strict=True):
             parameter.data.copy_(value.data)
-
-
-def masked_output(model, x=X):
-    """What a plain model gives that has the weights of now, masked by the masks of now."""
-    twin = MLP()
-    twin.load_state_dict(model.state_dict())
-    for name, layer in sparse_layers(model).items():
-        weight = twin.get_submodule(name).weight
-        weight.data.mul_(ops.unpack_mask(layer.mask.view(torch.uint16)))
-    with torch.no_grad():
-        return twin(x)
-
-
-@torch.no_grad()
-def evaluated(model):
-    return model(X)
-
-
-def assert_right(model, output):
-    torch.testing.assert_close(output.detach(), masked_output(model), **ANOTHER_ORDER)
 
 
 def trained(**settings):

@@ -5,10 +5,10 @@ import warnings
 
 import pytest
 import torch
+from masked_outputs import X, assert_right, evaluated, masked_output
 from rounding import ANOTHER_ORDER
-from test_recipe_wrappers import loss_of
-from test_unseen_writes import X, assert_right, evaluated, masked_output
 from tiny_models import MLP
+from tiny_recipes import loss_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

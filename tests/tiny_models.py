@@ -1,6 +1,7 @@
 """Tiny real models for the tests, and one step of training."""
 
 import torch
+from torch import nn
 
 VOCAB = 64
 
@@ -52,26 +53,57 @@ def train_step(model, optimizer, ids):
     return loss.item()
 
 
-class MLP(torch.nn.Module):
+class MLP(nn.Module):
     """The smallest FFN that `sparsify` recognises."""
 
     def __init__(self, width=16, hidden=32, bias=True, dtype=None):
         super().__init__()
-        self.fc1 = torch.nn.Linear(width, hidden, bias, dtype=dtype)
-        self.fc2 = torch.nn.Linear(hidden, width, bias, dtype=dtype)
+        self.fc1 = nn.Linear(width, hidden, bias, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, width, bias, dtype=dtype)
 
     def forward(self, x):
         return self.fc2(torch.relu(self.fc1(x)))
 
 
-class ActivatedMLP(torch.nn.Module):
+class ActivatedMLP(nn.Module):
     """An FFN with a module for its activation, always of the same weights."""
 
     def __init__(self, width=32, hidden=64):
         super().__init__()
         torch.manual_seed(0)
-        self.up_proj, self.act = torch.nn.Linear(width, hidden), torch.nn.GELU()
-        self.down_proj = torch.nn.Linear(hidden, width)
+        self.up_proj, self.act = nn.Linear(width, hidden), nn.GELU()
+        self.down_proj = nn.Linear(hidden, width)
 
     def forward(self, x):
         return self.down_proj(self.act(self.up_proj(x)))
+
+
+class Gated(nn.Module):
+    """A gated block as Llama writes it."""
+
+    def __init__(self, act_fn=None, bias=False, width=32, hidden=64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate_proj, self.up_proj = (nn.Linear(width, hidden, bias) for _ in range(2))
+        self.down_proj = nn.Linear(hidden, width, bias)
+        self.act_fn = act_fn or nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Plain(nn.Module):
+    """A plain block as CLIP and ViT write it, with a dropout at the end as GPT-2 has it."""
+
+    def __init__(self, bias=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.act, self.fc2 = nn.Linear(16, 32, bias), nn.GELU("tanh"), nn.Linear(32, 16, bias)
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, hidden):
+        hidden = self.fc1(hidden)
+        hidden = self.act(hidden)
+        hidden = self.fc2(hidden)
+        hidden = self.dropout(hidden)
+        return hidden

@@ -22,10 +22,14 @@ def make(optimizer=torch.optim.SGD, lr=0.1, model=None, opt=None, **settings):
     return model, optimizer, Recipe(model, optimizer, **settings)
 
 
+def loss_of(model, step=0):
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
+    return (model(x) - x.flip(-1)).square().mean()
+
+
 def run(model, optimizer, steps, first=0):
     """Steps on data that depends on the step's number alone."""
     for step in range(first, first + steps):
-        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(step))
-        (model(x) - x.flip(-1)).square().mean().backward()
+        loss_of(model, step).backward()
         optimizer.step()
         optimizer.zero_grad()

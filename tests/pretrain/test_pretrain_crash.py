@@ -15,7 +15,7 @@ import time
 
 import pytest
 import torch
-from test_pretrain_resume import final_weights, history
+from run_files import final_weights, history
 
 from sparse24.files import LOCK
 

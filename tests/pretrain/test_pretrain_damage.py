@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from run_files import final_weights, history, stop_at
 from safetensors.torch import load_file
-from test_pretrain_resume import final_weights, history, stop_at
 
 from sparse24.errors import Sparse24Error
 from sparse24.files import LOCK

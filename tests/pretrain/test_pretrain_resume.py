@@ -6,41 +6,11 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_files import final_weights, history, stop_at
 
 from sparse24.errors import Sparse24Error
 from sparse24.pretrain import Stopped, TrainingDiverged, checkpoint, pretrain
-from sparse24.pretrain.metrics import read_rows
 from sparse24.pretrain.train import Trainer
-
-EXACT = (
-    "step",
-    "phase",
-    "loss",
-    "bits_per_byte",
-    "grad_norm",
-    "lr",
-    "flip_rate",
-    "decay",
-    "valid_loss",
-    "valid_bits_per_byte",
-)
-
-
-def history(out, arm):
-    return [tuple(row[name] for name in EXACT) for row in read_rows(out / "metrics.csv", arm)]
-
-
-def final_weights(out, arm):
-    return load_file(checkpoint.complete(out / "checkpoint" / arm)[-1][1] / "model.safetensors")
-
-
-def stop_at(step, number=signal.SIGINT):
-    def on_step(done):
-        if done == step:
-            signal.raise_signal(number)
-
-    return on_step
 
 
 # 7: between two searches, between two checkpoints, in the sparse phase; 11: in the dense phase; 10: where it begins
