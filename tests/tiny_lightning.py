@@ -75,3 +75,14 @@ def trainer_of(folder, *callbacks, **settings):
 def saving(folder, **settings):
     given = dict(every_n_train_steps=5, save_top_k=-1, filename="{step}") | settings
     return lightning.pytorch.callbacks.ModelCheckpoint(folder, **given)
+
+
+def fit(folder, steps, ckpt=None, accumulate=1, gradient_clip_val=1.0, make=Regression, **settings):
+    """(module, callback, trainer) after a run up to `steps` of twelve steps, the last three of which are dense."""
+    callback = Sparse24Callback(**(dict(mask_interval=3, dense_fraction=0.25, total_steps=12) | settings))
+    clips = dict(gradient_clip_val=gradient_clip_val, accumulate_grad_batches=accumulate)
+    trainer = trainer_of(folder, callback, saving(folder), max_steps=steps, enable_checkpointing=True, **clips)
+    module = make()
+    torch.manual_seed(7)
+    trainer.fit(module, loader(), ckpt_path=ckpt)
+    return module, callback, trainer
