@@ -124,23 +124,28 @@ def look(layer, weight) -> None:
     """Before an eager pass over the packed `weight` of `layer`: pack it if it was written unseen, and say so."""
     if _cannot_look(layer):
         return
-    state, gradients = state_of(layer), torch.is_grad_enabled()
-    lookout = state.lookout
-    if gradients and state.looked is lookout.evaluation and torch._C._current_graph_task_id() != -1:
-        lookout.recomputes = True
-    trains = gradients or (lookout.recomputes and layer.training)
+    state, lookout = state_of(layer), state_of(layer).lookout
+    trains = _is_training_pass(layer)
     is_stepped = trains and (state.has_owner or not weight.requires_grad)  # written by the recipe's step, or never
     moment = lookout.training if trains else lookout.evaluation
-    looked = state.looked is moment
-    is_asked = state.keeps_looking if is_stepped else lookout.has_turn(layer, trains)
-    if looked and not is_asked:
+    is_first = state.looked is not moment
+    is_asked = state.keeps_looking if is_stepped else lookout.has_turn(layer, trains)  # it counts passes: ask in each
+    if not (is_first or is_asked):
         return
     state.looked = None if lookout.wary and is_stepped else moment
     if first_rows_are_packed(layer):
         return
     lookout.alarm()
-    lookout.wary |= looked and is_stepped
+    lookout.wary |= is_stepped and not is_first
     weights_moved(layer, unseen=True)
+
+
+def _is_training_pass(layer) -> bool:
+    """Whether a pass has gradients, or is one that activation checkpointing will run again."""
+    state, lookout, gradients = state_of(layer), state_of(layer).lookout, torch.is_grad_enabled()
+    if gradients and state.looked is lookout.evaluation and torch._C._current_graph_task_id() != -1:  # in backward
+        lookout.recomputes = True
+    return gradients or (lookout.recomputes and layer.training)
 
 
 def seems_packed(layer) -> bool:
