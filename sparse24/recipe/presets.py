@@ -6,12 +6,13 @@ equal-time  the same, dense for the last third, and the weight gradients pruned 
 fine-tune   dense weights, sparse weight gradients (`method="mvue"`): no mask, so a pretrained model keeps its function
 
     settings                                 FFN width   validation loss   FFN time   seeds
-    paper                                        1          +0.6 %           0.71       1
-    a dense layer, to compare with              2/3         +0.7 %           0.67       1
-    equal-time                                   1          +0.16 %          0.77       1
-    equal-time                                 1.375        -0.69 %          1.05       1
-    equal-time, dense for the last sixth       1.375        -0.27 %          0.97       3
-    fine-tune                                    1          +0.3 %            -         1
+    paper                                        1          +0.7 %           0.71       1
+    a dense layer, to compare with              2/3         +0.8 %           0.67       1
+    equal-time                                   1          +0.25 %          0.77       3
+    equal-time                                 1.25         -0.27 %          0.96       3
+    equal-time                                 1.375        -0.6 %           1.05       1
+    equal-time, dense for the last sixth       1.375        -0.24 %          0.97       3
+    fine-tune                                    1          +0.4 %            -         1
     fine-tune, simulated, 32k tokens a step      1          +0.26 %           -
     fine-tune, simulated, 131k tokens a step     1          +0.14 %           -
 
