@@ -5,13 +5,13 @@ Where there is no GPU the kernels are played on the CPU, with their rules, and o
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import warnings
 
 import pytest
 import torch
 from gemm_cases import dense_gradient, layer
+from played_kernels import DTYPE, forbidden, full_of_rubbish, memory
 
 from sparse24 import Sparse24Warning, _library, ops, reference
 from sparse24.formats import (
@@ -35,7 +35,6 @@ from sparse24.testing import assert_as_accurate
 DENSE = products.dense
 WEIGHT_GRADIENTS = (GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT)
 PASSES = (FORWARD, GRAD_INPUT, *WEIGHT_GRADIENTS)
-DTYPE = {code: dtype for dtype, code in DTYPE_CODE.items()}
 FEATURES = (4, 12, 20, 36, 1500, 2044)
 # (tokens, in_features, out_features): each odd size on both sides, alone and beside one that fits.
 SHAPES = [
@@ -59,13 +58,6 @@ def refusal(problem, rhs_ld, out_ld, index=0) -> str:
     if pass_code == FORWARD and (k == 0 or k % 16):
         return "in_features"
     return "rows of the sparse operand" if pass_code != FORWARD and m % 8 else ""
-
-
-def memory(pointer: int, rows: int, columns: int, ld: int, dtype: torch.dtype) -> torch.Tensor:
-    """The rows that begin at an address."""
-    elements = (rows - 1) * ld + columns
-    room = (ctypes.c_char * (elements * dtype.itemsize)).from_address(pointer)
-    return torch.frombuffer(room, dtype=dtype).as_strided((rows, columns), (ld, 1))
 
 
 class Kernels:
@@ -100,16 +92,6 @@ class Kernels:
             result = result + memory(bias, 1, m, m, dtype).double()
         out.copy_(result + out.double() if accumulate else result)
         Kernels.launched += 1
-
-
-def full_of_rubbish(t: torch.Tensor, size, dtype=None) -> torch.Tensor:
-    """In place of `new_empty`: what nobody writes shows."""
-    value = float("nan") if (dtype or t.dtype).is_floating_point else 0xEE
-    return t.new_full((size,) if isinstance(size, int) else size, value, dtype=dtype)
-
-
-def forbidden(*args):
-    raise AssertionError("multiplied densely")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
