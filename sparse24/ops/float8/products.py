@@ -9,10 +9,21 @@ from torch import Tensor
 
 from ... import _library
 from ...errors import Sparse24DtypeError, Sparse24Error
-from ...formats import DTYPE_CODE, FORMATS, FORWARD, GRAD_WEIGHT, WEIGHT_DTYPES, names
+from ...formats import (
+    DTYPE_CODE,
+    FORMATS,
+    FORWARD,
+    GRAD_WEIGHT,
+    WEIGHT_DTYPES,
+    GemmProblem,
+    SparseOperand,
+    as_rows,
+    names,
+)
 from .. import flops
 from .._common import check_same_device, define_op, where
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
+from ..gemm import padding
 from .operands import E4M3, check_packed, check_scale
 from .weights import unpack_dense
 
@@ -23,42 +34,48 @@ Weight = tuple[Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=4096)
-def _plan(problem: tuple[int, ...], accumulation: int, index: int) -> tuple[int, int]:
-    """(config, bytes of workspace) of a product (pass, m, n, k, format, out dtype)."""
+def _plan(problem: GemmProblem, accumulation: int, index: int) -> tuple[int, int]:
+    """(config, bytes of workspace) of a product."""
     library = _library.binding()
     config = library.sparse_gemm_configs(problem, _library.CUDA, index, accumulation)[0]
     return config, library.sparse_gemm_workspace_bytes(problem, config, _library.CUDA, index, accumulation)
 
 
 @lru_cache(maxsize=4096)
-def _unsupported(problem: tuple[int, ...], rhs_ld: int, out_ld: int, accumulation: int, index: int) -> str:
+def _unsupported(problem: GemmProblem, rhs_ld: int, out_ld: int, accumulation: int, index: int) -> str:
     return _library.binding().sparse_gemm_unsupported(problem, rhs_ld, out_ld, _library.CUDA, index, accumulation)
 
 
 @lru_cache(maxsize=64)
 def why_unavailable(index: int) -> str:
     """Why the tensor cores of CUDA device `index` take no 8-bit products; "" if they do."""
-    problem = (FORWARD, 256, 256, 256, DTYPE_CODE[E4M3], DTYPE_CODE[FORMATS[E4M3].wide_dtype])
+    problem = GemmProblem(FORWARD, 256, 256, 256, DTYPE_CODE[E4M3], DTYPE_CODE[FORMATS[E4M3].wide_dtype])
     return _library.binding().sparse_gemm_unsupported(problem, 256, 256, _library.CUDA, index, 0)
 
 
-def _launch(problem, weight: Weight, rhs, rhs_scale, out, *, bias=None, accumulate=False, accumulation=0) -> bool:
+def _launch(
+    problem: GemmProblem, lhs: SparseOperand, rhs: Tensor, rhs_scale: Tensor, out: Tensor, *,
+    bias: Tensor | None = None, accumulate: bool = False, accumulation: int = 0,
+) -> bool:  # fmt: skip
     """The product on the GPU's tensor cores; False, and nothing done, where they do not take it."""
     library, backend, index, stream = where(out)
-    if backend != _library.CUDA:
+    if backend != _library.CUDA or problem.k == 0:  # a sum of nothing, and perhaps a bias
         return False
-    rhs_ld, out_ld = rhs.stride(0), out.stride(0)
-    if why := _unsupported(problem, rhs_ld, out_ld, accumulation, index):
-        _library.warn_once(f"an 8-bit product multiplies densely over the unpacked operand: {why}")
-        return False
+    rhs = as_rows(rhs)  # a single row may have any stride
+    rhs_ld, out_ld, rhs_pointer, out_pointer = rhs.stride(0), out.stride(0), rhs.data_ptr(), out.data_ptr()
+    packed_pointer, E_pointer = lhs.values.data_ptr(), lhs.E.data_ptr()
+    terms = dict(bias=bias, accumulate=accumulate, accumulation=accumulation)
+    if (rhs_pointer | out_pointer | packed_pointer | E_pointer) % 16 or _unsupported(
+        problem, rhs_ld, out_ld, accumulation, index
+    ):
+        return _launch_padded(problem, lhs, rhs, rhs_scale, out, index, **terms)
     config, scratch_bytes = _plan(problem, accumulation, index)
     scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=out.device) if scratch_bytes else None
-    packed, E, scale = weight
     library.sparse_gemm(
         problem,
-        (packed.data_ptr(), E.data_ptr(), scale.data_ptr()),
-        (rhs.data_ptr(), rhs_ld, rhs_scale.data_ptr()),
-        (out.data_ptr(), out_ld),
+        (packed_pointer, E_pointer, lhs.scale.data_ptr()),
+        (rhs_pointer, rhs_ld, rhs_scale.data_ptr()),
+        (out_pointer, out_ld),
         (0 if bias is None else bias.data_ptr(), accumulate, None, None),
         (config, 0 if scratch is None else scratch.data_ptr()),
         backend,
@@ -66,6 +83,22 @@ def _launch(problem, weight: Weight, rhs, rhs_scale, out, *, bias=None, accumula
         stream,
         accumulation,
     )
+    return True
+
+
+def _launch_padded(problem, lhs, rhs, rhs_scale, out, index, *, bias, accumulate, accumulation) -> bool:
+    """The product by padded operands; False, and said once, where the GPU does not take those either."""
+    to = padding.padded_extents(*problem[:4], out.element_size(), lhs.format)
+    padded = problem._replace(m=to.m, n=to.n, k=to.k)
+    if why := _unsupported(padded, to.rhs_ld, to.out_ld, accumulation, index):
+        _library.warn_once(f"an 8-bit product multiplies densely over the unpacked operand: {why}")
+        return False
+    p = padding.pad(problem, lhs, rhs, out, accumulate)
+    problem = padded._replace(out_dtype=DTYPE_CODE[p.out.dtype])
+    terms = dict(bias=bias, accumulate=p.accumulate, accumulation=accumulation)
+    if not _launch(problem, p.lhs, p.rhs, rhs_scale, p.out, **terms):
+        return False
+    p.finish()
     return True
 
 
@@ -131,9 +164,11 @@ def compute_sparse_mm_float8(
     y = x8.new_empty((tokens, out_features), dtype=FORMATS[E4M3].wide_dtype if on_gpu else out_dtype)
     if y.numel() == 0:
         return y.to(out_dtype)
-    problem = (FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
+    problem = GemmProblem(FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
     bias = None if bias is None else bias.to(y.dtype).contiguous()
-    if not _launch(problem, weight, x8, x_scale, y, bias=bias, accumulation=accumulation):
+    packed, E, scale = weight
+    lhs = SparseOperand(packed, E, scale=scale)
+    if not _launch(problem, lhs, x8, x_scale, y, bias=bias, accumulation=accumulation):
         w = unpack_dense(*weight, out_features, k, torch.float32)
         product = (x8.float() * x_scale) @ w.T
         y.copy_(product if bias is None else product + bias)
@@ -184,9 +219,15 @@ def compute_grad_weight_float8(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: T
     (m, n), k = out.shape, x8_t.shape[1]
     if out.numel() == 0:
         return
-    problem = (GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(out.dtype, 0))
-    fits = out.is_contiguous() and out.dtype in (FORMATS[E4M3].wide_dtype, torch.float32) and k > 0
-    if fits and _launch(problem, dy, x8_t, x_scale, out, accumulate=accumulate):
+    lies_in_rows = out.is_contiguous() and out.stride(0) >= n  # a single row may have any stride
+    written = lies_in_rows and out.dtype in (FORMATS[E4M3].wide_dtype, torch.float32)
+    into = out if written else out.new_empty((m, n), dtype=torch.float32)
+    problem = GemmProblem(GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE[into.dtype])
+    packed, E, scale = dy
+    lhs = SparseOperand(packed, E, scale=scale)
+    if _launch(problem, lhs, x8_t, x_scale, into, accumulate=accumulate and written):
+        if not written:
+            out.add_(into) if accumulate else out.copy_(into)
         return
     product = unpack_dense(*dy, m, k, torch.float32) @ (x8_t.float() * x_scale).T
     out.add_(product) if accumulate else out.copy_(product)

@@ -1,9 +1,9 @@
 """Products of odd sizes, made to fit the sparse GEMM: zeros beside the operands, a scratch output, a slice of it.
 
 The kernels read and write rows of whole 16-byte units; values that are packed along rows must fill such units too, so
-in_features come in 16s for the forward product, and the rows of an operand packed along columns in 8s. Token counts are
-free. E never changes: it is written in blocks of 64 x 64 as it is, and whatever it says of a padded place, the value
-there is zero.
+in_features come in 16s for the forward product, and the rows of an operand packed along columns in 8s. 8-bit operands
+are all packed along k, which comes in 32s. Token counts are free. E never changes: it is written in whole blocks as it
+is, 64 or 128 along k, and whatever it says of a padded place, the value there is zero.
 """
 
 from __future__ import annotations
@@ -14,10 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...formats import FORWARD, GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT, GemmProblem, SparseOperand, round_up
+from ...formats import (
+    DEFAULT_DTYPE,
+    FORMATS,
+    FORWARD,
+    GRAD_WEIGHT,
+    GRAD_WEIGHT_OF_INPUT,
+    Format,
+    GemmProblem,
+    SparseOperand,
+    round_up,
+)
 
 _UNIT_BYTES = 16
-_UNIT = 8  # elements of a 16-bit operand
 
 
 class Extents(NamedTuple):
@@ -30,18 +39,20 @@ class Extents(NamedTuple):
     out_ld: int
 
 
-def padded_extents(pass_code: int, m: int, n: int, k: int, out_bytes: int) -> Extents:
+def padded_extents(
+    pass_code: int, m: int, n: int, k: int, out_bytes: int, operands: Format = FORMATS[DEFAULT_DTYPE]
+) -> Extents:
     """The least product that the kernels take and that contains this one; `out_bytes` of an element of the output."""
-    out_unit = _UNIT_BYTES // out_bytes
-    if pass_code == FORWARD:  # rows of y, of m elements, are cut off by the kernel
-        k = round_up(k, 2 * _UNIT)
-        return Extents(m, n, k, k, round_up(m, out_unit))
-    m = round_up(m, _UNIT)
+    out_unit, unit = _UNIT_BYTES // out_bytes, operands.per_vector
+    if pass_code == FORWARD or not operands.mn_major:  # both operands lie along k; the kernel cuts rows of out off
+        k = round_up(k, 2 * unit)
+        return Extents(m, n, k, k, round_up(n if pass_code == GRAD_WEIGHT else m, out_unit))
+    m = round_up(m, unit)
     if pass_code == GRAD_WEIGHT:
-        return Extents(m, n, k, round_up(n, _UNIT), round_up(n, out_unit))
+        return Extents(m, n, k, round_up(n, unit), round_up(n, out_unit))
     if pass_code == GRAD_WEIGHT_OF_INPUT:  # rows of the gradient have m elements
-        return Extents(m, n, k, round_up(n, _UNIT), m)
-    return Extents(m, n, k, round_up(k, _UNIT), m)
+        return Extents(m, n, k, round_up(n, unit), m)
+    return Extents(m, n, k, round_up(k, unit), m)
 
 
 @dataclass(frozen=True)
@@ -70,15 +81,14 @@ class PaddedProduct:
 def pad(problem: GemmProblem, lhs: SparseOperand, rhs: Tensor, out: Tensor, accumulate: bool) -> PaddedProduct:
     """A product whose sizes, strides or addresses do not fit, as one that does; what fits already is not copied."""
     pass_code, m, n, k, *_ = problem
-    to = padded_extents(pass_code, m, n, k, out.element_size())
-    forward = pass_code == FORWARD
-    packed_width = to.k // 2 if forward else to.m
-    # The forward product reads its columns up to the padded k; the others stop at the last real one.
-    rhs_columns = to.k if forward else rhs.shape[1]
+    to = padded_extents(pass_code, m, n, k, out.element_size(), lhs.format)
+    packed_width = to.k // 2 if lhs.k_major else to.m
+    # Beside an operand along k, columns are read up to the padded k; else up to the last real one.
+    rhs_columns = to.k if lhs.k_major else rhs.shape[1]
     wanted = out
     if to.m != m or out.stride(0) * out.element_size() % _UNIT_BYTES or not _is_aligned(out):
         dtype = torch.float32 if accumulate else out.dtype
-        to = padded_extents(pass_code, m, n, k, dtype.itemsize)
+        to = padded_extents(pass_code, m, n, k, dtype.itemsize, lhs.format)
         out = out.new_empty((to.m if pass_code == GRAD_WEIGHT else n, to.out_ld), dtype=dtype)
     values = _widened(lhs.values, packed_width, packed_width)
     return PaddedProduct(
@@ -94,12 +104,13 @@ def pad(problem: GemmProblem, lhs: SparseOperand, rhs: Tensor, out: Tensor, accu
 
 def _widened(t: Tensor, columns: int, width: int) -> Tensor:
     """`t` itself where it has `columns` of them in aligned rows, else a copy of `width`, with zeros past its own."""
-    if t.shape[1] >= columns and t.stride(0) % _UNIT == 0 and _is_aligned(t):
+    if t.shape[1] >= columns and t.stride(0) * t.element_size() % _UNIT_BYTES == 0 and _is_aligned(t):
         return t
-    wide = t.new_empty((t.shape[0], width))
-    wide[:, : t.shape[1]].copy_(t)
+    plain = t.view(torch.uint8) if t.element_size() == 1 else t  # not every torch fills 8-bit floats
+    wide = plain.new_empty((t.shape[0], width))
+    wide[:, : t.shape[1]].copy_(plain)
     wide[:, t.shape[1] :].zero_()
-    return wide
+    return wide.view(t.dtype)
 
 
 def _is_aligned(t: Tensor) -> bool:
