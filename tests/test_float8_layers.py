@@ -114,13 +114,17 @@ def test_weight_gradients_are_unbiased():
     assert relative(mean, exact) < 0.9 / draws**0.5 * 3
 
 
-def test_sizes_that_do_not_fit_stay_dense_and_are_named():
-    root = nn.ModuleDict({"a": Plain(64, 128), "b": Plain(48, 128)})
-    report = sparse24.sparsify(root, precision="fp8")
-    assert report.converted == ["a.fc1", "a.fc2"]
-    assert all("multiple of 32" in reason for name, reason in report.skipped if name.startswith("b"))
-    with pytest.raises(Sparse24Error, match="multiple of 32"):
-        SparseLinear(48, 64, precision="fp8")
+@pytest.mark.fault(13)
+@pytest.mark.parametrize("precision", [None, *MODES])
+def test_8_bits_take_the_sizes_that_16_bits_take(precision):
+    root = nn.ModuleDict({"a": Plain(64, 128), "b": Plain(36, 100), "c": Plain(64, 102)})
+    report = sparse24.sparsify(root, precision=precision)
+    assert report.converted == ["a.fc1", "a.fc2", "b.fc1", "b.fc2"]
+    assert [name for name, reason in report.skipped if "is not a multiple of 4 on both sides" in reason] == [
+        "c.fc1", "c.fc2",
+    ]  # fmt: skip
+    with pytest.raises(Sparse24Error, match="positive multiples of 4, got 66 x 48; keep this layer dense or change"):
+        SparseLinear(48, 66, precision=precision)
 
 
 @pytest.mark.parametrize(

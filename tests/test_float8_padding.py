@@ -8,14 +8,17 @@ on the CPU, with their rules, and on just the memory that they would touch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import warnings
 
 import pytest
 import torch
 from played_kernels import DTYPE, forbidden, full_of_rubbish, memory
+from torch import nn
 
-from sparse24 import Sparse24Warning, _library, ops
+import sparse24
+from sparse24 import Sparse24Warning, SparseGatedMLP, SparseLinear, _library, ops
 from sparse24.formats import (
     DTYPE_CODE,
     E4M3,
@@ -27,6 +30,7 @@ from sparse24.formats import (
     metadata_bytes,
     round_up,
 )
+from sparse24.layers import float8 as float8_layers
 from sparse24.ops import float8
 from sparse24.ops.float8 import products
 from sparse24.ops.gemm.padding import pad, padded_extents
@@ -272,3 +276,99 @@ def test_products_of_odd_sizes_replay_in_a_cuda_graph():
     x.neg_()
     graph.replay()
     assert torch.equal(y, (x.double() @ w.T).bfloat16())
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    def __init__(self, width: int, d_ff: int, bias: bool):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, d_ff, bias), nn.ReLU(), nn.Linear(d_ff, width, bias)
+
+    def forward(self, x):
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def few(rows: int, columns: int, count: int) -> torch.Tensor:
+    """`count` of each row are 1 or -1."""
+    places = torch.rand(rows, columns).argsort(1)[:, :count]
+    return torch.zeros(rows, columns).scatter(1, places, torch.randint(0, 2, places.shape) * 2.0 - 1)
+
+
+@torch.no_grad()
+def with_small_integers(module: nn.Module) -> nn.Module:
+    """Sums before and behind an activation stay below 17, the first integer that e4m3 rounds."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            is_down = name in ("fc2", "down_proj")
+            layer.weight.copy_(few(*layer.weight.T.shape, 2).T if is_down else few(*layer.weight.shape, 3))
+            if layer.bias is not None:
+                layer.bias.copy_(torch.randint(-1, 2, layer.bias.shape))
+    sparse24.refresh(module, search=True)
+    return module
+
+
+def linear(width: int, d_ff: int, bias: bool, precision: str, **settings) -> nn.Module:
+    return with_small_integers(SparseLinear(width, d_ff, bias, precision=precision, **settings))
+
+
+def plain(width: int, d_ff: int, bias: bool, precision: str, **settings) -> nn.Module:
+    root = nn.ModuleDict({"mlp": Plain(width, d_ff, bias)})
+    report = sparse24.sparsify(root, precision=precision, **settings)
+    assert report.converted == ["mlp.fc1", "mlp.fc2"] and not report.skipped and report.fused == {"mlp": ""}
+    return with_small_integers(root["mlp"])
+
+
+def gated(width: int, d_ff: int, bias: bool, precision: str, **settings) -> nn.Module:
+    module = SparseGatedMLP(width, d_ff, bias, "relu", precision=precision, **settings)
+    assert (module.packed is not None) == (d_ff % 64 == 0), "run as one function where E has whole blocks"
+    return with_small_integers(module)
+
+
+def results(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
+    module.zero_grad(set_to_none=True)
+    x = x.detach().requires_grad_()
+    y = module(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad for p in module.parameters())]
+
+
+def masked(module: nn.Module) -> nn.Module:
+    """The dense module whose weights are masked, in float64."""
+    twin = copy.deepcopy(module)
+    sparse24.densify(twin, masked=True)
+    return twin.double()
+
+
+@pytest.fixture(params=["cpu", "played", pytest.param("cuda", marks=pytest.mark.gpu)])
+def rounding(request):
+    """(device, dtype to which products round): a GPU's kernels write bfloat16."""
+    if request.param == "cpu":
+        yield "cpu", torch.float32
+        return
+    with sparse_kernels_only(request.param) as device:
+        yield device, torch.float32 if device == "cpu" else torch.bfloat16
+
+
+@pytest.mark.fault(14, 15, 16, 17)
+@pytest.mark.parametrize("precision", MODES)
+@pytest.mark.parametrize("make", [linear, plain, gated])
+@pytest.mark.parametrize("sizes", [(4, 36), (40, 68), (100, 64), (48, 192), (64, 128)])
+def test_layers_compute_the_masked_function(rounding, sizes, make, precision):
+    """With scales that each cast makes for itself, and with those of the step before."""
+    device, rounded = rounding
+    for bias, mvue, counts in ((False, True, (0, 1, 31, 33)), (True, True, (0, 1, 31, 33)), (True, False, (33,))):
+        module = make(*sizes, bias, precision, mvue=mvue).to(device)
+        twin, layers = masked(module), [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
+        for tokens in counts:
+            x = torch.randint(-1, 2, (tokens, sizes[0])).float().to(device)
+            dy = gradient(tokens, layers[-1].out_features, device, largest=1)
+            y, dx, *of_parameters = results(twin, x.double(), dy.double())
+            expected = [y.to(rounded), dx.to(rounded), *of_parameters]
+            float8_layers.forget_scales(layers)
+            for _ in range(2):
+                for ours, exact in zip(results(module, x, dy), expected, strict=True):
+                    assert ours.dtype == torch.float32 and torch.equal(ours, exact.float())
+                float8_layers.update_scales(layers)
+                sparse24.refresh(module)

@@ -20,6 +20,7 @@ from packed_gather_runs import (
     gated,
     in_8_bits,
     made,
+    narrow_in_8_bits,
     outcome,
     plain,
     policy,
@@ -74,12 +75,12 @@ def test_in_the_dense_phase_the_dense_weight_is_gathered(ranks, place):
         assert found == expected
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_8_bit_forms_and_their_scales_are_those_of_one_process(ranks_of, world):
+@pytest.mark.parametrize("world, make", [(2, in_8_bits), (4, in_8_bits), (4, narrow_in_8_bits)])
+def test_8_bit_forms_and_their_scales_are_those_of_one_process(ranks_of, world, make):
     """The largest magnitude of a weight is that over all ranks' rows, in the step in which one process has it."""
     settings = dict(dense_fraction=0, mvue=None)
-    expected = alone(in_8_bits, settings)
-    for found in ranks_of(world).run(functools.partial(_run, make=in_8_bits, options={}, settings=settings)):
+    expected = alone(make, settings)
+    for found in ranks_of(world).run(functools.partial(_run, make=make, options={}, settings=settings)):
         assert found[2:] == expected[2:]
         assert found == expected
 

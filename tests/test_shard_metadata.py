@@ -35,8 +35,8 @@ def test_metadata_of_rows_makes_that_of_the_whole_weight(rows, cols, parts):
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-@pytest.mark.parametrize("rows", [32, 96, 128, 160])
-@pytest.mark.parametrize("cols", [32, 128, 160])
+@pytest.mark.parametrize("rows", [8, 24, 32, 96, 128, 136])
+@pytest.mark.parametrize("cols", [4, 36, 128, 160])
 def test_metadata_of_rows_in_8_bits(rows, cols, parts):
     def metadata(part):
         amax = part.abs().amax().reshape(1)

@@ -44,7 +44,9 @@ PROMOTED_WIDTHS = (192,)
 
 def _fast(m: int, n: int, k: int, rates: Rates) -> float:
     eight = replace(rates, sparse_us_per_wave_and_1024_k=FAST * rates.sparse_us_per_wave_and_1024_k)
-    return sparse_product_us(m, n, k, eight, WIDTHS)
+    # Sizes that do not fit the kernels are padded (ops/gemm/padding.py): copies of both operands, and of the result.
+    copied = (2 * n * k + m * k if k % 32 else 0) + (4 * m * n if m % 8 else 0)
+    return sparse_product_us(m, n, k, eight, WIDTHS) + (pass_us(copied, rates.dense_pass, rates) if copied else 0)
 
 
 def _weight_gradient(m: int, k: int, training: Training, rates: Rates) -> float:

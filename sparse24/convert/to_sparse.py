@@ -60,7 +60,7 @@ def sparsify(
                 the weight in each backward), and in fused blocks h, what enters the down product, is made again in
                 backward instead of kept (one activation of tokens x d_ff less)
     precision   None: 16-bit products. "fp8-hybrid": forward and input gradient in float8_e4m3fn, the weight gradient in
-                16 bits. "fp8": all three (docs/fp8.md). Layers whose sizes are not multiples of 32 stay dense
+                16 bits. "fp8": all three (docs/fp8.md)
 
     Call it again at will: layers that are sparse already stay as they are, and a warning says so where this call asks
     for another precision, lean or dtype than they have. On a GPU without sparse kernels "auto" warns and leaves the
@@ -77,8 +77,6 @@ def sparsify(
     chosen = candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
-    if precision is not None:
-        todo = _fitting_float8(todo, report)
     _warn_of_kept_settings(chosen, report, precision=precision, lean=lean, dtype=dtype)
     if unavailable and report.skipped and backend == "auto":
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=3)
@@ -127,16 +125,6 @@ def _choose(
                 continue
         report.skipped.append(Skipped(name, reason))
     return todo
-
-
-def _fitting_float8(todo: dict[str, nn.Module], report: SparsifyReport) -> dict[str, nn.Module]:
-    """Those of the layers whose sizes 8-bit products take; the report gets the others."""
-    reasons = {name: float8.why_not_float8(*structure.part_features(module)[::-1]) for name, module in todo.items()}
-    for name, reason in reasons.items():
-        if reason:
-            report.skipped.append(Skipped(name, reason))
-            del report.reasons[name], report.shapes[name]
-    return {name: module for name, module in todo.items() if not reasons[name]}
 
 
 def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport, **asked) -> None:

@@ -20,7 +20,6 @@ from ..ops.float8 import E4M3, scale_of
 from .state import HOLDER, METADATA, METADATA_T, PACKED, PACKED_T, state_of
 
 PRECISIONS = ("fp8-hybrid", "fp8")
-STEP = 32  # features come in multiples of this: whole 16 bytes of packed values along k, both ways
 
 SLOTS = ("x", "w", "dy")
 #: of a gradient that was 0 so far, as those are behind a weight that begins at 0. Small: what comes first is clipped
@@ -52,21 +51,6 @@ def check_settings(precision: str, lean: bool, compute_dtype: torch.dtype | None
             f"precision={precision!r} packs {names((E4M3,))} and computes the rest in {names((wide,))}, got dtype="
             f"{compute_dtype}; leave it out"
         )
-
-
-def why_not_float8(out_features: int, in_features: int) -> str:
-    """Why a layer's products cannot be 8-bit ones; "" if they can."""
-    if in_features % STEP or out_features % STEP:
-        return f"{out_features} x {in_features} is not a multiple of {STEP} both ways, as 8-bit products want it"
-    return ""
-
-
-def check_weight(layer: nn.Module) -> None:
-    """Raises Sparse24Error where 8-bit products cannot have the extents of a layer's weight, or of its part."""
-    precision = state_of(layer).precision
-    if precision is not None and (why := why_not_float8(*layer.kernel_weight().shape)):
-        part = "" if state_of(layer).cut is None else " (a tensor-parallel part)"
-        raise Sparse24Error(f"precision={precision!r}: {why}{part}; leave precision out for this layer")
 
 
 def add_casts(layer: nn.Module, device: torch.device) -> None:

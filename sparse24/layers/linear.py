@@ -17,7 +17,7 @@ class SparseLinear(SparseLayer, nn.Linear):
     bias           a bias as in nn.Linear
     mvue           prune the output gradient to 2:4 without bias, so that the weight gradient is a sparse product too
     compute_dtype  dtype of the packed values; default: that of the weight, and bfloat16 for float32 weights on a GPU
-    precision      None: 16-bit products; "fp8-hybrid" or "fp8": 8-bit ones, for multiples of 32 (docs/fp8.md)
+    precision      None: 16-bit products; "fp8-hybrid" or "fp8": 8-bit ones (docs/fp8.md)
 
     The weight is dense and all of it is trained (straight-through); what multiplies is its masked, packed form.
     Train it with `sparse24.Recipe`, which re-packs it after each optimizer step.

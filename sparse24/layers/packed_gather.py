@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..formats import FORMATS, HALF_DTYPES
 from ..ops.float8 import E4M3
-from . import float8, packing
+from . import packing
 from .checks import DTYPES
 from .packing import is_dtensor
 from .row_shards import RowShards, let_go
@@ -80,11 +80,10 @@ def why_whole(layer: nn.Module, how: Gathered) -> str | None:
         return "it is shared with another module, or gathered in a way of its own"
     if how.group._use_post_forward_mesh:
         return "reshard_after_forward is a number; use True or False"
-    step = STEP if state.precision is None else float8.STEP
-    if weight.shape[0] % (step * parts):
+    if weight.shape[0] % (STEP * parts):
         return (
-            f"{weight.shape[0]} rows over {parts} ranks are no multiple of {step} for each; choose a multiple of "
-            f"{step * parts}, or a mesh of fewer shards"
+            f"{weight.shape[0]} rows over {parts} ranks are no multiple of {STEP} for each; choose a multiple of "
+            f"{STEP * parts}, or a mesh of fewer shards"
         )
     if (
         state.precision is not None

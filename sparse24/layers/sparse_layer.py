@@ -184,7 +184,6 @@ class SparseLayer(WatchedWeight):
         cut = tensor_parallel.cut_of(self)
         self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision, cut=cut)
         unseen.share_lookout([self])
-        float8.check_weight(self)
         add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
         watch_steps(self)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..errors import Sparse24Error
 from ..formats import BLOCK
-from . import float8
 from .packing import is_dtensor, mask_bytes
 from .state import LAYER_BUFFERS, MASK, PACKED_BUFFERS, SOFT, division_of, mask_of, state_of
 
@@ -112,7 +111,6 @@ def after_plan(layer: nn.Module) -> None:
     state.cut = cut_of(layer)
     if state.cut is None:
         return
-    float8.check_weight(layer)
     if (mask := buffers[MASK]) is not None:
         buffers[MASK] = state.cut.part_of(mask).clone()
     for name in LAYER_BUFFERS:
