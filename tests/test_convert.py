@@ -297,13 +297,14 @@ def test_conversion_warns_of_nothing_and_takes_both_directions_and_16_bits_unles
     assert model.fc1.mvue and not model.fc1.lean and report.precision is None
 
 
-def test_layers_of_sizes_that_8_bit_products_do_not_take_stay_dense():
-    sizes = {"fits": (64, 96), "narrow": (48, 64), "short": (64, 48)}
+@pytest.mark.parametrize("precision", [None, "fp8-hybrid", "fp8"])
+def test_layers_whose_sizes_have_no_whole_blocks_stay_dense(precision):
+    sizes = {"fits": (64, 96), "padded": (36, 100), "narrow": (46, 64), "short": (64, 46)}
     model = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
-    report = sparse24.sparsify(model, include="*", precision="fp8")
-    assert report.converted == ["fits"] == [*report.shapes] == [*report.reasons]
-    words = "is not a multiple of 32 both ways, as 8-bit products want it"
-    assert dict(report.skipped) == {"narrow": f"64 x 48 {words}", "short": f"48 x 64 {words}"}
+    report = sparse24.sparsify(model, include="*", precision=precision)
+    assert report.converted == ["fits", "padded"] == [*report.shapes] == [*report.reasons]
+    words = "is not a multiple of 4 on both sides; choose widths that are"
+    assert dict(report.skipped) == {"narrow": f"64 x 46 {words}", "short": f"46 x 64 {words}"}
 
 
 @pytest.mark.parametrize("count, last", [(8, "7$"), (9, "7 and 1 more$")])
