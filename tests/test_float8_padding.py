@@ -48,7 +48,9 @@ SHAPES = [
 
 
 def refusal(problem, rhs_ld, out_ld, accumulation=0, index=0) -> str:
-    """`unsupported_layout` of csrc/gemm/operands.cpp, for 8 bits."""
+    """`unsupported_layout` of csrc/gemm/operands.cpp, 8 bits; overlapping rows are an error of csrc/api/gemm.cpp."""
+    width = problem.n if problem.pass_code == GRAD_WEIGHT else problem.m
+    assert rhs_ld >= problem.k and out_ld >= width
     if rhs_ld % 16:
         return "rows of the dense operand"
     if problem.k == 0 or problem.k % 32:
@@ -234,9 +236,19 @@ def test_operands_off_a_16_byte_boundary_run_the_kernels_too(kernels):
                      (wide[:, 3:67], packed, E)]:  # fmt: skip
         y = float8.sparse_mm_float8(operands[0], unit, *operands[1:], unit, 32)
         assert torch.equal(y, (x.double() @ w.T).bfloat16())
-    row = x8[:1].as_strided((1, 64), (1, 1))  # a single row may have any stride
-    y = float8.sparse_mm_float8(row, unit, packed, E, unit, 32)
+
+
+def test_a_single_row_may_have_any_stride(kernels):
+    unit, x, seed = one(kernels), integers(7, 64, device=kernels), torch.tensor([3, 4], device=kernels)
+    w, (packed, E, *_) = packed_weight(integers(32, 64, device=kernels))
+    x8, x8_t = float8.quantize(x, unit, transposed=True)
+    y = float8.sparse_mm_float8(x8[:1].as_strided((1, 64), (1, 1)), unit, packed, E, unit, 32)
     assert torch.equal(y, (x[:1].double() @ w.T).bfloat16())
+    dy = gradient(7, 1, kernels).bfloat16()
+    pruned, E, *_ = float8.mvue_quantize(dy, seed, unit, float8=True)
+    dw = torch.zeros(64, device=kernels).as_strided((1, 64), (1, 1))
+    float8.grad_weight_float8_(pruned, E, unit, x8_t, unit, dw)
+    assert torch.equal(dw, (dy.double().T @ x.double()).float())
 
 
 def test_not_a_number_stays_in_its_row(kernels):
