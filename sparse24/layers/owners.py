@@ -8,13 +8,12 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
-from functools import cache
 from typing import Protocol
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import Sparse24Warning
+from .optimizer_steps import after_any_step
 from .state import HOLDER, SPARSE, state_of
 
 
@@ -58,19 +57,11 @@ def _owner_is_gone(layer, owner: weakref.ref) -> None:
 
 def watch_steps(layer) -> None:
     """Pack a layer without a recipe after each step of an optimizer over its weight: compiled passes do not look."""
-    _register()
+    after_any_step(_pack_stepped, _alone)
     _alone.add(layer)
 
 
-@cache
-def _register() -> None:
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    if not _alone or torch.compiler.is_compiling():
-        return
-    stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+def _pack_stepped(optimizer: torch.optim.Optimizer, stepped: set[int]) -> None:
     for layer in list(_alone):
         weight = layer._parameters.get("weight")
         if id(weight) not in stepped or HOLDER not in layer.__dict__:

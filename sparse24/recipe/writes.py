@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from functools import cache
 from typing import Protocol
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import Sparse24Warning
 from ..layers.modules import SPARSE, SparseLayer
+from ..layers.optimizer_steps import after_any_step
 from ..layers.state import state_of
 from ..layers.unseen import EVERY, look_until_packed, ran_compiled, seems_packed
 from .steps import Steps
@@ -104,19 +103,13 @@ _listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
 
 def watch_other_optimizers(listener: Listener) -> None:
     """Let `listener` hear of each step of an optimizer that is not its own."""
-    _register()
+    after_any_step(_tell_listeners, _listeners)
     _listeners.add(listener)
 
 
-@cache
-def _register() -> None:
-    register_optimizer_step_post_hook(_after_any_step)
-
-
-def _after_any_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
-    for listener in list(_listeners) if not torch.compiler.is_compiling() else ():
+def _tell_listeners(optimizer: torch.optim.Optimizer, stepped: set[int]) -> None:
+    for listener in list(_listeners):
         if listener and not listener.expects(optimizer):
-            written = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-            layers = [la for la in listener.steps.layers.values() if id(la._parameters.get("weight")) in written]
+            layers = [la for la in listener.steps.layers.values() if id(la._parameters.get("weight")) in stepped]
             if layers:
                 listener.other_step(layers)

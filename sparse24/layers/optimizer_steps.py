@@ -1,0 +1,34 @@
+"""Who wants to hear of every optimizer step: torch has one hook for all optimizers, and it is registered once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import cache
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+#: (optimizer, ids of its parameters) after a step
+Listener = Callable[[torch.optim.Optimizer, set[int]], None]
+_listeners: dict[Listener, Collection] = {}
+
+
+def after_any_step(listener: Listener, concerned: Collection) -> None:
+    """Call `listener` after each step of any optimizer, as long as `concerned` is not empty; asked twice, once."""
+    _register()
+    _listeners.setdefault(listener, concerned)
+
+
+@cache
+def _register() -> None:
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
+    if torch.compiler.is_compiling():
+        return
+    listeners = [listener for listener, concerned in _listeners.items() if concerned]
+    if listeners:
+        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        for listener in listeners:
+            listener(optimizer, stepped)
