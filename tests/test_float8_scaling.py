@@ -59,6 +59,20 @@ def test_what_rounds_to_zero_is_a_metric():
     assert "values_flushed" not in plain[2].metrics() and "casts_clipped" in plain[2].metrics()
 
 
+@pytest.mark.fault(91)
+def test_compiled_passes_count_as_eager_ones_do():
+    counted = []
+    for backend in ("eager", "aot_eager"):
+        model, optimizer, recipe = make(count_casts=True)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend=backend)
+        torch.manual_seed(0)
+        for factor in (1.0, 64.0):
+            step(compiled, optimizer, factor)
+        counted.append(recipe.metrics())
+    assert counted[0] == counted[1] and counted[0]["values_clipped"] > 0
+
+
 @pytest.mark.fault(89)
 def test_tensors_of_zeros_keep_their_scale():
     model, optimizer, _ = make()

@@ -28,9 +28,10 @@ FIRST_SCALE = 2.0**-24
 SCALE_BUFFERS = {slot: f"{HOLDER}_{slot}_scale" for slot in SLOTS}
 AMAX_BUFFERS = {slot: f"{HOLDER}_{slot}_amax" for slot in SLOTS}
 CAST_BUFFERS = (*SCALE_BUFFERS.values(), *AMAX_BUFFERS.values())
-#: int64 [3]: values that the casts of this step have clipped, flushed to zero, and seen; None where nobody asks
-COUNTS_BUFFER = f"{HOLDER}_cast_counts"
-ALL_BUFFERS = (*CAST_BUFFERS, COUNTS_BUFFER)
+#: int64 [3]: values that the casts of this step have clipped, flushed to zero, and seen; None where nobody asks.
+#: Forward and backward have one each: compilers take no buffer that both of them write
+COUNTS_BUFFERS = {slot: f"{HOLDER}_{slot}_counts" for slot in ("x", "dy")}
+ALL_BUFFERS = (*CAST_BUFFERS, *COUNTS_BUFFERS.values())
 
 
 def check_precision(precision: str | None) -> None:
@@ -71,7 +72,7 @@ def weight_cast(layer: nn.Module) -> Cast:
 def _cast(layer: nn.Module, slot: str) -> Cast:
     # Evaluation casts as training does, and leaves the training's amaxes alone.
     buffers, notes = layer._buffers, torch.is_grad_enabled()
-    amax, counts = (buffers[AMAX_BUFFERS[slot]], buffers[COUNTS_BUFFER]) if notes else (None, None)
+    amax, counts = (buffers[AMAX_BUFFERS[slot]], buffers[COUNTS_BUFFERS[slot]]) if notes else (None, None)
     return Cast(buffers[SCALE_BUFFERS[slot]], amax, not state_of(layer).scales_known, counts)
 
 
@@ -164,15 +165,17 @@ def count_casts(layers: Iterable[nn.Module], on: bool) -> None:
     """Let casts count what they clip and flush, from here on, or no more."""
     for layer in filter(has_float8, layers):
         device = layer._buffers[SCALE_BUFFERS["x"]].device
-        layer._buffers[COUNTS_BUFFER] = torch.zeros(3, dtype=torch.int64, device=device) if on else None
+        for name in COUNTS_BUFFERS.values():
+            layer._buffers[name] = torch.zeros(3, dtype=torch.int64, device=device) if on else None
 
 
 def take_counts(layers: Iterable[nn.Module]) -> list[Tensor]:
     """What the layers have counted since this was called last, int64 [3] for each device."""
     counts: dict[torch.device, list[Tensor]] = {}
     for layer in filter(has_float8, layers):
-        if (count := layer._buffers[COUNTS_BUFFER]) is not None:
-            counts.setdefault(count.device, []).append(count)
+        for name in COUNTS_BUFFERS.values():
+            if (count := layer._buffers[name]) is not None:
+                counts.setdefault(count.device, []).append(count)
     taken = [torch.stack(parts).sum(0) for parts in counts.values()]
     for parts in counts.values():
         torch._foreach_zero_(parts)
