@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparse24
 from sparse24 import SparseGatedMLP, SparseLinear
+from sparse24.layers import float8
 
 
 def flops(module, x, *, backward):
@@ -45,6 +46,15 @@ def test_8_bit_products_count_half_too(precision):
     with torch.autocast("cpu", torch.bfloat16):
         assert flops(sparse, x, backward=False) == flops(dense, x, backward=False) // 2
     assert sparse._sparse24.precision == precision
+
+
+@pytest.mark.parametrize("precision", ["fp8-hybrid", "fp8"])
+def test_fused_blocks_of_8_bits_count_as_those_of_16(precision):
+    block, x = SparseGatedMLP(32, 64, precision=precision), torch.randn(64, 32, requires_grad=True)
+    forward = 64 * 3 * 32 * 64
+    for _ in range(2):  # by single ops, and by one op each way once a step has told the scales
+        assert flops(block, x, backward=False) == forward and flops(block, x, backward=True) == 3 * forward
+        float8.update_scales([layer for layer in block.children() if isinstance(layer, SparseLinear)])
 
 
 def test_masked_densify_counts_as_dense():

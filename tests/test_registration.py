@@ -10,7 +10,14 @@ from sparse24.ops import float8
 
 TESTS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 #: ops with 8-bit inputs, which torch's test of schemas cannot compare: it multiplies them
-READ_8_BITS = ("decompress_float8", "grad_weight_float8_", "pack_float8_", "sparse_mm_float8")
+READ_8_BITS = (
+    "decompress_float8",
+    "feed_forward_float8",
+    "feed_forward_float8_backward",
+    "grad_weight_float8_",
+    "pack_float8_",
+    "sparse_mm_float8",
+)
 
 
 def sample_calls(device):
@@ -50,6 +57,7 @@ def sample_calls(device):
         "foreach_masked_decay_": ([torch.zeros_like(w)], [w], [mask], 0.1, None),
         **feed_forward_calls(device, dtype),
         **float8_calls(device, dtype),
+        **float8_feed_forward_calls(device, dtype),
     }
 
 
@@ -87,6 +95,34 @@ def float8_calls(device, dtype):
         "decompress_float8": (packed, E, one, 32, 64, torch.float32),
         "sparse_mm_float8": (x8, one, packed, E, one, 32, None, torch.bfloat16, 0),
         "grad_weight_float8_": (packed_dy, E_dy, one, x8_t, one, out, True),
+    }
+
+
+def float8_feed_forward_calls(device, dtype):
+    def randn(*shape):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def cast():
+        return (
+            torch.ones(1, device=device),
+            torch.zeros(1, device=device),
+            torch.zeros(3, dtype=torch.long, device=device),
+        )
+
+    def weight(rows, cols):
+        w, one, forms = randn(rows, cols), torch.ones(1, device=device), float8.empty_packed_float8(rows, cols, device)
+        float8.pack_float8_(True, [w], [ops.transposable_mask(w)], [[t] for t in forms], [one], [cast()[1]])
+        return [*forms[:2], one], [*forms[2:], one]
+
+    (up, up_t), (down, down_t) = weight(128, 64), weight(64, 64)
+    x, dy, biases, seeds = randn(40, 64), randn(40, 64), (randn(128), randn(64)), ops.draw_seeds(randn(1), 2)
+    keeps, casts, into = (True, True, True), (*cast(), *cast()), torch.zeros_like(randn(128, 64))
+    forward = (x, up, down, "silu", True, *biases, *keeps, *casts)
+    _, gate_up, x8_t, h8_t = torch.ops.sparse24.feed_forward_float8(*forward)
+    saved, wanted = (gate_up, [x8_t, casts[0]], [h8_t, casts[0]]), (0, True, True, True, torch.float32)
+    return {
+        "feed_forward_float8": forward,
+        "feed_forward_float8_backward": (dy, *saved, up_t, down_t, "silu", True, seeds, *wanted, into, None, *casts),
     }
 
 

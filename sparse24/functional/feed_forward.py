@@ -18,6 +18,7 @@ from ..ops.arguments import names_wrong_types
 from ..ops.feed_forward import BackwardOptions, feed_forward, feed_forward_backward
 from . import accumulation
 from .activation import activation_gradient
+from .layer_gradients import as_autograd_takes, origin_of, parts_of, targets
 from .operands import (
     INPUT,
     OUTPUT,
@@ -45,7 +46,6 @@ from .weight_gradient import (
     GradTarget,
     as_laid_out,
     bias_gradient,
-    is_column_major,
     packed_output_gradient,
     weight_gradient,
 )
@@ -76,19 +76,6 @@ class _Kept(NamedTuple):
     seed: Tensor | None
     input_seed: Tensor | None
     decay: Tensor | None
-
-
-class _Origin(NamedTuple):
-    """What backward knows of a weight for its gradient: the parameter itself, see `leaf_of`, and how it lies."""
-
-    dtype: torch.dtype
-    rows: int
-    leaf: Tensor | None
-    columns: bool
-
-
-def _origin_of(weight: Tensor) -> _Origin:
-    return _Origin(weight.dtype, weight.shape[0], accumulation.leaf_of(weight), is_column_major(weight))
 
 
 def _needed_inputs(ctx, x: Tensor, h: Tensor, plan: _Plan) -> tuple[KeptInput, KeptInput]:
@@ -129,7 +116,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.kind, ctx.gated, ctx.operands, ctx.rank = kind, gated, noise.operands, noise.rank
         ctx.d_model, ctx.d_ff, ctx.packed_dtype = x.shape[-1], h.shape[-1], down.packed.dtype
         ctx.bias_dtypes = None if bias_up is None else bias_up.dtype, None if bias_down is None else bias_down.dtype
-        ctx.down, *ctx.ups = [_origin_of(weight) for weight in (down_weight, *up_weights)]
+        ctx.down, *ctx.ups = [origin_of(weight) for weight in (down_weight, *up_weights)]
         return y
 
     @staticmethod
@@ -152,27 +139,17 @@ def _trains_plainly(needs: tuple[bool, ...], plan: _Plan, decay, dtype: torch.dt
 
 def _backward_by_one_op(ctx, dy: Tensor) -> tuple:
     gate_up, x, h, *forms, seed = ctx.saved_tensors
-    need_x, *need_biases = ctx.needs_input_grad[:3]
-    shape, dy, of = dy.shape, as_rows(dy), ctx.down
-    into = (
-        accumulation.stacked_target([up.leaf for up in ctx.ups], dy.dtype),
-        accumulation.target(of.leaf, dy.dtype),
-    )
-    out_dtype = torch.float32 if of.dtype == torch.float32 else dy.dtype
-    options = BackwardOptions(ctx.rank, need_x, *need_biases, out_dtype)
-    dx, d_up, d_down, *d_biases = feed_forward_backward(
-        dy, (as_rows(gate_up), as_rows(x), as_rows(h)), forms[:2], forms[2:], seed, (ctx.kind, ctx.gated), options, into
-    )
-    if need_x and len(shape) != 2:
+    needs, shape, dy = ctx.needs_input_grad[:3], dy.shape, as_rows(dy)
+    into = targets(ctx.down, ctx.ups, dy.dtype)
+    out_dtype = torch.float32 if ctx.down.dtype == torch.float32 else dy.dtype
+    made = feed_forward_backward(
+        dy, (as_rows(gate_up), as_rows(x), as_rows(h)), forms[:2], forms[2:], seed, (ctx.kind, ctx.gated),
+        BackwardOptions(ctx.rank, *needs, out_dtype), into,
+    )  # fmt: skip
+    dx, *others = as_autograd_takes(ctx, made, needs, into)
+    if dx is not None and len(shape) != 2:
         dx = dx.view(*shape[:-1], ctx.d_model)
-    db_up, db_down = (db if need else None for db, need in zip(d_biases, need_biases, strict=True))
-    if torch.compiler.is_compiling():  # else autograd casts them to the dtypes of the biases, in less time
-        db_up, db_down = (
-            None if db is None else db.to(dtype) for db, dtype in zip((db_up, db_down), ctx.bias_dtypes, strict=True)
-        )
-    d_ups = _parts_of(None if into[0] is not None else d_up, ctx.ups)
-    d_down = None if into[1] is not None else as_laid_out(_in_dtype(d_down, of.dtype), of.columns)
-    return dx if need_x else None, db_up, db_down, d_down, None, None, *both(d_ups)
+    return dx, *others[:3], None, None, *others[3:]
 
 
 def _backward(ctx, dy: Tensor) -> tuple:
@@ -241,19 +218,7 @@ def _up_gradients(ctx, made, kept: _Kept, weights: KeptWeights) -> list[Tensor |
         d_up = packed_output_gradient(made.packed, x.x, target)
     else:
         d_up, _ = weight_gradient(d_gate_up, x, target, None)
-    return _parts_of(d_up, ups)
-
-
-def _parts_of(d_up: Tensor | None, ups: list[_Origin]) -> list[Tensor | None]:
-    """The gradient of each of the parameters that are stacked in the up product."""
-    if d_up is None:
-        return [None] * len(ups)
-    parts = [d_up] if len(ups) == 1 else d_up.split([of.rows for of in ups])
-    return [as_laid_out(_in_dtype(part, of.dtype), of.columns) for part, of in zip(parts, ups, strict=True)]
-
-
-def _in_dtype(dw: Tensor, dtype: torch.dtype) -> Tensor:
-    return dw if dw.dtype == dtype else dw.to(dtype)
+    return parts_of(d_up, ups)
 
 
 def _check_seed_pairs(seed: Tensor | None) -> None:

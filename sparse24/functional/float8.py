@@ -17,7 +17,10 @@ from torch import Tensor
 from .. import ops
 from ..formats import FORMATS, HALF_DTYPES, as_rows
 from ..ops import float8
+from ..ops.feed_forward import BackwardOptions
+from ..ops.float8.feed_forward import feed_forward_float8, feed_forward_float8_backward
 from . import accumulation
+from .layer_gradients import as_autograd_takes, origin_of, parts_of, targets
 from .operands import both, cast_as_autocast_does, check_no_transform, once_differentiable
 from .weight_gradient import (
     GradTarget,
@@ -33,27 +36,19 @@ class Cast(NamedTuple):
     """How a tensor is cast: by `scale`, raising `amax` to its largest magnitude. One float32 each.
 
     amax     None: not noted, as in evaluation
-    current  the scale is not known yet: it is made from the tensor itself, by a read more
     counts   int64 [3], added to: values clipped, flushed to zero, and seen; None: not counted
+    current  the scale is not known yet: it is made from the tensor itself, by a read more
     """
 
     scale: Tensor
     amax: Tensor | None
-    current: bool = False
     counts: Tensor | None = None
+    current: bool = False
 
     @property
     def noted(self) -> dict[str, Tensor | None]:
         """What a pass takes note of."""
         return dict(amax=self.amax, counts=self.counts)
-
-    def saved(self) -> tuple[Tensor | None, ...]:
-        """The tensors, for backward, which makes `Cast.of` them again."""
-        return self.scale, self.amax, self.counts
-
-    @staticmethod
-    def of(saved: tuple[Tensor | None, ...], current: bool) -> Cast:
-        return Cast(saved[0], saved[1], current, saved[2])
 
     def settled(self, x: Tensor) -> Cast:
         """Itself, with a scale that fits x."""
@@ -61,7 +56,7 @@ class Cast(NamedTuple):
             return self
         largest = torch.zeros_like(self.scale)
         float8.quantize(x, self.scale, rows=False, amax=largest)
-        return Cast(float8.scale_of(largest), self.amax, False, self.counts)
+        return Cast(float8.scale_of(largest), self.amax, self.counts)
 
 
 class Float8Weight(NamedTuple):
@@ -111,16 +106,16 @@ def _computed(x: Tensor) -> Tensor:
 def _rows_of(x: Tensor) -> Tensor:
     """x (..., features) as the passes take it, (tokens, features).
 
-    Made before the autograd function, whose forward then multiplies and does nothing else: Dynamo before 2.13 makes
-    all that happens in one an output of it. An output of two names (y, and y.to(y.dtype), which is y) gets its gradient
-    by the wrong one, and backward gets zeros; sizes in a dynamic graph are not taken at all.
+    A compiler sees it made before the autograd function, whose forward then multiplies and does nothing else: Dynamo
+    before 2.13 makes all that happens in one an output of it. An output of two names (y, and y.to(y.dtype), which is y)
+    gets its gradient by the wrong one, and backward gets zeros; sizes in a dynamic graph are not taken at all.
     """
     return as_rows(_computed(x))
 
 
 def _shaped_as(rows: Tensor, x: Tensor) -> Tensor:
     """The product's rows with the leading extents and the dtype of x."""
-    y = rows.view(*x.shape[:-1], rows.shape[-1])
+    y = rows if rows.dim() == x.dim() else rows.view(*x.shape[:-1], rows.shape[-1])
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -146,15 +141,22 @@ class _Pruned(NamedTuple):
     cast: Cast
 
 
-def _weight_gradient(dy: _Pruned, kept: Tensor, scale: Tensor, shape, target: GradTarget) -> Tensor | None:
-    """dW of `shape`, or None where it was added to what is there.
+def _made_dtype(weight: torch.dtype, dy: torch.dtype, full: bool) -> torch.dtype:
+    """In which a product makes a weight gradient, before it is cast to the weight's."""
+    if full:
+        return weight if weight == FORMATS[float8.E4M3].wide_dtype else torch.float32
+    return torch.float32 if weight == torch.float32 else dy
+
+
+def _weight_gradient(dy: _Pruned, kept: Tensor, scale: Tensor, target: GradTarget) -> Tensor | None:
+    """dW, or None where it was added to what is there.
 
     kept  the layer's input: 16 bits (tokens, in), or 8 bits and transposed (in, padded tokens) and then cast by `scale`
     """
     dtype, into, _ = target
     if kept.dtype == float8.E4M3:
-        wide = dtype if dtype == FORMATS[kept.dtype].wide_dtype else torch.float32
-        out = kept.new_empty(shape, dtype=wide) if into is None else into
+        made = _made_dtype(dtype, kept.dtype, full=True)
+        out = kept.new_empty((dy.packed.shape[0], kept.shape[0]), dtype=made) if into is None else into
         float8.grad_weight_float8_(dy.packed, dy.E, dy.cast.scale, kept, scale, out, into is not None)
         return out.to(dtype) if into is None else None
     if dy.packed is None:
@@ -183,10 +185,9 @@ class _Float8Linear(torch.autograd.Function):
         cast_x = plan.x.settled(rows)
         x8, kept = _cast_input(rows, cast_x, plan.full, weight.requires_grad)
         y = _product(x8, cast_x, plan.weight, rows, bias)
-        ctx.save_for_backward(kept, *plan.weight[2:], cast_x.scale, plan.seed, *plan.dy.saved())
-        ctx.current = plan.dy.current
-        ctx.full, ctx.mvue, ctx.rank = plan.full, plan.mvue, plan.rank
-        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
+        ctx.save_for_backward(kept, *plan.weight[2:], cast_x.scale, plan.seed, *plan.dy[:3])
+        ctx.current, ctx.full, ctx.mvue, ctx.rank = plan.dy.current, plan.full, plan.mvue, plan.rank
+        ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
         return y
@@ -198,7 +199,7 @@ class _Float8Linear(torch.autograd.Function):
         weight = Float8Weight(packed_t, E_t, packed_t, E_t, w_scale)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         dy = as_rows(_computed(dy))
-        cast_dy = Cast.of(saved_dy, ctx.current).settled(dy)
+        cast_dy = Cast(*saved_dy, ctx.current).settled(dy)
         if seed is None and ctx.mvue and need_weight:
             seed = ops.draw_seed(dy, ctx.rank)
         pruned, dy8, db = _cast_gradient(dy, cast_dy, ctx.full, seed if need_weight and ctx.mvue else None, need_bias)
@@ -207,7 +208,7 @@ class _Float8Linear(torch.autograd.Function):
             dx = _product_t(dy8, cast_dy, weight, dy)
         if need_weight:
             target = GradTarget(ctx.weight_dtype, accumulation.target(ctx.leaf, dy.dtype))
-            dw = as_laid_out(_weight_gradient(pruned, kept, x_scale, ctx.weight_shape, target), ctx.columns)
+            dw = as_laid_out(_weight_gradient(pruned, kept, x_scale, target), ctx.columns)
         return dx, dw, db.to(ctx.bias_dtype) if need_bias else None, None
 
 
@@ -217,63 +218,100 @@ class _Float8FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, plan, rows, bias_up, bias_down, down_weight, first_weight, second_weight):
+    def forward(ctx, plan, x, bias_up, bias_down, down_weight, first_weight, second_weight):
         up_weights = (first_weight,) if second_weight is None else (first_weight, second_weight)
-        need_up, need_down = any(w.requires_grad for w in up_weights), down_weight.requires_grad
-        cast_x = plan.x.settled(rows)
-        x8, kept_x = _cast_input(rows, cast_x, plan.full, need_up)
-        gate_up = _product(x8, cast_x, plan.up, rows, bias_up)
-        cast_h = plan.h
-        if cast_h.current:
-            activation = ops.gated_activation if plan.gated else ops.activation
-            cast_h = cast_h.settled(activation(gate_up, plan.kind))
-        h, h8, h8_t = float8.activation_quantize(
-            gate_up, plan.kind, cast_h.scale, gated=plan.gated, keep_h=need_down and not plan.full,
-            transposed=need_down and plan.full, **cast_h.noted,
-        )  # fmt: skip
-        y = _product(h8, cast_h, plan.down, rows, bias_down)
-        kept_h = (h8_t if plan.full else h) if need_down else None
-        casts = (cast_x.scale, cast_h.scale, *plan.dy.saved(), *plan.d_gate_up.saved())
-        ctx.current = plan.dy.current
-        ctx.save_for_backward(kept_x, gate_up, kept_h, plan.seed, *casts, *plan.up[2:], *plan.down[2:])
+        needs = any(w.requires_grad for w in up_weights), down_weight.requires_grad
+        run = _forward_by_parts if plan.x.current or plan.h.current else _forward_by_one_op
+        y, *kept = run(plan, _rows_of(x), (bias_up, bias_down), needs)
+        ctx.save_for_backward(*kept, plan.seed, *plan.dy[:3], *plan.d_gate_up[:3], *plan.up[2:], *plan.down[2:])
+        ctx.down, *ctx.ups = [origin_of(w) for w in (down_weight, *up_weights)]
+        ctx.by_one_op = _trains_plainly(ctx, plan)
+        ctx.current = plan.dy.current, plan.d_gate_up.current
         ctx.kind, ctx.gated, ctx.full, ctx.mvue, ctx.rank = plan.kind, plan.gated, plan.full, plan.mvue, plan.rank
-        ctx.weights = [(w.shape, w.dtype) for w in (down_weight, *up_weights)]
         ctx.bias_dtypes = [None if bias is None else bias.dtype for bias in (bias_up, bias_down)]
-        ctx.leaves = [accumulation.leaf_of(w) for w in (down_weight, *up_weights)]
-        ctx.columns = [is_column_major(w) for w in (down_weight, *up_weights)]
-        return y
+        return _shaped_as(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        kept_x, gate_up, kept_h, seed, *rest = ctx.saved_tensors
-        x_scale, h_scale = rest[:2]
-        up, down = (Float8Weight(*w[:2], *w) for w in (rest[8:11], rest[11:]))
-        _, need_x, need_bias_up, need_bias_down, need_down, *need_ups = ctx.needs_input_grad
-        dy = as_rows(_computed(dy))
-        cast_dy, cast_d = Cast.of(rest[2:5], ctx.current).settled(dy), Cast.of(rest[5:8], ctx.current)
-        need_up = any(need_ups)
-        if seed is None and ctx.mvue and (need_down or need_up):
-            seed = ops.draw_seeds(dy, 2, ctx.rank)
-        seeds = seed if ctx.mvue and seed is not None else (None, None)
+        gate_up, x, x_scale, h, h_scale, seed, *rest = ctx.saved_tensors
+        saved, casts, weights = (gate_up, (x, x_scale), (h, h_scale)), (rest[:3], rest[3:6]), (rest[6:9], rest[9:])
+        backward = _backward_by_one_op if ctx.by_one_op else _backward_by_parts
+        dx, *others = backward(ctx, as_rows(_computed(dy)), saved, seed, casts, weights)
+        return None, dx if dx is None else _shaped_as(dx, dy), *others
 
-        pruned, dy8, db_down = _cast_gradient(dy, cast_dy, ctx.full, seeds[0] if need_down else None, need_bias_down)
-        dh = _product_t(dy8, cast_dy, down, dy)
-        d_up, d8, db_up = _activation_gradient(ctx, dh, gate_up, cast_d, seeds[1] if need_up else None, need_bias_up)
-        cast_d = d_up.cast
-        down_shape, down_dtype = ctx.weights[0]
-        dw_down = dx = None
-        if need_down:
-            target = GradTarget(down_dtype, accumulation.target(ctx.leaves[0], dy.dtype))
-            dw_down = as_laid_out(_weight_gradient(pruned, kept_h, h_scale, down_shape, target), ctx.columns[0])
-        if need_x:
-            dx = _product_t(d8, cast_d, up, dy)
-        dw_ups = _stacked_gradients(ctx, d_up, kept_x, x_scale, dy.dtype) if need_up else [None]
-        biases = [
-            db.to(dtype) if need else None
-            for db, dtype, need in zip((db_up, db_down), ctx.bias_dtypes, (need_bias_up, need_bias_down), strict=True)
-        ]
-        return None, dx, *biases, dw_down, *both(dw_ups)
+
+def _forward_by_one_op(plan: FeedForwardPlan, rows: Tensor, biases: tuple, needs: tuple[bool, bool]) -> tuple:
+    """y, and what backward keeps: gate_up, then x and h with their scales, in 16 bits or in 8 bits and transposed."""
+    up, down = ((weight.packed, weight.E, weight.scale) for weight in (plan.up, plan.down))
+    keeps, casts = (plan.full, *needs), (plan.x[:3], plan.h[:3])
+    y, gate_up, x8_t, h = feed_forward_float8(rows, up, down, (plan.kind, plan.gated), biases, keeps, casts)
+    x = x8_t if plan.full else rows
+    return y, gate_up, x if needs[0] else None, plan.x.scale, h if needs[1] else None, plan.h.scale
+
+
+def _forward_by_parts(plan: FeedForwardPlan, rows: Tensor, biases: tuple, needs: tuple[bool, bool]) -> tuple:
+    """The same by single ops, for tensors whose scale is made from themselves."""
+    need_up, need_down = needs
+    cast_x, cast_h = plan.x.settled(rows), plan.h
+    x8, kept_x = _cast_input(rows, cast_x, plan.full, need_up)
+    gate_up = _product(x8, cast_x, plan.up, rows, biases[0])
+    if cast_h.current:
+        activation = ops.gated_activation if plan.gated else ops.activation
+        cast_h = cast_h.settled(activation(gate_up, plan.kind))
+    h, h8, h8_t = float8.activation_quantize(
+        gate_up, plan.kind, cast_h.scale, gated=plan.gated, keep_h=need_down and not plan.full,
+        transposed=need_down and plan.full, **cast_h.noted,
+    )  # fmt: skip
+    y = _product(h8, cast_h, plan.down, rows, biases[1])
+    kept_h = (h8_t if plan.full else h) if need_down else None
+    return y, gate_up, kept_x, cast_x.scale, kept_h, cast_h.scale
+
+
+def _trains_plainly(ctx, plan: FeedForwardPlan) -> bool:
+    """Whether backward is the usual one, which is one op: all weights trained, in one dtype, by pruned output gradients
+    whose scales are known.
+    """
+    if not plan.mvue or plan.dy.current or plan.d_gate_up.current:
+        return False
+    weights = (ctx.down, *ctx.ups)
+    return all(ctx.needs_input_grad[4 : 4 + len(weights)]) and all(of.dtype == ctx.down.dtype for of in weights)
+
+
+def _backward_by_one_op(ctx, dy: Tensor, saved: tuple, seed: Tensor | None, casts: tuple, weights: tuple) -> tuple:
+    needs, into = ctx.needs_input_grad[1:4], targets(ctx.down, ctx.ups, dy.dtype)
+    options = BackwardOptions(ctx.rank, *needs, _made_dtype(ctx.down.dtype, dy.dtype, ctx.full))
+    made = feed_forward_float8_backward(dy, saved, *weights, seed, (ctx.kind, ctx.gated), casts, options, into)
+    return as_autograd_takes(ctx, made, needs, into)
+
+
+def _backward_by_parts(ctx, dy: Tensor, saved: tuple, seed: Tensor | None, casts: tuple, weights: tuple) -> tuple:
+    """Any other, from single ops."""
+    gate_up, (x, x_scale), (h, h_scale) = saved
+    up, down = (Float8Weight(*w[:2], *w) for w in weights)
+    _, need_x, need_bias_up, need_bias_down, need_down, *need_ups = ctx.needs_input_grad
+    of_dy, of_d = (Cast(*cast, current) for cast, current in zip(casts, ctx.current, strict=True))
+    cast_dy, need_up = of_dy.settled(dy), any(need_ups)
+    if seed is None and ctx.mvue and (need_down or need_up):
+        seed = ops.draw_seeds(dy, 2, ctx.rank)
+    seeds = seed if ctx.mvue and seed is not None else (None, None)
+    into_up, into_down = targets(ctx.down, ctx.ups, dy.dtype)
+
+    pruned, dy8, db_down = _cast_gradient(dy, cast_dy, ctx.full, seeds[0] if need_down else None, need_bias_down)
+    dh = _product_t(dy8, cast_dy, down, dy)
+    d_up, d8, db_up = _activation_gradient(ctx, dh, gate_up, of_d, seeds[1] if need_up else None, need_bias_up)
+    dw_down = dw_up = dx = None
+    if need_down:
+        dw_down = _weight_gradient(pruned, h, h_scale, GradTarget(ctx.down.dtype, into_down))
+    if need_x:
+        dx = _product_t(d8, d_up.cast, up, dy)
+    if need_up:
+        dw_up = _weight_gradient(d_up, x, x_scale, GradTarget(ctx.ups[0].dtype, into_up))
+    biases = [
+        db.to(dtype) if need else None
+        for db, dtype, need in zip((db_up, db_down), ctx.bias_dtypes, (need_bias_up, need_bias_down), strict=True)
+    ]
+    return dx, *biases, as_laid_out(dw_down, ctx.down.columns), *both(parts_of(dw_up, ctx.ups))
 
 
 def _activation_gradient(ctx, dh: Tensor, gate_up: Tensor, cast: Cast, seed: Tensor | None, bias: bool) -> tuple:
@@ -286,17 +324,6 @@ def _activation_gradient(ctx, dh: Tensor, gate_up: Tensor, cast: Cast, seed: Ten
         dh, gate_up, ctx.kind, seed, cast.scale, gated=ctx.gated, float8=ctx.full, bias_grad=bias, **cast.noted
     )
     return _Pruned(packed, E, None, cast), d8, db if bias else None
-
-
-def _stacked_gradients(ctx, dy: _Pruned, kept_x: Tensor, x_scale: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
-    """Gradients of the weights that are stacked in the up product, from one product."""
-    shapes, dtypes = zip(*ctx.weights[1:], strict=True)
-    rows = [shape[0] for shape in shapes]
-    target = GradTarget(dtypes[0], accumulation.stacked_target(ctx.leaves[1:], dtype))
-    dw = _weight_gradient(dy, kept_x, x_scale, (sum(rows), shapes[0][1]), target)
-    if dw is None:
-        return [None] * len(rows)
-    return [as_laid_out(part, columns) for part, columns in zip(dw.split(rows), ctx.columns[1:], strict=True)]
 
 
 def float8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearPlan) -> Tensor:
@@ -320,4 +347,5 @@ def float8_feed_forward(
     """A whole feed-forward layer by 8-bit products: `gated_mlp` where plan.gated, with up = (gate, up), else `mlp`."""
     check_no_transform(x)
     x, bias_up, bias_down = cast_as_autocast_does(x, bias_up, bias_down)
-    return _shaped_as(_Float8FeedForward.apply(plan, _rows_of(x), bias_up, bias_down, down, *both(up)), x)
+    rows = _rows_of(x) if torch.compiler.is_compiling() else x  # inside of the function, where autograd notes no view
+    return _shaped_as(_Float8FeedForward.apply(plan, rows, bias_up, bias_down, down, *both(up)), x)

@@ -73,14 +73,14 @@ def _cast(layer: nn.Module, slot: str) -> Cast:
     # Evaluation casts as training does, and leaves the training's amaxes alone.
     buffers, notes = layer._buffers, torch.is_grad_enabled()
     amax, counts = (buffers[AMAX_BUFFERS[slot]], buffers[COUNTS_BUFFERS[slot]]) if notes else (None, None)
-    return Cast(buffers[SCALE_BUFFERS[slot]], amax, not state_of(layer).scales_known, counts)
+    return Cast(buffers[SCALE_BUFFERS[slot]], amax, counts, not state_of(layer).scales_known)
 
 
 def _weight(buffers: dict[str, Tensor], scale: Tensor) -> Float8Weight:
-    # Of a layer in a fused block that runs by itself packed_t lies in pieces: between the rows of the block's.
-    packed_t = buffers[PACKED_T].contiguous()
-    forms = (buffers[PACKED], buffers[METADATA].reshape(-1), packed_t, buffers[METADATA_T])
-    return Float8Weight(*forms, scale)
+    E, packed_t = buffers[METADATA], buffers[PACKED_T]
+    if E.dim() != 1:  # a layer in a fused block that runs by itself: both lie in pieces, among those of the block
+        E, packed_t = E.reshape(-1), packed_t.contiguous()
+    return Float8Weight(buffers[PACKED], E, packed_t, buffers[METADATA_T], scale)
 
 
 def _prunes(layer: nn.Module) -> tuple[bool, bool]:

@@ -18,13 +18,17 @@ KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "squared_relu": 4, "id
 
 def check_input(gate_up: Tensor, kind: str, gated: bool) -> int:
     """Rules on the input; returns the width of h."""
-    if kind not in KINDS:
-        raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if gate_up.dim() == 0:
         raise Sparse24Error("the activation's input must have at least one dimension, got a scalar")
     if gate_up.dtype not in WEIGHT_DTYPES:
         check_weight_dtype(gate_up, "gate_up" if gated else "x")
-    width = gate_up.shape[-1]
+    return width_of_h(gate_up.shape[-1], kind, gated)
+
+
+def width_of_h(width: int, kind: str, gated: bool) -> int:
+    """Of an activation of rows of `width`."""
+    if kind not in KINDS:
+        raise Sparse24Error(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if gated and width % 2:
         raise Sparse24Error(
             f"gate_up must hold two halves, [gate | up], in its last dimension, got an odd width {width}"

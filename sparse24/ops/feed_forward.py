@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import Sparse24DtypeError, Sparse24Error
 from . import flops
 from ._common import define_op
-from .activation import check_input, compute_backward_mvue, empty_bias_grad
+from .activation import check_input, compute_backward_mvue
 from .arguments import check_writable, names_wrong_types
 from .gemm.activation import compute_sparse_mm_activation, fake_sparse_mm_activation
 from .gemm.products import check_grad_input, compute_grad_input, compute_sparse_mm, fake_sparse_mm
@@ -122,12 +122,23 @@ def _fake_backward(dy, gate_up, x, h, packed_t_up, E_t_up, packed_t_down, E_t_do
     _, need_x, bias_up, bias_down, out_dtype, into_up, into_down = options
     up, down = (packed_t_up, E_t_up), (packed_t_down, E_t_down)
     _check_backward(dy, (gate_up, x, h), up, down, seeds, (kind, gated), out_dtype)
-    return (
-        dy.new_empty(x.shape) if need_x else dy.new_empty(0),
-        dy.new_empty((gate_up.shape[1], x.shape[1]), dtype=out_dtype) if into_up is None else dy.new_empty(0),
-        dy.new_empty((dy.shape[1], h.shape[1]), dtype=out_dtype) if into_down is None else dy.new_empty(0),
-        empty_bias_grad(gate_up) if bias_up else dy.new_empty(0),
-        empty_bias_grad(dy) if bias_down else dy.new_empty(0),
+    wanted = (need_x, into_up is None, into_down is None, bias_up, bias_down)
+    return empty_gradients(dy, gate_up, (x.shape[1], h.shape[1]), wanted, out_dtype)
+
+
+def empty_gradients(
+    dy: Tensor, gate_up: Tensor, inputs: tuple[int, int], wanted: tuple[bool, ...], out_dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Room for what a backward gives; `inputs` are the widths of x and of h."""
+    (d_model, d_ff), rows = inputs, gate_up.shape[1]
+    shapes = ((dy.shape[0], d_model), (rows, d_model), (dy.shape[1], d_ff), rows, dy.shape[1])
+    bias_dtype = torch.promote_types(dy.dtype, torch.float32)
+    dtypes = (dy.dtype, out_dtype, out_dtype, bias_dtype, bias_dtype)
+    return tuple(
+        [
+            dy.new_empty(shape, dtype=dtype) if want else dy.new_empty(0)
+            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+        ]
     )
 
 

@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 _OPS = torch.ops.sparse24
-_NEED_X = 8  # its place among the arguments of feed_forward_backward, behind the shapes
+# Its place among the arguments of feed_forward_backward and feed_forward_float8_backward, behind the shapes.
+_NEED_X, _NEED_X_FLOAT8 = 8, 4
 
 
 def _times_rows(x_shape, packed_shape, *_, **__) -> int:
@@ -48,6 +49,18 @@ def _feed_forward_backward(dy_shape, gate_up_shape, x_shape, h_shape, *rest, **n
     return 2 * tokens * d_model * d_ff + (1 + need_x) * prod(x_shape) * d_ff_up
 
 
+def _feed_forward_float8(x_shape, up_shapes, down_shapes, *_, **__) -> int:
+    """As `_feed_forward`; a weight's shapes are those of packed, E and scale."""
+    return _feed_forward(x_shape, *up_shapes[:2], down_shapes[0])
+
+
+def _feed_forward_float8_backward(dy_shape, gate_up_shape, x_shapes, h_shapes, up_shapes, down_shapes, *rest, **named):
+    """As `_feed_forward_backward`; x and h are [tokens, features], or transposed, their tokens padded."""
+    need_x = rest[_NEED_X_FLOAT8] if len(rest) > _NEED_X_FLOAT8 else named["need_x"]
+    of_weights = prod(x_shapes[0]) * gate_up_shape[1] + prod(h_shapes[0]) * dy_shape[1]
+    return of_weights + _float8(dy_shape, (), down_shapes[0]) + need_x * _float8(gate_up_shape, (), up_shapes[0])
+
+
 def _float8_grad_weight(packed_shape, _, __, x_t_shape, *___, **____) -> int:
     """packed [features, padded/2] by x8_t [in, padded]."""
     return prod(x_t_shape) * packed_shape[0]
@@ -71,6 +84,12 @@ def register_float8() -> None:
     """The same for 8-bit products, which are defined where they are asked for."""
     register_flop_formula(_OPS.sparse_mm_float8)(_float8)
     register_flop_formula(_OPS.grad_weight_float8_)(_float8_grad_weight)
+
+
+def register_feed_forward_float8() -> None:
+    """The same for those of 8 bits."""
+    register_flop_formula(_OPS.feed_forward_float8)(_feed_forward_float8)
+    register_flop_formula(_OPS.feed_forward_float8_backward)(_feed_forward_float8_backward)
 
 
 def register_feed_forward() -> None:

@@ -135,7 +135,8 @@ def _check_sparse_mm(x8, x_scale, weight, out_features, bias, out_dtype) -> None
     check_out_dtype(out_dtype)
 
 
-def _check_grad_weight(packed, E, scale, x8_t, x_scale, out) -> None:
+def check_grad_weight(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: Tensor) -> None:
+    packed, E, scale = dy
     check_dense(x8_t, x_scale, "x8_t")
     if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
         raise Sparse24Error(
@@ -172,7 +173,7 @@ def compute_sparse_mm_float8(
         w = unpack_dense(*weight, out_features, k, torch.float32)
         product = (x8.float() * x_scale) @ w.T
         y.copy_(product if bias is None else product + bias)
-    return y.to(out_dtype)
+    return y if y.dtype == out_dtype else y.to(out_dtype)
 
 
 def _sparse_mm_float8_fake(x8, x_scale, packed, E, scale, out_features, bias, out_dtype, accumulation) -> Tensor:
@@ -210,7 +211,7 @@ def sparse_mm_float8(
 
 
 def _grad_weight_float8(packed, E, scale, x8_t, x_scale, out, accumulate) -> None:
-    _check_grad_weight(packed, E, scale, x8_t, x_scale, out)
+    check_grad_weight((packed, E, scale), x8_t, x_scale, out)
     compute_grad_weight_float8((packed, E, scale), x8_t, x_scale, out, accumulate)
 
 
@@ -237,7 +238,7 @@ _op_grad_weight_float8_ = define_op(
     "grad_weight_float8_",
     "(Tensor packed, Tensor E, Tensor scale, Tensor x8_t, Tensor x_scale, Tensor(a!) out, bool accumulate) -> ()",
     _grad_weight_float8,
-    lambda packed, E, scale, x8_t, x_scale, out, accumulate: _check_grad_weight(packed, E, scale, x8_t, x_scale, out),
+    lambda packed, E, scale, x8_t, x_scale, out, _: check_grad_weight((packed, E, scale), x8_t, x_scale, out),
 )
 flops.register_float8()
 
