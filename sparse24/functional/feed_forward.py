@@ -114,7 +114,7 @@ class _FeedForward(torch.autograd.Function):
                 kept_weights(down, (down_weight,), decays), kept_weights(up, up_weights, decays),
             )  # fmt: skip
         ctx.kind, ctx.gated, ctx.operands, ctx.rank = kind, gated, noise.operands, noise.rank
-        ctx.d_model, ctx.d_ff, ctx.packed_dtype = x.shape[-1], h.shape[-1], down.packed.dtype
+        ctx.packed_dtype = down.packed.dtype
         ctx.bias_dtypes = None if bias_up is None else bias_up.dtype, None if bias_down is None else bias_down.dtype
         ctx.down, *ctx.ups = [origin_of(weight) for weight in (down_weight, *up_weights)]
         return y
@@ -148,7 +148,7 @@ def _backward_by_one_op(ctx, dy: Tensor) -> tuple:
     )  # fmt: skip
     dx, *others = as_autograd_takes(ctx, made, needs, into)
     if dx is not None and len(shape) != 2:
-        dx = dx.view(*shape[:-1], ctx.d_model)
+        dx = dx.view(*shape[:-1], dx.shape[1])
     return dx, *others[:3], None, None, *others[3:]
 
 
@@ -161,7 +161,7 @@ def _backward(ctx, dy: Tensor) -> tuple:
     shape, dy = dy.shape, as_rows(dy)
     seed_down, seed_up = _seeds(ctx, kept.seed, dy) if need_down or need_up else (None, None)
 
-    dh = ops.sparse_mm_grad_input(dy, *transposed_form(down, ctx.packed_dtype), ctx.d_ff)  # dh = dy (M.W_down)
+    dh = _grad_input(dy, down, ctx.packed_dtype)  # dh = dy (M.W_down)
     made = activation_gradient(
         dh, as_rows(kept.gate_up), ctx.kind, ctx.gated, seed=seed_up if need_up else None,
         make_h=need_down and kept.h is None and kept.packed_h is None,
@@ -177,10 +177,16 @@ def _backward(ctx, dy: Tensor) -> tuple:
         db_down = bias_gradient(dy, bias_dtype)
     d_ups = _up_gradients(ctx, made, kept, up) if need_up else [None] * len(ctx.ups)
     if need_x:  # dx = d_gate_up (M.W_up)
-        dx = ops.sparse_mm_grad_input(made.d_gate_up, *transposed_form(up, ctx.packed_dtype), ctx.d_model)
+        dx = _grad_input(made.d_gate_up, up, ctx.packed_dtype)
         if len(shape) != 2:
-            dx = dx.view(*shape[:-1], ctx.d_model)
+            dx = dx.view(*shape[:-1], dx.shape[1])
     return dx, made.db, db_down, d_down, None, None, *both(d_ups)
+
+
+def _grad_input(dy: Tensor, weights: KeptWeights, dtype: torch.dtype) -> Tensor:
+    # Widths are those of the tensors: torch 2.11 cannot compile a ctx with sizes in it that vary.
+    packed_t, E_t = transposed_form(weights, dtype)
+    return ops.sparse_mm_grad_input(dy, packed_t, E_t, packed_t.shape[1])
 
 
 def _seeds(ctx, seed: Tensor | None, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -16,13 +16,12 @@ class Origin(NamedTuple):
     """What backward knows of a weight for its gradient: the parameter itself, see `leaf_of`, and how it lies."""
 
     dtype: torch.dtype
-    rows: int
     leaf: Tensor | None
     columns: bool
 
 
 def origin_of(weight: Tensor) -> Origin:
-    return Origin(weight.dtype, weight.shape[0], accumulation.leaf_of(weight), is_column_major(weight))
+    return Origin(weight.dtype, accumulation.leaf_of(weight), is_column_major(weight))
 
 
 def targets(down: Origin, ups: list[Origin], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
@@ -34,8 +33,7 @@ def parts_of(d_up: Tensor | None, ups: list[Origin]) -> list[Tensor | None]:
     """The gradient of each of the parameters that are stacked in the up product."""
     if d_up is None:
         return [None] * len(ups)
-    parts = [d_up] if len(ups) == 1 else d_up.split([of.rows for of in ups])
-    return [_as_weight(part, of) for part, of in zip(parts, ups, strict=True)]
+    return [_as_weight(part, of) for part, of in zip(d_up.chunk(len(ups)), ups, strict=True)]
 
 
 def _as_weight(dw: Tensor, of: Origin) -> Tensor:
