@@ -1,7 +1,10 @@
 // mainloop.h: the K loop of the sparse GEMM by mma.sp, for sm_80, 86 and 89.
 //
-// Work       a warp has 64 x 64 of the tile; 256x128 has eight of them. All threads copy the K tile
-//            that is as many ahead as there are stages but one, and multiply the one that is there.
+// Work       a warp has 64 x 64 of the tile; 256x128 has eight of them. All threads copy, and
+//            multiply the K tile that is there. Halfway through a K tile the warps have all of it in
+//            registers and meet: from there on its stage is filled anew, with the K tile that is as
+//            many ahead as there are stages. So copies have the time of all K tiles between, a whole
+//            one where there are two stages.
 // Stages     34 KB a K tile of 64 (lhs 16, rhs 16, E 2): four on an A100 (163 KB a block, of which
 //            the epilogue has 18), two on a 3090 or 4090 (99 KB). How many is a run-time number.
 // Registers  128 sums, 2 x 16 of lhs, 32 of rhs. Those of rhs are loaded anew for the next step as
@@ -84,7 +87,7 @@ class Mainloop {
     }
     meta_.begin(params_.meta, thread, m0, params_.width, part.k_begin);
     to_copy_ = part.k_tiles();
-    for (int stage = 0; stage < params_.stages - 1; ++stage) {
+    for (int stage = 0; stage < params_.stages; ++stage) {
       copy<kCopyLhs>();
       copy<kCopyRhs>();
       copy<kCopyMeta>();
@@ -156,11 +159,6 @@ class Mainloop {
     for (int n8 = 0; n8 < kFragmentsN; ++n8) {
       multiply_column<0>(sums, f, n8);
       load_rhs(f.rhs[n8], n8, 1);
-      if constexpr (kMore) {  // of the last tile's successors there are none
-        if (n8 == 0) copy<kCopyLhs>();
-        if (n8 == kFragmentsN / 4) copy<kCopyRhs>();
-        if (n8 == kFragmentsN / 2) copy<kCopyMeta>();
-      }
     }
     wait_for_stage();
     read_ = read_ + 1 == params_.stages ? 0 : read_ + 1;
@@ -172,7 +170,12 @@ class Mainloop {
     CUTLASS_PRAGMA_UNROLL
     for (int n8 = 0; n8 < kFragmentsN; ++n8) {
       multiply_column<1>(sums, f, n8);
-      if constexpr (kMore) load_rhs(f.rhs[n8], n8, 0);
+      if constexpr (kMore) {
+        load_rhs(f.rhs[n8], n8, 0);
+        if (n8 == 0) copy<kCopyLhs>();
+        if (n8 == kFragmentsN / 4) copy<kCopyRhs>();
+        if (n8 == kFragmentsN / 2) copy<kCopyMeta>();
+      }
     }
     if constexpr (kMore) {
       CUTLASS_PRAGMA_UNROLL
