@@ -6,8 +6,9 @@
 //
 // CUTLASS' E has an order of its own and is filled with random positions: times alone are compared.
 // It writes row-major outputs, which costs the same. Its tiles have no more shared memory than the
-// GPU that SPARSE24_ARCH names: those of a 3090 or 4090 hold two or three stages. cuBLAS is looked
-// up at run time, and left out where there is none.
+// GPU that SPARSE24_ARCH names, those of a 3090 or 4090 two or three stages; and as many of its
+// blocks share a multiprocessor as would there, though a Hopper one has room for more. cuBLAS is
+// looked up at run time, and left out where there is none.
 #include <cutlass/gemm/device/gemm_sparse.h>
 #include <dlfcn.h>
 
@@ -45,10 +46,37 @@ T* keep(Contestant& c, std::unique_ptr<Buffer> buffer) {
   return data;
 }
 
+constexpr int kReservedBytes = 1024;  // of the shared memory of each block
+
+/// Shared memory of a multiprocessor of the GPU that kernels are chosen for.
+int multiprocessor_bytes() {
+  cudaDeviceProp gpu;
+  SP24_CHECK_CUDA(cudaGetDeviceProperties(&gpu, 0));
+  return gemm::shared_bytes_of(gemm::chosen_capability({gpu.major, gpu.minor})) + kReservedBytes;
+}
+
+/// What a kernel of `bytes` a block must ask for so that no more blocks share a multiprocessor here
+/// than would on the chosen GPU.
+template <typename Kernel>
+int padded_bytes(Kernel* kernel, int threads, int bytes) {
+  cudaDeviceProp gpu;
+  SP24_CHECK_CUDA(cudaGetDeviceProperties(&gpu, 0));
+  SP24_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       static_cast<int>(gpu.sharedMemPerBlockOptin)));
+  int here = 0;
+  SP24_CHECK_CUDA(
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&here, kernel, threads, bytes));
+  const int there = multiprocessor_bytes() / (bytes + kReservedBytes);
+  if (here <= there) return bytes;
+  const int too_many = there + 1, most = static_cast<int>(gpu.sharedMemPerMultiprocessor);
+  return round_up(most / too_many - kReservedBytes + 1, 128);
+}
+
 template <int kTileM, int kTileN, int kStages>
 Contestant cutlass_sparse(int m, int n, int k) {
   namespace layout = cutlass::layout;
   using Element = cutlass::bfloat16_t;
+  using Swizzle = cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>;
   using LayoutA = cute::conditional_t<kLhsKMajor, layout::RowMajor, layout::ColumnMajor>;
   using LayoutB = cute::conditional_t<kRhsKMajor, layout::ColumnMajor, layout::RowMajor>;
   using Gemm = cutlass::gemm::device::SparseGemm<
@@ -57,7 +85,7 @@ Contestant cutlass_sparse(int m, int n, int k) {
       cutlass::gemm::GemmShape<kTileM, kTileN, 64>, cutlass::gemm::GemmShape<64, 64, 64>,
       cutlass::gemm::GemmShape<16, 8, 32>,
       cutlass::epilogue::thread::LinearCombination<Element, 8, float, float>,
-      cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<8>, kStages>;
+      Swizzle, kStages>;
   Contestant c{concat("CUTLASS ", kTileM, "x", kTileN, ", ", kStages, " stages"), {}, {}};
   Random random(m + n + k);
   const size_t size_m = m, size_n = n, size_k = k;
@@ -65,19 +93,22 @@ Contestant cutlass_sparse(int m, int n, int k) {
   auto* b = keep<Element>(c, random_values(size_n * size_k, DType::kBFloat16, random));
   auto* e = keep<typename Gemm::ElementE>(c, random_positions(size_m * size_k / 8, random));
   auto* d = keep<Element>(c, std::make_unique<Buffer>(size_m * size_n * 2));
-  typename Gemm::Arguments arguments(
-      {m, n, k}, {a, LayoutA(kLhsKMajor ? k / 2 : m)}, {b, LayoutB(kRhsKMajor ? k : n)},
+  using GemmKernel = typename Gemm::GemmKernel;
+  const cutlass::gemm::GemmCoord size(m, n, k),
+      tiles = Swizzle().get_tiled_shape(size, {kTileM, kTileN, 64}, 1);
+  const typename GemmKernel::Params params(
+      size, tiles, {a, LayoutA(kLhsKMajor ? k / 2 : m)}, {b, LayoutB(kRhsKMajor ? k : n)},
       {d, layout::RowMajor(n)}, {d, layout::RowMajor(n)},
       {e, Gemm::LayoutE::packed({m, k / Gemm::kSparse / Gemm::kElementsPerElementE})},
       {1.0f, 0.0f});
-  auto gemm = std::make_shared<Gemm>();
-  const cutlass::Status status = gemm->initialize(arguments);
-  if (status != cutlass::Status::kSuccess) {
-    std::printf("%s: %s\n", c.name.c_str(), cutlass::cutlassGetStatusString(status));
-    c.run = [] {};
-    return c;
-  }
-  c.run = [gemm] { gemm->run(nullptr); };
+  // As Gemm::run launches it, but for the shared memory.
+  const int bytes = padded_bytes(cutlass::Kernel<GemmKernel>, GemmKernel::kThreadCount,
+                                 static_cast<int>(sizeof(typename GemmKernel::SharedStorage)));
+  c.run = [params, tiles, bytes] {
+    cutlass::Kernel<GemmKernel>
+        <<<Swizzle().get_grid_shape(tiles), GemmKernel::kThreadCount, bytes>>>(params);
+    SP24_CHECK_LAUNCH("CUTLASS");
+  };
   return c;
 }
 
@@ -123,17 +154,15 @@ void add_if_it_fits(std::vector<Contestant>& all, int shared_bytes, int m, int n
 
 /// Each tile with as many stages as the chosen GPU has room for.
 void add_cutlass(std::vector<Contestant>& all, int m, int n, int k) {
-  cudaDeviceProp gpu;
-  SP24_CHECK_CUDA(cudaGetDeviceProperties(&gpu, 0));
-  const int room = gemm::shared_bytes_of(gemm::chosen_capability({gpu.major, gpu.minor}));
+  const int room = multiprocessor_bytes() - kReservedBytes;
   const size_t before = all.size();
   add_if_it_fits<256, 128, 4>(all, room, m, n, k);
   add_if_it_fits<128, 256, 3>(all, room, m, n, k);
   add_if_it_fits<128, 128, 4>(all, room, m, n, k);
-  if (all.size() > before) return;
+  add_if_it_fits<128, 128, 3>(all, room, m, n, k);  // two blocks of an A100's multiprocessor
+  if (all.size() > before + 1) return;
   add_if_it_fits<256, 128, 2>(all, room, m, n, k);
   add_if_it_fits<128, 256, 2>(all, room, m, n, k);
-  add_if_it_fits<128, 128, 3>(all, room, m, n, k);
 }
 
 Contestant ours(int m, int n, int k) {
