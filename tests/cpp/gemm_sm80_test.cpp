@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kTileM = 256, kTileN = 128, kTileK = gemm::sm80::kTileKOf<2>;
 constexpr int kWarpN = gemm::sm80::kWarpNOf<2>, kFragmentsN = gemm::sm80::kFragmentsNOf<2>;
-using Meta = StagedMeta<2>;
+using Meta = MetaWords<2>;
 constexpr Orientation kKMajor = Orientation::kKMajor, kMnMajor = Orientation::kMnMajor;
 template <Orientation kOrientation>
 using Lhs = Staged<kOrientation, kTileM, kTileK / 2>;
@@ -87,16 +87,6 @@ void multiply_sparse(int (&sums)[16][8], const Matrices& lhs, const Matrices& rh
       for (int k = 0; k < 32; ++k) sums[m][n] += dense_lhs[m][k] * dense_rhs[k][n];
 }
 
-/// E of a tile, as a loader leaves it in a stage.
-std::vector<uint8_t> staged_meta(const std::vector<uint8_t>& E) {
-  std::vector<uint8_t> memory(kTileM / 16 * kMetaGroupBytes);
-  for (int group = 0; group < kTileM / 16; ++group)
-    for (int unit = 0; unit < kMetaGroupBytes / kUnitBytes; ++unit)
-      std::memcpy(&memory[Meta::unit_offset(group, unit)],
-                  &E[meta_source<2>(group * 16, unit, kTileM / 64)], kUnitBytes);
-  return memory;
-}
-
 template <Orientation kLhs, Orientation kRhs>
 void check_warps() {
   Random random(1);
@@ -114,7 +104,6 @@ void check_warps() {
     return static_cast<int>(operand.values.get(static_cast<size_t>(m) * (kTileK / 2) + k));
   });
   const Memory rhs = staged<Rhs<kRhs>>([&](int n, int k) { return rhs_by_k[k][n]; });
-  const std::vector<uint8_t> meta = staged_meta(operand.E);
 
   for (int warp = 0; warp < kTileM / kWarpM * (kTileN / kWarpN); ++warp) {
     const int warp_m = warp % (kTileM / kWarpM), warp_n = warp / (kTileM / kWarpM);
@@ -129,10 +118,11 @@ void check_warps() {
             return RhsPlace<Rhs<kRhs>>(warp_n, lane).offset(n8, step);
           });
           std::array<uint32_t, 32> words;
-          for (int lane = 0; lane < 32; ++lane)
-            std::memcpy(
-                &words[lane],
-                &meta[Meta::words_offset(warp_m, lane) + m16 / 2 * Meta::kLoadStep + step * 4], 4);
+          for (int lane = 0; lane < 32; ++lane) {
+            const int64_t rows = meta_source<2>(
+                warp_m * kWarpM + m16 / 2 * Meta::kLoadRows, kTileM / kMetaBlock);
+            std::memcpy(&words[lane], &operand.E[rows + Meta::lane_offset(lane) + step * 4], 4);
+          }
           multiply_sparse(sums, a, b, words, m16 % 2);
         }
         for (int m = 0; m < 16; ++m)
@@ -175,11 +165,17 @@ TEST(nothing_that_lanes_do_at_a_time_meets_in_a_bank) {
   testing::check_operand_banks<Lhs<kMnMajor>, LhsPlace<Lhs<kMnMajor>>>(kFragmentsM);
   testing::check_operand_banks<Rhs<kKMajor>, RhsPlace<Rhs<kKMajor>>>(kFragmentsN);
   testing::check_operand_banks<Rhs<kMnMajor>, RhsPlace<Rhs<kMnMajor>>>(kFragmentsN);
-  CHECK_EQ(testing::worst_conflict(32, 8, [&](int lane) { return Meta::words_offset(2, lane); }),
-           1);
-  static_assert(Meta::kLoadStep % 128 == 0);
   check_chunk_banks<true>();
   check_chunk_banks<false>();
+}
+
+TEST(lanes_load_E_side_by_side) { testing::check_meta_loads<2>(); }
+
+TEST(an_rtx_3090_holds_three_stages) {
+  constexpr int kBytes = kStageBytes<Lhs<kKMajor>, Rhs<kKMajor>>;
+  static_assert(kBytes == kStageBytes<Lhs<kMnMajor>, Rhs<kMnMajor>>);
+  CHECK_EQ(stages_in(99 * 1024, kBytes), 3);
+  CHECK_EQ(stages_in(163 * 1024, kBytes), 4);
 }
 
 TEST(lines_of_a_thread_are_a_constant_apart) {

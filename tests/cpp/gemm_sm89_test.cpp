@@ -27,7 +27,7 @@ constexpr int kTileM = 128, kTileN = 128, kTileK = gemm::sm80::kTileKOf<1>;
 constexpr int kWarpN = gemm::sm80::kWarpNOf<1>, kFragmentsN = gemm::sm80::kFragmentsNOf<1>;
 using Lhs = Staged<Orientation::kKMajor, kTileM, kTileK / 2, 1>;
 using Rhs = Staged<Orientation::kKMajor, kTileN, kTileK, 1>;
-using Meta = StagedMeta<1>;
+using Meta = MetaWords<1>;
 
 /// Bytes stand for elements: their codes.
 using Memory = std::vector<uint8_t>;
@@ -48,15 +48,10 @@ Memory staged(const std::vector<uint8_t>& values, int rows, int length, int row0
   return memory;
 }
 
-Memory staged_meta(const std::vector<uint8_t>& E, int rows, int row0, int k_tile) {
+/// Where the words of rows from `row` on begin.
+int64_t meta_start(int rows, int row, int k_tile) {
   const int blocks_m = static_cast<int>(round_up(rows, kMetaBlock) / kMetaBlock);
-  Memory memory(kTileM * kUnitBytes, 0xFF);
-  for (int row = 0; row < kTileM; ++row)
-    std::memcpy(&memory[Meta::unit_offset(row, 0)],
-                &E[static_cast<size_t>(k_tile) * blocks_m * Meta::kBlockBytes +
-                   meta_source<1>(row0 + row, 0, blocks_m)],
-                kUnitBytes);
-  return memory;
+  return meta8_block_start(0, k_tile, blocks_m) + meta_source<1>(row, blocks_m);
 }
 
 /// ldmatrix.x4: lane 8j + i gives the address of the 16 bytes of line i of matrix j; lane 4g + q gets bytes 4q to
@@ -99,8 +94,7 @@ Tile multiply_tile(const Problem& p, int m0, int n0) {
   Tile tile(kTileM);
   for (int k_tile = 0; k_tile * kTileK < p.k; ++k_tile) {
     const Memory lhs = staged<Lhs>(p.lhs.values.bytes(), p.m, p.k / 2, m0, k_tile),
-                 rhs = staged<Rhs>(p.rhs.bytes(), p.n, p.k, n0, k_tile),
-                 meta = staged_meta(p.lhs.E, p.m, m0, k_tile);
+                 rhs = staged<Rhs>(p.rhs.bytes(), p.n, p.k, n0, k_tile);
     for (int warp_m = 0; warp_m < kTileM / kWarpM; ++warp_m)
       for (int warp_n = 0; warp_n < kTileN / kWarpN; ++warp_n)
         for (int m16 = 0; m16 < kFragmentsM; ++m16)
@@ -112,10 +106,10 @@ Tile multiply_tile(const Problem& p, int m0, int n0) {
               const Matrices b = load_matrices(
                   rhs, [&](int lane) { return RhsPlace<Rhs>(warp_n, lane).offset(n8, step); });
               std::array<uint32_t, 32> words;
+              const int64_t rows =
+                  meta_start(p.m, m0 + warp_m * kWarpM + m16 * Meta::kLoadRows, k_tile);
               for (int lane = 0; lane < 32; ++lane)
-                std::memcpy(
-                    &words[lane],
-                    &meta[Meta::words_offset(warp_m, lane) + m16 * Meta::kLoadStep + step * 4], 4);
+                std::memcpy(&words[lane], &p.lhs.E[rows + Meta::lane_offset(lane) + step * 4], 4);
               testing::multiply_sparse8(sums, a, b, words);
             }
             for (int m = 0; m < 16; ++m)
@@ -146,12 +140,12 @@ TEST(tiles_of_a_product_are_those_of_the_decompressed_operand) {
 TEST(nothing_that_lanes_do_at_a_time_meets_in_a_bank) {
   testing::check_operand_banks<Lhs, LhsPlace<Lhs>>(kFragmentsM);
   testing::check_operand_banks<Rhs, RhsPlace<Rhs>>(kFragmentsN);
-  CHECK_EQ(testing::worst_conflict(32, 8, [&](int lane) { return Meta::words_offset(1, lane); }),
-           1);
-  static_assert(Meta::kLoadStep % 128 == 0);
-  CHECK_EQ(testing::worst_conflict(kTileM, kUnitBytes,
-                                   [&](int thread) { return Meta::unit_offset(thread, 0); }),
-           1);
+}
+
+TEST(lanes_load_E_side_by_side) { testing::check_meta_loads<1>(); }
+
+TEST(an_rtx_4090_holds_four_stages) {
+  CHECK_EQ(stages_in(99 * 1024, kStageBytes<Lhs, Rhs>), 4);
 }
 
 TEST(lines_of_a_thread_are_a_constant_apart) {
@@ -175,13 +169,13 @@ TEST(lanes_read_the_words_that_CUTLASS_hands_them) {
       }
       reordered[(column / 2 * kRows + row) * 2 + column % 2] = m * kWords + j;
     }
-  std::vector<int> ours(kRows * kWords);  // by where they are staged
+  std::vector<int> ours(kRows * kWords);  // by where they are in E
   for (int m = 0; m < kRows; ++m)
-    for (int j = 0; j < kWords; ++j) ours[Meta::unit_offset(m, 0) / 4 + j] = m * kWords + j;
+    for (int j = 0; j < kWords; ++j) ours[m * kMeta8RowBytes / 4 + j] = m * kWords + j;
   for (int step = 0; step < kSteps; ++step)
     for (int lane = 0; lane < 32; ++lane) {
       const int theirs = reordered[step * 32 + lane],
-                mine = ours[Meta::words_offset(0, lane) / 4 + step];
+                mine = ours[Meta::lane_offset(lane) / 4 + step];
       CHECK_EQ(mine / kWords, theirs / kWords);
       CHECK_EQ(theirs % kWords, 2 * step + lane % 4 / 2);
       CHECK_EQ(mine % kWords, step + 2 * (lane % 4 / 2));

@@ -45,6 +45,19 @@ void check_operand_banks(int fragments) {
              1);
 }
 
+/// The lanes of a load of E share all of its bytes among them.
+template <int kElementBytes>
+void check_meta_loads() {
+  using namespace sparse24::gemm::sm80;
+  std::set<int> seen;
+  for (int lane = 0; lane < 32; ++lane) {
+    const int at = MetaWords<kElementBytes>::lane_offset(lane);
+    CHECK(at >= 0 && at + 8 <= kMetaLoadBytes && at % 8 == 0 && seen.insert(at).second);
+  }
+  // A load's rows are side by side in a block.
+  CHECK_EQ(meta_source<kElementBytes>(MetaWords<kElementBytes>::kLoadRows, 8), kMetaLoadBytes);
+}
+
 /// A thread's copies are lines a constant apart: the exchange of units must not change with them.
 template <typename Operand>
 void check_lines_of_a_thread() {

@@ -8,8 +8,8 @@
 
 namespace sparse24::gemm::sm80 {
 
-/// This thread's number in its block, read anew: what the epilogue derives from it is not worked
-/// out before the main loop, where it would be spilled.
+/// This thread's number in its block, read anew: what the epilogue and the start of a part derive
+/// from it is not worked out before the main loop, where it would be spilled.
 CUTLASS_DEVICE int thread_in_block() {
   int thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -49,13 +49,16 @@ CUTLASS_DEVICE void load_matrices(uint32_t (&to)[4], uint32_t from) {
   }
 }
 
-CUTLASS_DEVICE uint2 load_pair(uint32_t from) {
-  uint2 pair;
-  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-               : "=r"(pair.x), "=r"(pair.y)
-               : "r"(from)
-               : "memory");
-  return pair;
+CUTLASS_DEVICE void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
+/// A word that nothing writes while the kernel runs. In this place among the other instructions: it
+/// is used long after.
+CUTLASS_DEVICE uint32_t load_constant(const void* from) {
+  uint32_t word;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(word) : "l"(from));
+  return word;
 }
 
 // Positions in rising order are what newer hardware is quick with; the word came with PTX 8.5.

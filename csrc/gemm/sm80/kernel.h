@@ -56,7 +56,6 @@ struct Kernel {
   using Sums = PartialSums<kThreads, kSums>;
   using Storer = Epilogue<typename StorageOf<Mainloop::kFormat>::type, Mainloop::kElementBytes,
                           !Mainloop::Rhs::kKMajor || Mainloop::kFloat8>;
-  static constexpr int kEpilogueBytes = kThreads / 32 * kChunkBytes;
 
   struct Params {
     typename Mainloop::Params mainloop;
@@ -64,31 +63,31 @@ struct Kernel {
     TileScheduler::Params scheduler;
     typename Sums::Params sums;
   };
-  static int shared_bytes(int stages) { return kEpilogueBytes + stages * Mainloop::kStageBytes; }
+  static int shared_bytes(int stages) { return stages * Mainloop::kStageBytes; }
 
   CUTLASS_DEVICE static void run(const Params& params, char* shared) {
-    const int thread = int(threadIdx.x);
-    // Staged lines are exchanged within 128 bytes: the ring begins at a multiple of that.
-    char* const ring = shared + kEpilogueBytes;
-    static_assert(kEpilogueBytes % 128 == 0 && Mainloop::kStageBytes % 128 == 0);
+    // Staged lines are exchanged within 128 bytes: stages begin at multiples of that.
+    static_assert(Mainloop::kStageBytes % 128 == 0);
+    static_assert(kThreads / 32 * kChunkBytes <= Mainloop::kStageBytes);
     TileScheduler scheduler(params.scheduler);
-    Mainloop mainloop(params.mainloop, ring, thread);
+    Mainloop mainloop(params.mainloop, shared, thread_in_block());
     Part part = scheduler.next();
-    if (part.valid) mainloop.start(part, thread);
+    if (part.valid) mainloop.start(part, thread_in_block());
     while (part.valid) {
       typename Mainloop::Sums sums;
       mainloop.multiply(sums, part.k_tiles());
       const Part next = scheduler.next();
-      if (next.valid) mainloop.start(next, thread);
-      finish(params, scheduler, part, shared, sums);
+      if (next.valid) mainloop.start(next, thread_in_block());
+      finish(params, scheduler, part, shared + mainloop.free_stage(), sums);
       part = next;
     }
   }
 
  private:
-  /// Sums of a part to who owns its tile, or the tile's to memory.
+  /// Sums of a part to who owns its tile, or the tile's to memory by way of `chunks`, which all
+  /// threads have read when they meet in the next multiply().
   CUTLASS_DEVICE static void finish(const Params& params, const TileScheduler& scheduler,
-                                    const Part& part, char* shared, typename Mainloop::Sums& sums) {
+                                    const Part& part, char* chunks, typename Mainloop::Sums& sums) {
     const int thread = thread_in_block();
     float* const all = &sums[0][0][0];
     if (part.slot >= 0) {
@@ -97,7 +96,7 @@ struct Kernel {
     }
     scheduler.for_each_slot(part, [&](int slot) { Sums::add(params.sums, slot, thread, all); });
     const int warp = thread / 32;
-    float* const chunk = reinterpret_cast<float*>(shared + warp * kChunkBytes);
+    float* const chunk = reinterpret_cast<float*>(chunks + warp * kChunkBytes);
     Storer(params.epilogue, chunk, part.m_tile * Mainloop::kTileM, part.n_tile * Mainloop::kTileN,
            warp % Mainloop::kWarpsM, warp / Mainloop::kWarpsM, thread % 32)
         .store(sums);
@@ -125,10 +124,10 @@ struct SparseGemm {
     const int packed_k = is_grad_weight(args.pass) ? static_cast<int>(round_up(args.k, 8)) : k;
     const int width = args.epilogue == GemmEpilogue::kGate ? m / 2 : 0;
     typename Kernel::Params params;
-    params.mainloop.lhs = {args.lhs.values, kLhs == Orientation::kKMajor ? packed_k / 2 : m, m,
-                           packed_k / 2};
-    params.mainloop.rhs = {args.rhs.values, args.rhs.ld, n, k};
-    params.mainloop.meta = {args.lhs.E, static_cast<int>(round_up(m, kMetaBlock) / kMetaBlock)};
+    const int lhs_ld = kLhs == Orientation::kKMajor ? packed_k / 2 : m;
+    params.mainloop.lhs = Loop::lhs_of(args.lhs.values, lhs_ld, m, packed_k / 2, width);
+    params.mainloop.rhs = Loop::rhs_of(args.rhs.values, args.rhs.ld, n, k);
+    params.mainloop.meta = Loop::Meta::source_of(args.lhs.E, m, width);
     params.mainloop.width = width;
     params.mainloop.stages = stages;
     params.epilogue = {m,
@@ -155,8 +154,7 @@ struct SparseGemm {
   }
 
   static void launch(const SparseGemmArgs& args, const GemmConfig& config, const Target& target) {
-    const int stages = std::min((target.shared_bytes - Kernel::shared_bytes(0)) / Loop::kStageBytes,
-                                Loop::kMostStages);
+    const int stages = stages_in(target.shared_bytes, Loop::kStageBytes);
     SP24_CHECK(stages >= 2, "sparse_gemm needs ", Kernel::shared_bytes(2),
                " bytes of shared memory a block, and the GPU has ", target.shared_bytes);
     allow_shared_memory(target.device);
@@ -182,7 +180,7 @@ struct SparseGemm {
     SP24_CHECK_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     SP24_CHECK_CUDA(cudaFuncSetAttribute(sparse_gemm_kernel<Kernel>,
                                          cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         std::min(most, Kernel::shared_bytes(Loop::kMostStages))));
+                                         std::min(most, Kernel::shared_bytes(kMostStages))));
     asked.fetch_or(bit, std::memory_order_relaxed);
   }
 };

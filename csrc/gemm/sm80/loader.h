@@ -1,4 +1,4 @@
-// loader.h: K tiles of both operands and of E, from memory to a stage of shared memory.
+// loader.h: K tiles from memory: of both operands to a stage of shared memory, of E to registers.
 //
 // Work      all threads copy. A thread has one unit of 16 bytes of several lines of an operand, far
 //           enough apart that all lie in the same exchanged column (staged.h): its addresses in
@@ -12,11 +12,13 @@
 
 namespace sparse24::gemm::sm80 {
 
-/// An operand in memory: `length` stored elements along k, `extent` along m or n.
+/// An operand in memory: `length` stored elements along k, `extent` along m or n. The steps are
+/// worked out on the host: the loop adds them from constant memory, and has no registers to spare.
 struct Source {
   const void* values = nullptr;
   int64_t ld = 0;
   int extent = 0, length = 0;
+  int64_t line_step = 0, k_step = 0;  // bytes, of a thread: to its next line, to its next K tile
 };
 
 template <typename Operand, int kThreads>
@@ -32,6 +34,13 @@ class OperandLoader {
   static constexpr int kStep = kLineStep;
   CUTLASS_DEVICE static int line_of(int thread) { return thread / Operand::kUnits; }
 
+  /// A thread's lines are `lines` apart in memory: kStep, but for operands of gate and up.
+  static Source source_of(const void* values, int64_t ld, int extent, int length, int lines) {
+    const int64_t line_bytes = ld * kElementBytes;
+    return {values, ld, extent, length, lines * line_bytes,
+            Operand::kLength * (Operand::kKMajor ? int64_t{kElementBytes} : line_bytes)};
+  }
+
   /// Lines along k: the thread's first is row `row` of the operand, others are `row_step` apart, up
   /// to row `end`.
   CUTLASS_DEVICE void begin_along_k(const Source& source, int thread, int64_t row, int row_step,
@@ -39,8 +48,6 @@ class OperandLoader {
     const int unit = thread % Operand::kUnits, k = k_tile * Operand::kLength + unit * kUnitElements;
     to_ = unit_offset<Operand::kUnits>(line_of(thread), unit);
     from_ = static_cast<const char*>(source.values) + (row * source.ld + k) * kElementBytes;
-    copy_step_ = row_step * source.ld * kElementBytes;
-    k_step_ = Operand::kLength * kElementBytes;
     k_left_ = source.length - k;
     const int64_t rows_left = end - row;
     inside_ = rows_left <= 0 ? 0 : int(rows_left + row_step - 1) / row_step;
@@ -52,22 +59,20 @@ class OperandLoader {
     const int column = first + unit * kUnitElements;
     to_ = unit_offset<Operand::kUnits>(line_of(thread), unit);
     from_ = static_cast<const char*>(source.values) + (k * source.ld + column) * kElementBytes;
-    copy_step_ = kLineStep * source.ld * kElementBytes;
-    k_step_ = Operand::kLength * source.ld * kElementBytes;
     k_left_ = source.length - k;
     inside_ = bytes_of(source.extent - column);
   }
 
   /// The next K tile, to the operand's place in a stage.
-  CUTLASS_DEVICE void copy(uint32_t stage) {
+  CUTLASS_DEVICE void copy(const Source& source, uint32_t stage) {
     const int bytes = Operand::kKMajor ? bytes_of(k_left_) : inside_;
     CUTLASS_PRAGMA_UNROLL
     for (int i = 0; i < kCopies; ++i) {
       const bool is_inside = Operand::kKMajor ? i < inside_ : i * kLineStep < k_left_;
-      copy_async(stage + to_ + i * kLineStep * Operand::kLineBytes, from_ + i * copy_step_,
+      copy_async(stage + to_ + i * kLineStep * Operand::kLineBytes, from_ + i * source.line_step,
                  is_inside ? bytes : 0);
     }
-    from_ += k_step_;
+    from_ += source.k_step;
     k_left_ -= Operand::kLength;
   }
 
@@ -78,46 +83,68 @@ class OperandLoader {
   }
 
   const char* from_;
-  int64_t copy_step_, k_step_;
   int to_;
   int k_left_;  // elements or lines along k, from this thread's first on
   int inside_;  // lines along k: how many of them are; else: bytes of the unit
 };
 
-/// E in memory: blocks along m first, then along k (common/metadata.h). A thread copies one unit
-/// of a K tile, or none.
+/// E in memory: blocks along m first, then along k (common/metadata.h).
 struct MetaSource {
   const uint8_t* blocks = nullptr;
-  int blocks_m = 0;
+  int blocks_m = 0;      // along m
+  int upper_blocks = 0;  // those that the upper halves of warps read: all, or those of gate
+  int to_lower = 0;      // bytes from the words of an upper half to those of the lower
 };
 
-template <int kTileM, int kElementBytes>
-class MetaLoader {
-  using Meta = StagedMeta<kElementBytes>;
+/// A lane's words of E, one K tile after the other.
+template <int kElementBytes>
+class MetaReader {
+  using Words = MetaWords<kElementBytes>;
+  static constexpr int kLoads = kMetaLoads<kElementBytes>;
 
  public:
-  static constexpr int kCopyingThreads = kTileM / Meta::kRows * Meta::kUnits;
-  static constexpr int kBytes = kCopyingThreads * kUnitBytes;
+  using Tile = uint32_t[kLoads][kSteps];
 
-  CUTLASS_DEVICE void begin(const MetaSource& source, int thread, int m0, int width, int k_tile) {
-    const int group = thread / Meta::kUnits % (kTileM / Meta::kRows), unit = thread % Meta::kUnits;
-    const int64_t row = source_row(m0, group * Meta::kRows, width);
-    k_step_ = int64_t{source.blocks_m} * Meta::kBlockBytes;
-    from_ =
-        source.blocks + k_tile * k_step_ + meta_source<kElementBytes>(row, unit, source.blocks_m);
-    to_ = Meta::unit_offset(group, unit);
-    copies_ = thread < kCopyingThreads;
+  /// width > 0: of gate and of up, a multiple of kMetaBlock; the halves of a warp are a turn each.
+  static MetaSource source_of(const uint8_t* E, int m, int width) {
+    const int blocks_m = int(round_up(m, kMetaBlock) / kMetaBlock);
+    if (width == 0)
+      return {E, blocks_m, blocks_m, int(meta_source<kElementBytes>(kWarpM / 2, blocks_m))};
+    static_assert(kTurn == kWarpM / 2);
+    const int of_gate = width / kMetaBlock;
+    return {E, blocks_m, of_gate, of_gate * Words::kBlockBytes};
   }
-  CUTLASS_DEVICE void copy(uint32_t stage) {
-    if (copies_) copy_async(stage + to_, from_, kUnitBytes);
-    from_ += k_step_;
+
+  /// From the warp's first row on.
+  CUTLASS_DEVICE void begin(const MetaSource& source, int lane, int64_t row, int k_tile) {
+    from_ = source.blocks + k_tile * k_step(source) +
+            meta_source<kElementBytes>(row, source.upper_blocks) + Words::lane_offset(lane);
+  }
+  /// A step's words of the next K tile.
+  template <int kStep>
+  CUTLASS_DEVICE void read(const MetaSource& source, Tile& to) const {
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kLoads; ++i) to[i][kStep] = load_constant(load_of(source, i) + kStep * 4);
+  }
+  /// All words of that K tile have been read. The one behind it, if there are more, comes to L2:
+  /// half a K tile is 512 cycles on an A100, less than memory takes. Of 8 bits it is 1024 cycles.
+  CUTLASS_DEVICE void advance(const MetaSource& source, bool more) {
+    from_ += k_step(source);
+    if (kElementBytes == 1 || !more) return;
+    CUTLASS_PRAGMA_UNROLL
+    for (int i = 0; i < kLoads; ++i) prefetch(load_of(source, i));
   }
 
  private:
+  CUTLASS_DEVICE const uint8_t* load_of(const MetaSource& source, int i) const {
+    const int half = i / (kLoads / 2), load = i % (kLoads / 2);
+    return from_ + half * source.to_lower + load * kMetaLoadBytes;
+  }
+  CUTLASS_DEVICE static int64_t k_step(const MetaSource& source) {
+    return int64_t{source.blocks_m} * Words::kBlockBytes;
+  }
+
   const uint8_t* from_;
-  int64_t k_step_;
-  int to_;
-  bool copies_;
 };
 
 }  // namespace sparse24::gemm::sm80

@@ -22,7 +22,7 @@
 //           which is such a word: with m / 16 = q / 2 for two instructions' rows at a time, a
 //           lane's words for k 0-31 and 32-63 are neighbours, eight bytes at
 //             (m0 / 16 + q / 2) * 128 + q % 2 * 64 + g * 8.
-//           So four instructions are served by one load. Both of wgmma's lanes that CUTLASS'
+//           So a word serves two instructions. Both of wgmma's lanes that CUTLASS'
 //           reorder for sm_80 pairs are the same: E needs no order of its own for this
 //           architecture.
 // 8 bits    mma.sp m16n8k64: the same bytes in the same lanes, four elements where there were two.
@@ -79,6 +79,17 @@ struct Staged {
   static constexpr int kBytes = kLines * kLineBytes;
 };
 
+/// A K tile of both. E is not staged (below).
+template <typename Lhs, typename Rhs>
+constexpr int kStageBytes = Lhs::kBytes + Rhs::kBytes;
+
+// On an A100 they are 128 of its 163 KB; the rest is L1, through which E comes.
+constexpr int kMostStages = 4;
+SP24_HD constexpr int stages_in(int shared_bytes, int stage_bytes) {
+  const int stages = shared_bytes / stage_bytes;
+  return stages < kMostStages ? stages : kMostStages;
+}
+
 /// Units of a K-major line of lhs from the nearer half of an instruction's k to the farther one, and
 /// from one step to the next; of rhs twice as many. In 8 bits the steps take turns (above).
 template <int kElementBytes>
@@ -134,57 +145,46 @@ class RhsPlace {
 
 // ---- E ----------------------------------------------------------------------------------------
 
-constexpr int kMetaGroupBytes = 128;  // in 16 bits: of 16 rows, 64 k
-
-/// E in memory and in a stage. A thread copies a unit of 16 bytes, as it lies; kUnits of them belong
-/// to a group of kRows rows. A lane loads eight bytes kLoads times, kLoadStep apart.
+/// E is not staged: a lane loads its words from memory, one for each step of a K tile and each
+/// kLoadRows rows. Both steps' words are neighbours, and those of the warp's lanes share 256 bytes.
 template <int kElementBytes>
-struct StagedMeta;
+struct MetaWords;
 
 template <>
-struct StagedMeta<2> {
-  static constexpr int kRows = 16, kUnits = kMetaGroupBytes / kUnitBytes;
+struct MetaWords<2> {
+  static constexpr int kLoadRows = 32;  // two instructions
   static constexpr int kBlockBytes = kMetaBlockBytes;
-  static constexpr int kLoads = kFragmentsM / 2, kLoadStep = 2 * kMetaGroupBytes;
 
-  /// Byte in the staged E of a unit of a group of the tile. Units of odd groups are exchanged, as
-  /// lanes of a phase read two groups at a time.
-  SP24_HD static constexpr int unit_offset(int group, int unit) {
-    return group * kMetaGroupBytes + (unit ^ group % 2 * 2) * kUnitBytes;
-  }
-  /// Where a lane reads the first time: of instructions m16 = 0 and 1, for both steps.
-  SP24_HD static constexpr int words_offset(int warp_m, int lane) {
+  /// Byte of a lane's words from those of the first row on.
+  SP24_HD static constexpr int lane_offset(int lane) {
     const int g = lane / 4, q = lane % 4;
-    return unit_offset(warp_m * kFragmentsM + q / 2, q % 2 * 4 + g / 2) + g % 2 * 8;
+    return q / 2 * 128 + q % 2 * 64 + g * 8;
   }
 };
 
 template <>
-struct StagedMeta<1> {
-  static constexpr int kRows = 1, kUnits = 1;
+struct MetaWords<1> {
+  static constexpr int kLoadRows = 16;  // one instruction
   static constexpr int kBlockBytes = kMeta8BlockBytes;
-  static constexpr int kLoads = kFragmentsM, kLoadStep = 16 * kUnitBytes;
 
-  /// Rows eight apart, which lanes of a phase read together, are in different banks.
-  SP24_HD static constexpr int unit_offset(int row, int) {
-    return (row ^ row / 8 % 2 * 4) * kUnitBytes;
-  }
-  /// Of instruction m16 = 0, for both steps.
-  SP24_HD static constexpr int words_offset(int warp_m, int lane) {
+  SP24_HD static constexpr int lane_offset(int lane) {
     const int g = lane / 4, q = lane % 4;
-    return unit_offset(warp_m * kWarpM + q % 2 * 8 + g, 0) + q / 2 * 8;
+    return (q % 2 * 8 + g) * kMeta8RowBytes + q / 2 * 8;
   }
 };
 
-/// Byte of a unit of the rows from `row` on, in the blocks along m of one K tile. Past the end of
-/// the operand it is one of the last block: positions beside zeros count for nothing, but must be
-/// such as the packing kernels write.
 template <int kElementBytes>
-SP24_HD constexpr int64_t meta_source(int64_t row, int unit, int blocks_m) {
-  using Meta = StagedMeta<kElementBytes>;
+constexpr int kMetaLoads = kWarpM / MetaWords<kElementBytes>::kLoadRows;  // of a lane
+constexpr int kMetaLoadBytes = 256;                                       // of a warp
+
+/// Byte of the words of the rows from `row` on, a multiple of kLoadRows, in the blocks along m of
+/// one K tile. Past the end of the operand it is one of the last block: positions beside zeros
+/// count for nothing, but must be such as the packing kernels write.
+template <int kElementBytes>
+SP24_HD constexpr int64_t meta_source(int64_t row, int blocks_m) {
+  constexpr int kBlockBytes = MetaWords<kElementBytes>::kBlockBytes;
   const int64_t block = row / kMetaBlock < blocks_m ? row / kMetaBlock : blocks_m - 1;
-  return block * Meta::kBlockBytes +
-         (row % kMetaBlock / Meta::kRows * Meta::kUnits + unit) * kUnitBytes;
+  return block * kBlockBytes + row % kMetaBlock * (kBlockBytes / kMetaBlock);
 }
 
 // ---- rows -------------------------------------------------------------------------------------
