@@ -37,7 +37,11 @@ class OperandLoader {
   /// A thread's lines are `lines` apart in memory: kStep, but for operands of gate and up.
   static Source source_of(const void* values, int64_t ld, int extent, int length, int lines) {
     const int64_t line_bytes = ld * kElementBytes;
-    return {values, ld, extent, length, lines * line_bytes,
+    return {values,
+            ld,
+            extent,
+            length,
+            lines * line_bytes,
             Operand::kLength * (Operand::kKMajor ? int64_t{kElementBytes} : line_bytes)};
   }
 
@@ -130,9 +134,11 @@ class MetaReader {
   /// half a K tile is 512 cycles on an A100, less than memory takes. Of 8 bits it is 1024 cycles.
   CUTLASS_DEVICE void advance(const MetaSource& source, bool more) {
     from_ += k_step(source);
-    if (kElementBytes == 1 || !more) return;
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kLoads; ++i) prefetch(load_of(source, i));
+    if constexpr (kElementBytes == 2) {
+      if (!more) return;
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < kLoads; ++i) prefetch(load_of(source, i));
+    }
   }
 
  private:
