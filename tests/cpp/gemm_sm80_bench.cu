@@ -64,8 +64,7 @@ int padded_bytes(Kernel* kernel, int threads, int bytes) {
   SP24_CHECK_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        static_cast<int>(gpu.sharedMemPerBlockOptin)));
   int here = 0;
-  SP24_CHECK_CUDA(
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&here, kernel, threads, bytes));
+  SP24_CHECK_CUDA(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&here, kernel, threads, bytes));
   const int there = multiprocessor_bytes() / (bytes + kReservedBytes);
   if (here <= there) return bytes;
   const int too_many = there + 1, most = static_cast<int>(gpu.sharedMemPerMultiprocessor);
@@ -84,8 +83,7 @@ Contestant cutlass_sparse(int m, int n, int k) {
       cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
       cutlass::gemm::GemmShape<kTileM, kTileN, 64>, cutlass::gemm::GemmShape<64, 64, 64>,
       cutlass::gemm::GemmShape<16, 8, 32>,
-      cutlass::epilogue::thread::LinearCombination<Element, 8, float, float>,
-      Swizzle, kStages>;
+      cutlass::epilogue::thread::LinearCombination<Element, 8, float, float>, Swizzle, kStages>;
   Contestant c{concat("CUTLASS ", kTileM, "x", kTileN, ", ", kStages, " stages"), {}, {}};
   Random random(m + n + k);
   const size_t size_m = m, size_n = n, size_k = k;

@@ -119,8 +119,8 @@ void check_warps() {
           });
           std::array<uint32_t, 32> words;
           for (int lane = 0; lane < 32; ++lane) {
-            const int64_t rows = meta_source<2>(
-                warp_m * kWarpM + m16 / 2 * Meta::kLoadRows, kTileM / kMetaBlock);
+            const int64_t rows =
+                meta_source<2>(warp_m * kWarpM + m16 / 2 * Meta::kLoadRows, kTileM / kMetaBlock);
             std::memcpy(&words[lane], &operand.E[rows + Meta::lane_offset(lane) + step * 4], 4);
           }
           multiply_sparse(sums, a, b, words, m16 % 2);

@@ -144,9 +144,7 @@ TEST(nothing_that_lanes_do_at_a_time_meets_in_a_bank) {
 
 TEST(lanes_load_E_side_by_side) { testing::check_meta_loads<1>(); }
 
-TEST(an_rtx_4090_holds_four_stages) {
-  CHECK_EQ(stages_in(99 * 1024, kStageBytes<Lhs, Rhs>), 4);
-}
+TEST(an_rtx_4090_holds_four_stages) { CHECK_EQ(stages_in(99 * 1024, kStageBytes<Lhs, Rhs>), 4); }
 
 TEST(lines_of_a_thread_are_a_constant_apart) {
   testing::check_lines_of_a_thread<Lhs>();

@@ -239,7 +239,7 @@ class Mainloop {
   RhsLoader rhs_;
   Meta meta_;
   typename Meta::Tile words_;  // of E, for the K tile that is multiplied
-  int read_ = 0;              // stage
+  int read_ = 0;               // stage
 };
 
 }  // namespace sparse24::gemm::sm80
