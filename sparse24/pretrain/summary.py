@@ -151,7 +151,7 @@ NO_SPEED = (
     "it, and `python -m sparse24 pretrain --preset 124m --compare` trains."
 )
 SHORT_RUN = (
-    "A run this short overstates what 2:4 costs. Over 160 M tokens on an H200, 2:4 layers 1.375 times as wide ended "
+    "A run this short overstates what 2:4 costs. Over 160 M tokens on an H200, 2:4 layers 1.25 times as wide ended "
     "0.27 % below dense in the same FFN time (docs/results/quality.md)."
 )
 SENTENCE_NAMES = {
