@@ -7,12 +7,13 @@ import pytest
 import torch
 from rounding import ANOTHER_ORDER, MANY_SUMS
 from tiny_models import MLP
-from tiny_recipes import kept, make, run
+from tiny_recipes import kept, loss_of, make, run
 
 import sparse24
 from sparse24 import ops
 from sparse24.errors import Sparse24Error
 from sparse24.functional.soft import row_mask, soft_scale, soft_threshold
+from sparse24.recipe.methods import FrozenSecondMoment
 
 
 def test_ste_has_no_decay():
@@ -102,6 +103,36 @@ def test_step_freezes_the_moment_that_weights_are_divided_by_whatever_weight_dec
     assert recipe.phase == "sparse" and (used[2] > used[1]).all()
     torch.testing.assert_close(used[3], used[2], **MANY_SUMS)
     assert torch.equal(optimizer.state[weight]["exp_avg_sq"], used[2])
+
+
+def test_step_freezes_the_same_moment_under_a_gradient_scaler():
+    """A fused optimizer un-scales in its kernel and averages what it has then. A scale of 1024 rounds nothing."""
+    weights = []
+    for scale in (1.0, 1024.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        settings = dict(opt=dict(fused=True), method="step", dense_fraction=0.25, mvue=False)
+        model, optimizer, recipe = make(torch.optim.AdamW, 1e-2, **settings)
+        for step in range(6):
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        assert recipe.phase == "sparse"
+        weights.append(model.fc1.weight.detach())
+    assert torch.equal(*weights)
+
+
+def test_step_never_leaves_a_moment_below_zero_for_the_optimizer_to_take_the_root_of():
+    """Frozen at zero, what is taken off before the step is what the step adds, but for its rounding."""
+    weight = torch.nn.Parameter(torch.randn(1 << 14, generator=torch.Generator().manual_seed(0)))
+    optimizer = torch.optim.Adam([weight], 1e-3)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    frozen = FrozenSecondMoment(optimizer, [weight])
+    weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    frozen.before_step()
+    optimizer.step()
+    assert weight.isfinite().all() and (optimizer.state[weight]["exp_avg_sq"] >= 0).all()
 
 
 def test_step_leaves_weights_alone_that_get_no_gradient():
