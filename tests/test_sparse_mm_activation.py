@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops
-from sparse24.ops.activation import KINDS
+from sparse24.ops.activations import KINDS
 from sparse24.testing import assert_as_accurate
 
 #: (leading dimensions of x, in_features, width of h): whole tiles, tokens at odd ends, several tiles, long k

@@ -1,6 +1,6 @@
 """Differentiable functions on packed weights: which product runs where, and what backward keeps."""
 
-from .activation import activation, gated_activation
+from .activations import activation, gated_activation
 from .dense import dense_linear
 from .feed_forward import gated_mlp, mlp
 from .linear import sparse_linear

@@ -17,7 +17,7 @@ from ..formats import as_rows
 from ..ops.arguments import names_wrong_types
 from ..ops.feed_forward import BackwardOptions, feed_forward, feed_forward_backward
 from . import accumulation
-from .activation import activation_gradient
+from .activations import activation_gradient
 from .layer_gradients import as_autograd_takes, origin_of, parts_of, targets
 from .operands import (
     INPUT,

@@ -7,7 +7,7 @@ differentiable function in `sparse24.functional`. Layouts and data formats: docs
 
 from ..formats import metadata_bytes, padded_tokens
 from . import flops
-from .activation import (
+from .activations import (
     activation,
     activation_backward,
     activation_backward_mvue,

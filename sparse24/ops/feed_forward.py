@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import Sparse24DtypeError, Sparse24Error
 from . import flops
 from ._common import define_op
-from .activation import check_input, compute_backward_mvue
+from .activations import check_input, compute_backward_mvue
 from .arguments import check_writable, names_wrong_types
 from .gemm.activation import compute_sparse_mm_activation, fake_sparse_mm_activation
 from .gemm.products import check_grad_input, compute_grad_input, compute_sparse_mm, fake_sparse_mm

@@ -8,7 +8,7 @@ from ...formats import DTYPE_CODE, as_major
 from ...reference import float8 as reference
 from ...reference import gated_activation
 from .._common import define_op, matrix, pointer, where
-from ..activation import KINDS, check_input
+from ..activations import KINDS, check_input
 from ..arguments import names_wrong_types
 from .operands import Cast, check_cast, empty_float8, note, output, takes_one_pass
 

@@ -13,7 +13,7 @@ from ...errors import Sparse24DtypeError
 from ...formats import padded_tokens
 from .. import flops
 from .._common import define_op
-from ..activation import check_input, width_of_h
+from ..activations import check_input, width_of_h
 from ..arguments import check_writable, names_wrong_types
 from ..feed_forward import BackwardOptions, empty_gradients
 from ..gemm.weight_gradient import compute_grad_weight

@@ -9,7 +9,7 @@ from ...formats import DTYPE_CODE, META_BLOCK, as_major, metadata_bytes, padded_
 from ...reference import float8 as reference
 from ...reference import gated_activation_backward
 from .._common import define_op, matrix, pointer, where
-from ..activation import KINDS, check_backward
+from ..activations import KINDS, check_backward
 from ..arguments import names_wrong_types
 from ..mvue import check_seed, empty_tile_sums, mvue_fields
 from .operands import E4M3, Cast, check_cast, note, output, takes_one_pass

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...errors import Sparse24Error
 from ...formats import ACTIVATED_FORWARD, GATED_FORWARD, META_BLOCK, SparseOperand, as_rows
 from .._common import call_without_grad, define_op
-from ..activation import KINDS, compute_activation
+from ..activations import KINDS, compute_activation
 from ..arguments import names_wrong_types
 from . import launch
 from .products import check_sparse_mm, compute_sparse_mm, empty_rows
