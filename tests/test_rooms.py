@@ -125,6 +125,12 @@ def _circle(graph: dict[str, set[str]]) -> list[str]:
     return next((c for module in graph if (c := visit(module))), [])
 
 
+@pytest.mark.parametrize("room", [file for file in FILES if file.name == "__init__.py"], ids=dotted)
+def test_no_room_shows_a_name_that_hides_a_file_of_it(room):
+    files = {path.stem for path in room.parent.iterdir()}
+    assert not {name for _, name, _ in imports_of(room)} & files
+
+
 def test_the_top_is_small_and_every_room_has_a_floor():
     top = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py"}
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}

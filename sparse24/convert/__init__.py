@@ -1,6 +1,6 @@
 """Which layers become 2:4, decided once: structure of models, candidates, cost model, report; and the way back."""
 
-from .candidates import candidates, patterns
+from .candidates import find_candidates, patterns
 from .choice import choose_function, rates_on
 from .names import plain_name, sparse_layers, unwrap
 from .repack import refresh
@@ -13,10 +13,10 @@ __all__ = [
     "Skipped",
     "SparsifyReport",
     "after_conversion",
-    "candidates",
     "choose_function",
     "densify",
     "effective_weight",
+    "find_candidates",
     "patterns",
     "plain_name",
     "rates_on",

@@ -36,7 +36,7 @@ def patterns(value: str | Iterable[str], argument: str) -> tuple[str, ...]:
     return patterns
 
 
-def candidates(
+def find_candidates(
     model: nn.Module, include: str | Sequence[str], exclude: tuple[str, ...], report: SparsifyReport
 ) -> dict[str, nn.Module]:
     """The layers that `include` names and `exclude` does not; experts go to the report."""

@@ -18,7 +18,7 @@ from ..formats import FLOAT8_DTYPES, packed_dtype
 from ..layers import DTYPES, float8, sharding, state_of
 from ..options import checked_options
 from . import choice, cost_model, structure
-from .candidates import candidates, linear_names, patterns, some, weight_owners, why_not
+from .candidates import find_candidates, linear_names, patterns, some, weight_owners, why_not
 from .classes import make_sparse
 from .cost_model import Training
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport
@@ -74,7 +74,7 @@ def sparsify(
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
     unavailable = choice.why_unavailable(model, precision)
-    chosen = candidates(model, include, patterns(exclude, "exclude"), report)
+    chosen = find_candidates(model, include, patterns(exclude, "exclude"), report)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
     _warn_of_kept_settings(chosen, report, precision=precision, lean=lean, dtype=dtype)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..convert import SparsifyReport, candidates, patterns, unwrap
+from ..convert import SparsifyReport, find_candidates, patterns, unwrap
 from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer
 from ..options import checked_options
@@ -40,7 +40,7 @@ class MaskProbe:
         include: str | Sequence[str] = "auto",
         exclude: str | Sequence[str] = (),
     ):
-        found = candidates(unwrap(model), include, patterns(exclude, "exclude"), SparsifyReport())
+        found = find_candidates(unwrap(model), include, patterns(exclude, "exclude"), SparsifyReport())
         self.layers = {name: layer for name, layer in found.items() if _fits(layer)}
         if not self.layers:
             raise Sparse24Error(
