@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import Sparse24Error, Sparse24Warning
 from ..formats import FLOAT8_DTYPES, packed_dtype
 from ..layers import DTYPES, float8, sharding, state_of
-from ..options import checked_options
+from ..options import at_least, checked_options, one_of
 from . import choice, cost_model, structure
 from .candidates import find_candidates, linear_names, patterns, some, weight_owners, why_not
 from .classes import make_sparse
@@ -26,7 +26,7 @@ from .report import ALREADY_SPARSE, Skipped, SparsifyReport
 BACKENDS = ("auto", "sparse")
 
 
-@checked_options(tokens="be an integer, 1 or more", micro_batches="be an integer, 1 or more")
+@checked_options(backend=one_of(BACKENDS), tokens=at_least(1), micro_batches=at_least(1))
 def sparsify(
     model: nn.Module,
     include: str | Sequence[str] = "auto",
@@ -69,7 +69,8 @@ def sparsify(
     Raises Sparse24Error, with the closest names, when a pattern matches nothing, and with the reasons when nothing at
     all can be converted; the model is then untouched.
     """
-    _check_settings(model, backend, dtype, tokens, micro_batches)
+    sharding.sharded_modules(model)  # refuses FSDP1
+    _check_dtype(dtype)
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
     report = SparsifyReport(precision=precision)
@@ -151,13 +152,7 @@ def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport,
         )
 
 
-def _check_settings(model, backend, dtype, tokens, micro_batches) -> None:
-    sharding.sharded_modules(model)  # refuses FSDP1
-    if backend not in BACKENDS:
-        raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES:
         remedy = '; for 8-bit products say precision="fp8"' if dtype in FLOAT8_DTYPES else ""
         raise Sparse24Error(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}{remedy}")
-    for name, value in (("tokens", 1 if tokens is None else tokens), ("micro_batches", micro_batches)):
-        if not isinstance(value, int) or value < 1:
-            raise Sparse24Error(f"{name} must be an integer, 1 or more, got {value!r}")

@@ -24,10 +24,10 @@ except ImportError:  # the same library under its older name
 from ..convert import refresh, sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import decay_factor_of, mask_of
-from ..options import checked_options
+from ..options import checked_options, one_of
 from ..recipe import Recipe, follow, load_masks
 from .settings import check_decay_in, split_settings
-from .states import check_masks, end, sparsify_once
+from .states import MASKS, end, sparsify_once
 
 #: strategies that place a module's parameters themselves
 SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -63,7 +63,7 @@ class Sparse24Callback(Callback):
     second `fit` goes on where the first has ended.
     """
 
-    @checked_options()
+    @checked_options(masks=one_of(MASKS))
     def __init__(
         self,
         include="auto",
@@ -78,7 +78,7 @@ class Sparse24Callback(Callback):
     ):
         self.include, self.exclude, self.backend = include, exclude, backend
         self.total_steps, self.log_metrics = total_steps, log
-        self.override, self.masks = override, check_masks(masks)
+        self.override, self.masks = override, masks
         self.sparsify_settings, self.recipe_settings = split_settings(settings)
         self.report = None
         self.recipe: Recipe | None = None

@@ -13,13 +13,8 @@ from ..errors import Sparse24Error
 from ..recipe import Recipe
 from ..save import folders
 
+#: what callbacks take as masks=
 MASKS = ("load", "search")
-
-
-def check_masks(masks: str) -> str:
-    if masks not in MASKS:
-        raise Sparse24Error(f"masks must be one of {', '.join(MASKS)}, got {masks!r}")
-    return masks
 
 
 def sparsify_once(model: nn.Module, *choice, **settings) -> SparsifyReport:

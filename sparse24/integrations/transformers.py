@@ -18,11 +18,11 @@ from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
 from ..layers.modules import DENSE
-from ..options import checked_options
+from ..options import checked_options, one_of
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
 from .references import take_references
 from .settings import check_decay_in, split_settings
-from .states import check_masks, end, read_state, sparsify_once
+from .states import MASKS, end, read_state, sparsify_once
 
 STATE_FILE = "sparse24.pt"
 #: key in trainer_state.json and config.json: the masks and the phase that the weights beside it were saved under
@@ -58,7 +58,7 @@ class Sparse24Callback(TrainerCallback):
     to its other loggers too.
     """
 
-    @checked_options()
+    @checked_options(masks=one_of(MASKS), references=one_of(("follow", "keep")))
     def __init__(
         self,
         include="auto",
@@ -71,11 +71,9 @@ class Sparse24Callback(TrainerCallback):
         references: str = "follow",
         **settings,
     ):
-        if references not in ("follow", "keep"):
-            raise Sparse24Error(f"references must be one of follow, keep, got {references!r}")
         self.references, self._has_reference = references, False
         self.include, self.exclude, self.backend, self.total_steps = include, exclude, backend, total_steps
-        self.override, self.masks = override, check_masks(masks)
+        self.override, self.masks = override, masks
         self.sparsify_settings, self.recipe_settings = split_settings(settings)
         self.report = None
         self.recipe: Recipe | None = None

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..errors import Sparse24Error
-from ..options import checked_options
+from ..options import checked_options, one_of
 from .activations import ACTIVATIONS
 from .feedforward import BlockState, FusedFeedForward, attach
 from .linear import SparseLinear
@@ -45,7 +44,7 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
     for an unknown activation.
     """
 
-    @checked_options()
+    @checked_options(activation=one_of(ACTIVATIONS))
     def __init__(
         self,
         d_model: int,
@@ -60,8 +59,6 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
         precision: str | None = None,
     ):
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise Sparse24Error(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         options = dict(device=device, dtype=dtype, mvue=mvue, compute_dtype=compute_dtype, precision=precision)
         self.activation = activation
         self.gate_proj = SparseLinear(d_model, d_ff, bias, **options)

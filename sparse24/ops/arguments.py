@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..errors import Sparse24DtypeError, Sparse24Error
+from ..options import fits, words
 
 _Named = tuple[str, Tensor]
 _WRONG_TYPE = (AttributeError, TypeError, ValueError, RuntimeError, OverflowError)
@@ -50,8 +50,10 @@ def _name_wrong_type(function: Callable, args: tuple, kwargs: dict, error: Excep
 
 
 def _check_type(name: str, value: object, hint: object, error: Exception) -> None:
-    if not _fits(value, hint):
-        raise Sparse24DtypeError(f"{name} must be {_words(hint)}, got {_shown(value)}") from error
+    if not fits(value, hint):
+        raise Sparse24DtypeError(f"{name} must be {words(hint)}, got {_shown(value)}") from error
+    if hint is int and not -(1 << 63) <= value < 1 << 63:
+        raise Sparse24DtypeError(f"{name} must be an integer of 64 bits, got {_shown(value)}") from error
     if isinstance(value, Tensor):
         _check_plain(name, value, error)
     elif isinstance(value, (list, tuple)):
@@ -66,39 +68,6 @@ def _check_plain(name: str, t: Tensor, error: Exception) -> None:
         raise Sparse24Error(f"{name} must be a plain strided tensor, got a {kind} one; make it dense first") from error
     if t.device.type not in ("cpu", "cuda", "meta"):
         raise Sparse24Error(f"{name} is on {t.device}; ops run on CPU and CUDA tensors: move it") from error
-
-
-def _fits(value: object, hint: object) -> bool:
-    """Whether a value is what an annotation says: tensors, numbers, text, dtypes, and lists and tuples of them."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple and Ellipsis not in parts:
-        return (
-            isinstance(value, (tuple, list))
-            and len(value) == len(parts)
-            and all(_fits(*pair) for pair in zip(value, parts, strict=True))
-        )
-    if origin in (list, tuple, Sequence):
-        return isinstance(value, (list, tuple)) and all(_fits(item, parts[0]) for item in value)
-    if hint is int:
-        return isinstance(value, torch.SymInt) or (isinstance(value, int) and -(1 << 63) <= value < 1 << 63)
-    if hint is float:
-        return isinstance(value, (int, float, torch.SymFloat, torch.SymInt))
-    return not isinstance(hint, type) or isinstance(value, hint)
-
-
-def _words(hint: object) -> str:
-    """An annotation as a message has it."""
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(part) for part in parts)
-    if origin is tuple and Ellipsis not in parts:
-        return f"a tuple of ({', '.join(_words(part) for part in parts)})"
-    if origin in (list, tuple, Sequence):
-        return f"a list of which each is {_words(parts[0])}"
-    names = {Tensor: "a tensor", int: "an integer of 64 bits", float: "a number", str: "a string", bool: "a bool"}
-    return names.get(hint, "None" if hint is type(None) else "a torch.dtype" if hint is torch.dtype else str(hint))
 
 
 def _shown(value: object) -> str:

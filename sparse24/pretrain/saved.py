@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from ..errors import Sparse24Error
 from ..files import read_json
+from ..options import fits
 from .settings import Settings
 
 
@@ -40,18 +40,9 @@ def from_json(values: dict[str, Any]) -> Settings:
     hints = typing.get_type_hints(Settings)
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in hints}
     for name, value in known.items():
-        if not has_type(value, hints[name]):
+        if not fits(value, hints[name]):
             raise Sparse24Error(f"{name} is {value!r}")
     return Settings(**known)
-
-
-def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a field's type: a number, text, a choice of those, or a tuple of one of them."""
-    if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(has_type(item, typing.get_args(kind)[0]) for item in value)
-    if isinstance(kind, types.UnionType):
-        return any(has_type(value, choice) for choice in typing.get_args(kind))
-    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer, distributed_rank
 from ..layers.unseen import look_again, look_until_packed
 from .decay import MUON_DECAY, MaskedDecay, orthogonalizes
-from .methods import FrozenSecondMoment, Method, check_mvue, get_method
+from .methods import METHODS, FrozenSecondMoment, Method, check_mvue
 from .noise import NoiseWatch
-from .phases import PLACES, Phases, positive
+from .phases import Phases
 from .presets import Preset
 from .scaling import CastScales
 from .search import MaskSearch
@@ -32,7 +31,7 @@ def assemble(
     layers  those that are trained
     given   the arguments of `Recipe` by name, for settings that no preset has
     """
-    method = get_method(settings.method)
+    method = METHODS[settings.method]
     check_mvue(settings.mvue, method)
     if method.freezes_second_moment:
         FrozenSecondMoment.check(optimizer)
@@ -62,7 +61,7 @@ def assemble(
         decay,
         scales,
         sharded=sharded,
-        check_every=positive("check_ranks_every", given["check_ranks_every"], least=0),
+        check_every=given["check_ranks_every"],
     )
 
 
@@ -70,7 +69,7 @@ def reads_whole_weights(settings: Preset, given: dict) -> str:
     """What of the settings makes a rank of FSDP2 read whole weights, so that packed rows are not enough; "" if none."""
     if given["decay_in"] == "backward":
         return "decay_in='backward' reads whole weights"
-    return "method='s-ste' multiplies with soft-thresholded weights" if get_method(settings.method).soft else ""
+    return "method='s-ste' multiplies with soft-thresholded weights" if METHODS[settings.method].soft else ""
 
 
 def begin(steps: Steps, settings: Preset) -> None:
@@ -89,8 +88,6 @@ def begin(steps: Steps, settings: Preset) -> None:
 
 
 def _phases(total_steps: int, settings: Preset, method: Method, *, frozen: bool) -> Phases:
-    if settings.dense_at not in PLACES:
-        raise Sparse24Error(f"dense_at must be one of {', '.join(PLACES)}, got {settings.dense_at!r}")
     place = method.dense_at if settings.dense_at == "auto" else settings.dense_at
     plan = Phases.plan(total_steps, settings.dense_fraction, place)
     # What adapters are trained over is what they will run over.

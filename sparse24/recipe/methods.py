@@ -59,12 +59,6 @@ def check_mvue(mvue, method: Method) -> None:
         raise Sparse24Error(f'mvue={mvue!r} is not available with method={method.name!r}; use mvue="output" or False')
 
 
-def get_method(name: str) -> Method:
-    if name not in METHODS:
-        raise Sparse24Error(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    return METHODS[name]
-
-
 # -- STEP -----------------------------------------------------------------------------------------------------------
 
 

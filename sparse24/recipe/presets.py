@@ -27,8 +27,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ..errors import Sparse24Error
-
 
 @dataclass(frozen=True)
 class Preset:
@@ -52,7 +50,5 @@ PRESETS = {
 
 def filled(preset: str, given: dict) -> Preset:
     """The settings of `preset` with those of `given` that are not None in their place."""
-    if preset not in PRESETS:
-        raise Sparse24Error(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     names = {field.name for field in fields(Preset)}
     return Preset(**(vars(PRESETS[preset]) | {k: v for k, v in given.items() if k in names and v is not None}))

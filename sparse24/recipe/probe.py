@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..convert import SparsifyReport, find_candidates, patterns, unwrap
 from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer
-from ..options import checked_options
+from ..options import at_least, checked_options
 from . import monitor
 from .search import MaskSearch, WatchedLayer
 
@@ -31,7 +31,7 @@ class MaskProbe:
     weight could be 2:4.
     """
 
-    @checked_options(mask_interval="be an integer, 1 or more")
+    @checked_options(mask_interval=at_least(1))
     def __init__(
         self,
         model: nn.Module,

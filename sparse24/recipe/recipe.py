@@ -19,15 +19,16 @@ from ..errors import Sparse24Error
 from ..layers import packed_gather, sharding
 from ..layers.owners import forget_owner
 from ..layers.unseen import share_lookout
-from ..options import checked_options
+from ..options import Rule, at_least, checked_options, one_of
 from . import state
 from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture
-from .decay import DECAY_RULE, check_decay
+from .decay import DECAY, DECAY_IN, SCHEDULES, check_decay
 from .hooks import StepHooks
+from .methods import METHODS
 from .optimizers import chain_of
-from .phases import DENSE_FRACTION_RULE, TOTAL_STEPS_RULE, positive
-from .presets import filled
+from .phases import DENSE_FRACTION, PLACES, TOTAL_STEPS
+from .presets import PRESETS, filled
 from .readings import Readings
 from .scaling import CastScales
 from .surgery import ModelCheck
@@ -80,13 +81,18 @@ class Recipe(Readings):
     """
 
     @checked_options(
-        total_steps=TOTAL_STEPS_RULE,
-        decay=DECAY_RULE,
-        mask_interval="be an integer, 1 or more",
-        dense_fraction=DENSE_FRACTION_RULE,
-        mvue='be True, False, None, "output", "input" or "auto"',
-        check_ranks_every="be an integer, 0 or more",
-        micro_batches="be an integer, 1 or more",
+        total_steps=TOTAL_STEPS,
+        decay=Rule(f"be {DECAY}"),
+        mask_interval=at_least(1),
+        dense_fraction=DENSE_FRACTION,
+        mvue=Rule('be True, False, None, "output", "input" or "auto"'),
+        method=one_of(METHODS),
+        preset=one_of(PRESETS),
+        decay_schedule=one_of(SCHEDULES),
+        dense_at=one_of(PLACES),
+        check_ranks_every=at_least(0),
+        decay_in=one_of(DECAY_IN),
+        micro_batches=at_least(1),
     )
     def __init__(
         self,
@@ -151,8 +157,9 @@ class Recipe(Readings):
         return self._steps.check_every
 
     @check_ranks_every.setter
-    def check_ranks_every(self, steps: int) -> None:
-        self._steps.check_every = positive("check_ranks_every", steps, least=0)
+    @checked_options(check_ranks_every=at_least(0))
+    def check_ranks_every(self, check_ranks_every: int) -> None:
+        self._steps.check_every = check_ranks_every
 
     def freeze_masks(self) -> None:
         """Search no more; values are still re-packed after each step."""
@@ -161,12 +168,13 @@ class Recipe(Readings):
     def unfreeze_masks(self) -> None:
         self._search.frozen = False
 
+    @checked_options(step=at_least(0))
     def start_at(self, step: int) -> None:
         """Continue at `step` optimizer steps, with masks searched now: for a run that had no recipe so far.
 
         Raises Sparse24Error for a step below 0.
         """
-        self._steps.go_to(positive("step", step, least=0), search=True)
+        self._steps.go_to(step, search=True)
         self._decay.write(self.current_decay)
 
     def detach(self) -> None:

@@ -17,7 +17,6 @@ from ..layers import packing, sharding, tensor_parallel
 from ..layers.modules import SparseLayer, mask_of
 from . import monitor
 from .block_flips import BlockFlips
-from .phases import positive
 
 
 class WatchedLayer:
@@ -58,7 +57,7 @@ class MaskSearch:
         sharded: list[nn.Module] = (),
         track_blocks: bool = False,
     ):
-        self.layers, self.interval = layers, positive("mask_interval", interval)
+        self.layers, self.interval = layers, interval
         self.applied, self.sharded = applied, list(sharded)
         self.frozen = False  # search no more
         self.last = 0  # optimizer steps taken at the last search

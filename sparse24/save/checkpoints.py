@@ -22,7 +22,7 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import check_module, packing
-from ..options import checked_options
+from ..options import at_least, checked_options
 from ..recipe import Recipe
 from .exporting import export
 from .fitting import check_optimizer, check_weights, load_weights
@@ -31,6 +31,7 @@ from .folders import STATE, WEIGHTS, newest_checkpoint, read_checkpoint, write_c
 VERSION = 1
 
 
+@checked_options(keep=at_least(1))
 def save_checkpoint(
     folder: str | os.PathLike,
     model: nn.Module,
@@ -52,8 +53,6 @@ def save_checkpoint(
     """
     _check_arguments(model, optimizer, recipe)
     folder = Path(folder)
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise Sparse24Error(f"keep must be an integer, 1 or more, got {keep!r}: the checkpoint just written stays")
     _check_plain(extra)
     state = {
         "version": VERSION,

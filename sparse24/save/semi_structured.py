@@ -19,7 +19,7 @@ from ..formats import FORMATS, HALF_DTYPES
 from ..layers import SparseLayer, feedforward, packing
 from ..layers.owners import end_recipes
 from ..layers.state import PACKED
-from ..options import checked_options
+from ..options import checked_options, one_of
 from .exporting import masked_weight, warn_of_dense_phase
 
 BACKENDS = ("auto", "cusparselt", "cutlass")
@@ -46,7 +46,7 @@ class SemiStructuredReport:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.skipped])
 
 
-@checked_options()
+@checked_options(backend=one_of(BACKENDS))
 @torch.no_grad()
 def to_semi_structured(
     model: nn.Module, *, dtype: torch.dtype | None = None, backend: str = "auto"
@@ -67,8 +67,6 @@ def to_semi_structured(
     layers = sparse_layers(model)
     if not layers:
         raise Sparse24Error(f"{type(model).__name__} has no sparse layers; there is nothing to convert")
-    if backend not in BACKENDS:
-        raise Sparse24Error(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     kind = _tensor_class(layers, backend)
     report = SemiStructuredReport(backend=kind.BACKEND)
     warn_of_dense_phase(layers, "converting")
