@@ -61,6 +61,7 @@ def test_every_row_has_three_cells_and_says_where_it_is_tested():
     for number, cells in table().items():
         assert len(cells) == 3 and all(cells), f"row {number}: {cells}"
         assert FILE.search(cells[2]), f"row {number}: {cells[2]}"
+        assert len(cells[1]) <= 360, f"row {number}: a paragraph belongs on a page, with a link here"
 
 
 def test_every_row_is_named_by_a_test():
