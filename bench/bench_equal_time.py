@@ -1,20 +1,21 @@
 """How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
 
-The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits and in FP8, forward and backward, in one
-loop on a hot chip. Dense is bf16. The 2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn.
-The width of equal time lies on the line between the two widths measured around it.
+The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits (also with whole weight gradients) and in
+FP8, forward and backward, in one loop on a hot chip. Dense is bf16. The 2:4 side pays re-packing, 1/40 of a mask search
+and masked decay as in bench_ffn. The width of equal time lies on the line between the two widths measured around it.
 
-    python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES]
+    python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES] [--sides NAMES]
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
 from bench.common import arguments, chosen, header, open_table, time_hot
 from sparse24.benchmark import suite
 from sparse24.benchmark.arms import Arm, between_us, feed_forward_arm
-from sparse24.benchmark.float8_suite import PRECISIONS
 from sparse24.benchmark.models import ModelShape
 
 LAYERS = [
@@ -24,21 +25,29 @@ LAYERS = [
 ]
 NARROW = (0.5, 0.625, 0.75)
 #: side -> widths of its layers beside 1
-WIDE = {"2:4": (1.25, 1.5, 1.75), "fp8-hybrid": (1.75, 2.0, 2.25), "fp8": (2.0, 2.25, 2.5)}
+WIDE = {
+    "2:4": (1.25, 1.5, 1.75),
+    "2:4 mvue=False": (1.125, 1.25, 1.375),
+    "fp8-hybrid": (1.75, 2.0, 2.25),
+    "fp8": (2.0, 2.25, 2.5),
+}
 COLUMNS = ["layer", "side", "width", "us", "of dense"]
 
 
 def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
-    shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side in PRECISIONS
-    settings = dict(sparse=sparse, compiled=not sparse, precision=PRECISIONS.get(side))
-    return feed_forward_arm(shape, master=torch.bfloat16, one_gate=True, **settings)
+    shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side != "dense"
+    settings = dict(sparse=sparse, compiled=not sparse, precision=side if side.startswith("fp8") else None)
+    arm = feed_forward_arm(shape, master=torch.bfloat16, one_gate=True, **settings)
+    if side.endswith("mvue=False"):
+        arm.set_mvue(False)
+    return arm
 
 
-def measure(shape: ModelShape) -> dict[tuple[str, float], float]:
+def measure(shape: ModelShape, sides: Iterable[str] = tuple(WIDE)) -> dict[tuple[str, float], float]:
     """Microseconds of an optimizer step with one micro-batch, by side and width."""
     suite.fresh()
     keys = [("dense", width) for width in (1.0, *NARROW)]
-    keys += [(side, width) for side, widths in WIDE.items() for width in (1.0, *widths)]
+    keys += [(side, width) for side in sides for width in (1.0, *WIDE[side])]
     arms = {(side, width): arm_of(shape, width, side) for side, width in keys}
     calls = {}
     for key, arm in arms.items():
@@ -65,15 +74,18 @@ def equal_width(points: list[tuple[float, float]], target: float) -> float:
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0], select=True).parse_args()
+    parser = arguments(__doc__.splitlines()[0], select=True)
+    parser.add_argument("--sides", default=",".join(WIDE), help="of the 2:4 ones, with commas between")
+    args = parser.parse_args()
+    sides = args.sides.split(",")
     print(header())
     table = open_table(args, "equal_time", COLUMNS, key=3)
     for shape in chosen(args, LAYERS, quick=("4096 x 16384",)):
-        steps = measure(shape)
+        steps = measure(shape, sides)
         dense = steps["dense", 1.0]
         for (side, width), us in steps.items():
             table.add(shape.name, side, width, us, us / dense)
-        for kind in WIDE:
+        for kind in sides:
             wide = equal_width([(w, us) for (side, w), us in steps.items() if side == kind], dense)
             narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps[kind, 1.0])
             print(

@@ -178,7 +178,7 @@ def test_equal_time_measures_dense_and_each_kind_of_sparse_layer(monkeypatch):
     monkeypatch.setattr(bench_equal_time, "feed_forward_arm", on_cpu)
     monkeypatch.setattr(bench_equal_time, "time_hot", call_each)
     steps = bench_equal_time.measure(suite.ffn_shape("small", 64, 64, 256, gated=False))
-    assert {side for side, _ in steps} == {"dense", "2:4", "fp8-hybrid", "fp8"} and len(steps) == 16
+    assert {side for side, _ in steps} == {"dense", "2:4", "2:4 mvue=False", "fp8-hybrid", "fp8"} and len(steps) == 20
     assert all(
         us == (10 if side == "dense" else 30) for (side, _), us in steps.items()
     )  # re-packing and decay: 10 each

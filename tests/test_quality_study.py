@@ -150,7 +150,7 @@ def test_the_table_compares_with_dense_at_its_best_and_with_the_same_arm_in_sixt
         "relu2 dense": runs(2.0, 2.2), "relu2 dense lr=6e-3": runs(3.0, 3.0), "relu2 dense wide=2/3": runs(2.1),
         "relu2 2:4 mvue=True": runs(2.02), "relu2 2:4 mvue=True precision=fp8": runs(2.0402),
     }  # fmt: skip
-    by_arm = {row[0]: row[1:] for row in report.rows(groups, {"": 1.5})}
+    by_arm = {row[0]: row[1:] for row in report.rows(groups, {"plain": 1.5})}
     assert by_arm["relu2 dense"][-2] == "0" and by_arm["relu2 dense lr=6e-3"][-2].startswith("+43.")
     assert by_arm["relu2 2:4 mvue=True"] == ["2.0200", "one seed", "1", "0.72", "+1.00 %", "-"]
     assert by_arm["relu2 2:4 mvue=True precision=fp8"][3:] == ["-", "+2.01 %", "-"]
@@ -169,15 +169,20 @@ def test_the_paired_t_needs_three_pairs():
 def test_arms_are_compared_within_their_family():
     groups = {
         "relu2 dense": runs(2.0), "gelu dense": runs(4.0), "gelu 2:4": runs(4.04), "swiglu 2:4": runs(1.0),
+        "swiglu 2:4 mvue=False": runs(1.0), "swiglu 2:4 mvue=True precision=fp8": runs(1.0),
         "relu2 dense tokens=131k": runs(3.0), "relu2 2:4 tokens=131k": runs(2.97), "relu2 dense size=60m": runs(1.0),
         "relu2 2:4 size=60m optimizer=muon": runs(1.0),
     }  # fmt: skip
-    ratios = {"": 1.5, "gated": 2.0}
+    ratios = {"plain": 1.5, "gated": 2.0, "gated mvue=False": 1.25}
     by_arm = {row[0]: row for row in report.rows(groups, ratios)}
     against = {arm: row[-2] for arm, row in by_arm.items()}
     assert against["gelu 2:4"] == "+1.00 %" and against["relu2 2:4 tokens=131k"] == "-1.00 %"
     assert against["swiglu 2:4"] == against["relu2 2:4 size=60m optimizer=muon"] == "-"
-    assert by_arm["swiglu 2:4"][4] == f"{5 / 6 / 2 + 1 / 6:.2f}"
+    times = {arm: by_arm[arm][4] for arm in by_arm if arm.startswith("swiglu")}
+    assert times == {
+        "swiglu 2:4": f"{5 / 6 / 2 + 1 / 6:.2f}", "swiglu 2:4 mvue=False": f"{5 / 6 / 1.25 + 1 / 6:.2f}",
+        "swiglu 2:4 mvue=True precision=fp8": "-",
+    }  # fmt: skip
     text = report.other_tables(groups, ratios)
     assert [line for line in text.splitlines() if line.startswith("#")] == [
         "### GELU", "### squared ReLU, 131k tokens a step", "### squared ReLU, 64 million parameters",
@@ -207,7 +212,7 @@ def test_time_to_a_loss_lies_on_the_curve_and_is_never_extrapolated():
         wide: sparse,
         "relu2 2:4": [dense[0] | {"valid_curve": []}],
     }
-    ratios = {"": 1.5}
+    ratios = {"plain": 1.5}
     assert compare.loss_targets(groups) == ["relu2 dense", "relu2 dense wide=1/2"]
     # Half of the steps at 1, half at 1.5: the loss of 2.0 lies after 90 steps, 2.75 after 60 + 20/3 and after 70.
     assert {row[0]: row[1:] for row in report.loss_rows(groups, ratios)} == {
@@ -235,9 +240,9 @@ def test_the_picture_has_the_main_arms(tmp_path):
     seeds = lambda *losses: [run | {"steps": 1000, "curve": learned} for run in runs(*losses)]  # noqa: E731
     groups = {f"relu2 2:4 wide={1 + i / 8}": seeds(2.0 + i / 100) for i in range(20)}
     groups |= {"relu2 dense": seeds(2.1, 2.1), "relu2 dense lr=6e-3": seeds(2.2), "gelu dense": seeds(1.0)}
-    main, others = picture.drawn(groups, {"": 1.5})
+    main, others = picture.drawn(groups, {"plain": 1.5})
     assert len(main) == picture.MOST_DRAWN and next(iter(main)) == "relu2 dense" and len(others) == 14
-    picture.draw(tmp_path / "quality.png", groups, {"": 1.5})
+    picture.draw(tmp_path / "quality.png", groups, {"plain": 1.5})
     assert (tmp_path / "quality.png").stat().st_size > 10_000
 
 

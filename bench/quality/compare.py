@@ -22,11 +22,22 @@ from bench.quality.arms import Arm, parse
 
 Runs = list[dict]
 Groups = dict[str, Runs]
-#: precision, "mvue" or "gated" -> how much faster than dense such layers are; "": 2:4 in 16 bits
+#: what a layer is called in KINDS -> how many times as fast as dense it is
 Ratios = dict[str, float | None]
 
 MAIN = parse("relu2 dense").family
 PLAIN_LAYER, GATED_LAYER = "4096 x 16384", "llama-8B"  # of bench_equal_time
+#: 2:4 layers -> layer and side of bench_equal_time that have their time
+KINDS = {
+    "plain": (PLAIN_LAYER, "2:4"),
+    "plain mvue=False": (PLAIN_LAYER, "2:4 mvue=False"),
+    "plain fp8": (PLAIN_LAYER, "fp8"),
+    "plain fp8-hybrid": (PLAIN_LAYER, "fp8-hybrid"),
+    "gated": (GATED_LAYER, "2:4"),
+    "gated mvue=False": (GATED_LAYER, "2:4 mvue=False"),
+    "gated fp8": (GATED_LAYER, "fp8"),
+    "gated fp8-hybrid": (GATED_LAYER, "fp8-hybrid"),
+}
 FEWEST_FOR_T = 3  # pairs; two have one degree of freedom
 
 
@@ -47,11 +58,15 @@ def measured_ratio(layer: str, side: str) -> float | None:
     return None
 
 
+def measured_ratios() -> Ratios:
+    return {kind: measured_ratio(*where) for kind, where in KINDS.items()}
+
+
 def ratio_of(arm: Arm, ratios: Ratios) -> float | None:
     """How much faster than dense the layers of a 2:4 arm are while they are sparse."""
-    if arm.gated:
-        return None if arm.precision or arm.method == "mvue" else ratios.get("gated")
-    return ratios.get("mvue" if arm.method == "mvue" else arm.precision)
+    kind = ["gated" if arm.gated else "plain", arm.precision]
+    kind += ["method=mvue"] if arm.method == "mvue" else ["mvue=False"] if arm.mvue == "False" else []
+    return ratios.get(" ".join(filter(None, kind)))
 
 
 def spent(arm: Arm, step: float, steps: int, ratios: Ratios) -> float | None:

@@ -73,7 +73,7 @@ def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> N
     late = [loss for losses in curves for loss in losses[len(losses) // 4 :]]
     for panel in axes[:2]:
         panel.set(ylim=(min(late) - 0.02, max(late)), ylabel="training loss")
-    time = f"time of the feed-forward layers, 2:4 at {ratios['']:g}x (dense = 1)"
+    time = f"time of the feed-forward layers, 2:4 at {ratios['plain']:g}x (dense = 1)"
     axes[0].set(xlabel="optimizer steps")
     axes[1].set(xlabel=time)
     axes[2].set(xlabel=time, ylabel="validation loss at the end")

@@ -3,11 +3,10 @@
 Arms of bench/results/quality/fp8 are compared with the same arm in 16 bits, seed by seed: a table of their own, and
 fp8.png. Seeds 0 and 1 of them were trained on another text, so their twins in 16 bits lie beside them.
 
-    python -m bench.quality.report [--time-ratio R] [--gated-ratio R] [--fp8-ratio R] [--hybrid-ratio R]
-                                   [--mvue-ratio R]
+    python -m bench.quality.report [--ratio "gated=1.54" ...]
 
-Ratios that are not given are those of bench/results/equal_time.csv, where it has them. What times and differences are
-stands in compare.py.
+How much faster than dense 2:4 layers are (a kind of compare.py and its ratio) is what bench/results/equal_time.csv has,
+or what is given. What times and differences are stands in compare.py.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from bench.measured import markdown
 from bench.quality import picture
 from bench.quality.arms import parse
 from bench.quality.compare import (
-    GATED_LAYER,
     MAIN,
-    PLAIN_LAYER,
     Groups,
     Ratios,
     best_dense,
@@ -32,7 +29,7 @@ from bench.quality.compare import (
     in_16_bits,
     loss,
     loss_targets,
-    measured_ratio,
+    measured_ratios,
     of_family,
     paired_t,
     read,
@@ -134,25 +131,15 @@ def fill(page: str, marks: tuple[str, str], table: str) -> str:
     return before + marks[0] + table + marks[1] + rest.partition(marks[1])[2]
 
 
-def read_ratios(args) -> Ratios:
-    def of(given: float | None, layer: str, side: str) -> float | None:
-        return measured_ratio(layer, side) if given is None else given
-
-    return {
-        "": of(args.time_ratio, PLAIN_LAYER, "2:4"), "gated": of(args.gated_ratio, GATED_LAYER, "2:4"),
-        "fp8": of(args.fp8_ratio, PLAIN_LAYER, "fp8"), "fp8-hybrid": of(args.hybrid_ratio, PLAIN_LAYER, "fp8-hybrid"),
-        "mvue": args.mvue_ratio,
-    }  # fmt: skip
+def given_ratio(text: str) -> tuple[str, float]:
+    kind, _, ratio = text.rpartition("=")
+    return kind, float(ratio)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--time-ratio", type=float, help="speed of a 2:4 layer over a dense one")
-    parser.add_argument("--gated-ratio", type=float, help="the same of a gated layer")
-    parser.add_argument("--fp8-ratio", type=float, help="the same with precision=fp8")
-    parser.add_argument("--hybrid-ratio", type=float, help="the same with precision=fp8-hybrid")
-    parser.add_argument("--mvue-ratio", type=float, help="the same with method=mvue")
-    ratios = read_ratios(parser.parse_args())
+    parser.add_argument("--ratio", action="append", default=[], type=given_ratio, help="KIND=SPEED over a dense layer")
+    ratios = measured_ratios() | dict(parser.parse_args().ratio)
     groups = read(RESULTS)
     float8 = with_twins(read(FLOAT8), groups)
     tables = {
