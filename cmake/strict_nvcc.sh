@@ -19,14 +19,21 @@ done
 
 why=
 grep -q C7510 "$log" && why="ptxas serialised wgmma (C7510, above)"
-kernel=$(printf '%s\n' "$object" | sed -n 's|.*/\([^/]*/[^/]*\)\.cu\.o$|\1|p')  # such as sm90/Forward_...
-allowed=$(awk -v kernel="$kernel" 'kernel != "" && $1 == kernel { print $2 }' "$(dirname "$0")/allowed_spills.txt")
-only=$(awk -v kernel="$kernel" 'kernel != "" && $1 == kernel { print $3 }' "$(dirname "$0")/allowed_spills.txt")
-spills=$(awk -v allowed="${allowed:-0}" -v only="$only" '
-  /Compiling entry function/ { arch = $NF; gsub(/\047/, "", arch) }
-  { for (i = 1; i < NF; ++i) if ($(i + 1) == "bytes" && $(i + 2) == "spill" &&
-        $i > (only == "" || only == arch ? allowed : 0)) { sub(/^ +/, ""); print; exit } }' "$log")
-[ -n "$spills" ] && why="ptxas spilled registers ($spills; ${allowed:-0} bytes allowed for ${kernel:-this file})"
+folder=$(printf '%s\n' "$object" | sed -n 's|.*/\([^/]*/\)[^/]*\.cu\.o$|\1|p')  # such as sm90/
+# A kernel's symbol has its row of kernels.def in it, with the length before it.
+spills=$(awk -v folder="$folder" '
+  listed { if (index($1, folder) == 1) { row = substr($1, length(folder) + 1); most[row] = $2; only[row] = $3 } next }
+  /Compiling entry function/ {
+    arch = $NF; gsub(/\047/, "", arch); allowed = 0; kernel = "this kernel"
+    for (row in most) if (index($0, length(row) row)) {
+      kernel = folder row
+      if (only[row] == "" || only[row] == arch) allowed = most[row]
+    }
+  }
+  { for (i = 1; i < NF; ++i) if ($(i + 1) == "bytes" && $(i + 2) == "spill" && $i > allowed + 0) {
+      sub(/^ +/, ""); print $0 "; " allowed + 0 " bytes allowed for " (kernel ? kernel : "this file"); exit
+    } }' listed=1 "$(dirname "$0")/allowed_spills.txt" listed=0 "$log")
+[ -n "$spills" ] && why="ptxas spilled registers ($spills)"
 if [ -n "$why" ] || [ "$status" -ne 0 ]; then
   cat "$log" >&2
 else

@@ -47,7 +47,8 @@ struct StorageOf<DType::kFloat8E4M3> {  // of outputs
   using type = BFloat16;
 };
 
-template <typename Mainloop_>
+/// `Name` is what profilers and ptxas call it: the row of kernels.def (cmake/allowed_spills.txt).
+template <typename Mainloop_, typename Name>
 struct Kernel {
   using Mainloop = Mainloop_;
   using TileScheduler = Scheduler<1, 1>;
@@ -110,11 +111,12 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1)
   Kernel::run(params, sparse_gemm_shared);
 }
 
-template <Orientation kLhs, Orientation kRhs, DType kFormat, int kTileM, int kTileN, int kTileK_>
+template <typename Name, Orientation kLhs, Orientation kRhs, DType kFormat, int kTileM, int kTileN,
+          int kTileK_>
 struct SparseGemm {
   using Loop = Mainloop<kFormat, kLhs, kRhs, kTileM, kTileN>;
   static_assert(kTileK_ == Loop::kTileK, "blocks of E are as long as a K tile");
-  using Kernel = sm80::Kernel<Loop>;
+  using Kernel = sm80::Kernel<Loop, Name>;
 
   static typename Kernel::Params params_of(const SparseGemmArgs& args, const GemmConfig& config,
                                            const Target& target, int stages) {
@@ -188,12 +190,13 @@ struct SparseGemm {
 }  // namespace sparse24::gemm::sm80
 
 /// The body of a generated file: the launcher of one row of kernels.def.
-#define SP24_DEFINE_GEMM_KERNEL(lhs, rhs, format, ...)                                           \
-  namespace sparse24::gemm::sm80 {                                                               \
-  void SP24_SM80_LAUNCHER(lhs, rhs, format, __VA_ARGS__)(const SparseGemmArgs& args,             \
-                                                         const GemmConfig& config,               \
-                                                         const Target& target) {                 \
-    SparseGemm<Orientation::k##lhs, Orientation::k##rhs, DType::k##format, __VA_ARGS__>::launch( \
-        args, config, target);                                                                   \
-  }                                                                                              \
+#define SP24_DEFINE_GEMM_KERNEL(lhs, rhs, format, ...)                                            \
+  namespace sparse24::gemm::sm80 {                                                                \
+  struct SP24_SM80_NAME(lhs, rhs, format, __VA_ARGS__);                                           \
+  void SP24_SM80_LAUNCHER(lhs, rhs, format, __VA_ARGS__)(const SparseGemmArgs& args,              \
+                                                         const GemmConfig& config,                \
+                                                         const Target& target) {                  \
+    SparseGemm<SP24_SM80_NAME(lhs, rhs, format, __VA_ARGS__), Orientation::k##lhs,                \
+               Orientation::k##rhs, DType::k##format, __VA_ARGS__>::launch(args, config, target); \
+  }                                                                                               \
   }

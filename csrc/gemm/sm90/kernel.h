@@ -73,7 +73,7 @@ struct Stages {
   static constexpr int fitting(int beside) { return (kSharedBytesOfBlock - beside) / kBytes; }
 };
 
-template <GemmPass kPass, GemmEpilogue kEpilogue, DType kFormat, DType kOutDType,
+template <typename Name, GemmPass kPass, GemmEpilogue kEpilogue, DType kFormat, DType kOutDType,
           Accumulation kAccumulation, int kTileM, int kTileN, int kTileK, int kClusterM,
           int kClusterN>
 struct SparseGemm {
@@ -114,7 +114,7 @@ struct SparseGemm {
   using SparseConfig = typename Collective::SparseConfig;
   using Mainloop = SparseMainloop<typename InTurns<Collective, kGated>::type, kGated,
                                   kAccumulation == Accumulation::kPromoted>;
-  using Kernel = PersistentKernel<Mainloop, Epilogue, ClusterShape>;
+  using Kernel = PersistentKernel<Mainloop, Epilogue, ClusterShape, Name>;
   static_assert(Kernel::kSharedBytes <= kSharedBytesOfBlock);
 
   static typename Kernel::Params params_of(const SparseGemmArgs& args, const GemmConfig& config,
@@ -213,10 +213,12 @@ struct SparseGemm {
 /// The body of a generated file: the launcher of one row of kernels.def.
 #define SP24_DEFINE_GEMM_KERNEL(pass, epilogue, format, out_dtype, accumulation, ...)            \
   namespace sparse24::gemm::sm90 {                                                               \
+  struct SP24_GEMM_NAME(pass, epilogue, format, out_dtype, accumulation, __VA_ARGS__);           \
   void SP24_GEMM_LAUNCHER(pass, epilogue, format, out_dtype, accumulation,                       \
                           __VA_ARGS__)(const SparseGemmArgs& args, const GemmConfig& config,     \
                                        const Target& target) {                                   \
-    SparseGemm<GemmPass::k##pass, GemmEpilogue::k##epilogue, DType::k##format,                   \
+    SparseGemm<SP24_GEMM_NAME(pass, epilogue, format, out_dtype, accumulation, __VA_ARGS__),     \
+               GemmPass::k##pass, GemmEpilogue::k##epilogue, DType::k##format,                   \
                DType::k##out_dtype, Accumulation::k##accumulation, __VA_ARGS__>::launch(args,    \
                                                                                         config,  \
                                                                                         target); \

@@ -16,7 +16,8 @@
 
 namespace sparse24::gemm::sm90 {
 
-template <typename Mainloop, typename Epilogue, typename ClusterShape>
+/// `Name` is what profilers and ptxas call it: the row of kernels.def (cmake/allowed_spills.txt).
+template <typename Mainloop, typename Epilogue, typename ClusterShape, typename Name>
 class PersistentKernel {
  public:
   using TileShape = typename Mainloop::TileShape;
