@@ -13,6 +13,7 @@ import sparse24
 from sparse24.benchmark import arms, command, kernels, models, pytorch_sparse, suite, timing
 from sparse24.benchmark.models import Decoder, ModelShape
 from sparse24.errors import Sparse24Error
+from sparse24.layers import unseen
 
 GATED = ModelShape("gated", "llama", 2, 64, 4, 2, 128, 0, 16, 2)
 PLAIN = ModelShape("plain", "gpt2", 2, 64, 4, 4, 128, 96, 16, 2)
@@ -85,6 +86,23 @@ def test_a_trainers_step_is_a_training_step(shape, master):
         assert all(not torch.equal(p, old) for p, old in zip(matrices, before, strict=True))
         assert all(p.grad is None for p in trainer.module.parameters())
         assert (trainer.recipe.step == 1 and sparse24.verify(trainer.module)) if sparse else not trainer.layers
+
+
+def test_no_pass_of_an_arm_waits_to_compare_weights(monkeypatch):
+    """In every 16th pass of a training without a recipe layers would; under a recipe they do as it says."""
+    looks, compare = [], unseen.first_rows_are_packed
+    monkeypatch.setattr(unseen, "first_rows_are_packed", lambda layer: looks.append(layer) or compare(layer))
+    arm = arms.feed_forward_arm(GATED, sparse=True, master=BF16, compiled=False, device="cpu")
+    arm.micro_batch()
+    assert len(looks) == len(arm.layers)  # once, before the first
+    for _ in range(2 * unseen.EVERY):
+        arm.accumulate()
+        arm.repack()
+    assert len(looks) == len(arm.layers)
+    trainer = arms.Trainer(GATED, sparse=True, master=FP32, compiled=False, device="cpu")
+    trainer.step()
+    trainer.step()
+    assert len(looks) == len(arm.layers) + 2 * len(trainer.layers)
 
 
 def test_one_arm_serves_with_and_without_mvue():

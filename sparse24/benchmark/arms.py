@@ -15,6 +15,8 @@ from torch import nn
 from .. import ops
 from ..convert import sparse_layers, sparsify
 from ..layers import float8, mask_of, packing
+from ..layers.state import state_of
+from ..layers.unseen import Lookout
 from ..recipe import Recipe
 from . import float8_dense
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, compile_to_time, feed_forward
@@ -42,6 +44,15 @@ def amdahl(share: float, speedup: float) -> float:
 def mixed_precision(master: torch.dtype, device: str) -> Callable:
     """bf16 autocast for fp32 master weights; nothing for bf16 ones."""
     return (lambda: torch.autocast(device, torch.bfloat16)) if master == torch.float32 else nullcontext
+
+
+class Untouched(Lookout):
+    """An arm writes no weights, so none of its layers compares them with what is packed after the first pass. In every
+    16th pass of a training without a recipe some would, and wait for the device. A `Trainer` has what its recipe says.
+    """
+
+    def has_turn(self, layer, trains: bool) -> bool:
+        return False
 
 
 class Arm:
@@ -72,7 +83,9 @@ class Arm:
         if fp8_dense:
             float8_dense.convert(self.root, fp8_dense)
         self.module = self.root["part"]
-        self.layers = list(sparse_layers(self.root).values())
+        self.layers, lookout = list(sparse_layers(self.root).values()), Untouched()
+        for layer in self.layers:
+            state_of(layer).lookout = lookout
         self.inputs, self.context = inputs, mixed_precision(master, device)
         self.d_out = None
 
