@@ -155,7 +155,7 @@ def test_step_needs_an_optimizer_with_a_second_moment():
 
 
 def test_step_looks_at_what_an_optimizer_of_somebody_keeps():
-    """Lion, for one, has betas and a first moment alone: known once there is a state, when dense steps end."""
+    """Lion, for one, has betas and a first moment alone: known once there is a state, by its first step."""
 
     class Lion(torch.optim.SGD):
         def __init__(self, params, lr):
@@ -166,11 +166,13 @@ def test_step_looks_at_what_an_optimizer_of_somebody_keeps():
             for p in self.param_groups[0]["params"]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
 
-    model, optimizer, _ = make(Lion, 1e-2, method="step", dense_fraction=0.5)
+    model, optimizer, recipe = make(Lion, 1e-2, method="step", dense_fraction=0.5)
+    model(torch.randn(8, 16)).sum().backward()
     with pytest.raises(Sparse24Error, match="which Lion does not keep"):
-        for _ in range(12):
-            model(torch.randn(8, 16)).sum().backward()
-            optimizer.step()
+        optimizer.step()
+    recipe.detach()
+    with pytest.raises(Sparse24Error, match="which Lion does not keep"):
+        sparse24.Recipe(model, optimizer, total_steps=12, method="step")
 
 
 def test_soft_threshold_is_the_published_function():

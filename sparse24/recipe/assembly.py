@@ -34,7 +34,7 @@ def assemble(
     method = METHODS[settings.method]
     check_mvue(settings.mvue, method)
     if method.freezes_second_moment:
-        FrozenSecondMoment.check(optimizer)
+        FrozenSecondMoment.check(optimizer, [layer.weight for layer in layers.values()])
     beside = orthogonalizes(optimizer) and method.decay_on is not None
     decay = MaskedDecay(
         layers,

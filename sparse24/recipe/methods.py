@@ -78,32 +78,29 @@ class FrozenSecondMoment:
         self.optimizer = optimizer
         self.parameters = list(parameters)
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self.check(optimizer)
-        # Others have betas too. What one keeps shows in the states of these parameters, once it has taken a step.
-        if any(self.KEY not in state for p in self.parameters if (state := optimizer.state.get(p))):
-            self._refuse(optimizer)
+        self.check(optimizer, self.parameters)
         if frozen is not None:
             self.frozen = [f.to(p.device, copy=True) for f, p in zip(frozen, self.parameters, strict=True)]
         else:
             self.frozen = [self._moment(p).clone() for p in self.parameters]
 
-    @staticmethod
-    def check(optimizer: torch.optim.Optimizer) -> None:
-        """Raises Sparse24Error for an optimizer that is not Adam, or keeps the largest second moment instead."""
+    @classmethod
+    def check(cls, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+        """Raises Sparse24Error for an optimizer that is not Adam, or keeps the largest second moment instead.
+
+        Others, such as Lion, have betas too: what they keep shows in their state, once they have taken a step.
+        """
         if not all("betas" in group and not group.get("amsgrad", False) for group in optimizer.param_groups):
             raise Sparse24Error(
                 f"method='step' freezes Adam's second moment; {type(optimizer).__name__} has no betas, or uses "
                 "amsgrad; use Adam or AdamW without amsgrad, or another method"
             )
-        if isinstance(optimizer, torch.optim.Adamax):
-            FrozenSecondMoment._refuse(optimizer)
-
-    @staticmethod
-    def _refuse(optimizer: torch.optim.Optimizer) -> None:
-        raise Sparse24Error(
-            f"method='step' freezes Adam's second moment, which {type(optimizer).__name__} does not keep as "
-            f"{FrozenSecondMoment.KEY!r}; use Adam or AdamW, or another method"
-        )
+        states = filter(None, map(optimizer.state.get, parameters))
+        if isinstance(optimizer, torch.optim.Adamax) or any(cls.KEY not in state for state in states):
+            raise Sparse24Error(
+                f"method='step' freezes Adam's second moment, which {type(optimizer).__name__} does not keep as "
+                f"{cls.KEY!r}; use Adam or AdamW, or another method"
+            )
 
     def _moment(self, p: Tensor) -> Tensor:
         moment = self.optimizer.state.get(p, {}).get(self.KEY)

@@ -80,6 +80,8 @@ class Steps:
         """After the optimizer's step."""
         if self.frozen_moment is not None:
             self.frozen_moment.after_step()
+        elif self.method.freezes_second_moment:  # what an optimizer keeps shows after its first step
+            FrozenSecondMoment.check(self.optimizer, self.weights())
         # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
         found_inf = getattr(self.optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
