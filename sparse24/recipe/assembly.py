@@ -7,7 +7,7 @@ from torch import nn
 
 from ..layers.modules import SparseLayer, distributed_rank
 from ..layers.unseen import look_again, look_until_packed
-from .decay import MUON_DECAY, MaskedDecay, orthogonalizes
+from .decay import MaskedDecay, orthogonalizes
 from .methods import METHODS, FrozenSecondMoment, Method, check_mvue
 from .noise import NoiseWatch
 from .phases import Phases
@@ -22,35 +22,35 @@ def assemble(
     optimizer: torch.optim.Optimizer,
     total_steps: int,
     settings: Preset,
-    given: dict,
     scales: CastScales,
     sharded: list[nn.Module],
+    *,
+    decay_in: str,
+    micro_batches: int,
+    track_blocks: bool,
+    check_every: int,
 ) -> Steps:
-    """The steps of a recipe, with its search and decay; nothing of the layers changes yet.
-
-    layers  those that are trained
-    given   the arguments of `Recipe` by name, for settings that no preset has
-    """
+    """The steps of a recipe, with its search and decay; nothing of the layers, those that are trained, changes yet."""
     method = METHODS[settings.method]
     check_mvue(settings.mvue, method)
     if method.freezes_second_moment:
         FrozenSecondMoment.check(optimizer, [layer.weight for layer in layers.values()])
-    beside = orthogonalizes(optimizer) and method.decay_on is not None
+    beside_the_update = orthogonalizes(optimizer) and method.decay_on is not None
     decay = MaskedDecay(
         layers,
         method,
-        MUON_DECAY if beside and given["decay"] is None else settings.decay,
-        on="weight" if beside else method.decay_on,
+        settings.decay,
+        on="weight" if beside_the_update else method.decay_on,
         schedule=settings.decay_schedule,
-        decay_in=given["decay_in"],
-        micro_batches=given["micro_batches"],
+        decay_in=decay_in,
+        micro_batches=micro_batches,
     )
     search = MaskSearch(
         {} if method.gradients_only else layers,
         settings.mask_interval,
         applied=not method.watches,
         sharded=sharded,
-        track_blocks=given["track_blocks"],
+        track_blocks=track_blocks,
     )
     return Steps(
         layers,
@@ -61,15 +61,15 @@ def assemble(
         decay,
         scales,
         sharded=sharded,
-        check_every=given["check_ranks_every"],
+        check_every=check_every,
     )
 
 
-def reads_whole_weights(settings: Preset, given: dict) -> str:
+def reads_whole_weights(method: str, decay_in: str) -> str:
     """What of the settings makes a rank of FSDP2 read whole weights, so that packed rows are not enough; "" if none."""
-    if given["decay_in"] == "backward":
+    if decay_in == "backward":
         return "decay_in='backward' reads whole weights"
-    return "method='s-ste' multiplies with soft-thresholded weights" if METHODS[settings.method].soft else ""
+    return "method='s-ste' multiplies with soft-thresholded weights" if METHODS[method].soft else ""
 
 
 def begin(steps: Steps, settings: Preset) -> None:

@@ -25,7 +25,7 @@ the model is yours to choose.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,6 @@ PRESETS = {
 }
 
 
-def filled(preset: str, given: dict) -> Preset:
-    """The settings of `preset` with those of `given` that are not None in their place."""
-    names = {field.name for field in fields(Preset)}
-    return Preset(**(vars(PRESETS[preset]) | {k: v for k, v in given.items() if k in names and v is not None}))
+def filled(preset: str, **given) -> Preset:
+    """The settings of `preset` with those that are given, and not None, in their place."""
+    return replace(PRESETS[preset], **{name: value for name, value in given.items() if value is not None})

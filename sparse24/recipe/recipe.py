@@ -23,7 +23,7 @@ from ..options import Rule, at_least, checked_options, one_of
 from . import state
 from .assembly import assemble, begin, reads_whole_weights
 from .capture import Capture
-from .decay import DECAY, DECAY_IN, SCHEDULES, check_decay
+from .decay import DECAY, DECAY_IN, MUON_DECAY, SCHEDULES, check_decay, orthogonalizes
 from .hooks import StepHooks
 from .methods import METHODS
 from .optimizers import chain_of
@@ -115,17 +115,24 @@ class Recipe(Readings):
         takeover: bool = False,
         count_casts: bool = False,
     ):
-        given = locals()  # by name: a preset fills in what is None
-        settings = filled(preset, given)
         self.layers = trainable_layers(model)
         sharded = sharding.sharded_modules(model)
         sharding.reshard(sharded)
         trained = {name: layer for name, layer in self.layers.items() if layer.weight.requires_grad}
         chain = chain_of(optimizer, self.layers)
         self.optimizer = chain[-1]
-        packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings, given))
+        if decay is None and orthogonalizes(self.optimizer):
+            decay = MUON_DECAY
+        settings = filled(
+            preset, decay=decay, mask_interval=mask_interval, dense_fraction=dense_fraction, mvue=mvue, method=method,
+            decay_schedule=decay_schedule, dense_at=dense_at,
+        )  # fmt: skip
+        packed_gather.divide_rows(self.layers, sharded, reads_whole_weights(settings.method, decay_in))
         scales = CastScales(self.layers, count_casts)
-        self._steps = assemble(trained, self.optimizer, total_steps, settings, given, scales, sharded)
+        self._steps = assemble(
+            trained, self.optimizer, total_steps, settings, scales, sharded, decay_in=decay_in,
+            micro_batches=micro_batches, track_blocks=track_blocks, check_every=check_ranks_every,
+        )  # fmt: skip
         self.method, self.phases = self._steps.method, self._steps.phases
         self._search, self._decay = self._steps.search, self._steps.decay
         self._steps.check = ModelCheck(model, self.layers, self.optimizer)
