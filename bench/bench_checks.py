@@ -23,9 +23,10 @@ from torch import nn
 
 import sparse24
 from bench.common import arguments, header, open_table
-from sparse24.layers import feedforward, forward
+from sparse24.layers import forward
+from sparse24.layers.fused import feedforward
 from sparse24.layers.state import state_of
-from sparse24.layers.watched_weight import WatchedWeight
+from sparse24.layers.watch.watched_weight import WatchedWeight
 from sparse24.recipe.writes import WriteWatch
 
 STEPS = 4  # of a timing

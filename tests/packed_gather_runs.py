@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import sparse24
 from sparse24 import Recipe
-from sparse24.layers import packed_gather
+from sparse24.layers.parallel import packed_gather
 from sparse24.layers.state import PACKED_BUFFERS
 
 WIDTH, HIDDEN, STEPS = 96, 192, 6

@@ -154,7 +154,7 @@ def test_hooks_and_references_survive_conversion():
     "place, error",
     [
         ("sparse24.ops.empty_packed", torch.OutOfMemoryError),
-        ("sparse24.layers.tensor_parallel.cut_of", KeyboardInterrupt),
+        ("sparse24.layers.parallel.tensor_parallel.cut_of", KeyboardInterrupt),
     ],
 )
 def test_failure_on_a_later_layer_leaves_the_model_dense(monkeypatch, place, error):

@@ -11,8 +11,8 @@ from torch import nn
 
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, ops
-from sparse24.layers.activations import ACTIVATIONS, activation_kind
-from sparse24.layers.feedforward import FusedFeedForward, fuse
+from sparse24.layers.fused.activations import ACTIVATIONS, activation_kind
+from sparse24.layers.fused.feedforward import FusedFeedForward, fuse
 
 
 def pair(make, **settings):

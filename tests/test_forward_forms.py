@@ -9,7 +9,7 @@ from torch import nn, relu
 from torch.nn.functional import gelu
 
 import sparse24
-from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.fused.feedforward import FusedFeedForward
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import sparse24
 from sparse24 import Recipe, SparseGatedMLP, SparseLinear, ops
 from sparse24.errors import Sparse24Error
-from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.fused.feedforward import FusedFeedForward
 from sparse24.layers.modules import SparseLayer
 
 pytestmark = pytest.mark.fault(57)

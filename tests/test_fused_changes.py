@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import sparse24
 from sparse24 import SparseGatedMLP, SparseLinear
-from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.fused.feedforward import FusedFeedForward
 
 pytestmark = pytest.mark.fault(82)
 

@@ -11,7 +11,7 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, functional, ops
 from sparse24.errors import Sparse24Error
-from sparse24.layers.feedforward import FusedFeedForward, ffn_layers
+from sparse24.layers.fused.feedforward import FusedFeedForward, ffn_layers
 
 MAKERS = {
     "linear": (lambda: nn.Sequential(nn.Linear(256, 512)), 256, ("*",)),

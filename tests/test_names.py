@@ -10,7 +10,7 @@ from torch import nn
 import sparse24
 from sparse24 import Recipe, ops
 from sparse24.layers import SparseLayer, mask_of, state_of
-from sparse24.layers.feedforward import FusedFeedForward
+from sparse24.layers.fused.feedforward import FusedFeedForward
 
 pytestmark = pytest.mark.fault(84)
 

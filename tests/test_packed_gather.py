@@ -34,7 +34,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import sparse24
 from sparse24 import Recipe
-from sparse24.layers import packed_gather
+from sparse24.layers.parallel import packed_gather
 from sparse24.layers.state import state_of
 
 

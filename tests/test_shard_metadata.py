@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse24 import ops
-from sparse24.layers import shard_metadata
+from sparse24.layers.parallel import shard_metadata
 
 
 def packed_rows(weight, parts):

@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import sparse24
 from sparse24 import Recipe
 from sparse24.errors import Sparse24Error
-from sparse24.layers import tensor_parallel
+from sparse24.layers.parallel import tensor_parallel
 
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import sparse24
 from sparse24 import Sparse24Warning
 from sparse24.convert import sparse_layers
-from sparse24.layers import unseen
 from sparse24.layers.state import PACKED, state_of
+from sparse24.layers.watch import unseen
 
 
 class SwappedAverage:

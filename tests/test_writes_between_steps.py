@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 import sparse24
 from sparse24 import Recipe, Sparse24Warning
 from sparse24.convert import sparse_layers
-from sparse24.layers import unseen
 from sparse24.layers.state import state_of
-from sparse24.layers.unseen import EVERY
+from sparse24.layers.watch import unseen
+from sparse24.layers.watch.unseen import EVERY
 
 
 @pytest.fixture(autouse=True)

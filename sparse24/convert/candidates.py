@@ -12,9 +12,10 @@ from torch.nn.utils import parametrize
 
 from ..errors import Sparse24Error
 from ..formats import WEIGHT_DTYPES
-from ..layers import DTYPES, SparseLayer, tensor_parallel
+from ..layers import DTYPES, SparseLayer
 from ..layers.checks import is_plain_parameter
 from ..layers.packing import is_dtensor
+from ..layers.parallel import tensor_parallel
 from ..layers.state import is_ours
 from . import structure
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport

@@ -7,7 +7,7 @@ from torch import nn
 
 from .. import _library
 from .._library import is_available
-from ..layers import tensor_parallel
+from ..layers.parallel import tensor_parallel
 from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_float8, cost_model, cost_published, structure
 from .cost_model import Training

@@ -9,9 +9,9 @@ from torch import nn
 
 from ..errors import Sparse24Error
 from ..layers import SparseLayer, SparseLinear
-from ..layers.feedforward import FusedFeedForward, fuse, unfuse_block
-from ..layers.owners import model_changed
-from ..layers.unseen import share_lookout
+from ..layers.fused.feedforward import FusedFeedForward, fuse, unfuse_block
+from ..layers.watch.owners import model_changed
+from ..layers.watch.unseen import share_lookout
 from . import structure
 from .surroundings import after_conversion
 

@@ -183,7 +183,7 @@ def linear(out_features: int, in_features: int, training: Training, rates: Rates
 
 
 def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> Times:
-    """A whole feed-forward layer, fused as sparse24/layers/feedforward.py does it, against torch.compile."""
+    """A whole feed-forward layer, fused as sparse24/layers/fused/feedforward.py does it, against torch.compile."""
     t, up = training.tokens, d_ff * (2 if gated else 1)
     shapes = ((up, d_model), (d_model, d_ff))  # as (out_features, in_features)
     dense = sparse = 0.0

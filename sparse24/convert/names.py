@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers import SparseLayer, check_module
-from ..layers.copies import follow_now
+from ..layers.watch.copies import follow_now
 
 #: children by which wrappers hold the model: Lightning Fabric (the original before its strategy's), torch.compile
 WRAPPED = ("_original_module", "_forward_module", "_orig_mod")

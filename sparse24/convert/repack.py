@@ -8,7 +8,8 @@ from torch import nn
 
 from .. import ops
 from ..errors import Sparse24Warning
-from ..layers import SparseLayer, mask_of, sharding, state_of
+from ..layers import SparseLayer, mask_of, state_of
+from ..layers.parallel import sharding
 from ..options import checked_options
 from .names import sparse_layers
 

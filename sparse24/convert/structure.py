@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..layers import tensor_parallel
+from ..layers.parallel import tensor_parallel
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..layers import SparseLayer
-from ..layers.feedforward import FusedFeedForward
+from ..layers.fused.feedforward import FusedFeedForward
 from ..layers.state import HOLDER, is_ours
 
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"

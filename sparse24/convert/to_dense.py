@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import SPARSE, SparseLayer, packing, sharding
-from ..layers.feedforward import FusedFeedForward, own_class, unfuse_block
-from ..layers.owners import end_recipes
+from ..layers import SPARSE, SparseLayer, packing
+from ..layers.fused.feedforward import FusedFeedForward, own_class, unfuse_block
+from ..layers.parallel import sharding
 from ..layers.state import SOFT, mask_of, state_of
+from ..layers.watch.owners import end_recipes
 from ..options import checked_options
 from .candidates import weight_owners
 from .classes import dense_class

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import Sparse24Error, Sparse24Warning
 from ..formats import FLOAT8_DTYPES, packed_dtype
-from ..layers import DTYPES, float8, sharding, state_of
+from ..layers import DTYPES, float8, state_of
+from ..layers.parallel import sharding
 from ..options import at_least, checked_options, one_of
 from . import choice, cost_model, structure
 from .candidates import find_candidates, linear_names, patterns, some, weight_owners, why_not
@@ -55,7 +56,7 @@ def sparsify(
                 to be 8192 where nothing is said
     micro_batches  forward calls an optimizer step: the more, the less weighs what is paid once a step
     allow_tied  also convert layers that share their weight with another module
-    fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (layers/feedforward.py)
+    fuse        run blocks of a known form, such as Llama's and GPT-2's MLP, as one function (sparse24/layers/fused)
     lean        memory before speed: one packed form of each weight, not two (1.125 bytes a weight less, for a pass over
                 the weight in each backward), and in fused blocks h, what enters the down product, is made again in
                 backward instead of kept (one activation of tokens x d_ff less)

@@ -42,13 +42,7 @@ from .operands import (
     save_for_backward,
     transposed_form,
 )
-from .weight_gradient import (
-    GradTarget,
-    as_laid_out,
-    bias_gradient,
-    packed_output_gradient,
-    weight_gradient,
-)
+from .weight_gradient import GradTarget, as_laid_out, bias_gradient, packed_output_gradient, weight_gradient
 
 _BOTH_OUTPUTS = (OUTPUT, OUTPUT)
 

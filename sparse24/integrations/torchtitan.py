@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..convert import SparsifyReport, sparse_layers, sparsify
 from ..errors import Sparse24Error
-from ..layers import packed_gather, sharding
+from ..layers.parallel import packed_gather, sharding
 from ..options import checked_options
 from ..recipe import Recipe, load_masks
 from .settings import split_settings

@@ -17,9 +17,11 @@ from .. import functional, ops
 from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.operands import cast_as_autocast_does, computed_dtype
 from ..functional.soft import soft_linear
-from . import float8, packing, tensor_parallel, unseen
-from .owners import weights_moved
+from . import float8, packing
+from .parallel import tensor_parallel
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, SPARSE, state_of
+from .watch import unseen
+from .watch.owners import weights_moved
 
 #: for those who would trace or convert a sparse layer
 OTHER_WAYS = (

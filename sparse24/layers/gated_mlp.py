@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from ..options import checked_options, one_of
-from .activations import ACTIVATIONS
-from .feedforward import BlockState, FusedFeedForward, attach
+from .fused.activations import ACTIVATIONS
+from .fused.feedforward import BlockState, FusedFeedForward, attach
+from .fused.replaced import Child
 from .linear import SparseLinear
-from .replaced import Child
 
 
 class GatedMLP(nn.Module):

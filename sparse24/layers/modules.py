@@ -1,7 +1,7 @@
 """`sparse24.modules`: the classes of sparse layers and their constants, gathered from the files of this room."""
 
-from .activations import ACTIVATIONS
 from .checks import DTYPES, check_module, distributed_rank
+from .fused.activations import ACTIVATIONS
 from .gated_mlp import SparseGatedMLP
 from .linear import SparseLinear
 from .sparse_layer import SparseLayer

@@ -15,12 +15,11 @@ from .. import ops
 from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
-from . import copies, float8, packing, tensor_parallel, unseen
+from . import float8, packing
 from .checks import check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
-from .owners import model_changed, watch_steps
 from .packing import packed_dtype
-from .replacements import watch_replacements
+from .parallel import tensor_parallel
 from .state import (
     COMPUTED,
     DECAY,
@@ -45,7 +44,10 @@ from .state import (
     shown_constant,
     state_of,
 )
-from .watched_weight import WatchedWeight
+from .watch import copies, unseen
+from .watch.owners import model_changed, watch_steps
+from .watch.replacements import watch_replacements
+from .watch.watched_weight import WatchedWeight
 
 
 class SparseLayer(WatchedWeight):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..layers.modules import SparseLayer, distributed_rank
-from ..layers.unseen import look_again, look_until_packed
+from ..layers.watch.unseen import look_again, look_until_packed
 from .decay import MaskedDecay, orthogonalizes
 from .methods import METHODS, FrozenSecondMoment, Method, check_mvue
 from .noise import NoiseWatch

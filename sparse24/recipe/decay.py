@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import packing, sharding
+from ..layers import packing
 from ..layers.modules import SparseLayer, decay_factor_of, mask_of
+from ..layers.parallel import sharding
 from .methods import Method
 
 SCHEDULES = ("constant", "linear", "cosine")

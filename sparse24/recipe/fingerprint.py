@@ -9,8 +9,8 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
-from ..layers.copies import fingerprint, fingerprint_of_layers, same_function
 from ..layers.modules import DENSE, SPARSE
+from ..layers.watch.copies import fingerprint, fingerprint_of_layers, same_function
 from .state import phases_of
 
 __all__ = ["fingerprint_of", "fingerprint_of_state", "same_function"]

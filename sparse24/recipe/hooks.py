@@ -15,8 +15,8 @@ from itertools import islice
 
 import torch
 
-from ..layers import sharding
-from ..layers.unseen import seems_packed
+from ..layers.parallel import sharding
+from ..layers.watch.unseen import seems_packed
 from .capture import Capture, is_capturing
 from .steps import Steps
 from .writes import WriteWatch, watch_other_optimizers

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Sparse24Error
-from ..layers import sharding
 from ..layers.modules import SparseLayer
+from ..layers.parallel import sharding
 
 OUTPUT, INPUT = "output", "input"
 #: a layer changes to the other operand when that has less than this part of the present one's noise

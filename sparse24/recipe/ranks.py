@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..errors import Sparse24Error
-from ..layers import tensor_parallel
-from ..layers.copies import checksum
 from ..layers.modules import SparseLayer, mask_of
+from ..layers.parallel import tensor_parallel
+from ..layers.watch.copies import checksum
 
 LEAST, MOST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..layers import copies
 from ..layers.modules import DENSE
+from ..layers.watch import copies
 from . import monitor
 from .block_flips import BlockFlips
 from .decay import MaskedDecay

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error
-from ..layers import packed_gather, sharding
-from ..layers.owners import forget_owner
-from ..layers.unseen import share_lookout
+from ..layers.parallel import packed_gather, sharding
+from ..layers.watch.owners import forget_owner
+from ..layers.watch.unseen import share_lookout
 from ..options import Rule, at_least, checked_options, one_of
 from . import state
 from .assembly import assemble, begin, reads_whole_weights

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import packing, tensor_parallel
+from ..layers import packing
 from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
+from ..layers.parallel import tensor_parallel
 from . import noise
 from .decay import MaskedDecay, check_decay, is_decay
 from .methods import FrozenSecondMoment

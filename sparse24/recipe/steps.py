@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layers import packing, sharding
+from ..layers import packing
 from ..layers.modules import DENSE, SPARSE, SparseLayer
+from ..layers.parallel import sharding
 from .decay import MaskedDecay, unique_weights
 from .methods import FrozenSecondMoment, Method
 from .noise import NoiseWatch

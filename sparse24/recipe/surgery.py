@@ -11,7 +11,7 @@ from torch import nn
 from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers.modules import SparseLayer
-from ..layers.owners import owner_of
+from ..layers.watch.owners import owner_of
 
 
 def _no_model() -> None:

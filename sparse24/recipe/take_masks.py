@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
 from ..layers import check_module
-from ..layers.copies import settle
 from ..layers.modules import SparseLayer, state_of
-from ..layers.tensor_parallel import whole_mask
+from ..layers.parallel.tensor_parallel import whole_mask
+from ..layers.watch.copies import settle
 from ..options import checked_options
 from .state import check_state, phases_of, upgraded
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers import sharding
 from ..layers.modules import SparseLayer
-from ..layers.owners import owner_of, set_owner
+from ..layers.parallel import sharding
+from ..layers.watch.owners import owner_of, set_owner
 
 Layers = dict[str, SparseLayer]
 

@@ -1,6 +1,6 @@
 """Weights that something else writes between two steps: the user's own loop, or another optimizer.
 
-Eager forward passes find most writes, and pack (`layers/unseen.py`). The recipe adds three things:
+Eager forward passes find most writes, and pack (`layers/watch/unseen.py`). The recipe adds three things:
 
 - a step of any other optimizer over the same weights is followed by a packing, for compiled passes do not look;
 - in its first two steps all layers compare their first rows in each pass, for writes through `.data`; after that one
@@ -20,9 +20,9 @@ import torch
 
 from ..errors import Sparse24Warning
 from ..layers.modules import SPARSE, SparseLayer
-from ..layers.optimizer_steps import after_any_step
 from ..layers.state import state_of
-from ..layers.unseen import EVERY, look_until_packed, ran_compiled, seems_packed
+from ..layers.watch.optimizer_steps import after_any_step
+from ..layers.watch.unseen import EVERY, look_until_packed, ran_compiled, seems_packed
 from .steps import Steps
 
 

@@ -5,12 +5,7 @@ falls back to it. Masks, packed values, E and MVUE draws have the same bits as t
 operations on fp32, in the same order.
 """
 
-from .activations import (
-    activation,
-    bias_gradient,
-    gated_activation,
-    gated_activation_backward,
-)
+from .activations import activation, bias_gradient, gated_activation, gated_activation_backward
 from .masks import (
     from_blocks,
     mask_flips,
@@ -24,23 +19,9 @@ from .masks import (
     transposable_mask_by_convolution,
     unpack_mask,
 )
-from .mvue import (
-    mvue_compress,
-    mvue_groups,
-    mvue_probabilities,
-    mvue_uniforms,
-    philox4x32_10,
-)
-from .packing import (
-    compress,
-    decode_metadata,
-    decompress,
-    encode_metadata,
-    pack_rows,
-)
-from .recipe import (
-    masked_decay,
-)
+from .mvue import mvue_compress, mvue_groups, mvue_probabilities, mvue_uniforms, philox4x32_10
+from .packing import compress, decode_metadata, decompress, encode_metadata, pack_rows
+from .recipe import masked_decay
 
 __all__ = [
     "activation",

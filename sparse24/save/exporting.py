@@ -21,9 +21,10 @@ from .. import ops
 from ..convert import plain_name, sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..files import parse_json, write_atomically
-from ..layers import DENSE, SparseLayer, mask_of, packing, sharding, state_of, tensor_parallel
-from ..layers.copies import fingerprint_of
+from ..layers import DENSE, SparseLayer, mask_of, packing, state_of
+from ..layers.parallel import sharding, tensor_parallel
 from ..layers.state import SOFT
+from ..layers.watch.copies import fingerprint_of
 from ..options import checked_options
 
 FORMATS = ("safetensors", "compressed")

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ..convert import Skipped, after_conversion, sparse_layers, unwrap
 from ..errors import Sparse24DtypeError, Sparse24Error
 from ..formats import FORMATS, HALF_DTYPES
-from ..layers import SparseLayer, feedforward, packing
-from ..layers.owners import end_recipes
+from ..layers import SparseLayer, packing
+from ..layers.fused import feedforward
 from ..layers.state import PACKED
+from ..layers.watch.owners import end_recipes
 from ..options import checked_options, one_of
 from .exporting import masked_weight, warn_of_dense_phase
 

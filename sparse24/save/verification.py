@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..convert import sparse_layers, unwrap
-from ..layers import DENSE, SparseLayer, mask_of, packed_gather, packing, sharding, state_of
-from ..layers.copies import fingerprint_of, same_function
-from ..layers.feedforward import FusedFeedForward, ffn_layers
+from ..layers import DENSE, SparseLayer, mask_of, packing, state_of
+from ..layers.fused.feedforward import FusedFeedForward, ffn_layers
+from ..layers.parallel import packed_gather, sharding
 from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT, division_of
+from ..layers.watch.copies import fingerprint_of, same_function
 from .exporting import load_exported, masked_weight, plain_state, weight_key
 from .semi_structured import semi_structured_layers
 

@@ -27,11 +27,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import Sparse24Error, Sparse24Warning
-from . import float8, packing
-from .forward import has_substituted_weight
-from .state import DENSE, HOLDER, MASK, SPARSE, division_of, mask_of, state_of
-from .tensor_parallel import whole_mask
+from ...errors import Sparse24Error, Sparse24Warning
+from .. import float8, packing
+from ..forward import has_substituted_weight
+from ..parallel.tensor_parallel import whole_mask
+from ..state import DENSE, HOLDER, MASK, SPARSE, division_of, mask_of, state_of
 from .trained_copies import watch_optimizers
 
 #: the key of a layer's fingerprint in the metadata of a state_dict

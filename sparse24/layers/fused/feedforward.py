@@ -17,19 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from ..errors import Sparse24Error
-from ..formats import META_BLOCK
-from ..functional.operands import computed_dtype
-from . import float8, shared_packing
-from .activations import ACTIVATIONS
-from .forward import check_input, check_weight_is_packed, has_substituted_weight
-from .forward_source import form_kind, read_forward
-from .packing import mask_bits
-from .replaced import Child, any_global_hook, child_is_unchanged, layer_is_plain, remember
-from .row_shards import let_go
-from .sparse_layer import SparseLayer
-from .state import (
+from ... import functional
+from ...errors import Sparse24Error
+from ...formats import META_BLOCK
+from ...functional.operands import computed_dtype
+from .. import float8
+from ..forward import check_input, check_weight_is_packed, has_substituted_weight
+from ..packing import mask_bits
+from ..parallel.row_shards import let_go
+from ..sparse_layer import SparseLayer
+from ..state import (
     DECAY,
     HOLDER,
     MASK,
@@ -46,6 +43,10 @@ from .state import (
     shown_buffer,
     state_of,
 )
+from . import shared_packing
+from .activations import ACTIVATIONS
+from .forward_source import form_kind, read_forward
+from .replaced import Child, any_global_hook, child_is_unchanged, layer_is_plain, remember
 
 
 @dataclass(eq=False)

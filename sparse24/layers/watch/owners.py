@@ -12,9 +12,9 @@ from typing import Protocol
 
 import torch
 
-from ..errors import Sparse24Warning
+from ...errors import Sparse24Warning
+from ..state import HOLDER, SPARSE, state_of
 from .optimizer_steps import after_any_step
-from .state import HOLDER, SPARSE, state_of
 
 
 class Owner(Protocol):

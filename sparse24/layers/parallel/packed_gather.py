@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
-from ..formats import FORMATS, HALF_DTYPES
-from ..ops.float8 import E4M3
-from . import packing
-from .checks import DTYPES
-from .packing import is_dtensor
+from ...errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
+from ...formats import FORMATS, HALF_DTYPES
+from ...ops.float8 import E4M3
+from .. import packing
+from ..checks import DTYPES
+from ..packing import is_dtensor
+from ..state import MASK, SPARSE, mask_of, state_of
 from .row_shards import RowShards, let_go
 from .shard_metadata import STEP
-from .state import MASK, SPARSE, mask_of, state_of
 
 
 class Gathered(NamedTuple):

@@ -13,10 +13,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import Sparse24Warning
-from . import packing
-from .state import DENSE, PACKED, SOFT, SPARSE, mask_of, state_of
+from ... import ops
+from ...errors import Sparse24Warning
+from .. import packing
+from ..state import DENSE, PACKED, SOFT, SPARSE, mask_of, state_of
 
 
 def note_adapter(layer: nn.Module, adapter: nn.Module) -> None:

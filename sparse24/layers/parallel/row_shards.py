@@ -19,9 +19,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..formats import FORMATS
-from . import packing, shard_metadata
-from .state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SPARSE, state_of
+from ...formats import FORMATS
+from .. import packing
+from ..state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SPARSE, state_of
+from . import shard_metadata
 from .tensor_parallel import Cut
 
 FORWARD, TRANSPOSED = (PACKED, METADATA), (PACKED_T, METADATA_T)

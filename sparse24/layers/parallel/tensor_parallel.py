@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import Sparse24Error
-from ..formats import BLOCK
-from .packing import is_dtensor, mask_bytes
-from .state import LAYER_BUFFERS, MASK, PACKED_BUFFERS, SOFT, division_of, mask_of, state_of
+from ...errors import Sparse24Error
+from ...formats import BLOCK
+from ..packing import is_dtensor, mask_bytes
+from ..state import LAYER_BUFFERS, MASK, PACKED_BUFFERS, SOFT, division_of, mask_of, state_of
 
 #: what torch.distributed.tensor.distribute_module sets on a module, last of all
 APPLIED = "_distribute_module_applied"

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..formats import FORMATS, META_BLOCK, metadata_bytes, metadata_order
-from . import float8, packing
-from .sparse_layer import SparseLayer
-from .state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, TRANSPOSED_BUFFERS, state_of
+from ... import ops
+from ...formats import FORMATS, META_BLOCK, metadata_bytes, metadata_order
+from .. import float8, packing
+from ..sparse_layer import SparseLayer
+from ..state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, TRANSPOSED_BUFFERS, state_of
 
 
 class Halves(NamedTuple):

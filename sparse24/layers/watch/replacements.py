@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..errors import Sparse24Error, Sparse24Warning
-from . import merges, packing
+from ...errors import Sparse24Error, Sparse24Warning
+from .. import packing
+from ..state import HOLDER, MASK, SPARSE, state_of
+from . import merges
 from .owners import model_changed
-from .state import HOLDER, MASK, SPARSE, state_of
 
 
 @cache

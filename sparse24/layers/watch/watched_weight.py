@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from . import copies, merges, packing, unseen
-from .state import PACKED, mask_of, state_of
+from .. import packing
+from ..state import PACKED, mask_of, state_of
+from . import copies, merges, unseen
 
 
 class WatchedWeight:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..formats import FORMATS
+from ...formats import FORMATS
 
 PADDING = 0x44  # positions 0 and 1, twice
 ROWS = 16  # in 16 bits, with 64 columns, they fill 128 bytes

@@ -13,11 +13,11 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..errors import Sparse24Error
-from .checks import check_module
-from .packing import is_dtensor, mask_bits
-from .state import mask_of
+from ... import ops
+from ...errors import Sparse24Error
+from ..checks import check_module
+from ..packing import is_dtensor, mask_bits
+from ..state import mask_of
 
 
 def sharded_modules(model: nn.Module) -> list[nn.Module]:

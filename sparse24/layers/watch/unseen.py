@@ -23,10 +23,10 @@ import weakref
 
 import torch
 
-from ..functional.soft import soft_threshold
-from . import packing
+from ...functional.soft import soft_threshold
+from .. import packing
+from ..state import PACKED, SOFT, SPARSE, mask_of, state_of
 from .owners import weights_moved
-from .state import PACKED, SOFT, SPARSE, mask_of, state_of
 
 ROWS, ROWS_FLOAT8 = 4, 64
 EVERY = 16  # passes or steps of a training

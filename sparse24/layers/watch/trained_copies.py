@@ -10,8 +10,8 @@ import weakref
 
 import torch
 
+from ..state import state_of
 from .optimizer_steps import after_any_step
-from .state import state_of
 
 #: id of a weight -> the copy that has it
 _copies: dict[int, weakref.ref] = {}

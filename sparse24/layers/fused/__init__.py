@@ -1,0 +1,1 @@
+"""Feed-forward blocks that run as one function: which can, what they are given, and whether they are still the same."""
