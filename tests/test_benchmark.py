@@ -13,7 +13,7 @@ import sparse24
 from sparse24.benchmark import arms, command, kernels, models, pytorch_sparse, suite, timing
 from sparse24.benchmark.models import Decoder, ModelShape
 from sparse24.errors import Sparse24Error
-from sparse24.layers import unseen
+from sparse24.layers.watch import unseen
 
 GATED = ModelShape("gated", "llama", 2, 64, 4, 2, 128, 0, 16, 2)
 PLAIN = ModelShape("plain", "gpt2", 2, 64, 4, 4, 128, 96, 16, 2)

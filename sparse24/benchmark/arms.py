@@ -16,7 +16,7 @@ from .. import ops
 from ..convert import sparse_layers, sparsify
 from ..layers import float8, mask_of, packing
 from ..layers.state import state_of
-from ..layers.unseen import Lookout
+from ..layers.watch.unseen import Lookout
 from ..recipe import Recipe
 from . import float8_dense
 from .models import Block, Decoder, DenseGatedMLP, ModelShape, compile_to_time, feed_forward
