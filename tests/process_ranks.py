@@ -5,6 +5,7 @@ import queue
 import time
 import traceback
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ class Ranks:
     """`world` processes, over "gloo" or "nccl"; `run(function)` returns function(rank) of each, in their order."""
 
     def __init__(self, world, init, backend="gloo"):
-        context = mp.get_context("spawn")
+        context = mp.get_context("spawn") if backend == "nccl" else forks.context()  # a fork has no CUDA
         self.results, self.queues = context.Queue(), [context.Queue() for _ in range(world)]
         shared = (world, init, backend)
         arguments = [(rank, *shared, tasks, self.results) for rank, tasks in enumerate(self.queues)]

@@ -1,10 +1,10 @@
 """What FSDP2 cannot gather packed, or should not, is told by name on every rank."""
 
 import datetime
-import multiprocessing
 import os
 import warnings
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -160,7 +160,7 @@ def _dies(rank, init, results):
 
 @pytest.mark.fault(97)
 def test_a_rank_that_dies_is_an_error_on_the_other_within_the_time_limit(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = forks.context()
     results = context.SimpleQueue()
     workers = [context.Process(target=_dies, args=(r, tmp_path / "init", results), daemon=True) for r in range(2)]
     for worker in workers:
