@@ -314,3 +314,11 @@ def test_recognising_a_block_calls_no_hooks_and_draws_no_numbers():
     before = torch.get_rng_state()
     sparse24.sparsify(root)
     assert not calls and torch.equal(before, torch.get_rng_state()) and root[0].training
+
+
+def test_a_gate_of_another_width_written_through_data_is_refused_as_by_dense_layers():
+    block = make(Gated, fuse=True)
+    block.gate_proj.weight.data, block.gate_proj.bias.data = torch.randn(32, 32), torch.randn(32)
+    with pytest.warns(sparse24.Sparse24Warning, match="was written since it was packed"):
+        with pytest.raises(RuntimeError, match="must match the size of tensor b"):
+            block(torch.randn(4, 32))

@@ -173,3 +173,25 @@ def test_gated_mlp_has_the_names_of_llama_and_refuses_unknown_activations():
     assert list(SparseGatedMLP(8, 16).state_dict()) == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
     with pytest.raises(Sparse24Error, match="activation must be one of silu.*got 'tanh'"):
         SparseGatedMLP(8, 16, activation="tanh")
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("x", [None, [1.0] * 16, torch.ones(2, 16).numpy()], ids=["None", "list", "numpy"])
+def test_an_input_that_is_no_tensor_is_refused(x):
+    gated = SparseGatedMLP(16, 64)
+    plain = MLP()
+    sparse24.sparsify(plain)
+    for module in (sparse_linear(), gated, plain):
+        with pytest.raises(Sparse24DtypeError, match="the input of a sparse layer must be a tensor, got"):
+            module(x)
+
+
+@pytest.mark.fault(42)
+@pytest.mark.parametrize("shape", [(1,), (2, 64), (1, 64), (16,)], ids=str)
+def test_a_bias_of_another_shape_is_refused(shape):
+    block = SparseGatedMLP(16, 64, bias=True)
+    before = block.gate_proj.bias
+    with pytest.raises(Sparse24Error, match=r"the bias of this sparse layer must have shape \(64,\), got"):
+        block.gate_proj.bias = nn.Parameter(torch.ones(shape))
+    assert block.gate_proj.bias is before
+    block.gate_proj.bias = nn.Parameter(torch.ones(64))

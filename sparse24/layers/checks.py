@@ -50,6 +50,21 @@ def check_weight(weight: nn.Parameter) -> None:
         )
 
 
+def check_bias(layer, bias: nn.Parameter | None) -> None:
+    """Before a sparse layer gets another bias. Raises Sparse24Error for one of another shape, which dense layers would
+    broadcast or refuse in the next forward pass.
+    """
+    weight = layer._parameters.get("weight")
+    if type(bias) is not nn.Parameter or type(weight) is not nn.Parameter:
+        return
+    out_features = layer.as_kernel_sees(weight.detach()).shape[0]
+    if bias.shape != (out_features,):
+        raise Sparse24Error(
+            f"the bias of this sparse layer must have shape ({out_features},), got {tuple(bias.shape)}; give it one "
+            "value for each output feature"
+        )
+
+
 def is_plain_parameter(weight: Tensor | None) -> bool:
     """Whether a weight is a Parameter of plain numbers: no quantised or other tensor subclass. Fake tensors pass."""
     return type(weight) is nn.Parameter or isinstance(weight, FakeTensor) or is_dtensor(weight)

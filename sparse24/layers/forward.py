@@ -96,15 +96,18 @@ def has_substituted_weight(layer: nn.Module) -> bool:
 
 
 def check_input(x: Tensor) -> None:
-    """Refuse what 2:4 products cannot take: the tracers of other compilers, and tensors of other libraries.
+    """Refuse what 2:4 products cannot take: tracers of other compilers, tensors of other libraries, other objects.
 
     Raises Sparse24Error with the way out.
     """
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing():
             raise Sparse24Error(f"2:4 layers cannot be traced by torch.jit.trace, nor exported through it{OTHER_WAYS}")
-        if type(x) is not Tensor and isinstance(x, torch.fx.Proxy):
-            raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
+        if type(x) is not Tensor:
+            if isinstance(x, torch.fx.Proxy):
+                raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
+            if not isinstance(x, Tensor):
+                raise Sparse24DtypeError(f"the input of a sparse layer must be a tensor, got {type(x).__name__}")
     elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         raise Sparse24Error(f"ONNX has no 2:4 products{OTHER_WAYS}")
     if type(x) is not Tensor and packing.is_dtensor(x):

@@ -54,7 +54,7 @@ class SparseGatedMLP(FusedFeedForward, GatedMLP):
         device=None,
         dtype=None,
         *,
-        mvue: bool = True,
+        mvue: bool | str = True,
         compute_dtype: torch.dtype | None = None,
         precision: str | None = None,
     ):

@@ -15,7 +15,8 @@ class SparseLinear(SparseLayer, nn.Linear):
 
     in_features, out_features  multiples of 4
     bias           a bias as in nn.Linear
-    mvue           prune the output gradient to 2:4 without bias, so that the weight gradient is a sparse product too
+    mvue           True or "output": prune the output gradient to 2:4 without bias, so that the weight gradient is a
+                   sparse product too; "input": prune the layer's input instead; False: neither
     compute_dtype  dtype of the packed values; default: that of the weight, and bfloat16 for float32 weights on a GPU
     precision      None: 16-bit products; "fp8-hybrid" or "fp8": 8-bit ones (docs/fp8.md)
 
@@ -34,7 +35,7 @@ class SparseLinear(SparseLayer, nn.Linear):
         device=None,
         dtype=None,
         *,
-        mvue: bool = True,
+        mvue: bool | str = True,
         compute_dtype: torch.dtype | None = None,
         precision: str | None = None,
     ):

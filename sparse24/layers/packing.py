@@ -80,6 +80,7 @@ def empty_mask(rows: int, cols: int, device: torch.device) -> Tensor:
     return torch.zeros(rows // 4, cols // 2, dtype=torch.uint8, device=device)
 
 
+@torch.inference_mode(False)  # what it makes is written later, outside of a caller's inference mode
 @torch.no_grad()
 def pack(layers: Iterable, *, search: bool) -> None:
     """Write the packed forms of `layers` from their weights, in place.

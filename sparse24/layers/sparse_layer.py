@@ -16,7 +16,7 @@ from ..errors import Sparse24Error
 from ..functional import pruned_operand
 from ..functional.soft import soft_scale
 from . import float8, packing
-from .checks import check_extents, check_weight, distributed_rank
+from .checks import check_bias, check_extents, check_weight, distributed_rank
 from .forward import OTHER_WAYS, dense_forward, sparse_forward
 from .packing import packed_dtype
 from .parallel import tensor_parallel
@@ -39,6 +39,7 @@ from .state import (
     add_buffers,
     division_of,
     drop_all,
+    is_ours,
     mask_of,
     shown_buffer,
     shown_constant,
@@ -141,6 +142,7 @@ class SparseLayer(WatchedWeight):
         state_of(self).generation += 1
         mask_of(self).copy_(tensor_parallel.part_of_mask(self, mask))
 
+    @torch.inference_mode(False)  # as in `packing.pack`
     def take_state(self, phase: str, mask: Tensor, soft_scale: Tensor | None = None) -> None:
         """Be in `phase` under `mask` (and S-STE's scale), those of the training that the weights come from; packs.
 
@@ -174,7 +176,7 @@ class SparseLayer(WatchedWeight):
     def _init_sparse(
         self,
         *,
-        mvue: bool = True,
+        mvue: bool | str = True,
         compute_dtype: torch.dtype | None = None,
         lean: bool = False,
         precision: str | None = None,
@@ -185,6 +187,7 @@ class SparseLayer(WatchedWeight):
         watch_replacements()
         cut = tensor_parallel.cut_of(self)
         self.__dict__[HOLDER] = LayerState(mvue, distributed_rank(), lean, compute_dtype, precision=precision, cut=cut)
+        self.set_mvue(mvue)
         unseen.share_lookout([self])
         add_buffers(self, (*LAYER_BUFFERS, *(float8.ALL_BUFFERS if precision else ())))
         self._repack()
@@ -246,6 +249,7 @@ class SparseLayer(WatchedWeight):
                 buffers[name] = tensor.new_empty(0) if left_out else tensor
         return no_mask
 
+    @torch.inference_mode(False)  # as in `packing.pack`
     def _repack(self, *, search: bool = False) -> None:
         """After the weight has changed behind the recipe's back: fit the buffers, pack, and search a missing mask."""
         search |= self._fit_buffers()
@@ -333,6 +337,8 @@ class SparseLayer(WatchedWeight):
     def register_parameter(self, name, param):
         # What `layer.weight = Parameter(...)` comes to, and the removal of weight norm, pruning and parametrizations.
         if name != "weight" or param is None or HOLDER not in self.__dict__:
+            if name == "bias" and HOLDER in self.__dict__:
+                check_bias(self, param)
             super().register_parameter(name, param)
             return
         old = self._parameters.get("weight")
@@ -355,8 +361,12 @@ class SparseLayer(WatchedWeight):
         state[HOLDER] = state[HOLDER].for_copy(copies.origin_for_copies(self))
         return state
 
+    @torch.inference_mode(False)  # as in `packing.pack`
     def __setstate__(self, state):
         super().__setstate__(state)
+        for name, tensor in self._buffers.items():
+            if is_ours(name) and tensor is not None and tensor.is_inference():  # copied inside of that mode
+                self._buffers[name] = tensor.clone()
         watch_replacements()
         self._repack()
         copies.watch_origin(self)

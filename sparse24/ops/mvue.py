@@ -18,8 +18,8 @@ TILE_TOKENS = 64
 def check_seed(seed: Tensor, like: Tensor) -> None:
     if seed.dtype != torch.int64 or seed.shape != (2,) or not seed.is_contiguous():
         raise Sparse24DtypeError(
-            f"seed must be an int64 tensor of two numbers, got {seed.dtype} of shape {tuple(seed.shape)}; "
-            "ops.draw_seed makes one"
+            "seed must be an int64 tensor of two numbers, one behind the other, got "
+            f"{seed.dtype} of shape {tuple(seed.shape)} and strides {seed.stride()}; ops.draw_seed makes one"
         )
     if seed.device != like.device:
         check_same_device(like, "dy", seed=seed)
