@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rounding import ANOTHER_ORDER
+from rounding import ANOTHER_ORDER, MANY_SUMS
 from tiny_layers import masked, sparse_linear
 from tiny_models import MLP
 from torch import nn
@@ -103,6 +103,47 @@ def test_double_backward_is_refused():
     (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+def input_gradient(module, x):
+    return torch.autograd.grad(module(x).sum(), x, create_graph=True)[0].square().sum()
+
+
+SECOND_DERIVATIVES = {
+    "penalty, for the input": lambda module, x: torch.autograd.grad(input_gradient(module, x), x),
+    "penalty, for an inner tensor": lambda module, x: input_gradient(module, 2 * x).backward(),
+    "penalty, for weights": lambda module, x: torch.autograd.grad(
+        input_gradient(module, x), [*module.parameters()], allow_unused=True
+    ),
+    "hessian": lambda module, x: torch.autograd.functional.hessian(lambda x: module(x).sum(), x),
+    "jvp": lambda module, x: torch.autograd.functional.jvp(module, x, x.detach()),
+    "hvp": lambda module, x: torch.autograd.functional.hvp(lambda x: module(x).sum(), x, x.detach()),
+}
+
+
+@pytest.mark.fault(51)
+@pytest.mark.parametrize("ask", SECOND_DERIVATIVES.values(), ids=SECOND_DERIVATIVES)
+@pytest.mark.parametrize("make", [
+    lambda: SparseLinear(16, 32), lambda: SparseLinear(16, 32, mvue="input"), lambda: SparseGatedMLP(16, 64),
+    lambda: SparseLinear(32, 32, precision="fp8"), lambda: SparseGatedMLP(16, 64, mvue="input"),
+], ids=["linear", "pruned input", "block", "8 bits", "block, pruned input"])  # fmt: skip
+def test_a_second_derivative_is_never_a_silent_zero(make, ask):
+    """Where the loss is a sum, the output's gradient is a constant, and `torch.autograd.grad` follows paths alone."""
+    module = make()
+    x = torch.randn(8, next(module.parameters()).shape[1], requires_grad=True)
+    with pytest.raises(RuntimeError, match="have no second derivatives.*densify") as raised:
+        ask(module, x)
+    assert isinstance(raised.value, Sparse24Error)
+
+
+@pytest.mark.fault(51)
+def test_gradients_with_a_graph_have_one_in_every_micro_batch():
+    layer, x = SparseLinear(16, 32, mvue=False), torch.randn(8, 16)
+    for _ in range(2):
+        layer(x).sum().backward(create_graph=True)
+    torch.testing.assert_close(layer.weight.grad.detach(), 2 * x.sum(0).expand(32, 16), **MANY_SUMS)
+    with pytest.raises(RuntimeError, match="have no second derivatives"):
+        layer.weight.grad.sum().backward()
 
 
 @pytest.mark.fault(52)

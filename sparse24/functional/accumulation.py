@@ -7,8 +7,24 @@ where autograd would do nothing else with the gradient; where somebody may be wa
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def suspended() -> Iterator[None]:
+    """In this thread autograd has all gradients within: those of a backward pass whose graph is made have one too."""
+    _thread.suspended = True
+    try:
+        yield
+    finally:
+        _thread.suspended = False
 
 
 def leaf_of(weight: Tensor) -> Tensor | None:
@@ -53,7 +69,7 @@ def _nobody_watches(leaf: Tensor) -> bool:
     not in `torch.autograd.grad` or `backward(inputs=...)` for others; and on CUDA only on the default stream or in a
     capture, since at the end of backward autograd waits for streams on which it has added itself.
     """
-    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks:
+    if leaf._backward_hooks or leaf._post_accumulate_grad_hooks or getattr(_thread, "suspended", False):
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False

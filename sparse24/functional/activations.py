@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import ops
 from ..ops.arguments import names_wrong_types
-from .operands import check_no_transform, once_differentiable
+from .operands import check_no_transform
+from .second_derivatives import once_differentiable
 from .weight_gradient import bias_gradient
 
 

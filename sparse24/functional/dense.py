@@ -23,9 +23,9 @@ from .operands import (
     check_no_transform,
     kept_input,
     noise_of,
-    once_differentiable,
     pruned_operand,
 )
+from .second_derivatives import once_differentiable
 from .weight_gradient import GradTarget, as_laid_out, bias_gradient, is_column_major, weight_gradient
 
 

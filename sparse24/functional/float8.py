@@ -21,7 +21,8 @@ from ..ops.feed_forward import BackwardOptions
 from ..ops.float8.feed_forward import feed_forward_float8, feed_forward_float8_backward
 from . import accumulation
 from .layer_gradients import as_autograd_takes, origin_of, parts_of, targets
-from .operands import both, cast_as_autocast_does, check_no_transform, once_differentiable
+from .operands import both, cast_as_autocast_does, check_no_transform
+from .second_derivatives import once_differentiable
 from .weight_gradient import (
     GradTarget,
     as_laid_out,

@@ -28,11 +28,11 @@ from .operands import (
     kept_weights,
     load_for_backward,
     noise_of,
-    once_differentiable,
     pruned_operand,
     save_for_backward,
     transposed_form,
 )
+from .second_derivatives import once_differentiable
 from .weight_gradient import GradTarget, as_laid_out, bias_gradient, is_column_major, weight_gradient
 
 

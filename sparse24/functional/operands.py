@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad, function
+from torch.autograd import forward_ad
 
 from .. import ops
 from ..errors import Sparse24DtypeError, Sparse24Error
@@ -48,33 +47,6 @@ def as_constants(form: PackedWeight | tuple) -> PackedWeight:
     if not (form.packed.requires_grad or form.packed_t.requires_grad):
         return form
     return form._replace(packed=form.packed.detach(), packed_t=form.packed_t.detach())
-
-
-def once_differentiable(backward: Callable) -> Callable:
-    """torch's, whose bracket costs as much as a launch, only where the graph of a backward pass is being made.
-
-    Raises Sparse24Error for a batch of gradients that backward cannot take.
-    """
-    guarded = function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def run(ctx, *grads):
-        try:
-            return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
-        except RuntimeError as error:
-            if any(map(_is_batch, grads)):
-                raise Sparse24Error(
-                    "the backward pass of 2:4 layers takes one gradient at a time, not a batch of them "
-                    "(is_grads_batched=True, jacobian(vectorize=True)); call torch.autograd.grad once for each, with "
-                    "retain_graph=True, or sparse24.densify(model) for such a computation"
-                ) from error
-            raise
-
-    return run
-
-
-def _is_batch(grad: object) -> bool:
-    return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 # ---- what backward keeps --------------------------------------------------------------------------------------------

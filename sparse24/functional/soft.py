@@ -15,7 +15,8 @@ from torch import Tensor
 from .. import ops, reference
 from ..errors import Sparse24Error
 from ..formats import as_rows
-from .operands import INPUT, OUTPUT, KeptInput, once_differentiable, pruned_operand
+from .operands import INPUT, OUTPUT, KeptInput, pruned_operand
+from .second_derivatives import once_differentiable
 from .weight_gradient import GradTarget, bias_gradient, weight_gradient
 
 
