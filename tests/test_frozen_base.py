@@ -179,3 +179,112 @@ def test_a_state_keeps_the_phase_of_frozen_layers(phase):
     assert torch.equal(fresh(x), model(x))
     with pytest.raises(sparse24.Sparse24Error, match="corrupt: its frozen layers"):
         recipe.load_state_dict(state | {"frozen_layers": ["fc1"]})
+
+
+@pytest.mark.fault(61)
+def test_s_ste_resumes_beside_a_frozen_layer():
+    """A layer that was never trained has no scale."""
+
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(MLP(), MLP())
+        sparse24.sparsify(model)
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return model, optimizer, sparse24.Recipe(model, optimizer, total_steps=8, method="s-ste", mvue=False)
+
+    model, optimizer, recipe = make()
+    x = torch.randn(8, 16)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    other, _, resumed = make()
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(recipe.state_dict())
+    assert torch.equal(other(x), model(x)) and resumed.step == 3
+    evaluated = nn.Sequential(MLP(), MLP())
+    evaluated.load_state_dict(model.state_dict())
+    sparse24.load_masks(evaluated, recipe.state_dict())
+    assert torch.equal(evaluated(x), model(x))
+    with pytest.raises(sparse24.Sparse24Error, match="'scaled_layers' does not name layers"):
+        resumed.load_state_dict(recipe.state_dict() | {"scaled_layers": ["0.fc1", "nowhere"]})
+
+
+# -- unfrozen later ---------------------------------------------------------------------------------------------------
+
+
+def unfrozen_run(unfreeze_at, frozen=("0",), method="fst", **settings):
+    """20 steps of three blocks, some of them frozen until a step; (model, recipe, data)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(MLP(), MLP(), MLP())
+    sparse24.sparsify(model)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    # A fused optimizer leaves no trace in versions, and the head keeps a graph where all blocks are frozen.
+    head = nn.Linear(16, 16)
+    optimizer = torch.optim.AdamW([*model.parameters(), *head.parameters()], 5e-2, fused=True)
+    recipe = sparse24.Recipe(
+        model, optimizer, total_steps=20, mask_interval=2, decay=0.1, mvue=False, method=method, track_blocks=True,
+        **settings,
+    )  # fmt: skip
+    x, y = torch.randn(2, 32, 16)
+    for step in range(20):
+        if step == unfreeze_at:
+            model.requires_grad_(True)
+        (head(model(x)) - y).square().mean().backward()
+        if recipe.phase == "sparse":
+            assert sparse24.verify(model), f"packed forms are behind at step {step}"
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, recipe
+
+
+@pytest.mark.fault(102)
+@pytest.mark.parametrize("frozen", [("0",), ("1",), ("0", "1", "2")], ids=["first", "middle", "all"])
+@pytest.mark.filterwarnings("ignore:the weights of all 6 sparse layers are frozen")
+def test_weights_that_are_unfrozen_later_are_trained_like_the_rest(frozen):
+    model, recipe = unfrozen_run(5, frozen)
+    assert recipe.phases.sparse_until == 17 and {layer.phase for layer in recipe.layers.values()} == {"dense"}
+    rates = [recipe.monitor.layer_rates()[name] for name in recipe.layers]
+    assert list(recipe.monitor.names) == list(recipe.layers) and len(rates) == 6
+    totals = torch.tensor(recipe.monitor.flips).sum(0)
+    assert (totals > 0).all(), "masks of all layers are searched"
+    assert recipe.block_flips.counts.numel() == sum(layer.weight.numel() // 16 for layer in recipe.layers.values())
+    per_layer = recipe.block_flips.counts.split([layer.weight.numel() // 16 for layer in recipe.layers.values()])
+    assert [int(counts.sum()) for counts in per_layer] == totals.tolist()
+
+
+@pytest.mark.fault(102)
+def test_a_layer_that_is_unfrozen_later_gets_masked_decay():
+    model = nn.Sequential(MLP(), MLP())
+    sparse24.sparsify(model)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    sparse24.Recipe(model, optimizer, total_steps=20, decay=0.5, dense_fraction=0)
+    model[0].requires_grad_(True)
+    layer = model[0].fc1
+    before, kept = layer.weight.detach().clone(), sparse24.ops.unpack_mask(layer.mask.view(torch.uint16))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), torch.where(kept, before, 0.5 * before), rtol=0, atol=0)
+
+
+@pytest.mark.fault(102)
+def test_a_state_with_unfrozen_layers_is_taken_up_once_they_are_unfrozen():
+    model, recipe = unfrozen_run(5)
+    state = recipe.state_dict()
+    _, frozen = unfrozen_run(99)
+    with pytest.raises(sparse24.Sparse24Error, match="freeze and unfreeze weights as they were then"):
+        frozen.load_state_dict(state)
+    for layer in frozen.layers.values():
+        layer.weight.requires_grad_(True)
+    frozen.load_state_dict(state)
+    assert frozen.monitor.flips == recipe.monitor.flips
+
+
+@pytest.mark.fault(102)
+def test_step_refuses_layers_without_a_second_moment():
+    with pytest.raises(sparse24.Sparse24Error, match="no second moment of them to keep"):
+        unfrozen_run(8, method="step", dense_fraction=0.25)

@@ -54,7 +54,12 @@ WRONG = [
     (pretrain, dict(steps="10"), "--steps must be an integer or None, got '10'"),
     (pretrain, dict(mask_interval=True), "--mask-interval must be an integer or None, got True"),
     (pretrain, dict(compile="no"), "--compile must be True or False, got 'no'"),
-    (SparseLinear, dict(in_features=16, out_features=32, mvue="no"), "mvue must be True or False, got 'no'"),
+    (
+        SparseLinear,
+        dict(in_features=16, out_features=32, mvue="no"),
+        'mvue must be True, "output", "input" or False, got .no.',
+    ),
+    (SparseLinear, dict(in_features=16, out_features=32, mvue=1), "mvue must be True or False or a string, got 1"),
     (SparseLinear, dict(in_features=16.0, out_features=32), "in_features must be an integer, got 16.0"),
     (SparseGatedMLP, dict(d_model=16, d_ff=32, bias="no"), "bias must be True or False, got 'no'"),
     (lambda **options: sparse24.densify(MLP(), **options), dict(masked="no"), "masked must be True or False, got 'no'"),
@@ -106,3 +111,13 @@ def test_warnings_point_at_the_callers_line(tmp_path):
             layer.phase = "dense"
         sparse24.export(model, tmp_path / "model.safetensors", masked=True)
     assert {warning.filename for warning in (*told, *of_export)} == {__file__}
+
+
+@pytest.mark.parametrize("name", ["mvue", "dense_fraction", "mask_interval", "method", "optimizer", "preset"])
+def test_a_setting_of_a_recipe_cannot_be_set_once_it_is_made(name):
+    """It would be taken without a word and change nothing."""
+    made = recipe()
+    with pytest.raises(Sparse24Error, match=f"^{name} of a recipe is fixed when it is made.*takeover=True"):
+        setattr(made, name, None)
+    made.decay, made.check_ranks_every, made.of_mine = 0.5, 2, "kept"
+    assert (made.decay, made.check_ranks_every, made.of_mine) == (0.5, 2, "kept")

@@ -157,6 +157,25 @@ def test_phase_that_differs_from_the_settings_is_refused_unless_overridden():
     assert longer.phase == "sparse"
 
 
+METHODS = ("fst", "ste", "sr-ste", "step", "s-ste", "mvue", "dense")
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("saved", METHODS)
+def test_override_takes_the_state_of_any_method(saved):
+    """It is the way out that the refusal names."""
+    model, optimizer, recipe = make(torch.optim.AdamW, lr=1e-3, method=saved, mask_interval=2, track_blocks=True)
+    run(model, optimizer, 7)
+    state = recipe.state_dict()
+    for method in METHODS:
+        model, optimizer, other = make(torch.optim.AdamW, lr=1e-3, method=method, mask_interval=2, track_blocks=True)
+        other.load_state_dict(state, override=True)
+        assert sparse24.verify(model), f"{saved} to {method}"
+        run(model, optimizer, 5)
+        other.load_state_dict(other.state_dict())
+        assert other.step == 12 and sparse24.verify(model), f"{saved} to {method}"
+
+
 def test_a_state_of_a_gpu_leaves_its_generators_alone_on_a_cpu(monkeypatch):
     *_, recipe = make()
     state = recipe.state_dict()

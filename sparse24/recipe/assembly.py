@@ -15,6 +15,7 @@ from .presets import Preset
 from .scaling import CastScales
 from .search import MaskSearch
 from .steps import Steps
+from .unfrozen import Unfrozen
 
 
 def assemble(
@@ -72,12 +73,19 @@ def reads_whole_weights(method: str, decay_in: str) -> str:
     return "method='s-ste' multiplies with soft-thresholded weights" if METHODS[method].soft else ""
 
 
-def begin(steps: Steps, settings: Preset) -> None:
-    """Set the layers up for this training, and search their masks."""
+def begin(steps: Steps, settings: Preset, layers: dict[str, SparseLayer]) -> None:
+    """Set the trained ones of `layers` up for this training, and search their masks."""
     mvue = True if settings.mvue in ("output", "auto") else settings.mvue
     rank, method = distributed_rank(), steps.method
-    for layer in steps.layers.values():
+
+    def begin_one(layer: SparseLayer) -> None:
         layer.train_as(mvue=mvue, rank=rank, soft=method.soft, dense_mvue=method.gradients_only)
+
+    for layer in steps.layers.values():
+        begin_one(layer)
+    if len(steps.layers) < len(layers):
+        plan = _phases(steps.phases.total_steps, settings, method, frozen=False)
+        steps.unfrozen = Unfrozen(layers, steps.layers, begin_one, plan)
     if settings.mvue == "auto":
         of_16_bits = {name: layer for name, layer in steps.layers.items() if name not in steps.scales.layers}
         steps.noise = NoiseWatch(of_16_bits, steps.search.interval)

@@ -30,6 +30,11 @@ class BlockFlips:
         self.counts = flips if self.counts is None else self.counts.add_(flips)
         self.searches += 1
 
+    def add_layer(self, start: int, blocks: int) -> None:
+        """Counts for the blocks of one more layer, which begin at `start`."""
+        if self.counts is not None:
+            self.counts = torch.cat([self.counts[:start], self.counts.new_zeros(blocks), self.counts[start:]])
+
     def state_dict(self) -> dict:
         """Plain numbers and tensors."""
         return {"searches": self.searches, "counts": [] if self.counts is None else [self.counts.clone()]}

@@ -61,6 +61,7 @@ class StepHooks:
         for handle in (*self._handles, *self._movers):
             handle.remove()
         self._handles, self._movers = [], []
+        self.keep = None  # recipe and hooks hold one another: let memory go without the garbage collector
 
     def __bool__(self) -> bool:
         """Whether they are still registered."""
@@ -168,6 +169,9 @@ class _Mover:
                 delattr(owner, self._name)
             else:
                 setattr(owner, self._name, self._own)
+
+    def __reduce__(self):
+        return getattr, (self._owner(), self._name)  # pickled, it is the owner's own method, as in a copy
 
     def __deepcopy__(self, memo):
         # The recipe does not come along with a copied optimizer; nor do the hooks of torch.

@@ -49,6 +49,14 @@ class FlipMonitor:
         self._waiting: tuple | None = None
         self._reported: set[str] = set()
 
+    def add_layer(self, index: int, name: str, size: int) -> None:
+        """One more layer from here on, at `index` of the names; it has not flipped so far."""
+        self._drain()
+        for values, value in ((self.names, name), (self.sizes, size), (self._peaks, 0)):
+            values.insert(index, value)
+        for flips in self.flips:
+            flips.insert(index, 0)
+
     def push(self, flips: Tensor, step: int, interval: int, progress: float | None) -> None:
         """A search after `step` steps, `interval` after the last; flips int64 [layers], on the device.
 
@@ -187,7 +195,10 @@ class FlipMonitor:
         n = len(state["steps"])
         shapes = (state["intervals"].shape, state["flips"].shape)
         if shapes != ((n,), (n, len(self.names))):
-            raise Sparse24Error(f"the flip history in the state does not fit {len(self.names)} layers")
+            raise Sparse24Error(
+                f"the flip history in the state does not fit {len(self.names)} layers; if others were frozen when it "
+                "was saved, freeze and unfreeze weights as they were then, and load it after that"
+            )
 
     def load_state_dict(self, state: dict) -> None:
         self._waiting = None

@@ -52,6 +52,10 @@ class NoiseWatch:
         self._has_said_unseen = False
         self._set()
 
+    def add_layer(self, name: str, layer: SparseLayer) -> None:
+        """One more layer, from the next look on."""
+        self.layers[name], self.chosen[name] = layer, OUTPUT
+
     def after_step(self, step: int) -> dict | None:
         """After optimizer step number `step`: decide by the last pass, or look at the next. An event, or None."""
         event = self._decide(step) if self._hooks else None

@@ -9,6 +9,7 @@ from ..layers.watch import copies
 from . import monitor
 from .block_flips import BlockFlips
 from .decay import MaskedDecay
+from .phases import Phases
 from .search import MaskSearch
 from .state import check_layers
 from .steps import Steps
@@ -26,6 +27,11 @@ class Readings:
     def step(self) -> int:
         """Optimizer steps taken."""
         return self._steps.taken
+
+    @property
+    def phases(self) -> Phases:
+        """Which steps are sparse and which dense."""
+        return self._steps.phases
 
     @property
     def total_steps(self) -> int:

@@ -34,6 +34,12 @@ from .scaling import CastScales
 from .surgery import ModelCheck
 from .takeover import pack_moved, take_over, trainable_layers, warn_of_frozen
 
+#: arguments of `Recipe` that nothing reads again: setting one later would change nothing
+FIXED = (
+    *("model", "optimizer", "total_steps", "mask_interval", "dense_fraction", "mvue", "method", "preset"),
+    *("decay_schedule", "dense_at", "track_blocks", "decay_in", "micro_batches", "takeover", "count_casts"),
+)
+
 
 class Recipe(Readings):
     """Trains the sparse layers of `model` with `optimizer`, from here to `total_steps` optimizer steps.
@@ -74,7 +80,8 @@ class Recipe(Readings):
     in a forward pass gets it as often.
 
     Frozen weights (`requires_grad_(False)`), such as those under LoRA adapters, keep the masks and the phase that they
-    have. Where all are frozen there is no dense phase either: adapters run over what they were trained over.
+    have. Where all are frozen there is no dense phase either: adapters run over what they were trained over. What is
+    unfrozen later, and in the optimizer, is trained like the rest from its next step on.
 
     Making it searches the masks of the current weights. Raises Sparse24Error for a model without sparse
     layers, an optimizer without their weights, and settings out of range.
@@ -133,20 +140,30 @@ class Recipe(Readings):
             trained, self.optimizer, total_steps, settings, scales, sharded, decay_in=decay_in,
             micro_batches=micro_batches, track_blocks=track_blocks, check_every=check_ranks_every,
         )  # fmt: skip
-        self.method, self.phases = self._steps.method, self._steps.phases
+        self.method = self._steps.method
         self._search, self._decay = self._steps.search, self._steps.decay
         self._steps.check = ModelCheck(model, self.layers, self.optimizer)
         self._capture = Capture(self._steps, self._decay)
         self._has_warned = False
         take_over(self, takeover)
         share_lookout(self.layers.values())
-        begin(self._steps, settings)
+        with torch.inference_mode(False):  # what is made here is written later, outside of a caller's inference mode
+            begin(self._steps, settings, self.layers)
+            self._decay.write(self.current_decay)
         self._hooks = StepHooks(chain, self._steps, self._capture, keep=self)
-        self._decay.write(self.current_decay)
         if not trained:
             warn_of_frozen(self.layers)
 
     # -- what users set -------------------------------------------------------------------------------------------
+
+    def __setattr__(self, name: str, value) -> None:
+        if name in FIXED and "_hooks" in self.__dict__:
+            raise Sparse24Error(
+                f"{name} of a recipe is fixed when it is made, and setting it would change nothing; make a new Recipe "
+                f"with another {name} and takeover=True, and give it the state of this one by "
+                "load_state_dict(recipe.state_dict(), override=True)"
+            )
+        super().__setattr__(name, value)
 
     @property
     def decay(self) -> float:
@@ -181,8 +198,9 @@ class Recipe(Readings):
 
         Raises Sparse24Error for a step below 0.
         """
-        self._steps.go_to(step, search=True)
-        self._decay.write(self.current_decay)
+        with torch.inference_mode(False):
+            self._steps.go_to(step, search=True)
+            self._decay.write(self.current_decay)
 
     def detach(self) -> None:
         """Take the hooks off the optimizer. The layers stay as they are, in their current phase."""
@@ -246,7 +264,10 @@ class Recipe(Readings):
         Load the model's weights before or after: either order gives the same masks and packed forms. Raises
         Sparse24Error, changing nothing, for a state that is corrupt, of another model or of other settings.
         """
-        state.load(state_dict, self.layers, self._steps, self._search, self._decay, override=override, rng=rng)
+        with torch.inference_mode(False):
+            if self._steps.unfrozen is not None:
+                self._steps.unfrozen.take_in(self._steps)
+            state.load(state_dict, self.layers, self._steps, self._search, self._decay, override=override, rng=rng)
         self._capture.forget()
 
     def __reduce_ex__(self, protocol):

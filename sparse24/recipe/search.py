@@ -69,6 +69,14 @@ class MaskSearch:
         self._before_step = 0  # the search that `_before` is of: the optimizer steps taken then
         self._gaps: dict[str, float] | None = None  # read once a search
 
+    def add_layer(self, name: str) -> None:
+        """`name` was put into `layers`: it has no flips so far."""
+        index = list(self.layers).index(name)
+        self.monitor.add_layer(index, name, self.layers[name].weight.numel())
+        if self.block_flips is not None:
+            blocks = [layer.weight.numel() // 16 for layer in self.layers.values()]
+            self.block_flips.add_layer(sum(blocks[:index]), blocks[index])
+
     @property
     def masks(self) -> list[Tensor]:
         return [mask_of(m) if isinstance(m, SparseLayer) else m.mask for m in self.layers.values()]
@@ -149,6 +157,15 @@ class MaskSearch:
         """Flip history, and counts of blocks where there are any; whoever owns the layers saves masks."""
         blocks = {"blocks": self.block_flips.state_dict()} if self.block_flips else {}
         return {"last_search": self.last, "masks_frozen": self.frozen, "monitor": self.monitor.state_dict(), **blocks}
+
+    def fitting_history(self, state: dict) -> dict:
+        """What to read in place of a flip history that is of other layers than these; {} where it fits."""
+        if state["monitor"]["flips"].shape[-1:] == (len(self.layers),):
+            return {}
+        return {
+            "monitor": monitor.FlipMonitor(self.layers, [0] * len(self.layers)).state_dict(),
+            "blocks": BlockFlips().state_dict(),
+        }
 
     def check_state(self, state: dict, masks: list[Tensor]) -> None:
         """Raises Sparse24Error for a state of other layers than these, whose masks `masks` are."""

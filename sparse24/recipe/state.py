@@ -67,7 +67,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
     """See `Recipe.state_dict`; `layers` are all layers of the recipe, frozen ones too."""
     check_layers(layers)
     steps.finish_interrupted()
-    scales = [s for layer in layers.values() if (s := state_of(layer).soft_scale) is not None]
+    scales = {name: s for name, layer in layers.items() if (s := state_of(layer).soft_scale) is not None}
     frozen = {name: state_of(layer).phase for name, layer in layers.items() if name not in steps.layers}
     return {
         "version": VERSION,
@@ -76,13 +76,14 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
         "settings": settings_of(steps, search, decay),
         "decay": decay.value,
         "masks": {name: tensor_parallel.whole_mask(layer).clone() for name, layer in layers.items()},
-        "scales": [scale.clone() for scale in scales],
+        "scales": [scale.clone() for scale in scales.values()],
         "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
         "rng": rng_state(next(iter(layers.values())).weight.device),
         **search.state_dict(),
         **({"casts": steps.scales.state_dict()} if steps.scales.layers else {}),
         **({"pruned": steps.noise.state_dict()} if steps.noise is not None else {}),
         **({"frozen_layers": frozen} if frozen else {}),
+        **({"scaled_layers": list(scales)} if len(scales) < len(layers) else {}),
     }
 
 
@@ -110,17 +111,21 @@ def load(
         )
     casts = state.get("casts", {})
     steps.scales.check_state(casts)
+    if override:
+        state = state | search.fitting_history(state)
     search.check_state(state, [masks[name] for name in search.layers])
+    hardens = _is_soft(state) and not steps.method.soft  # masks of S-STE are not transposable: search others
     for name, layer in layers.items():
-        layer.take_mask(masks[name])
+        if not (hardens and name in steps.layers):
+            layer.take_mask(masks[name])
         layer.keep_mask()
-    if steps.method.soft and state["scales"]:
-        for layer, scale in zip(layers.values(), state["scales"], strict=True):
-            layer.set_soft_scale(scale)
+    for name, scale in scales_of(state).items():
+        if steps.method.soft or name not in steps.layers:
+            layers[name].set_soft_scale(scale)
     decay.value = check_decay(state["decay"])
     search.load_state_dict(state)
     # From a dense state back to the sparse phase: search, since the saved masks are of weights long gone.
-    steps.go_to(state["step"], search=planned != state["phase"])
+    steps.go_to(state["step"], search=hardens or planned != state["phase"])
     if steps.noise is not None:
         steps.noise.load_state_dict(state.get("pruned", {}), state["step"])
     if steps.frozen_moment is not None and state["frozen_moment"]:
@@ -136,6 +141,16 @@ def load(
 def phases_of(state: dict) -> dict[str, str]:
     """name -> phase of each layer of a state: frozen ones have kept theirs."""
     return dict.fromkeys(state["masks"], state["phase"]) | state.get("frozen_layers", {})
+
+
+def scales_of(state: dict) -> dict[str, Tensor]:
+    """name -> S-STE's scale, of each layer of a state that has one: layers frozen from the start may have none."""
+    names = state.get("scaled_layers", state["masks"])
+    return dict(zip(names, state["scales"], strict=True)) if state["scales"] else {}
+
+
+def _is_soft(state: dict) -> bool:
+    return state["settings"].get("method") == "s-ste"
 
 
 def upgraded(state: dict) -> dict:
@@ -184,11 +199,14 @@ def check_state(
     _check_blocks(state.get("blocks", {"searches": 0, "counts": []}))
     noise.check_state(state.get("pruned", {}))
     _check_frozen(state.get("frozen_layers", {}), state["masks"])
-    _check_tensors(state["scales"], "scales", [torch.Size([])] * len(masks))
+    scaled = state.get("scaled_layers", list(masks))
+    if not isinstance(scaled, list) or not all(type(name) is str and name in masks for name in scaled):
+        raise Sparse24Error("the recipe state is corrupt: 'scaled_layers' does not name layers of it")
+    _check_tensors(state["scales"], "scales", [torch.Size([])] * len(scaled))
     if shapes is not None:
         _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
     _check_rng(state["rng"])
-    return _check_masks(state["masks"], masks, soft=state["settings"].get("method") == "s-ste")
+    return _check_masks(state["masks"], masks, soft=_is_soft(state))
 
 
 def _check_frozen(frozen: dict, masks: dict) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import nn
 
@@ -16,6 +18,12 @@ from .ranks import check_ranks
 from .scaling import CastScales
 from .search import MaskSearch
 from .surgery import ModelCheck
+
+
+class Joins(Protocol):
+    """What adds layers that are trained from now on, `unfrozen.Unfrozen`."""
+
+    def take_in(self, steps: Steps) -> None: ...
 
 
 class Steps:
@@ -45,7 +53,8 @@ class Steps:
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
         self.noise: NoiseWatch | None = None  # of mvue="auto"
         self.check: ModelCheck | None = None  # run before a step once the model was changed
-        self._entered = ""  # the phase that all layers are in
+        self.unfrozen: Joins | None = None  # where layers were frozen when the recipe was made
+        self.entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
 
     @property
@@ -73,6 +82,8 @@ class Steps:
         if self.check is not None and self.check.due:
             self.check.run(self.taken)
         self.finish_interrupted()
+        if self.unfrozen is not None:
+            self.unfrozen.take_in(self)
         if self.frozen_moment is not None:
             self.frozen_moment.before_step()
         self.decay.add(self.optimizer, self.current_decay)
@@ -102,7 +113,7 @@ class Steps:
         sharding.reshard(self.sharded)
         self._unfinished = step
         phase = self.phase_at(step)
-        if phase != self._entered:
+        if phase != self.entered:
             self.taken = step
             self.enter(phase, search=True)
         elif phase == SPARSE or self.method.watches:
@@ -139,14 +150,14 @@ class Steps:
             self.frozen_moment = FrozenSecondMoment(self.optimizer, self.weights())
         for layer in self.layers.values():
             layer.enter(phase)
-        self._entered = phase
+        self.entered = phase
 
     def weights(self) -> list[torch.Tensor]:
         return [layer.weight for layer in unique_weights(self.layers)]
 
     def repack(self) -> None:
         """Pack weights that were moved between two steps, under the present masks."""
-        if self._entered == SPARSE:
+        if self.entered == SPARSE:
             packing.pack(self.layers.values(), search=False)
 
     def go_to(self, step: int, *, search: bool) -> None:

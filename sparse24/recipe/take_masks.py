@@ -16,7 +16,7 @@ from ..layers.modules import SparseLayer, state_of
 from ..layers.parallel.tensor_parallel import whole_mask
 from ..layers.watch.copies import settle
 from ..options import checked_options
-from .state import check_state, phases_of, upgraded
+from .state import check_state, phases_of, scales_of, upgraded
 
 
 @checked_options()
@@ -75,10 +75,9 @@ def load_masks(model: nn.Module, recipe_state: dict) -> int:
     shapes = {name: torch.Size((mask.shape[0] * 4, mask.shape[1] * 2)) for name, mask in masks.items()}
     checked = check_state(recipe_state, {}, masks, override=True, shapes=None)
     layers = _layers_named(model, shapes, "the recipe state", {})
-    scales = recipe_state["scales"] or [None] * len(layers)
-    phases = phases_of(recipe_state)
-    for (name, mask), scale in zip(checked.items(), scales, strict=True):
-        layers[name].take_state(phases[name], mask, scale)
+    scales, phases = scales_of(recipe_state), phases_of(recipe_state)
+    for name, mask in checked.items():
+        layers[name].take_state(phases[name], mask, scales.get(name))
         settle(layers[name])
     return len(layers)
 

@@ -84,7 +84,7 @@ def warn_of_frozen(layers: Layers) -> None:
     """Warn: a recipe over frozen layers is right under adapters, and a mistake otherwise."""
     warnings.warn(
         f"the weights of all {len(layers)} sparse layers are frozen: their masks and their phase stay, and nothing "
-        "decays. If they should be trained, requires_grad_() them before the recipe is made",
+        "decays. If they should be trained, requires_grad_() them, with an optimizer that has them",
         Sparse24Warning,
         stacklevel=4,
     )
