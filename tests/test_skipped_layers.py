@@ -112,3 +112,51 @@ def test_report_is_a_table_with_reasons():
     assert any(line.split()[:5] == ["good.fc1", "32", "x", "16", "2:4"] for line in text.splitlines())
     assert "8 x 6 is not a multiple of 4" in text
     assert report and report.shapes["good.fc1"] == (32, 16) and "cpu" in report.reasons["good.fc1"]
+
+
+class FusedByHand(nn.Module):
+    """As kernels for whole blocks read it: the weights, and not the layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = torch.relu(nn.functional.linear(x, self.fc1.weight, self.fc1.bias))
+        return nn.functional.linear(x, self.fc2.weight, self.fc2.bias)
+
+
+class Calls(FusedByHand):
+    def forward(self, x):
+        return self.fc2(torch.relu(self.fc1(x.to(self.fc1.weight.dtype))))
+
+
+class CallsElsewhere(FusedByHand):
+    def up(self, x):
+        return torch.relu(self.fc1(x))
+
+    def forward(self, x):
+        return self.fc2(self.up(x) + 0 * self.fc1.weight.sum() + 0 * self.fc2.weight.sum())
+
+
+class Iterates(FusedByHand):
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x) + 0 * self.fc1.weight.sum()
+        return x
+
+
+@pytest.mark.fault(104)
+def test_layers_that_nobody_calls_are_skipped_with_the_reason():
+    """They would stay dense without a word, whatever the report says."""
+    reasons = skipped(FusedByHand())
+    assert set(reasons) == {"fc1", "fc2"}
+    assert all("FusedByHand multiplies with its weight and does not call it" in r for r in reasons.values())
+    with pytest.raises(sparse24.Sparse24Error, match=r"fc1: the forward of FusedByHand .*; let it call self.fc1\(x\)"):
+        sparse24.sparsify(FusedByHand(), include=("fc*",))
+
+
+@pytest.mark.fault(104)
+@pytest.mark.parametrize("block", [Calls, CallsElsewhere, Iterates, MLP])
+def test_layers_that_are_called_somewhere_are_converted(block):
+    assert sparse24.sparsify(block()).converted == ["fc1", "fc2"]

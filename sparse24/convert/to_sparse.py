@@ -19,6 +19,7 @@ from ..layers import DTYPES, float8, state_of
 from ..layers.parallel import sharding
 from ..options import at_least, checked_options, one_of
 from . import choice, cost_model, structure
+from .bypassed import why_bypassed
 from .candidates import find_candidates, linear_names, patterns, some, weight_owners, why_not
 from .classes import make_sparse
 from .cost_model import Training
@@ -114,7 +115,7 @@ def _choose(
     blocks = {name: ffn for ffn in structure.find_feed_forwards(model) for name in ffn.layers}
     todo: dict[str, nn.Module] = {}
     for name, module in chosen.items():
-        reason = why_not(module, owners, allow_tied) or unavailable
+        reason = why_not(module, owners, allow_tied) or why_bypassed(model, name) or unavailable
         if reason is None:
             block = blocks.get(name)
             whole = block is not None and all(layer in chosen for layer in block.layers)
