@@ -72,6 +72,15 @@ def test_a_full_device_is_named_and_no_folder_is_left(writer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.fault(62)
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="no /proc, where nobody may make files")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_place_that_takes_no_files_is_not_called_full(writer):
+    with pytest.raises(Sparse24FileError, match="could not be written .* name a place in a folder") as error:
+        write_atomically("/proc/of-sparse24", WRITERS[writer])
+    assert "full" not in str(error.value) and error.value.errno
+
+
 def test_other_exceptions_pass_through(tmp_path):
     for error in (RuntimeError("of mine"), KeyboardInterrupt()):
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -10,6 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import Sparse24FileError
+
+#: errors that no room on the disk helps against
+_NOT_OURS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -> None:
@@ -26,6 +30,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], object]) -
     temporary = _beside(path)
     try:
         with refusals_named(path):
+            temporary.touch()  # Python says why a place takes no files, where torch and safetensors do not
             write(temporary)
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -100,12 +105,14 @@ def refusals_named(path: str | os.PathLike, remedy: str = "") -> Iterator[None]:
     except Exception as error:
         if not _is_refusal(error):
             raise
-        reason = _reason(error)
+        reason, number = _reason(error), getattr(error, "errno", None)
         remedy = remedy or "make room on that disk, or raise the limit of file sizes (ulimit -f), and write again"
+        if number in _NOT_OURS:
+            remedy = "name a place in a folder that is there and that this process may write to"
         named = Sparse24FileError(
             f"{path} could not be written ({reason}); what was there before is untouched: {remedy}"
         )
-        named.errno, named.reason = getattr(error, "errno", None), reason
+        named.errno, named.reason = number, reason
         raise named from error
 
 
