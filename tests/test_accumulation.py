@@ -1,5 +1,7 @@
 """Gradients of later micro-batches: the product adds them to `.grad`, and only where autograd would do just that."""
 
+import threading
+
 import pytest
 import torch
 from rounding import ANOTHER_ORDER
@@ -216,3 +218,30 @@ def test_a_stacked_target_has_nothing_foreign_in_it(places, fits, monkeypatch):
     assert (target is not None) == fits
     if fits:
         assert target.shape == (128, 32) and target.data_ptr() == flat.data_ptr()
+
+
+@pytest.mark.fault(34)
+def test_threads_that_share_a_weight_lose_no_gradient(monkeypatch):
+    """On whole numbers sums are exact in any order. Autograd adds under a lock; a product has none."""
+    layer, original, targets = SparseLinear(64, 64, bias=False, mvue=False), accumulation.target, []
+    xs = torch.randint(-8, 9, (4, 16, 64)).float()
+    layer(xs[0]).sum().backward()
+    layer.weight.grad.zero_()
+
+    def watch(leaf, dtype):
+        targets.append(original(leaf, dtype))
+        return targets[-1]
+
+    def work(x):
+        for _ in range(50):
+            layer(x).sum().backward()
+
+    monkeypatch.setattr(accumulation, "target", watch)
+    threads = [threading.Thread(target=work, args=(x,)) for x in xs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(layer.weight.grad, 50 * xs.sum((0, 1)).expand(64, 64)) and targets == [None] * 200
+    layer(xs[0]).sum().backward()
+    assert targets[-1] is layer.weight.grad, "one thread again"

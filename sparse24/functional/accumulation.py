@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 _thread = threading.local()
+#: threads that have run backward on the CPU, as far as they may still do so
+_threads: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -34,7 +36,11 @@ def leaf_of(weight: Tensor) -> Tensor | None:
 
 def target(leaf: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """`leaf.grad`, if a product with operands of `dtype` may add to it in this backward pass; None if not."""
-    if leaf is None or (grad := leaf.grad) is None or torch.compiler.is_compiling():
+    if leaf is None or torch.compiler.is_compiling():
+        return None
+    if not leaf.is_cuda and _threads != {threading.get_ident()} and not _is_only_thread():
+        return None
+    if (grad := leaf.grad) is None:
         return None  # the first gradient becomes .grad as it is, without a copy
     fits = grad.dtype in (dtype, torch.float32) and grad.is_contiguous() and type(grad) is Tensor
     return grad if fits and not grad.requires_grad and _nobody_watches(leaf) else None
@@ -66,8 +72,9 @@ def _nobody_watches(leaf: Tensor) -> bool:
     """Whether autograd would only add this gradient to `.grad`.
 
     Not under torch.distributed, whose wrappers hang their reductions on the addition; not with hooks on the parameter;
-    not in `torch.autograd.grad` or `backward(inputs=...)` for others; and on CUDA only on the default stream or in a
-    capture, since at the end of backward autograd waits for streams on which it has added itself.
+    not in `torch.autograd.grad` or `backward(inputs=...)` for others; on a CPU not while several threads run backward,
+    whose additions autograd locks; and on CUDA only on the default stream or in a capture, since at the end of backward
+    autograd waits for streams on which it has added itself.
     """
     if leaf._backward_hooks or leaf._post_accumulate_grad_hooks or getattr(_thread, "suspended", False):
         return False
@@ -81,3 +88,10 @@ def _nobody_watches(leaf: Tensor) -> bool:
         return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(leaf).node)
     except RuntimeError:  # torch.autograd.grad
         return False
+
+
+def _is_only_thread() -> bool:
+    """Whether no other thread that has run backward is still there; notes this one."""
+    _threads.intersection_update([thread.ident for thread in threading.enumerate()])
+    _threads.add(threading.get_ident())
+    return len(_threads) == 1
