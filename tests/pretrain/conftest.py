@@ -1,13 +1,14 @@
 """A small text and settings under which a whole run takes a second or two."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
+
+from run_files import draw_nothing  # noqa: E402
 
 from sparse24.pretrain import Settings  # noqa: E402
 
@@ -39,14 +40,12 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def pictures(request, monkeypatch):
-    """Figures are made but not rendered, which would be three quarters of the time of a run this small.
+    """Figures are made but not rendered.
 
     A test that takes `rendered` has them whole, and so has what fixtures of a module have made.
     """
     if "rendered" not in request.fixturenames:
-        monkeypatch.setattr(
-            "matplotlib.figure.Figure.savefig", lambda self, path, **_: Path(path).write_bytes(b"drawn")
-        )
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", draw_nothing)
 
 
 @pytest.fixture

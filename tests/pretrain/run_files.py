@@ -1,7 +1,11 @@
-"""What a run of `pretrain` leaves behind, and how to stop one: shared by the tests of resuming, crashes and damage."""
+"""What a run of `pretrain` leaves behind, how to stop one, and how to have one in a process of its own."""
 
+import os
 import signal
+import sys
+from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from sparse24.pretrain import checkpoint
@@ -35,3 +39,29 @@ def stop_at(step, number=signal.SIGINT):
             signal.raise_signal(number)
 
     return on_step
+
+
+def draw_nothing(figure, path, **_):
+    """In place of Figure.savefig: rendering would be three quarters of the time of a run this small."""
+    Path(path).write_bytes(b"drawn")
+
+
+def alone(told, function, *arguments):
+    """The body of a process (forks.py): `function`, without rendered figures; what it tells goes to the file `told`."""
+    from matplotlib.figure import Figure
+
+    Figure.savefig = draw_nothing
+    torch.set_num_threads(1)
+    stream = os.open(told, os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(stream, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))
+    function(*arguments)
+
+
+def command_line(*arguments):
+    """`python -m sparse24` with these arguments."""
+    from sparse24 import cli
+
+    sys.argv = ["sparse24", *map(str, arguments)]
+    cli.main()

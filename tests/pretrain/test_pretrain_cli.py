@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 
+import forks
 import pytest
+from run_files import alone, command_line
 
 from sparse24.pretrain.metrics import read_rows
 
@@ -110,55 +112,50 @@ def test_tune_prints_a_command_that_trains_with_the_decay(run_cli, text_file, ca
     assert rows[-1]["step"] == 9 and {row["decay"] for row in rows} > {float(words[-1])}
 
 
-def test_importing_sparse24_imports_none_of_the_job():
-    code = (
-        "import sys, sparse24; "
-        "print([m for m in ('transformers', 'tokenizers', 'typer', 'matplotlib', 'tensorboard', 'safetensors', "
-        "'sparse24.pretrain') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are no bytes")
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_file_names_may_be_any_bytes(arguments, text_file, tmp_path, encoding):
-    """Text in files whose names are not UTF-8, and a terminal that cannot print them."""
-    data, out = tmp_path / os.fsdecode(b"data \xff"), tmp_path / "run"
+@pytest.fixture
+def strange_names(text_file, tmp_path):
+    """Options for a folder of texts whose names are not UTF-8."""
+    if sys.platform != "linux":
+        pytest.skip("elsewhere file names are no bytes")
+    data = tmp_path / os.fsdecode(b"data \xff")
     data.mkdir()
     (data / os.fsdecode(b"\xe9t\xe9.txt")).write_bytes(text_file.read_bytes())
     (data / os.fsdecode(b"\xff.bin")).write_bytes(b"\0")
-    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"} if encoding == "ascii" else {}
+    return ["--data", str(data), "--ffn", "sparse"]
+
+
+def test_file_names_may_be_any_bytes(arguments, strange_names, tmp_path):
+    words = (*arguments, *strange_names)
+    process = forks.context().Process(target=alone, args=(tmp_path / "told", command_line, *words))
+    process.start()
+    process.join(timeout=120)
+    told = (tmp_path / "told").read_bytes()
+    assert process.exitcode == 0, told[-2000:]
+    assert b"skipped" in told and (tmp_path / "run" / "summary.md").is_file()
+
+
+def test_file_names_may_be_any_bytes_on_a_terminal_that_cannot_print_them(arguments, strange_names, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "sparse24", *map(str, arguments), "--data", str(data), "--ffn", "sparse"],
-        env=os.environ | {"PYTHONIOENCODING": encoding} | locale,
+        [sys.executable, "-m", "sparse24", *map(str, arguments), *strange_names],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert b"skipped" in done.stdout + done.stderr and (out / "summary.md").is_file()
+    assert b"skipped" in done.stdout + done.stderr and (tmp_path / "run" / "summary.md").is_file()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM")
 def test_sigterm_saves_and_exits_with_143(arguments, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "sparse24",
-        *map(str, arguments),
-        "--ffn",
-        "dense",
-        "--steps",
-        "100000",
-        "--warmup",
-        "10",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    words = (*arguments, "--ffn", "dense", "--steps", "100000", "--warmup", "10")
+    process = forks.context().Process(target=alone, args=(tmp_path / "told", command_line, *words))
+    process.start()
     deadline = time.monotonic() + 240
     while len(read_rows(tmp_path / "run" / "metrics.csv")) < 5 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 143, err
-    assert "stopped; saved" in err and "--resume --out" in err
+    process.join(timeout=120)
+    told = (tmp_path / "told").read_text()
+    assert process.exitcode == 143, told
+    assert "stopped; saved" in told and "--resume --out" in told
     (saved,) = (tmp_path / "run" / "checkpoint" / "dense").iterdir()
     assert int(saved.name.removeprefix("step-")) == read_rows(tmp_path / "run" / "metrics.csv")[-1]["step"]

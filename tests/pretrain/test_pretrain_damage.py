@@ -2,14 +2,14 @@
 
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
+import forks
 import numpy as np
 import pytest
 import torch
-from run_files import final_weights, history, stop_at
+from run_files import alone, command_line, final_weights, history, stop_at
 from safetensors.torch import load_file
 
 from sparse24.errors import Sparse24Error
@@ -17,6 +17,7 @@ from sparse24.files import LOCK
 from sparse24.pretrain import Stopped, checkpoint, pretrain, tokens
 from sparse24.pretrain.metrics import read_rows
 from sparse24.pretrain.settings import resolve
+from sparse24.pretrain.train import Trainer
 
 
 @pytest.fixture
@@ -217,55 +218,46 @@ def test_changed_tokens_in_the_cache_are_made_anew(small, tmp_path, name):
 
 # ---- a full disk ---------------------------------------------------------------------------------------------------
 
-FULL = """
-import json, os, resource, sys
-from sparse24 import cli
-from sparse24.pretrain.train import Trainer
-step = Trainer.train_step
 
-def limited(self):
-    if self.step == 7:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    return step(self)
+def with_a_full_disk(limit, *arguments):
+    """`python -m sparse24` that can write no larger file from step 7 on."""
+    step = Trainer.train_step
 
-Trainer.train_step = limited
-for limit, arguments in json.loads(sys.argv[1]):
-    sys.argv[1:] = arguments
-    try:
-        cli.main()
-    except SystemExit as ended:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        print(json.dumps([limit, ended.code]), flush=True)
-    print("", "next run", "", sep="\\n", file=sys.stderr, flush=True)
-"""
+    def limited(self):
+        if self.step == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return step(self)
+
+    Trainer.train_step = limited
+    command_line(*arguments)
 
 
 @pytest.mark.fault(62)
-def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_resume_goes_on(small, quiet, tmp_path):
+@pytest.mark.parametrize("limit", [1, 30_000, 100_000])
+def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_resume_goes_on(small, quiet, tmp_path, limit):
     """The limit of file sizes stands for the disk: metrics, weights and state meet it in turn."""
-    limits, whole, s = (1, 30_000, 100_000), tmp_path / "whole", small(ffn=("dense",))
+    out, whole, s = tmp_path / "run", tmp_path / "whole", small(ffn=("dense",))
     pretrain(small(ffn=("dense",), out=str(whole)), quiet)
     words = [f"--{name.replace('_', '-')}={getattr(s, name)}" for name in (
         "cache_dir", "device", "layers", "width", "heads", "ctx", "vocab_size", "batch", "micro_batch", "steps",
         "warmup", "lr", "mask_interval", "eval_interval", "eval_tokens", "save_interval", "samples", "sample_tokens",
+        "out",
     )]  # fmt: skip
-    arguments = ["pretrain", "--data", s.data[0], "--ffn", "dense", *words]
-    runs = [(limit, [*arguments, f"--out={tmp_path / str(limit)}"]) for limit in limits]
-    command = [sys.executable, "-c", FULL, json.dumps(runs)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    statuses = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert statuses == [[limit, 2] for limit in limits], done.stderr
+    os.mkfifo(tmp_path / "told")  # a pipe may be written to
+    arguments = (limit, "pretrain", "--data", s.data[0], "--ffn", "dense", *words)
+    process = forks.context().Process(target=alone, args=(tmp_path / "told", with_a_full_disk, *arguments))
+    process.start()
+    told = (tmp_path / "told").read_text()
+    process.join(timeout=240)
+    assert process.exitcode == 2 and "Traceback" not in told, told
     expected, weights = history(whole, "dense"), final_weights(whole, "dense")
-    for limit, told in zip(limits, done.stderr.split("\nnext run\n"), strict=False):
-        out, last = tmp_path / str(limit), told.strip().splitlines()[-1]
-        assert last.startswith("error: ") and "could not be written" in last and "make room, then --resume" in last
-        assert [p.name for p in (out / "checkpoint" / "dense").iterdir()] == ["step-000005"]
-        pretrain(small(ffn=("dense",), out=str(out), resume=True), quiet)
-        assert history(out, "dense") == expected, limit
-        ours = final_weights(out, "dense")
-        assert ours.keys() == weights.keys() and all(torch.equal(ours[k], weights[k]) for k in weights), limit
+    last = told.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "could not be written" in last and "make room, then --resume" in last
+    assert [p.name for p in (out / "checkpoint" / "dense").iterdir()] == ["step-000005"]
+    pretrain(small(ffn=("dense",), resume=True), quiet)
+    assert history(out, "dense") == expected
+    ours = final_weights(out, "dense")
+    assert ours.keys() == weights.keys() and all(torch.equal(ours[k], weights[k]) for k in weights)
 
 
 # ---- the loop itself -----------------------------------------------------------------------------------------------
