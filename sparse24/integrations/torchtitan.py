@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ..convert import SparsifyReport, sparse_layers, sparsify
 from ..errors import Sparse24Error
 from ..layers.parallel import packed_gather, sharding
+from ..layers.watch.optimizer_steps import parameters_of
 from ..options import checked_options
 from ..recipe import Recipe, load_masks
 from .settings import split_settings
@@ -147,7 +148,7 @@ class Sparse24Converter:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if not self._waiting:  # each converted model has its recipe
             return
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        held = parameters_of(optimizer)
         for model in list(self._waiting):
             weights = [layer.weight for layer in sparse_layers(model).values() if layer.weight.requires_grad]
             if weights and all(id(weight) in held for weight in weights):

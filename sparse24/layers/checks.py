@@ -19,11 +19,13 @@ def check_module(value, argument: str = "model") -> None:
         raise Sparse24Error(f"{argument} must be a torch.nn.Module, got {type(value).__name__}")
 
 
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def distributed_rank() -> int:
     """This process's rank, 0 outside torch.distributed. It is mixed into the noise, which must differ by rank."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0
+    return torch.distributed.get_rank() if is_distributed() else 0
 
 
 def check_extents(weight: Tensor) -> None:

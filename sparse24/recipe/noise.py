@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import Sparse24Error
+from ..functional.operands import INPUT, OUTPUT
 from ..layers.modules import SparseLayer
 from ..layers.parallel import sharding
 
-OUTPUT, INPUT = "output", "input"
 #: a layer changes to the other operand when that has less than this part of the present one's noise
 MARGIN = 0.8
 #: tokens of a pass that are looked at

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers.modules import SparseLayer
+from ..layers.watch.optimizer_steps import parameters_of
 
 #: names under which wrappers keep the optimizer that they wrap
 INNER = ("optimizer", "base_optimizer", "_base_optimizer", "base", "_base", "_optimizer")
@@ -26,7 +27,7 @@ def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
     if not chains:
         raise Sparse24Error("optimizer is an empty list; give the optimizer that holds the sparse weights")
     wanted = {id(layer.weight) for layer in layers.values() if layer.weight.requires_grad}
-    held = [chain for chain in chains if wanted & _parameters(chain[-1])] if wanted else chains[:1]
+    held = [chain for chain in chains if wanted & parameters_of(chain[-1])] if wanted else chains[:1]
     if len(held) > 1:
         raise Sparse24Error("the sparse weights are spread over several optimizers; give them all to one")
     if not held:
@@ -34,7 +35,7 @@ def chain_of(optimizer, layers: dict[str, SparseLayer]) -> list:
             "no sparse weight that requires a gradient is in the optimizer; was it made for another model, or before "
             "the weights were replaced?"
         )
-    left = [name for name, layer in layers.items() if id(layer.weight) in wanted - _parameters(held[0][-1])]
+    left = [name for name, layer in layers.items() if id(layer.weight) in wanted - parameters_of(held[0][-1])]
     if left:
         warnings.warn(
             f"the optimizer does not hold the weights of {', '.join(left[:4])} ({len(left)} sparse layers). If another "
@@ -94,5 +95,10 @@ def _wrapped_by(optimizer):
     return None
 
 
-def _parameters(optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def has_skipped(optimizer) -> bool:
+    """Whether a fused optimizer, which runs its hooks all the same, has skipped a step: GradScaler found Inf or NaN.
+
+    One read of the device.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and float(found_inf) != 0

@@ -16,6 +16,7 @@ from ..errors import Sparse24Error
 from ..layers.modules import SparseLayer
 from ..options import at_least, checked_options
 from . import monitor
+from .optimizers import has_skipped
 from .search import MaskSearch, WatchedLayer
 
 
@@ -103,8 +104,7 @@ class MaskProbe:
         self.step = state["step"]
 
     def _post_hook(self, optimizer, args, kwargs) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer that has skipped the step
-        if found_inf is None or float(found_inf) == 0:
+        if not has_skipped(optimizer):
             self.after_step()
 
 

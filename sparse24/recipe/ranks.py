@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import Sparse24Error
+from ..layers.checks import is_distributed
 from ..layers.modules import SparseLayer, mask_of
 from ..layers.parallel import tensor_parallel
 from ..layers.watch.copies import checksum
@@ -17,7 +18,7 @@ def check_ranks(layers: dict[str, SparseLayer]) -> None:
 
     Of a tensor-parallel layer, the ranks that have the same part of it are compared.
     """
-    if not layers or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not layers or not is_distributed():
         return
     places = [tensor_parallel.place(layer) for layer in layers.values()]
     sums = torch.stack([checksum(mask_of(layer)) for layer in layers.values()])

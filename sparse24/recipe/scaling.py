@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import Sparse24Error
 from ..layers import SparseLayer, float8, packing
+from ..layers.checks import is_distributed
 
 
 class CastScales:
@@ -89,5 +90,5 @@ class CastScales:
 
 
 def _all_reduce_max(largest: Tensor) -> None:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if is_distributed():
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)

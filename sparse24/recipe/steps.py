@@ -13,6 +13,7 @@ from ..layers.parallel import sharding
 from .decay import MaskedDecay, unique_weights
 from .methods import FrozenSecondMoment, Method
 from .noise import NoiseWatch
+from .optimizers import has_skipped
 from .phases import Phases
 from .ranks import check_ranks
 from .scaling import CastScales
@@ -94,9 +95,7 @@ class Steps:
             self.frozen_moment.after_step()
         elif self.method.freezes_second_moment:  # what an optimizer keeps shows after its first step
             FrozenSecondMoment.check(self.optimizer, self.weights())
-        # Fused optimizers skip a step by themselves when GradScaler has found Inf or NaN: one read, after the step.
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
+        if has_skipped(self.optimizer):
             for layer in self.layers.values():  # the optimizer may have written to weights, but not changed them
                 layer.note_packed()
             return

@@ -11,6 +11,7 @@ from torch import nn
 from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers.modules import SparseLayer
+from ..layers.watch.optimizer_steps import parameters_of
 from ..layers.watch.owners import owner_of
 
 
@@ -47,7 +48,7 @@ class ModelCheck:
     def _check_layers(self, model: nn.Module, step: int) -> None:
         there = set(map(id, model.modules()))
         gone = [name for name, layer in self.layers.items() if id(layer) not in there]
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        held = parameters_of(self.optimizer)
         new = [
             name
             for name, layer in sparse_layers(model).items()

@@ -29,6 +29,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
         return
     listeners = [listener for listener, concerned in _listeners.items() if concerned]
     if listeners:
-        stepped = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        stepped = parameters_of(optimizer)
         for listener in listeners:
             listener(optimizer, stepped)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
+    """The ids of what it trains."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
