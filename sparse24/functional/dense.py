@@ -26,7 +26,7 @@ from .operands import (
     pruned_operand,
 )
 from .second_derivatives import once_differentiable
-from .weight_gradient import GradTarget, as_laid_out, bias_gradient, is_column_major, weight_gradient
+from .weight_gradient import GradTarget, as_laid_out, bias_gradient, lies_by_columns, weight_gradient
 
 
 class _DenseLinear(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _DenseLinear(torch.autograd.Function):
         ctx.save_for_backward(weight, noise.seed, *kept)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.prunes_output, ctx.rank = noise.operands[0] == OUTPUT, noise.rank
-        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
+        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), lies_by_columns(weight)
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod

@@ -28,7 +28,7 @@ from .weight_gradient import (
     as_laid_out,
     bias_gradient,
     dense_weight_gradient,
-    is_column_major,
+    lies_by_columns,
     packed_output_gradient,
 )
 
@@ -190,7 +190,7 @@ class _Float8Linear(torch.autograd.Function):
         ctx.current, ctx.full, ctx.mvue, ctx.rank = plan.dy.current, plan.full, plan.mvue, plan.rank
         ctx.weight_dtype = weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
+        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), lies_by_columns(weight)
         return y
 
     @staticmethod

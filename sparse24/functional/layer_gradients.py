@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import accumulation
 from .operands import both
-from .weight_gradient import as_laid_out, is_column_major
+from .weight_gradient import as_laid_out, lies_by_columns
 
 
 class Origin(NamedTuple):
@@ -21,7 +21,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(weight: Tensor) -> Origin:
-    return Origin(weight.dtype, accumulation.leaf_of(weight), is_column_major(weight))
+    return Origin(weight.dtype, accumulation.leaf_of(weight), lies_by_columns(weight))
 
 
 def targets(down: Origin, ups: list[Origin], dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -33,7 +33,7 @@ from .operands import (
     transposed_form,
 )
 from .second_derivatives import once_differentiable
-from .weight_gradient import GradTarget, as_laid_out, bias_gradient, is_column_major, weight_gradient
+from .weight_gradient import GradTarget, as_laid_out, bias_gradient, lies_by_columns, weight_gradient
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -48,7 +48,7 @@ class _SparseLinear(torch.autograd.Function):
         ctx.packed_dtype, ctx.in_features, ctx.weight_dtype = form.packed.dtype, weight.shape[1], weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.prunes_output, ctx.rank = noise.operands[0] == OUTPUT, noise.rank
-        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), is_column_major(weight)
+        ctx.leaf, ctx.columns = accumulation.leaf_of(weight), lies_by_columns(weight)
         return y
 
     @staticmethod

@@ -120,6 +120,6 @@ def as_laid_out(dw: Tensor | None, columns: bool) -> Tensor | None:
     return ops.column_major_copy(dw) if columns and dw is not None else dw
 
 
-def is_column_major(weight: Tensor) -> bool:
+def lies_by_columns(weight: Tensor) -> bool:
     strides = weight.stride()
     return strides[0] == 1 and strides[1] > 1
