@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from ..convert import plain_name, refresh, sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers.modules import SPARSE
+from ..layers import SPARSE
 from ..recipe import follow
 
 REFERENCE = "ref_model"

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
 from ..files import write_atomically
-from ..layers.modules import DENSE
+from ..layers import DENSE
 from ..options import checked_options, one_of
 from ..recipe import Recipe, fingerprint_of, fingerprint_of_state, load_masks, same_function
 from .references import take_references

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..layers.modules import SparseLayer, distributed_rank
+from ..layers import SparseLayer, distributed_rank
 from ..layers.watch.unseen import look_again, look_until_packed
 from .decay import MaskedDecay, orthogonalizes
 from .methods import METHODS, FrozenSecondMoment, Method, check_mvue

@@ -9,8 +9,7 @@ import torch
 
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE
-from ..layers import packing
-from ..layers.modules import SPARSE
+from ..layers import SPARSE, packing
 from .decay import MaskedDecay
 from .steps import Steps
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import packing
-from ..layers.modules import SparseLayer, decay_factor_of, mask_of
+from ..layers import SparseLayer, decay_factor_of, mask_of, packing
 from ..layers.parallel import sharding
 from .methods import Method
 

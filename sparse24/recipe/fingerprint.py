@@ -9,7 +9,7 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error
-from ..layers.modules import DENSE, SPARSE
+from ..layers import DENSE, SPARSE
 from ..layers.watch.copies import fingerprint, fingerprint_of_layers, same_function
 from .state import phases_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import Sparse24Error
 from ..functional.operands import INPUT, OUTPUT
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
 from ..layers.parallel import sharding
 
 #: a layer changes to the other operand when that has less than this part of the present one's noise

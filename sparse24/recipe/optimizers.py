@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
 from ..layers.watch.optimizer_steps import parameters_of
 
 #: names under which wrappers keep the optimizer that they wrap

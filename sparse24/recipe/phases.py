@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..layers.modules import DENSE, SPARSE
+from ..layers import DENSE, SPARSE
 from ..options import Rule
 
 PLACES = ("auto", "start", "end", "none")

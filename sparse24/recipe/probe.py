@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..convert import SparsifyReport, find_candidates, patterns, unwrap
 from ..errors import Sparse24Error
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
 from ..options import at_least, checked_options
 from . import monitor
 from .optimizers import has_skipped

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..errors import Sparse24Error
+from ..layers import SparseLayer, mask_of
 from ..layers.checks import is_distributed
-from ..layers.modules import SparseLayer, mask_of
 from ..layers.parallel import tensor_parallel
 from ..layers.watch.copies import checksum
 

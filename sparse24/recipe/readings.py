@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..layers.modules import DENSE
+from ..layers import DENSE
 from ..layers.watch import copies
 from . import monitor
 from .block_flips import BlockFlips

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layers import packing
-from ..layers.modules import SparseLayer, mask_of
+from ..layers import SparseLayer, mask_of, packing
 from ..layers.parallel import sharding, tensor_parallel
 from . import monitor
 from .block_flips import BlockFlips

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import Sparse24Error
-from ..layers import packing
-from ..layers.modules import DENSE, SPARSE, SparseLayer, state_of
+from ..layers import DENSE, SPARSE, SparseLayer, packing, state_of
 from ..layers.parallel import tensor_parallel
 from . import noise
 from .decay import MaskedDecay, check_decay, is_decay

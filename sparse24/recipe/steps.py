@@ -7,8 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from ..layers import packing
-from ..layers.modules import DENSE, SPARSE, SparseLayer
+from ..layers import DENSE, SPARSE, SparseLayer, packing
 from ..layers.parallel import sharding
 from .decay import MaskedDecay, unique_weights
 from .methods import FrozenSecondMoment, Method

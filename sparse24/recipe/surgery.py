@@ -10,7 +10,7 @@ from torch import nn
 
 from ..convert import sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
 from ..layers.watch.optimizer_steps import parameters_of
 from ..layers.watch.owners import owner_of
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from ..convert import plain_name, sparse_layers, sparsify, unwrap
 from ..errors import Sparse24Error
-from ..layers import check_module
-from ..layers.modules import SparseLayer, state_of
+from ..layers import SparseLayer, check_module, state_of
 from ..layers.parallel.tensor_parallel import whole_mask
 from ..layers.watch.copies import settle
 from ..options import checked_options

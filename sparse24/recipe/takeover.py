@@ -10,7 +10,7 @@ from torch import nn
 
 from ..convert import sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
 from ..layers.parallel import sharding
 from ..layers.watch.owners import owner_of, set_owner
 

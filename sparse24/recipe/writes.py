@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from ..errors import Sparse24Warning
-from ..layers.modules import SPARSE, SparseLayer
+from ..layers import SPARSE, SparseLayer
 from ..layers.state import state_of
 from ..layers.watch.optimizer_steps import after_any_step
 from ..layers.watch.unseen import EVERY, look_until_packed, ran_compiled, seems_packed
