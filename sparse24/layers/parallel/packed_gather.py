@@ -38,7 +38,7 @@ def divide_rows(layers: dict[str, nn.Module], sharded: list[nn.Module], refusal:
     Sparse24DtypeError for a mixed precision in which nothing is packed.
     """
     found = _gathered_by(sharded)
-    _tell_left_out({name: layer for name, layer in layers.items() if layer not in found}, sharded)
+    _warn_of_unsharded({name: layer for name, layer in layers.items() if layer not in found}, sharded)
     here = {name: found[layer] for name, layer in layers.items() if layer in found}
     for name, how in here.items():
         _check_policies(name, how)
@@ -55,10 +55,10 @@ def divide_rows(layers: dict[str, nn.Module], sharded: list[nn.Module], refusal:
         _divide(group)
         for layer, _ in group:
             state_of(layer).shards.recomputes = layer in recomputed
-    if told := {reason: name for name, reason in reversed(reasons.items()) if reason}:
+    if first_of := {reason: name for name, reason in reversed(reasons.items()) if reason}:
         warnings.warn(
             "FSDP2 gathers these sparse weights dense, and each rank keeps packed forms of all of them (2.4 bytes a "
-            "weight): " + "; ".join(f"{name}, because {reason}" for reason, name in told.items()),
+            "weight): " + "; ".join(f"{name}, because {reason}" for reason, name in first_of.items()),
             Sparse24Warning,
             stacklevel=4,
         )
@@ -120,7 +120,7 @@ def _recomputed(sharded: list[nn.Module]) -> set[nn.Module]:
     return {inner for wrapper in wrappers for inner in wrapper.modules()}
 
 
-def _tell_left_out(layers: dict[str, nn.Module], sharded: list[nn.Module]) -> None:
+def _warn_of_unsharded(layers: dict[str, nn.Module], sharded: list[nn.Module]) -> None:
     if sharded and (names := [name for name, layer in layers.items() if not is_dtensor(layer.weight)]):
         warnings.warn(
             f"the weights of {', '.join(names[:8])} are not sharded, by ignored_params or because no fully_shard is "

@@ -126,7 +126,7 @@ def look(layer, *, forward: bool = True) -> None:
     if watch.origin is not None:
         _look_at_origin(layer, forward)
     if forward and watch.arrival is not None:
-        _tell_arrival(layer, watch)
+        _warn_of_arrival(layer, watch)
     if watch.origin is None and watch.arrival is None:
         state_of(layer).watch = None
 
@@ -322,7 +322,7 @@ def note_arrival(layer, name: str, saved: str | None, call: object) -> None:
     _arrived.add(layer)
 
 
-def _tell_arrival(layer, watch: Watch) -> None:
+def _warn_of_arrival(layer, watch: Watch) -> None:
     """One warning for all layers of a load, unless the masks that belong to the weights have come meanwhile."""
     arrival, mine = watch.arrival, layer.fingerprint()
     watch.arrival = None

@@ -27,7 +27,7 @@ class Owner(Protocol):
 
 #: layers that no recipe trains
 _alone: weakref.WeakSet[object] = weakref.WeakSet()
-_told: weakref.WeakSet[object] = weakref.WeakSet()
+_warned: weakref.WeakSet[object] = weakref.WeakSet()
 _owners: weakref.WeakKeyDictionary[object, weakref.ref[Owner]] = weakref.WeakKeyDictionary()
 
 
@@ -87,9 +87,9 @@ def weights_moved(layer, *, unseen: bool = False) -> None:
         owner.weights_moved(*([layer] if unseen else []))
         return
     layer.pack_written()
-    if layer in _told or layer.follows():  # copies of a trained model are written by averages
+    if layer in _warned or layer.follows():  # copies of a trained model are written by averages
         return
-    _told.add(layer)
+    _warned.add(layer)
     warnings.warn(
         "the weight of a sparse layer was written since it was packed, and no recipe trains it; it is packed anew now "
         "and whenever this is seen, under its present mask. Train with sparse24.Recipe, or call "
