@@ -50,6 +50,8 @@ WRONG = [
     (Sparse24Callback, dict(lean="yes"), "lean must be True or False, got 'yes'"),
     (LightningCallback, dict(log="no"), "log must be True or False, got 'no'"),
     (LightningCallback, dict(mask_interval=True), "mask_interval must be an integer, 1 or more, got True"),
+    (LightningCallback, dict(mask_interval=0), "mask_interval must be an integer, 1 or more, got 0"),
+    (Sparse24Callback, dict(dense_at="middle"), "dense_at must be one of auto, start, end, none, got 'middle'"),
     (Sparse24Converter, dict(total_steps=8, takeover=0), "takeover must be True or False, got 0"),
     (pretrain, dict(steps="10"), "--steps must be an integer or None, got '10'"),
     (pretrain, dict(mask_interval=True), "--mask-interval must be an integer or None, got True"),
