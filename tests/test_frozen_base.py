@@ -1,5 +1,8 @@
 """Frozen 2:4 layers under trained adapters: their masks stay, there is nothing to decay, and no dense phase comes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from rounding import MANY_SUMS, ORDER
@@ -282,6 +285,14 @@ def test_a_state_with_unfrozen_layers_is_taken_up_once_they_are_unfrozen():
         layer.weight.requires_grad_(True)
     frozen.load_state_dict(state)
     assert frozen.monitor.flips == recipe.monitor.flips
+
+
+@pytest.mark.fault(56)
+def test_a_recipe_with_frozen_layers_is_copied_and_pickled_once_it_is_detached():
+    _, recipe = unfrozen_run(99)
+    recipe.detach()
+    for other in (copy.deepcopy(recipe), pickle.loads(pickle.dumps(recipe))):
+        assert other.step == 20 and list(other.layers) == list(recipe.layers)
 
 
 @pytest.mark.fault(102)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -77,10 +79,8 @@ def begin(steps: Steps, settings: Preset, layers: dict[str, SparseLayer]) -> Non
     """Set the trained ones of `layers` up for this training, and search their masks."""
     mvue = True if settings.mvue in ("output", "auto") else settings.mvue
     rank, method = distributed_rank(), steps.method
-
-    def begin_one(layer: SparseLayer) -> None:
-        layer.train_as(mvue=mvue, rank=rank, soft=method.soft, dense_mvue=method.gradients_only)
-
+    # A recipe that is over is copied and pickled by trainers, so no function of this scope.
+    begin_one = partial(SparseLayer.train_as, mvue=mvue, rank=rank, soft=method.soft, dense_mvue=method.gradients_only)
     for layer in steps.layers.values():
         begin_one(layer)
     if len(steps.layers) < len(layers):
