@@ -157,6 +157,39 @@ def test_phase_that_differs_from_the_settings_is_refused_unless_overridden():
     assert longer.phase == "sparse"
 
 
+@pytest.mark.fault(62)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_is_interrupted_behind_the_optimizer_is_counted(monkeypatch, fused):
+    """Between the optimizer's own step and the recipe's part; nothing shows in the versions of fused ones."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model, optimizer, recipe = make(opt={"fused": fused}, mask_interval=2, mvue=False)
+    plain = make(opt={"fused": fused}, mask_interval=2, mvue=False)
+    run(*plain[:2], 4)
+    run(model, optimizer, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe._steps, "after", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, optimizer, 1, first=3)
+    state = recipe.state_dict()
+    assert state["step"] == 4 and sparse24.verify(model)
+    assert all(map(torch.equal, state["masks"].values(), plain[2].state_dict()["masks"].values()))
+
+
+@pytest.mark.fault(62)
+def test_a_step_that_is_interrupted_before_the_weights_move_is_not_counted():
+    class Interrupted(torch.optim.SGD):
+        def step(self, closure=None):
+            raise KeyboardInterrupt
+
+    model, optimizer, recipe = make(optimizer=Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, optimizer, 1)
+    assert recipe.state_dict()["step"] == 0 and sparse24.verify(model)
+
+
 METHODS = ("fst", "ste", "sr-ste", "step", "s-ste", "mvue", "dense")
 
 

@@ -99,6 +99,7 @@ class StepHooks:
         self._in_step = False
         if is_capturing():
             self.capture.record()
+            self.steps.begun = False
         else:
             self.steps.after()
             self._writes.after_step(self.steps.taken)

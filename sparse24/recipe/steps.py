@@ -56,6 +56,7 @@ class Steps:
         self.unfrozen: Joins | None = None  # where layers were frozen when the recipe was made
         self.entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
+        self.begun = False  # the optimizer's step runs, or an interrupt has ended it before `finish`
 
     @property
     def phase(self) -> str:
@@ -87,6 +88,7 @@ class Steps:
         if self.frozen_moment is not None:
             self.frozen_moment.before_step()
         self.decay.add(self.optimizer, self.current_decay)
+        self.begun = True
 
     def after(self) -> None:
         """After the optimizer's step."""
@@ -97,6 +99,7 @@ class Steps:
         if has_skipped(self.optimizer):
             for layer in self.layers.values():  # the optimizer may have written to weights, but not changed them
                 layer.note_packed()
+            self.begun = False
             return
         self.finish(self.taken + 1)
 
@@ -129,11 +132,21 @@ class Steps:
             self.search.monitor.note(event)
         self.taken = step
         self.decay.write(self.current_decay)
-        self._unfinished = None
+        self._unfinished, self.begun = None, False
 
     def finish_interrupted(self) -> None:
         if self._unfinished is not None:
             self.finish(self._unfinished)
+
+    def finish_begun(self) -> None:
+        """Before a state is given out, finish the last step, wherever an interrupt has ended it: also behind the
+        optimizer and before `finish`, which shows in weights that are not those packed.
+        """
+        self.finish_interrupted()
+        if self.begun:
+            self.begun = False
+            if self.entered == SPARSE and not all(layer.is_packed() for layer in self.layers.values()):
+                self.after()
 
     def enter(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches masks if asked to."""
