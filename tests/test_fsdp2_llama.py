@@ -1,12 +1,15 @@
-"""examples/fsdp2_llama.py, tiny: two gloo ranks under torchrun, stopped and resumed; other arms on one rank."""
+"""examples/fsdp2_llama.py, tiny: two gloo ranks, under torchrun and as forks; other arms on one rank."""
 
+import contextlib
 import os
 import re
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,6 +27,37 @@ def torchrun(ranks, *options, gpus=False):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def run_as_rank(rank, world, port, told, options):
+    """The example in a process that torchrun might have started; a GPU is not looked for."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_PORT=str(port))
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+    torch.cuda.is_available = lambda: False
+    sys.argv = [str(SCRIPT), *TINY, *map(str, options)]
+    with open(told, "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.fixture
+def two_forks(tmp_path):
+    """What torchrun(2, *options) does and returns, by processes that need no imports."""
+
+    def run(*options):
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        told = [tmp_path / f"rank{rank}.txt" for rank in range(2)]
+        tasks = [(rank, 2, port, told[rank], options) for rank in range(2)]
+        ranks = [forks.context().Process(target=run_as_rank, args=task, daemon=True) for task in tasks]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=120)
+        assert [process.exitcode for process in ranks] == [0, 0], told[0].read_text()
+        return told[0].read_text()
+
+    return run
 
 
 @pytest.fixture
@@ -55,17 +89,18 @@ def last_loss(output):
     return float(re.search(r"last loss ([\d.]+)", output)[1])
 
 
-def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text, one_rank):
+def test_two_ranks_stop_and_resume_bit_for_bit(tmp_path, text, two_forks, one_rank):
     """The last loss, with noise in its gradients, is that of the run that was not stopped."""
+    out = tmp_path / "out"
     whole = torchrun(2, *text)
     assert re.search(r"step 6  loss \d\.\d+  \d+ tokens/s a GPU  MFU nan %  peak \d+\.\d+ GB", whole), whole
     assert "6 layers 2:4" in whole
-    torchrun(2, *text, "--out", tmp_path, "--save-every", "3", "--stop", "3")
-    resumed = torchrun(2, *text, "--out", tmp_path, "--resume")
+    two_forks(*text, "--out", out, "--save-every", "3", "--stop", "3")
+    resumed = two_forks(*text, "--out", out, "--resume")
     assert "3 steps, last loss" in resumed and last_loss(resumed) == last_loss(whole)
-    alone = one_rank(*text, "--out", tmp_path, "--resume", "--batch", "2")
+    alone = one_rank(*text, "--out", out, "--resume", "--batch", "2")
     assert last_loss(alone) == pytest.approx(last_loss(whole), rel=0.1)  # another draw of the noise
-    assert torch.load(tmp_path / "step-3" / "training.pt", weights_only=True)["recipe"]["step"] == 3
+    assert torch.load(out / "step-3" / "training.pt", weights_only=True)["recipe"]["step"] == 3
 
 
 @pytest.mark.parametrize("arm", ["dense", "2:4-fp8-hybrid", "2:4-fp8"])

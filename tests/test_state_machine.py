@@ -11,11 +11,10 @@ import gc
 import io
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -31,15 +30,16 @@ from sparse24.layers.state import state_of
 
 STEPS = int(os.environ.get("SPARSE24_MACHINE_STEPS", "2000"))
 STEPS_EACH = 50
-NEW_PROCESS = """
-import sys, torch, sparse24
-from plain_twin import make_net
-weights, state, x = torch.load(sys.argv[1], weights_only=True)
-model = make_net()
-model.load_state_dict(weights)
-sparse24.load_masks(model, state)
-torch.save(model(x), sys.argv[1])
-"""
+
+
+def evaluate_what_was_saved(path) -> None:
+    """In a process that knows of no model: the output takes the place of weights, state and input."""
+    torch.set_num_threads(1)
+    weights, state, x = torch.load(path, weights_only=True)
+    model = make_net()
+    model.load_state_dict(weights)
+    sparse24.load_masks(model, state)
+    torch.save(model(x), path)
 
 
 def saved_bytes(value) -> bytes:
@@ -263,9 +263,10 @@ class Machine(TrainingMachine):
         weights, state, twin, *_ = self.saves[index % len(self.saves)]
         path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sparse24-machine-{os.getpid()}.pt"
         torch.save((loaded(weights), loaded(state), X), path)
-        here = Path(__file__).parent
-        environment = dict(os.environ, PYTHONPATH=f"{here}:{here.parent}", OMP_NUM_THREADS="1")
-        subprocess.run([sys.executable, "-c", NEW_PROCESS, str(path)], check=True, env=environment)
+        process = forks.context().Process(target=evaluate_what_was_saved, args=(path,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
         assert_close(torch.load(path, weights_only=True), twin(X))
         path.unlink()
 
