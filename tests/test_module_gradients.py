@@ -136,6 +136,15 @@ def test_a_second_derivative_is_never_a_silent_zero(make, ask):
     assert isinstance(raised.value, Sparse24Error)
 
 
+@pytest.mark.fault(51, 54)
+def test_a_second_derivative_through_activation_checkpointing_is_refused():
+    """Of the kind that has any: the reentrant one gives gradients without a graph, of dense layers too."""
+    block, x = SparseGatedMLP(16, 64, mvue=False), torch.randn(8, 16, requires_grad=True)
+    (dx,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="have no second derivatives"):
+        dx.sum().backward()
+
+
 @pytest.mark.fault(51)
 def test_gradients_with_a_graph_have_one_in_every_micro_batch():
     layer, x = SparseLinear(16, 32, mvue=False), torch.randn(8, 16)

@@ -67,7 +67,18 @@ def _is_batch(grad: object) -> bool:
     return isinstance(grad, Tensor) and torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
+class _UnpackedOnce:
+    """A ctx whose saved tensors are asked for once: activation checkpointing gives them once only."""
+
+    def __init__(self, ctx):
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._ctx, name)
+
+
 def _with_graph(backward: Callable, ctx, grads: tuple) -> tuple:
+    ctx = _UnpackedOnce(ctx)
     anchors = list(_depends_on(ctx, grads))
     with torch.no_grad(), accumulation.suspended():
         results = backward(ctx, *grads)
