@@ -245,3 +245,20 @@ def test_threads_that_share_a_weight_lose_no_gradient(monkeypatch):
     assert torch.equal(layer.weight.grad, 50 * xs.sum((0, 1)).expand(64, 64)) and targets == [None] * 200
     layer(xs[0]).sum().backward()
     assert targets[-1] is layer.weight.grad, "one thread again"
+
+
+@pytest.mark.fault(105)
+def test_hooks_of_a_weight_get_every_gradient_and_those_of_its_node_the_first():
+    """A node does not show its hooks, so that no product can make way for them."""
+    layer, x = SparseLinear(64, 64, bias=False, mvue=False), torch.randn(16, 64)
+    of_node, of_weight = [], []
+    node = torch.autograd.graph.get_gradient_edge(layer.weight).node  # gone, with its hooks, once nobody holds it
+    node.register_prehook(lambda g: of_node.append(g[0] is None))
+    for _ in range(2):
+        layer(x).sum().backward()
+    assert of_node == [False, True]
+    layer.weight.register_hook(lambda g: of_weight.append(g.clone()))
+    layer.weight.register_post_accumulate_grad_hook(lambda p: of_weight.append(p.grad.clone()))
+    before = layer.weight.grad.clone()
+    layer(x).sum().backward()
+    assert of_node == [False, True, False] and torch.equal(of_weight[1], before + of_weight[0])
