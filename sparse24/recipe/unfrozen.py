@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import Sparse24Error
-from ..layers.modules import SparseLayer
+from ..layers import SparseLayer
+from ..layers.watch.optimizer_steps import parameters_of
 from .phases import Phases
 from .steps import Steps
 
@@ -37,7 +38,7 @@ class Unfrozen:
         new = {name: layer for name, layer in self._waiting.items() if layer.weight.requires_grad}
         if not new:
             return
-        held = {id(p) for group in steps.optimizer.param_groups for p in group["params"]}
+        held = parameters_of(steps.optimizer)
         new = {name: layer for name, layer in new.items() if id(layer.weight) in held}
         if new and steps.frozen_moment is not None:
             raise Sparse24Error(
