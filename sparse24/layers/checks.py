@@ -57,8 +57,8 @@ def check_bias(layer, bias: nn.Parameter | None) -> None:
     broadcast or refuse in the next forward pass.
     """
     weight = layer._parameters.get("weight")
-    if type(bias) is not nn.Parameter or type(weight) is not nn.Parameter:
-        return
+    if type(bias) is not nn.Parameter or type(weight) is not nn.Parameter or weight.dim() != 2:
+        return  # FSDP1 puts flat shards there; what is right then is not for a layer to say
     out_features = layer.as_kernel_sees(weight.detach()).shape[0]
     if bias.shape != (out_features,):
         raise Sparse24Error(
