@@ -2,8 +2,9 @@
 
 A stack of blocks of almost no size, so that the device never decides. The clock stops when the calls have returned,
 before the device is waited for, in steps behind the first two, in which a recipe has all layers compare their weights
-with what is packed. "dense" is the same block before sparsify, under the same compiler. "refresh" packs all
-weights anew, by lists of weights: microseconds a block. The aim is 250 microseconds a block eager and 150 compiled;
+with what is packed. "dense" is the same block before sparsify, under the same compiler; the two take turns, step by
+step, so that what else keeps the host busy falls on both. "refresh" packs all weights anew, by lists of weights:
+microseconds a block. The aim is 250 microseconds a block eager and 150 compiled;
 measure it alone on a quiet core. On a CPU the kernels' own time is in it: an upper bound.
 
     python -m bench.bench_host [--csv FOLDER] [--append] [--quick] [--only "gated bf16"] [--rounds 41] [--profile]
@@ -15,6 +16,7 @@ import cProfile
 import pstats
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,7 @@ from bench.common import arguments, chosen, header, open_table
 
 BLOCKS, TOKENS, D_MODEL, D_FF = 24, 64, 64, 128
 FIRST_STEPS = 3
+WARM_UP = 5  # rounds that make caches, graphs and buffers
 AIM_US = {"eager": 250, "compiled": 150}
 
 
@@ -67,7 +70,6 @@ class Stack:
 
     def __init__(self, case: Case, sparse: bool, compiled: bool, device: str):
         torch.manual_seed(0)
-        torch._dynamo.reset()
         where = dict(device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
         self.model = nn.Sequential(*(case.block(**where) for _ in range(BLOCKS)))
         self.forward, self.optimizer = self.model, None
@@ -92,24 +94,32 @@ class Stack:
     def step(self) -> None:
         self.forward(self.x).backward(self.dy)
 
-    def host_us(self, run, rounds: int) -> float:
-        """Median microseconds a block until `run` returns."""
-        times = []
-        for turn in range(rounds + 5):
-            self.model.zero_grad()
-            self.x.grad = None
-            self.wait()
-            start = self.clock()
-            run()
-            if turn >= 5:  # the first make caches, graphs and buffers
-                times.append(1e6 * (self.clock() - start) / BLOCKS)
+    def refresh(self) -> None:
+        sparse24.refresh(self.model)
+
+    def host_us(self, run: Callable[[], None]) -> float:
+        """Microseconds a block until `run` returns."""
+        self.model.zero_grad()
+        self.x.grad = None
         self.wait()
-        return statistics.median(times)
+        start = self.clock()
+        run()
+        return 1e6 * (self.clock() - start) / BLOCKS
+
+
+def medians_us(rounds: int, *runs: tuple[Stack, Callable[[], None]]) -> list[float]:
+    """Of each run of a stack, by turns."""
+    for _ in range(WARM_UP):
+        for stack, run in runs:
+            stack.host_us(run)
+    times = [[stack.host_us(run) for stack, run in runs] for _ in range(rounds)]
+    runs[0][0].wait()
+    return [statistics.median(of_run) for of_run in zip(*times, strict=True)]
 
 
 def profile(stack: Stack) -> None:
     """Where the time of twenty eager steps goes, by function."""
-    stack.host_us(stack.step, 5)
+    medians_us(1, (stack, stack.step))
     with cProfile.Profile() as found:
         for _ in range(20):
             stack.step()
@@ -132,11 +142,11 @@ def main() -> None:
     table = open_table(args, "host", columns, key=2)
     for case in cases:
         for how, aim in AIM_US.items():
-            stack = Stack(case, True, how == "compiled", device)
-            sparse = stack.host_us(stack.step, args.rounds)
-            refresh = stack.host_us(lambda: sparse24.refresh(stack.model), args.rounds)  # noqa: B023
-            dense = Stack(case, False, how == "compiled", device)
-            table.add(case.name, how, sparse, dense.host_us(dense.step, args.rounds), aim, refresh)
+            torch._dynamo.reset()
+            sparse, dense = (Stack(case, is_sparse, how == "compiled", device) for is_sparse in (True, False))
+            sparse_us, dense_us = medians_us(args.rounds, (sparse, sparse.step), (dense, dense.step))
+            (refresh_us,) = medians_us(args.rounds, (sparse, sparse.refresh))  # behind it layers look at their weights
+            table.add(case.name, how, sparse_us, dense_us, aim, refresh_us)
 
 
 if __name__ == "__main__":
