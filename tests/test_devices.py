@@ -49,6 +49,7 @@ class SomewhereElse:
 
     def __init__(self, device):
         self.device = torch.device(device)
+        self.is_cuda, self.get_device = self.device.type == "cuda", lambda: self.device.index
 
 
 @pytest.mark.fault(31, 33)

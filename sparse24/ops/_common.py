@@ -33,13 +33,13 @@ def pointer(t: Tensor | None) -> int:
 
 def where(t: Tensor) -> tuple[object, int, int, int]:
     """(binding, backend code, device index, stream) for work on `t`; the binding is None for the reference path."""
-    device = t.device
-    code = _library.backend_code(device.type)
+    # A device makes its name anew for each who asks, which takes as long as all of the rest here.
+    code = _library.backend_code("cuda" if t.is_cuda else t.device.type)
     if code is None or (t.dtype not in DTYPE_CODE and t.is_floating_point()):
         return None, -1, -1, 0
     library = _library.binding()
     if code == _library.CUDA:
-        index = device.index
+        index = t.get_device()
         if not _library.runs_on(index):
             return None, -1, -1, 0
         return library, code, index, torch._C._cuda_getCurrentRawStream(index)
