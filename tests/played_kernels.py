@@ -16,10 +16,10 @@ def memory(pointer: int, rows: int, columns: int, ld: int, dtype: torch.dtype) -
     return torch.frombuffer(room, dtype=dtype).as_strided((rows, columns), (ld, 1))
 
 
-def full_of_rubbish(t: torch.Tensor, size, dtype=None) -> torch.Tensor:
+def full_of_rubbish(t: torch.Tensor, *size, dtype=None) -> torch.Tensor:
     """In place of `new_empty`: what nobody writes shows."""
     value = float("nan") if (dtype or t.dtype).is_floating_point else 0xEE
-    return t.new_full((size,) if isinstance(size, int) else size, value, dtype=dtype)
+    return t.new_full(size if isinstance(size[0], int) else size[0], value, dtype=dtype)
 
 
 def forbidden(*args):

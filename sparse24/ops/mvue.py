@@ -54,12 +54,12 @@ def empty_mvue(dy: Tensor) -> tuple[Tensor, Tensor]:
     tokens, features = dy.shape
     padded = padded_tokens(tokens)
     E_bytes = metadata_bytes(features, padded)
-    return dy.new_empty((padded // 2, features)), dy.new_empty(E_bytes, dtype=torch.uint8)
+    return dy.new_empty(padded // 2, features), dy.new_empty(E_bytes, dtype=torch.uint8)
 
 
 def empty_tile_sums(dy: Tensor) -> Tensor:
     """Room for the sums of dy's columns over each of its tiles of 64 tokens."""
-    return dy.new_empty((-(-dy.shape[0] // TILE_TOKENS), dy.shape[1]), dtype=torch.float32)
+    return dy.new_empty(-(-dy.shape[0] // TILE_TOKENS), dy.shape[1], dtype=torch.float32)
 
 
 def mvue_fields(seed: Tensor, packed: Tensor, E: Tensor, scale: Tensor | None = None) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ def mvue_compress(dy: Tensor, seed: Tensor, *, bias_grad: bool = False) -> tuple
 
 
 def compute_seeds(like: Tensor, count: int, rank: int) -> Tensor:
-    seeds = torch.empty((count, 2), dtype=torch.int64, device=like.device)
+    seeds = like.new_empty(count, 2, dtype=torch.int64)
     seeds.random_(-(2**63), None)
     if rank:
         seeds[:, 1] += rank  # the upper half of Philox' counter: another rank, another stream

@@ -149,7 +149,7 @@ def _weight_gradient(dy: Weight, kept: _Input, out_dtype: torch.dtype, into: Ten
     if into is not None:
         check_grad_weight(dy, x, x_scale, into)
         return compute_grad_weight_float8(dy, x, x_scale, into, True)
-    dw = x.new_empty((packed.shape[0], x.shape[0]), dtype=out_dtype)
+    dw = x.new_empty(packed.shape[0], x.shape[0], dtype=out_dtype)
     compute_grad_weight_float8(dy, x, x_scale, dw, False)
     return dw
 

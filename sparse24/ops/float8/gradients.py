@@ -19,9 +19,9 @@ def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
     tokens, features = dy.shape
     dtype = E4M3 if float8 else dy.dtype
     padded = padded_tokens(tokens, dtype)
-    shape = (features, padded // 2) if float8 else (padded // 2, features)
+    rows, columns = (features, padded // 2) if float8 else (padded // 2, features)
     E = dy.new_empty(metadata_bytes(features, padded, dtype), dtype=torch.uint8)
-    return dy.new_empty(shape, dtype=dtype), E
+    return dy.new_empty(rows, columns, dtype=dtype), E
 
 
 def _mvue_by_reference(dy: Tensor, seed: Tensor, scale: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def compute_mvue_quantize(
         return packed, E, reference.to_float8(dy, cast[0]), dy.sum(0, dtype=torch.float32) if bias_grad else None
     dy = as_major(dy)
     packed, E = _empty_mvue(dy, float8)
-    dy8 = dy.new_empty(dy.shape, dtype=E4M3)
+    dy8 = dy.new_empty(*dy.shape, dtype=E4M3)
     sums = empty_tile_sums(dy) if bias_grad else None
     fields = mvue_fields(seed, packed, E, cast[0] if float8 else None)
     library.mvue_pack(matrix(dy), fields, output(dy8, None, cast, dy8.numel()), pointer(sums), *place)
@@ -122,7 +122,7 @@ def compute_activation_backward_quantize(
         d_gate_up = torch.ops.sparse24.activation_backward.default(dh, gate_up, kind, True, False)[0]
         return compute_mvue_quantize(d_gate_up, seed, cast, float8, bias_grad)
     packed, E = _empty_mvue(gate_up, float8)
-    d_gate_up8 = gate_up.new_empty(gate_up.shape, dtype=E4M3)
+    d_gate_up8 = gate_up.new_empty(*gate_up.shape, dtype=E4M3)
     sums = empty_tile_sums(gate_up) if bias_grad else None
     stored = None if takes_one_pass(dh.shape[1], dh, gate_up) else gate_up.new_empty(gate_up.shape)
     dense = (0 if stored is None else stored.data_ptr(), DTYPE_CODE[gate_up.dtype], *gate_up.shape, gate_up.shape[1], 1)

@@ -161,8 +161,7 @@ def compute_sparse_mm_float8(
 ) -> Tensor:
     """Of operands that have been checked."""
     (tokens, k), out_features = x8.shape, weight[0].shape[0]
-    on_gpu = x8.device.type == "cuda"
-    y = x8.new_empty((tokens, out_features), dtype=FORMATS[E4M3].wide_dtype if on_gpu else out_dtype)
+    y = x8.new_empty(tokens, out_features, dtype=FORMATS[E4M3].wide_dtype if x8.is_cuda else out_dtype)
     if y.numel() == 0:
         return y.to(out_dtype)
     problem = GemmProblem(FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])

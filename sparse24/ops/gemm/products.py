@@ -20,8 +20,8 @@ from .dense import check_values_fit, dense, matmul, output_dtype
 
 def empty_rows(t: Tensor, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A new tensor of t's leading dimensions and `width`, and its view as rows."""
-    if t.dim() == 2:  # quicker by a microsecond than the general form
-        out = t.new_empty((t.shape[0], width), dtype=dtype)
+    if t.dim() == 2:  # quicker by a microsecond than the general form, as extents one by one are than a tuple of them
+        out = t.new_empty(t.shape[0], width, dtype=dtype)
         return out, out
     out = t.new_empty((*t.shape[:-1], width), dtype=dtype)
     return out, out.view(-1, width) if out.numel() else out

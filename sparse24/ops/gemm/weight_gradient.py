@@ -124,12 +124,12 @@ def _write_gradient(pruning: _Pruning, packed, E, other, features, out, accumula
 
 def compute_grad_weight(packed_dy, E_dy, x, out_features, out_dtype, into: Tensor | None) -> Tensor | None:
     """dW from operands that have been checked; None where it was added to `into`, which is checked here."""
-    operand, shape = SparseOperand(packed_dy, E_dy, k_major=False), (out_features, x.shape[1])
+    operand, in_features = SparseOperand(packed_dy, E_dy, k_major=False), x.shape[1]
     if into is not None:
-        _check_out(_OUTPUT, x, shape, into)
+        _check_out(_OUTPUT, x, (out_features, in_features), into)
         _check_memory(_OUTPUT, (packed_dy, E_dy, x), into, None)
         return _compute_into(_OUTPUT, operand, x, into, True, None)
-    dw = x.new_empty(shape, dtype=out_dtype)
+    dw = x.new_empty(out_features, in_features, dtype=out_dtype)
     _compute_into(_OUTPUT, operand, x, dw, False, None)
     return dw
 
