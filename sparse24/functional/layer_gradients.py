@@ -33,6 +33,8 @@ def parts_of(d_up: Tensor | None, ups: list[Origin]) -> list[Tensor | None]:
     """The gradient of each of the parameters that are stacked in the up product."""
     if d_up is None:
         return [None] * len(ups)
+    if len(ups) == 1:
+        return [_as_weight(d_up, ups[0])]
     return [_as_weight(part, of) for part, of in zip(d_up.chunk(len(ups)), ups, strict=True)]
 
 
@@ -47,9 +49,9 @@ def as_autograd_takes(ctx, made: tuple[Tensor, ...], needs: tuple[bool, bool, bo
     made   dx, d_up, d_down, db_up and db_down, as ops of a whole backward give them
     needs  whether x and the biases get gradients
     """
-    (dx, d_up, d_down, *d_biases), (need_x, *need_biases) = made, needs
+    (dx, d_up, d_down, db_up, db_down), (need_x, need_bias_up, need_bias_down) = made, needs
     into_up, into_down = into
-    d_biases = [db if need else None for db, need in zip(d_biases, need_biases, strict=True)]
+    d_biases = [db_up if need_bias_up else None, db_down if need_bias_down else None]
     if torch.compiler.is_compiling():  # else autograd casts them to the dtypes of the biases, in less time
         d_biases = [None if db is None else db.to(dtype) for db, dtype in zip(d_biases, ctx.bias_dtypes, strict=True)]
     d_ups = parts_of(None if into_up is not None else d_up, ctx.ups)
