@@ -143,7 +143,8 @@ def packed_dtype(dtype: torch.dtype, on_gpu: bool) -> torch.dtype:
 
 def metadata_bytes(m: int, k: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
     """Bytes of E for a sparse operand of m rows and k dense columns: padded to blocks, one bit an element."""
-    return round_up(m, META_BLOCK) * round_up(k, FORMATS[dtype].meta_tile_k) // 8
+    tile_k = FORMATS[dtype].meta_tile_k  # each product asks: `round_up` would be two calls more
+    return -(-m // META_BLOCK) * -(-k // tile_k) * (META_BLOCK * tile_k // 8)
 
 
 def padded_tokens(tokens: int, dtype: torch.dtype = DEFAULT_DTYPE) -> int:
