@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -101,7 +102,7 @@ def test_a_gpu_without_kernels_is_named_once_and_its_ops_run_in_plain_pytorch(an
     another_library(Ampere())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     tensors = [
-        type("OnGpu", (), {"device": torch.device("cuda", index), "dtype": torch.bfloat16})() for index in (0, 1)
+        SimpleNamespace(is_cuda=True, get_device=lambda index=index: index, dtype=torch.bfloat16) for index in (0, 1)
     ]
     with pytest.warns(Sparse24Warning, match=rf"cuda:0 .*sm_80 \(sparse24 .* {sparse24.__version__}\).*pip install"):
         assert where(tensors[0])[0] is None
