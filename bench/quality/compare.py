@@ -123,10 +123,10 @@ def families(groups: Groups) -> list[tuple]:
 
 
 def best_dense(groups: Groups, arm: Arm) -> str | None:
-    """The dense arm of width 1 of the arm's family: of those with the most seeds that at the best learning rate."""
+    """The dense arm of width 1 of the arm's family at the best learning rate, with two seeds or more if there is one."""
     arms = {name: parse(name) for name in groups}
     fitting = [n for n, a in arms.items() if not a.sparse and a.family == arm.family and a.wide == 1]
-    return min(fitting, key=lambda name: (-len(groups[name]), loss(groups[name])), default=None)
+    return min(fitting, key=lambda name: (len(groups[name]) < 2, loss(groups[name])), default=None)
 
 
 def in_16_bits(group: str, groups: Groups) -> str | None:

@@ -152,7 +152,7 @@ NO_SPEED = (
 )
 SHORT_RUN = (
     "A run this short overstates what 2:4 costs. Over 160 M tokens on an H200, 2:4 layers 1.25 times as wide ended "
-    "0.27 % below dense in the same FFN time (docs/results/quality.md)."
+    "level with dense in the same FFN time (docs/results/quality.md)."
 )
 SENTENCE_NAMES = {
     "sparse": "2:4", "half": "Dense, half as wide", "narrow": "Dense, narrowed to the FFN time of 2:4",
