@@ -123,7 +123,7 @@ def families(groups: Groups) -> list[tuple]:
 
 
 def best_dense(groups: Groups, arm: Arm) -> str | None:
-    """The dense arm of width 1 of the arm's family at the best learning rate, with two seeds or more if there is one."""
+    """The dense arm of width 1 of the arm's family at the best rate, of those with two or more seeds if any."""
     arms = {name: parse(name) for name in groups}
     fitting = [n for n, a in arms.items() if not a.sparse and a.family == arm.family and a.wide == 1]
     return min(fitting, key=lambda name: (len(groups[name]) < 2, loss(groups[name])), default=None)

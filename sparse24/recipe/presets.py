@@ -17,11 +17,11 @@ fine-tune   dense weights, sparse weight gradients (`method="mvue"`): no mask, s
     fine-tune, simulated, 131k tokens a step     1          +0.14 %           -
 
 Loss and time are over dense of width 1, for a GPT with squared ReLU and 10.6 M parameters besides its embeddings, after
-160 M tokens of fresh text, 32k tokens a step, with the real kernels (docs/results/quality.md): dense at a learning rate of
-1.5e-3 and the rest at 3e-3, the better one for dense and for 2:4 among those that were tried. The time is that of its
-feed-forward layers, if they had a realistic size and 2:4 were 1.54x as fast. Figures will differ for other sizes and
-lengths; the order of the settings should not. So widen the layer by what 2:4 gains in time, and use squared ReLU where
-the model is yours to choose.
+160 M tokens of fresh text, 32k tokens a step, with the real kernels (docs/results/quality.md). Dense had a learning
+rate of 1.5e-3 and the rest 3e-3: of those tried the better for each side. The time is that of its feed-forward layers,
+if they had a realistic size and 2:4 were 1.54x as fast. Figures will differ for other sizes and lengths; the order of
+the settings should not. So widen the layer by what 2:4 gains in time, and use squared ReLU where the model is yours to
+choose.
 """
 
 from __future__ import annotations
