@@ -86,9 +86,14 @@ DEFAULT_DTYPE = HALF_DTYPES[0]
 #: what 8-bit layers pack
 E4M3 = FLOAT8_DTYPES[0]
 
-#: the products of a layer: codes of the binding (csrc/bindings/gemm.cpp). The last is the weight gradient where the
-#: input was pruned in place of the output gradient
+#: the products of a layer: codes of the binding (csrc/bindings/gemm.cpp). GRAD_WEIGHT_OF_INPUT is the weight gradient
+#: where the input was pruned in place of the output gradient; the last two multiply a pruned activation
 FORWARD, GRAD_INPUT, GRAD_WEIGHT, ACTIVATED_FORWARD, GATED_FORWARD, GRAD_WEIGHT_OF_INPUT = range(6)
+FORWARD_OF_INPUT, GRAD_INPUT_OF_OUTPUT = 6, 7
+#: those whose sparse operand is an activation along its features: m counts tokens
+OF_ACTIVATIONS = (FORWARD_OF_INPUT, GRAD_INPUT_OF_OUTPUT)
+#: those whose result is (m, n), row-major; that of others is (n, m)
+M_BY_N = (GRAD_WEIGHT, *OF_ACTIVATIONS)
 
 
 class GemmProblem(NamedTuple):
@@ -112,7 +117,8 @@ class SparseOperand(NamedTuple):
 
     values    what is kept: [m, k/2] where `k_major`, else [k/2, m]
     E         the positions, uint8 of `metadata_bytes(m, k, values.dtype)`
-    k_major   how values lie: the forward weight and all of 8 bits along k, other operands along m
+    k_major   how values lie: the forward weight, activations pruned along features and all of 8 bits along k, other
+              operands along m
     scale     one float32 by which values are multiplied again, of scaled formats; else None
     """
 

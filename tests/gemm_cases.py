@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sparse24 import ops
+from sparse24.formats import BLOCK, round_up
 
 # (tokens, in_features, out_features): smallest, one tile and a bit, tall, wide, sizes that need padding, one
 # real layer.
@@ -33,3 +34,16 @@ def layer(tokens, in_features, out_features, dtype, device, integers=False):
 
 def dense_gradient(packed_dy, E_dy, tokens):
     return ops.decompress(packed_dy, E_dy, 2 * packed_dy.shape[0], packed_dy.shape[1], transposed=True)[:tokens]
+
+
+def packed_rows(x):
+    """x pruned along its features, two of each four neighbours kept at random: the dense rows, packed and E."""
+    tokens, features = x.shape
+    rows = round_up(tokens, BLOCK)  # masks are of 4x4 blocks; E has whole blocks of rows in any case
+    kept = torch.rand(rows, features // BLOCK, BLOCK).argsort(-1) < 2
+    bits = (kept.view(rows // BLOCK, BLOCK, -1, BLOCK).transpose(1, 2).reshape(rows // BLOCK, -1, BLOCK * BLOCK)).long()
+    mask = (bits << torch.arange(BLOCK * BLOCK)).sum(-1).to(torch.uint16).to(x.device)
+    whole = x.new_zeros(rows, features)
+    whole[:tokens] = x
+    packed, E, *_ = ops.compress(whole, mask, x.dtype)
+    return x.masked_fill(~kept.view(rows, features)[:tokens].to(x.device), 0), packed[:tokens], E

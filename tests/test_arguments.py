@@ -162,6 +162,8 @@ def calls():
         "sparse_mm_grad_input": (dy, packed_t, E_t, 32),
         "sparse_mm_grad_weight": (packed_dy, E_dy, x, 16),
         "sparse_mm_grad_weight_input": (*ops.mvue_compress(x, seed), dy, 32),
+        "sparse_mm_input": (*ops.prune_compress(x)[1:3], w),
+        "sparse_mm_grad_input_output": (*ops.prune_compress(dy)[1:3], w),
         "column_major_copy": (x,),
         "activation": (x, "silu"),
         "gated_activation": (x, "silu"),

@@ -30,6 +30,8 @@ def sample_calls(device):
     gate_up, dh = torch.randn(24, 32, device=device).to(dtype), torch.randn(24, 16, device=device).to(dtype)
     lists = [[mask], [packed], [E], [packed_t], [E_t]]
     packed_x, E_x = ops.mvue_compress(x, seed)
+    rows_x, E_rows_x = ops.prune_compress(x, dtype)[1:3]  # two of each four neighbours in a row
+    rows_dy, E_rows_dy = ops.prune_compress(dy, dtype)[1:3]
     decay = (torch.tensor([0.1], device=device), [w], [mask])
     return {
         "transposable_mask": (w,),
@@ -51,6 +53,8 @@ def sample_calls(device):
         "sparse_mm_grad_weight_": (packed_dy, E_dy, x, 16, torch.zeros_like(w), True, *decay),
         "sparse_mm_grad_weight_input": (packed_x, E_x, dy, 32, None, *decay),
         "sparse_mm_grad_weight_input_": (packed_x, E_x, dy, 32, torch.zeros_like(w), True, *decay),
+        "sparse_mm_input": (rows_x, E_rows_x, w, torch.randn(16, device=device).to(dtype)),
+        "sparse_mm_grad_input_output": (rows_dy, E_rows_dy, w),
         "activation": (gate_up, "silu", True, False),
         "activation_backward": (dh, gate_up, "silu", True, True),
         "activation_backward_mvue": (dh, gate_up, "silu", True, seed, True, True),

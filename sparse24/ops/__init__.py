@@ -18,6 +18,7 @@ from .activations import (
 )
 from .gemm.activation import sparse_mm_activation, sparse_mm_gated_activation
 from .gemm.products import sparse_mm, sparse_mm_grad_input
+from .gemm.pruned_activations import sparse_mm_grad_input_output, sparse_mm_input
 from .gemm.tuned_products import tune_gemm
 from .gemm.weight_gradient import sparse_mm_grad_weight, sparse_mm_grad_weight_input
 from .mask import foreach_mask_flips, is_transposable, mask_flips, mask_gap, transposable_mask, unpack_mask
@@ -59,8 +60,10 @@ __all__ = [
     "sparse_mm_activation",
     "sparse_mm_gated_activation",
     "sparse_mm_grad_input",
+    "sparse_mm_grad_input_output",
     "sparse_mm_grad_weight",
     "sparse_mm_grad_weight_input",
+    "sparse_mm_input",
     "transposable_mask",
     "tune_gemm",
     "unpack_mask",

@@ -36,6 +36,11 @@ def _grad_weight(packed_shape, _, other_shape, *__, **___) -> int:
     return prod(other_shape) * packed_shape[1]
 
 
+def _of_activation(packed_shape, _, weight_shape, *__, **___) -> int:
+    """packed [tokens, k/2], pruned along features, by a dense weight that has k features along one side."""
+    return packed_shape[0] * prod(weight_shape)
+
+
 def _feed_forward(x_shape, packed_up_shape, _, packed_down_shape, *__, **___) -> int:
     """Both products: down's packed is [out, d_ff/2]."""
     tokens, d_ff = prod(x_shape[:-1]), 2 * packed_down_shape[1]
@@ -78,6 +83,7 @@ def register() -> None:
             _OPS.sparse_mm_grad_weight_input_,
         ]
     )(_grad_weight)
+    register_flop_formula([_OPS.sparse_mm_input, _OPS.sparse_mm_grad_input_output])(_of_activation)
 
 
 def register_float8() -> None:

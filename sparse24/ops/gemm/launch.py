@@ -16,10 +16,13 @@ from ...formats import (
     DTYPE_CODE,
     FORMATS,
     FORWARD,
+    FORWARD_OF_INPUT,
     GRAD_INPUT,
+    GRAD_INPUT_OF_OUTPUT,
     GRAD_WEIGHT,
     GRAD_WEIGHT_OF_INPUT,
     HALF_DTYPES,
+    OF_ACTIVATIONS,
     GemmProblem,
     SparseOperand,
     names,
@@ -34,6 +37,8 @@ PASS_NAME = {
     GRAD_INPUT: "sparse_mm_grad_input",
     GRAD_WEIGHT: "sparse_mm_grad_weight",
     GRAD_WEIGHT_OF_INPUT: "sparse_mm_grad_weight_input",
+    FORWARD_OF_INPUT: "sparse_mm_input",
+    GRAD_INPUT_OF_OUTPUT: "sparse_mm_grad_input_output",
 }
 _DTYPE = {format_.code: dtype for dtype, format_ in FORMATS.items()}
 _NO_POINTER = 0
@@ -63,6 +68,8 @@ def _whatever_tokens(problem: GemmProblem) -> GemmProblem:
     pass_code, m, n, k, *dtypes = problem
     if pass_code in (GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT):
         return GemmProblem(pass_code, m, n, 64, *dtypes)
+    if pass_code in OF_ACTIVATIONS:
+        return GemmProblem(pass_code, 64, n, k, *dtypes)
     return GemmProblem(pass_code, m, 64, k, *dtypes)
 
 
