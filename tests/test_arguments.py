@@ -165,6 +165,8 @@ def calls():
         "sparse_mm_input": (*ops.prune_compress(x)[1:3], w),
         "sparse_mm_grad_input_output": (*ops.prune_compress(dy)[1:3], w),
         "column_major_copy": (x,),
+        "activation_compress": (x, "squared_relu"),
+        "activation_backward_compress": (x, x, "squared_relu"),
         "activation": (x, "silu"),
         "gated_activation": (x, "silu"),
         "activation_backward": (x, x, "silu"),

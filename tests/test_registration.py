@@ -55,6 +55,8 @@ def sample_calls(device):
         "sparse_mm_grad_weight_input_": (packed_x, E_x, dy, 32, torch.zeros_like(w), True, *decay),
         "sparse_mm_input": (rows_x, E_rows_x, w, torch.randn(16, device=device).to(dtype)),
         "sparse_mm_grad_input_output": (rows_dy, E_rows_dy, w),
+        "activation_compress": (gate_up, "squared_relu", seed),
+        "activation_backward_compress": (gate_up, gate_up.flip(0), "squared_relu", seed, True),
         "activation": (gate_up, "silu", True, False),
         "activation_backward": (dh, gate_up, "silu", True, True),
         "activation_backward_mvue": (dh, gate_up, "silu", True, seed, True, True),

@@ -7,6 +7,7 @@ differentiable function in `sparse24.functional`. Layouts and data formats: docs
 
 from ..formats import metadata_bytes, padded_tokens
 from . import flops
+from .activation_packing import activation_backward_compress, activation_compress
 from .activations import (
     activation,
     activation_backward,
@@ -32,7 +33,9 @@ flops.register()
 __all__ = [
     "activation",
     "activation_backward",
+    "activation_backward_compress",
     "activation_backward_mvue",
+    "activation_compress",
     "column_major_copy",
     "compress",
     "compress_",

@@ -15,14 +15,15 @@ from .arguments import names_wrong_types
 TILE_TOKENS = 64
 
 
-def check_seed(seed: Tensor, like: Tensor) -> None:
+def check_seed(seed: Tensor, like: Tensor, name: str = "dy") -> None:
+    """`name`: of `like`, for messages."""
     if seed.dtype != torch.int64 or seed.shape != (2,) or not seed.is_contiguous():
         raise Sparse24DtypeError(
             "seed must be an int64 tensor of two numbers, one behind the other, got "
             f"{seed.dtype} of shape {tuple(seed.shape)} and strides {seed.stride()}; ops.draw_seed makes one"
         )
     if seed.device != like.device:
-        check_same_device(like, "dy", seed=seed)
+        check_same_device(like, name, seed=seed)
 
 
 def check_seeds(seeds: Tensor, like: Tensor) -> None:

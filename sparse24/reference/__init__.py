@@ -5,6 +5,7 @@ falls back to it. Masks, packed values, E and MVUE draws have the same bits as t
 operations on fp32, in the same order.
 """
 
+from .activation_packing import activation_backward_compress, activation_compress, kept_activations
 from .activations import activation, bias_gradient, gated_activation, gated_activation_backward
 from .masks import (
     from_blocks,
@@ -25,6 +26,8 @@ from .recipe import masked_decay
 
 __all__ = [
     "activation",
+    "activation_backward_compress",
+    "activation_compress",
     "bias_gradient",
     "compress",
     "decode_metadata",
@@ -33,6 +36,7 @@ __all__ = [
     "from_blocks",
     "gated_activation",
     "gated_activation_backward",
+    "kept_activations",
     "mask_flips",
     "mask_gap",
     "masked_decay",

@@ -1,0 +1,48 @@
+"""Activations pruned to 2:4 along features, forward and backward, and packed along features and along tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .activations import activation, bias_gradient
+from .mvue import mvue_compress
+from .packing import pack_rows
+
+
+def kept_activations(u: Tensor) -> Tensor:
+    """Bool like u (tokens, d_ff): of each group of four features the two largest of max(u, 0).
+
+    Equal ones: the lower index first. NaN of either sign is larger than all else.
+    """
+    groups = u.unflatten(-1, (u.shape[-1] // 4, 4))
+    groups = groups if u.dtype == torch.float64 else groups.float()
+    rank = torch.where(groups > 0, groups, torch.where(groups.isnan(), torch.nan, 0.0))  # sorting puts NaN above Inf
+    largest = rank.argsort(stable=True, dim=-1, descending=True)[..., :2]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, largest, True).flatten(-2)
+
+
+def _packed_along_tokens(pruned: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    if seed is None:
+        return pruned.new_empty(0), pruned.new_empty(0, dtype=torch.uint8)
+    return mvue_compress(pruned, seed)
+
+
+def activation_compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """packed and E of h = act(u) with `kept_activations` alone; with a seed packed_t and E_t: `mvue_compress` of it."""
+    kept = kept_activations(u)
+    h = (activation(u, kind) + 0.0).to(u.dtype)  # torch's max(-0, 0) may be -0, which this sum is not
+    return *pack_rows(h, kept, u.dtype), *_packed_along_tokens(torch.where(kept, h, 0), seed)
+
+
+def activation_backward_compress(
+    dh: Tensor, u: Tensor, kind: str, seed: Tensor | None = None, bias_grad: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """packed, packed_t, E_t and the sums over tokens of du = dh act'(u), which is 0 where u was not kept."""
+    wide = u if u.dtype == torch.float64 else u.float()
+    slope = (wide > 0).to(wide.dtype) if kind == "relu" else 2 * (activation(u, "relu") + 0.0)
+    kept = kept_activations(u)
+    du = torch.where(kept, (dh.to(wide.dtype) * slope).to(u.dtype), 0)
+    packed, _ = pack_rows(du, kept, u.dtype)
+    db = bias_gradient(du) if bias_grad else du.new_empty(0, dtype=torch.promote_types(du.dtype, torch.float32))
+    return packed, *_packed_along_tokens(du, seed), db
