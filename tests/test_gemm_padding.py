@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from gemm_cases import dense_gradient, layer
+from gemm_cases import dense_gradient, layer, packed_rows, small_integers
 from played_kernels import DTYPE, forbidden, full_of_rubbish, memory
 
 from sparse24 import Sparse24Warning, _library, ops, reference
@@ -18,9 +18,12 @@ from sparse24.formats import (
     DTYPE_CODE,
     FORWARD,
     GRAD_INPUT,
+    GRAD_INPUT_OF_OUTPUT,
     GRAD_WEIGHT,
     GRAD_WEIGHT_OF_INPUT,
     HALF_DTYPES,
+    M_BY_N,
+    OF_ACTIVATIONS,
     GemmProblem,
     SparseOperand,
     metadata_bytes,
@@ -28,13 +31,15 @@ from sparse24.formats import (
     round_up,
 )
 from sparse24.ops.gemm import launch as gemm_launch
-from sparse24.ops.gemm import products, weight_gradient
+from sparse24.ops.gemm import products, pruned_activations, weight_gradient
 from sparse24.ops.gemm.padding import pad, padded_extents
 from sparse24.testing import assert_as_accurate
 
 DENSE = products.dense
 WEIGHT_GRADIENTS = (GRAD_WEIGHT, GRAD_WEIGHT_OF_INPUT)
-PASSES = (FORWARD, GRAD_INPUT, *WEIGHT_GRADIENTS)
+PASSES = (FORWARD, GRAD_INPUT, *WEIGHT_GRADIENTS, *OF_ACTIVATIONS)
+ALONG_K = (FORWARD, *OF_ACTIVATIONS)  # the sparse operand
+ROWS_OF_K = (*WEIGHT_GRADIENTS, GRAD_INPUT_OF_OUTPUT)  # the dense one
 FEATURES = (4, 12, 20, 36, 1500, 2044)
 # (tokens, in_features, out_features): each odd size on both sides, alone and beside one that fits.
 SHAPES = [
@@ -55,9 +60,23 @@ def refusal(problem, rhs_ld, out_ld, index=0) -> str:
         return "rows of the dense operand"
     if out_ld % (16 // DTYPE[out_dtype].itemsize):
         return "rows of the output"
-    if pass_code == FORWARD and (k == 0 or k % 16):
+    if pass_code in OF_ACTIVATIONS and out_dtype != dtype:
+        return "no kernel"
+    if pass_code in ALONG_K and (k % 16 or (k == 0 and pass_code == FORWARD)):
         return "in_features"
-    return "rows of the sparse operand" if pass_code != FORWARD and m % 8 else ""
+    return "rows of the sparse operand" if pass_code not in ALONG_K and m % 8 else ""
+
+
+def contiguous(pass_code, m, n, k) -> tuple[int, int]:
+    """rhs_ld and out_ld where nothing lies between rows."""
+    return n if pass_code in ROWS_OF_K else k, n if pass_code in M_BY_N else m
+
+
+def extents(pass_code, m, other) -> tuple[int, int, int]:
+    """m, n, k of which two are features, the third tokens."""
+    if pass_code in OF_ACTIVATIONS:
+        return 31, m, other
+    return (m, other, 31) if pass_code in WEIGHT_GRADIENTS else (m, 31, other)
 
 
 class Kernels:
@@ -71,18 +90,18 @@ class Kernels:
         assert not refusal(GemmProblem(pass_code, m, n, k, dtype, out_dtype), rhs_ld, out_ld)
         dtype, out_dtype = DTYPE[dtype], DTYPE[out_dtype]
         assert not any(pointer % 16 for pointer in (packed, E, rhs, out))
-        forward, weight = pass_code == FORWARD, pass_code in WEIGHT_GRADIENTS
-        sparse_k = padded_tokens(k) if weight else k
-        rows, columns = (m, sparse_k // 2) if forward else (sparse_k // 2, m)
+        along_k, rows_of_k = pass_code in ALONG_K, pass_code in ROWS_OF_K
+        sparse_k = padded_tokens(k) if pass_code in WEIGHT_GRADIENTS else k
+        rows, columns = (m, sparse_k // 2) if along_k else (sparse_k // 2, m)
         values = memory(packed, rows, columns, columns, dtype)
         positions = memory(E, 1, metadata_bytes(m, sparse_k), 0, torch.uint8)[0]
-        if forward:
+        if along_k:
             lhs = reference.decompress(values, positions, m, k).double()
         else:
             lhs = reference.decompress(values, positions, sparse_k, m, True).double()[:k].T
-        rhs = memory(rhs, *((k, n) if weight else (n, k)), rhs_ld, dtype).double()
-        result = lhs @ rhs if weight else rhs @ lhs.T
-        if pass_code == GRAD_WEIGHT_OF_INPUT:
+        rhs = memory(rhs, *((k, n) if rows_of_k else (n, k)), rhs_ld, dtype).double()
+        result = lhs @ (rhs if rows_of_k else rhs.T)
+        if pass_code not in M_BY_N:
             result = result.T
         whole_units = min(out_ld, round_up(result.shape[1], 16 // out_dtype.itemsize))
         out = memory(out, result.shape[0], whole_units, out_ld, out_dtype)
@@ -97,7 +116,7 @@ class Kernels:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch) -> str:
     """Where sparse kernels run; that they do is part of each test."""
-    for module in (products, weight_gradient):
+    for module in (products, pruned_activations, weight_gradient):
         monkeypatch.setattr(module, "dense", forbidden)
     if request.param == "cpu":
         monkeypatch.setattr(gemm_launch, "where", lambda t: (Kernels(), _library.CUDA, 0, 0))
@@ -117,15 +136,16 @@ def device(request, monkeypatch) -> str:
 def test_padded_extents_obey_the_kernels_are_least_and_keep_E(pass_code):
     sizes = (*FEATURES, 8, 16, 24, 60, 64, 68, 124, 252, 260)
     for m, other, dtype, out_bytes in itertools.product(sizes, sizes, HALF_DTYPES, (2, 4)):
-        weight = pass_code in WEIGHT_GRADIENTS
-        n, k = (other, 31) if weight else (31, other)
+        if pass_code in OF_ACTIVATIONS and out_bytes != 2:
+            continue  # no kernel
+        m, n, k = extents(pass_code, m, other)
         codes = (DTYPE_CODE[dtype], DTYPE_CODE[dtype if out_bytes == 2 else torch.float32])
         to = padded_extents(pass_code, m, n, k, out_bytes)
         assert not refusal(GemmProblem(pass_code, *to[:3], *codes), to.rhs_ld, to.out_ld)
         assert (m, n, k) <= to[:3] and to.m < m + 8 and to.n == n and to.k < k + 16
-        sparse_k = padded_tokens(k) if weight else k
+        sparse_k = padded_tokens(k) if pass_code in WEIGHT_GRADIENTS else k
         assert metadata_bytes(to.m, round_up(to.k, 4)) == metadata_bytes(m, sparse_k)
-        rhs_ld, out_ld = n if weight else k, n if pass_code == GRAD_WEIGHT else m
+        rhs_ld, out_ld = contiguous(pass_code, m, n, k)
         if not refusal(GemmProblem(pass_code, m, n, k, *codes), rhs_ld, out_ld):
             assert to == (m, n, k, rhs_ld, out_ld), "padded what fits"
 
@@ -134,11 +154,12 @@ def test_padded_extents_obey_the_kernels_are_least_and_keep_E(pass_code):
 def test_the_rules_that_tests_play_are_those_of_the_library():
     sizes = (4, 8, 12, 16, 20, 24, 36, 40, 1500, 2044)
     for pass_code, m, other, out in itertools.product(PASSES, sizes, sizes, (torch.bfloat16, torch.float32)):
-        n, k = (other, 64) if pass_code in WEIGHT_GRADIENTS else (64, other)
-        rhs_ld, out_ld = n if pass_code in WEIGHT_GRADIENTS else k, n if pass_code == GRAD_WEIGHT else m
+        m, n, k = extents(pass_code, m, other)
         codes = (DTYPE_CODE[torch.bfloat16], DTYPE_CODE[out])
-        product = (GemmProblem(pass_code, m, n, k, *codes), rhs_ld, out_ld, 0)
+        product = (GemmProblem(pass_code, m, n, k, *codes), *contiguous(pass_code, m, n, k), 0)
         assert bool(gemm_launch.unsupported(*product)) == bool(refusal(*product)), product
+        if pass_code in OF_ACTIVATIONS and out != torch.bfloat16:
+            continue  # no kernel
         to = padded_extents(pass_code, m, n, k, out.itemsize)
         padded = GemmProblem(pass_code, *to[:3], *codes)
         assert not gemm_launch.unsupported(padded, to.rhs_ld, to.out_ld, 0), product
@@ -155,6 +176,10 @@ def test_what_fits_is_not_copied():
     packed_dy = SparseOperand(torch.zeros(4, 64).bfloat16(), weight.E, k_major=False)
     padded = pad(GemmProblem(GRAD_WEIGHT, 64, 36, 5, 1, 0), packed_dy, torch.zeros(5, 36).bfloat16(), dw, True)
     assert padded.out is dw and padded.accumulate and padded.rhs.shape == (5, 40)
+    w, dx = torch.zeros(16, 24).bfloat16(), torch.zeros(5, 24).bfloat16()  # here for the address of dy
+    packed_dy = SparseOperand(torch.zeros(5, 8).bfloat16(), weight.E)
+    padded = pad(GemmProblem(GRAD_INPUT_OF_OUTPUT, 5, 24, 16, 1, 1), packed_dy, w, dx, False)
+    assert padded.rhs is w and padded.out is dx and padded.lhs.values is packed_dy.values
 
 
 # ---- products -------------------------------------------------------------------------------------------------------
@@ -200,6 +225,29 @@ def test_errors_of_odd_sizes_are_at_most_twice_those_of_dense_pytorch(device, sh
         pruned = dense_gradient(packed_dy, E_dy, tokens)
         dw = ops.sparse_mm_grad_weight(packed_dy, E_dy, x, out_features)
         assert_as_accurate(dw, pruned.T @ x, pruned.double().T @ x.double())
+
+
+@pytest.mark.fault(14, 15, 22)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_pruned_activations_of_odd_sizes_are_exact_on_small_integers(device, shape, offset):
+    """The weight begins anywhere, as in a flat buffer; what lies around it is nobody's. A bias is rounded once."""
+    tokens, in_features, out_features = shape
+    numel = in_features * out_features
+    for dtype in HALF_DTYPES:
+        x, dy = (small_integers(tokens, n, dtype=dtype, device=device) for n in (in_features, out_features))
+        (x, *packed_x), (dy, *packed_dy) = packed_rows(x), packed_rows(dy)
+        flat = torch.full((numel + 64,), float("nan"), device=device, dtype=dtype)
+        w = flat[offset : offset + numel].view(out_features, in_features)
+        w.copy_(small_integers(out_features, in_features, dtype=dtype, device=device))
+        # Steps of 1/2 around 512: rounding the product first, or twice, would show in bfloat16.
+        bias = torch.randint(-600, 601, (out_features,), device=device).to(dtype)
+        exact = x.double() @ w.double().T
+        y = ops.sparse_mm_input(*packed_x, w)
+        assert torch.equal(y, exact.to(dtype)) and y.is_contiguous()
+        assert torch.equal(ops.sparse_mm_input(*packed_x, w, bias=bias), (exact + bias.double()).to(dtype))
+        dx = ops.sparse_mm_grad_input_output(*packed_dy, w)
+        assert torch.equal(dx, (dy.double() @ w.double()).to(dtype)) and dx.is_contiguous()
 
 
 @pytest.mark.fault(14)

@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from gemm_cases import packed_rows
 
 from sparse24 import Sparse24Error, Sparse24Warning, _library, ops
 from sparse24.formats import GemmProblem
@@ -204,10 +205,13 @@ def launched(monkeypatch):
 
 
 def check_products(tokens, in_features, out_features, dtype, grad_dtype):
-    """All four, against exact ones."""
+    """All six, against exact ones."""
     make = lambda *shape: torch.randint(-2, 3, shape, device="cuda").to(dtype)  # noqa: E731
     x, dy, w = make(tokens, in_features), make(tokens, out_features), make(out_features, in_features)
     mask, packed, E, packed_t, E_t = ops.prune_compress(w)
+    (pruned_x, *packed_x), (pruned_dy, *packed_dy) = packed_rows(x), packed_rows(dy)
+    assert torch.equal(ops.sparse_mm_input(*packed_x, w), (pruned_x.double() @ w.double().T).to(dtype))
+    assert torch.equal(ops.sparse_mm_grad_input_output(*packed_dy, w), (pruned_dy.double() @ w.double()).to(dtype))
     w = w.masked_fill(~ops.unpack_mask(mask), 0).double()
     assert torch.equal(ops.sparse_mm(x, packed, E, out_features), (x.double() @ w.T).to(dtype))
     assert torch.equal(ops.sparse_mm_grad_input(dy, packed_t, E_t, in_features), (dy.double() @ w).to(dtype))
@@ -233,13 +237,14 @@ def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launche
     trials = ops.tune_gemm(*layer[:4], grad_dtype=layer[4])
     winners = [t for t in trials if t.chosen]
     assert [t.product for t in winners] == [
-        f"sparse_mm{end}" for end in ("", "_grad_input", "_grad_weight", "_grad_weight_input")
+        f"sparse_mm{end}"
+        for end in ("", "_grad_input", "_grad_weight", "_grad_weight_input", "_input", "_grad_input_output")
     ]
     assert all(t.right and t.time_us > 0 for t in trials), trials
     for winner in winners:
         assert winner.time_us == min(t.time_us for t in trials if t.product == winner.product)
     known, library = stored(cache), _library.binding()
-    assert len(known) == 4
+    assert len(known) == 6
     for (key, config), winner in zip(sorted(known.items()), winners, strict=True):
         assert config in library.sparse_gemm_configs(key, _library.CUDA, 0)
         assert library.sparse_gemm_config(key, config, _library.CUDA, 0) == winner.config
@@ -248,7 +253,7 @@ def test_the_fastest_config_of_each_pass_wins_is_kept_and_is_used(cache, launche
             forget()
         launched.clear()
         check_products(*layer)
-        assert dict(launched) == known and len(launched) == 4
+        assert dict(launched) == known and len(launched) == 6
 
 
 @pytest.mark.gpu

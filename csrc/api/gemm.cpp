@@ -62,7 +62,7 @@ void check_problem(const SparseGemmArgs& args) {
              args.k);
   check_dtypes(args);
   const int64_t rhs_cols = args.rhs.orientation == Orientation::kKMajor ? args.k : args.n;
-  const int64_t out_cols = args.pass == GemmPass::kGradWeight ? args.n : args.m;
+  const int64_t out_cols = is_m_by_n(args.pass) ? args.n : args.m;
   SP24_CHECK(args.rhs.ld >= rhs_cols, "rhs_ld must be at least ", rhs_cols, ", got ", args.rhs.ld);
   SP24_CHECK(args.out_ld >= out_cols, "out_ld must be at least ", out_cols, ", got ", args.out_ld);
   check_activated(args);
@@ -76,7 +76,7 @@ void check_decay(const SparseGemmArgs& args) {
   SP24_CHECK(args.m % 4 == 0 && args.n % 4 == 0,
              "a product with decay must have m and n that are multiples of 4, got ", args.m,
              " and ", args.n);
-  const bool m_rows = args.pass == GemmPass::kGradWeight;  // is m that of dW's rows?
+  const bool m_rows = is_m_by_n(args.pass);  // is m that of dW's rows?
   const int64_t rows = m_rows ? args.m : args.n, cols = m_rows ? args.n : args.m;
   const bool two = decay.first_rows < rows;
   SP24_CHECK(

@@ -38,6 +38,8 @@ constexpr Product kProducts[] = {
     {GemmPass::kForward, GemmEpilogue::kActivation},
     {GemmPass::kForward, GemmEpilogue::kGate},
     {GemmPass::kGradWeightOfInput, GemmEpilogue::kPlain},
+    {GemmPass::kForwardOfInput, GemmEpilogue::kPlain},
+    {GemmPass::kGradInputOfOutput, GemmEpilogue::kPlain},
 };
 
 Product product_of(int code) {
@@ -97,7 +99,7 @@ void read_terms(const py::tuple& terms, SparseGemmArgs& args) {
 /// For questions that depend on extents alone: leading dimensions of contiguous operands.
 void set_contiguous(SparseGemmArgs& args) {
   args.rhs.ld = args.rhs.orientation == Orientation::kKMajor ? args.k : args.n;
-  args.out_ld = args.pass == GemmPass::kGradWeight ? args.n : args.m;
+  args.out_ld = is_m_by_n(args.pass) ? args.n : args.m;
   args.h_ld = args.m;
 }
 

@@ -82,7 +82,7 @@ void multiply_row(const std::vector<Kept>& row, const Strided<const T>& rhs, boo
 template <typename T, typename R, typename B, typename Out>
 void multiply(const SparseGemmArgs& args) {
   const bool k_major = args.rhs.orientation == Orientation::kKMajor;
-  const bool m_rows = args.pass == GemmPass::kGradWeight;
+  const bool m_rows = is_m_by_n(args.pass);
   // rhs(k, n) and out(m, n), whatever their layouts.
   const Strided<const R> rhs = {static_cast<const R*>(args.rhs.values), k_major ? 1 : args.rhs.ld,
                                 k_major ? args.rhs.ld : 1};

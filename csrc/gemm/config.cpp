@@ -65,11 +65,11 @@ double cycles(const TileCost& cost, const GemmConfig& config, const GemmDesc& de
 }
 
 /// The order of the tiles: strips of eight clusters keep both operands in L2. They go along n, but
-/// for short K loops with a long m: there the writing of the output counts, in which m is
-/// contiguous.
+/// for short K loops with a long m that is contiguous in the output: there its writing counts.
 void choose_walk(GemmConfig& config, const GemmDesc& desc) {
   const bool long_m = desc.m > int64_t{8} * config.tile_m * config.cluster_m;
-  const bool writes = !is_grad_weight(desc.pass) && long_m && desc.k <= 1536;
+  const bool m_contiguous = !is_grad_weight(desc.pass) && !is_m_by_n(desc.pass);
+  const bool writes = m_contiguous && long_m && desc.k <= 1536;
   config.raster = writes ? Raster::kAlongM : Raster::kAlongN;
   config.strip = 8;
 }
@@ -208,6 +208,8 @@ const char* name_of(GemmPass pass) {
     case GemmPass::kGradInput: return "grad_input";
     case GemmPass::kGradWeight: return "grad_weight";
     case GemmPass::kGradWeightOfInput: return "grad_weight_of_input";
+    case GemmPass::kForwardOfInput: return "forward_of_input";
+    case GemmPass::kGradInputOfOutput: return "grad_input_of_output";
   }
   return "?";
 }

@@ -31,9 +31,11 @@ std::string unsupported_operands(const SparseGemmArgs& args) {
   }
   if (lhs == Orientation::kKMajor && args.k % (2 * unit) != 0) {
     const bool tokens = is_grad_weight(args.pass);
-    return concat(tokens                              ? "tokens "
-                  : args.pass == GemmPass::kGradInput ? "out_features "
-                                                      : "in_features ",
+    const bool out_features =
+        args.pass == GemmPass::kGradInput || args.pass == GemmPass::kGradInputOfOutput;
+    return concat(tokens         ? "tokens "
+                  : out_features ? "out_features "
+                                 : "in_features ",
                   args.k, ", not a multiple of ", 2 * unit,
                   tokens ? "; pad both operands with zeros" : "");
   }

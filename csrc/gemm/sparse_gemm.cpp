@@ -75,7 +75,7 @@ void check_decay(const SparseGemmArgs& args) {
   const MaskedDecayTerm& decay = args.decay;
   if (decay.factor == nullptr) return;
   SP24_CHECK(args.k > 0, "a product of no tokens takes no decay; add it by masked_decay");
-  const bool n_cols = args.pass == GemmPass::kGradWeight;
+  const bool n_cols = is_m_by_n(args.pass);
   const int64_t along_n = n_cols ? decay.col_stride : decay.row_stride,
                 lines = n_cols ? decay.row_stride : decay.col_stride;
   const uintptr_t pair = 2 * bytes_of(args.out_dtype);
@@ -102,7 +102,7 @@ bool has_float8(const GemmArch& arch) {
 
 /// A product of no k.
 void write_zeros(const SparseGemmArgs& args, cudaStream_t stream) {
-  const bool m_rows = args.pass == GemmPass::kGradWeight;
+  const bool m_rows = is_m_by_n(args.pass);
   const int64_t rows = m_rows ? args.m : args.n, element = bytes_of(args.out_dtype);
   SP24_CHECK_CUDA(cudaMemset2DAsync(args.out, args.out_ld * element, 0,
                                     (m_rows ? args.n : args.m) * element, rows, stream));

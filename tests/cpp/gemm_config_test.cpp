@@ -22,6 +22,7 @@ using namespace sparse24::gemm;
 namespace {
 
 constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight};
+constexpr GemmPass kOfActivations[] = {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput};
 constexpr DType kHalves[] = {DType::kBFloat16, DType::kFloat16};
 const GemmArch* const kArchs[] = {&kSm80, &kSm89, &kSm90};
 
@@ -67,6 +68,61 @@ TEST(every_product_of_one_architecture_is_one_of_the_others) {
   for (const GemmArch* arch : kArchs) CHECK(products_of(*arch, false) == products_of(kSm90, false));
   CHECK(products_of(kSm80, true).empty());
   if (SPARSE24_BUILT_SM89) CHECK(products_of(kSm89, true) == products_of(kSm90, true));
+}
+
+TEST(products_of_activations_have_the_dtype_of_their_operands) {
+  for (const GemmArch* arch : kArchs)
+    for (GemmPass pass : kOfActivations) {
+      for (DType dtype : kHalves) {
+        CHECK(is_compiled(*arch, desc_of(pass, 1000, 256, 512, dtype, dtype)));
+        CHECK(!is_compiled(*arch, desc_of(pass, 1000, 256, 512, dtype, DType::kFloat32)));
+      }
+      CHECK(
+          !is_compiled(*arch, desc_of(pass, 1000, 256, 512, DType::kFloat8E4M3, DType::kBFloat16)));
+    }
+}
+
+TEST(what_products_of_activations_cannot_take_is_said) {
+  const auto refused = [](GemmPass pass, auto change) {
+    SparseGemmArgs args;
+    args.pass = pass;
+    args.m = 31, args.n = 264, args.k = 64;  // any number of tokens
+    args.lhs.orientation = lhs_orientation(pass, args.lhs.format);
+    args.rhs.orientation = rhs_orientation(pass, args.lhs.format);
+    args.rhs.ld = 264, args.out_ld = 264;
+    change(args);
+    CHECK_EQ(kSm80.unsupported(args), kSm90.unsupported(args));
+    return kSm90.unsupported(args);
+  };
+  for (GemmPass pass : kOfActivations) {
+    CHECK_EQ(refused(pass, [](auto&) {}), std::string());
+    CHECK_EQ(refused(pass, [](auto& a) { a.rhs.ld = 68; }),
+             std::string("rows of the dense operand 68 elements apart, not a multiple of 8"));
+    CHECK_EQ(refused(pass, [](auto& a) { a.n = 68, a.out_ld = 68; }),
+             std::string("rows of the output 68 elements apart, not a multiple of 8"));
+    CHECK_EQ(
+        refused(pass, [](auto& a) { a.lhs.orientation = Orientation::kMnMajor; }).substr(0, 22),
+        std::string("operands that are MN-m"));
+  }
+  CHECK_EQ(refused(kOfActivations[0], [](auto& a) { a.k = 40; }),
+           std::string("in_features 40, not a multiple of 16"));
+  CHECK_EQ(refused(kOfActivations[1], [](auto& a) { a.k = 40; }),
+           std::string("out_features 40, not a multiple of 16"));
+}
+
+/// Caches of tuned configs keep them (sparse24/ops/gemm/tuning.py).
+TEST(codes_of_older_products_did_not_move) {
+  const auto row = [](const GemmArch& arch, GemmPass pass, DType dtype, DType out) {
+    const GemmDesc desc = desc_of(pass, 1024, 1024, 1024, dtype, out);
+    return encode(arch, desc, choose_config(arch, desc, 132)) & 0xFF;
+  };
+  constexpr DType kHalf = DType::kFloat16, kFloat = DType::kFloat32;
+  for (const GemmArch* arch : {&kSm80, &kSm89}) {
+    CHECK_EQ(row(*arch, GemmPass::kForward, kHalf, kHalf), 5);
+    CHECK_EQ(row(*arch, GemmPass::kGradInput, kHalf, kFloat), 12);
+    CHECK_EQ(row(*arch, GemmPass::kGradWeightOfInput, kHalf, kFloat), 20);
+  }
+  CHECK_EQ(row(kSm90, GemmPass::kGradWeightOfInput, kHalf, kFloat), 31);
 }
 
 TEST(an_architecture_is_for_its_compute_capabilities) {
@@ -200,18 +256,21 @@ TEST(a_compiled_kernel_is_chosen_for_every_shape) {
     const auto extent = [&]() -> int64_t {
       return int64_t{4} << (random() % 15) | 4 * (random() % 4096);
     };
-    for (GemmPass pass : kPasses)
-      for (DType dtype : kHalves)
-        for (DType out_dtype : {dtype, DType::kFloat32}) {
-          const GemmDesc desc = desc_of(pass, extent(), extent(), extent(), dtype, out_dtype);
-          for (const GemmArch* arch : kArchs)
-            for (int multiprocessors : {2, 78, 108, 132}) {
-              const GemmConfig config = choose_config(*arch, desc, multiprocessors);
-              CHECK_EQ(encode(*arch, desc, config) >> 18, 0);  // it has a row
-              CHECK(config.strip >= 1 && config.strip < 256);
-              CHECK_EQ(to_string(config), to_string(choose_config(*arch, desc, multiprocessors)));
-            }
+    const auto check = [&](GemmPass pass, DType dtype, DType out_dtype) {
+      const GemmDesc desc = desc_of(pass, extent(), extent(), extent(), dtype, out_dtype);
+      for (const GemmArch* arch : kArchs)
+        for (int multiprocessors : {2, 78, 108, 132}) {
+          const GemmConfig config = choose_config(*arch, desc, multiprocessors);
+          CHECK_EQ(encode(*arch, desc, config) >> 18, 0);  // it has a row
+          CHECK(config.strip >= 1 && config.strip < 256);
+          CHECK_EQ(to_string(config), to_string(choose_config(*arch, desc, multiprocessors)));
         }
+    };
+    for (DType dtype : kHalves) {
+      for (GemmPass pass : kPasses)
+        for (DType out_dtype : {dtype, DType::kFloat32}) check(pass, dtype, out_dtype);
+      for (GemmPass pass : kOfActivations) check(pass, dtype, dtype);
+    }
   }
 }
 

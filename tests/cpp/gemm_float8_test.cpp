@@ -1,5 +1,6 @@
-// The CPU's sparse GEMM of 8-bit operands, and of the gradient whose input was pruned: each pass,
-// in both orientations of both operands, against dense sums of small integers, which are exact.
+// The CPU's sparse GEMM of 8-bit operands, of the gradient whose input was pruned, and of pruned
+// activations: each pass, in both orientations of both operands, against dense sums of small
+// integers, which are exact.
 #include <cstdint>
 #include <vector>
 
@@ -50,7 +51,7 @@ struct Product {
     a.lhs = {lhs.values.data(), lhs.E.data(), c.format, c.lhs, c.scaled ? &kLhsScale : nullptr};
     a.rhs = {rhs.data(), k_major ? c.k : c.n, c.rhs, c.scaled ? &kRhsScale : nullptr};
     a.out_dtype = c.out_dtype;
-    a.out = out.data(), a.out_ld = c.pass == GemmPass::kGradWeight ? c.n : c.m;
+    a.out = out.data(), a.out_ld = is_m_by_n(c.pass) ? c.n : c.m;
     a.bias = c.bias ? bias.data() : nullptr;
     a.accumulate = c.accumulate;
     a.h = h.data(), a.h_ld = c.epilogue == GemmEpilogue::kGate ? c.m / 2 : c.m;
@@ -72,8 +73,7 @@ struct Product {
   }
 
   static size_t at(const Spec& c, int m, int n) {
-    return c.pass == GemmPass::kGradWeight ? static_cast<size_t>(m) * c.n + n
-                                           : static_cast<size_t>(n) * c.m + m;
+    return is_m_by_n(c.pass) ? static_cast<size_t>(m) * c.n + n : static_cast<size_t>(n) * c.m + m;
   }
 
   Random random;
@@ -122,6 +122,17 @@ TEST(the_gradient_of_a_pruned_input_is_stored_as_that_of_the_weight) {
         for (int tokens : {4, 31, 64})
           check({GemmPass::kGradWeightOfInput, kPlain, 24, 12, tokens, format, out,
                  Orientation::kMnMajor, Orientation::kMnMajor, false, accumulate, false});
+}
+
+TEST(pruned_activations_may_have_any_number_of_tokens) {
+  for (GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
+    for (DType format : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
+      for (Orientation lhs : kBoth)
+        for (Orientation rhs : kBoth)
+          for (bool accumulate : {false, true})
+            for (int tokens : {1, 31, 64, 66})
+              check({pass, kPlain, tokens, 12, 68, format, format, lhs, rhs, false, accumulate,
+                     false});
 }
 
 TEST(its_decay_is_that_of_the_other_product) {

@@ -27,8 +27,16 @@ using namespace gpu_testing;
 
 namespace {
 
-constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
-                                GemmPass::kGradWeightOfInput};
+constexpr GemmPass kPasses[] = {GemmPass::kForward,        GemmPass::kGradInput,
+                                GemmPass::kGradWeight,     GemmPass::kGradWeightOfInput,
+                                GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput};
+
+/// Only forward products have a bias, and those of activations no fp32 output.
+Variant fitting(const Problem& p, Variant v) {
+  v.bias = v.bias && p.pass == GemmPass::kForward;
+  v.float_out = v.float_out && !is_of_activation(p.pass);
+  return v;
+}
 
 void test_products() {
   const Kernel kernel = chosen();
@@ -43,6 +51,10 @@ void test_products() {
     problems.push_back({GemmPass::kForward, 268, tokens, 208, true});
     problems.push_back({GemmPass::kGradWeight, 264, 133, tokens, true});
     problems.push_back({GemmPass::kGradWeightOfInput, 264, 133, tokens, true});
+    for (const GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput}) {
+      problems.push_back({pass, tokens, 264, 208, true});
+      problems.push_back({pass, tokens, 268, 208, true});
+    }
   }
   for (const GemmPass pass : kPasses) {
     problems.push_back({pass, 2312, 1800, 192, true});  // more tiles than a wave: rings wrap
@@ -59,9 +71,8 @@ void test_products() {
       const bool all =
           p.m < 1000;  // every epilogue on every small problem, one in turn on large ones
       for (size_t i = 0; i < (all ? std::size(variants) : 1); ++i) {
-        Variant v = variants[all ? i : next_variant++ % std::size(variants)];
-        if (p.pass != GemmPass::kForward) v.bias = false;
-        check_case(typed, o, d, kernel, v);
+        const Variant& v = variants[all ? i : next_variant++ % std::size(variants)];
+        check_case(typed, o, d, kernel, fitting(typed, v));
       }
     }
   }
@@ -89,12 +100,9 @@ void test_every_config() {
     std::vector<Variant> variants = {
         {false, false, false}, {false, true, true}, {true, true, false}};
     if (p.m > 1000 || p.n > 2000) variants.resize(1);  // comparing takes the time
-    for (const Variant& v : variants) {
-      Variant fitting = v;
-      if (p.pass != GemmPass::kForward) fitting.bias = false;
-      for (const Kernel& kernel : every_config(make_args(p, d, fitting))) {
-        check_case(p, o, d, kernel, fitting);
-      }
+    for (const Variant& wanted : variants) {
+      const Variant v = fitting(p, wanted);
+      for (const Kernel& kernel : every_config(make_args(p, d, v))) check_case(p, o, d, kernel, v);
     }
   }
 }
@@ -134,16 +142,17 @@ void test_decay() {
 void test_sanitize() {
   const Variant variants[] = {{true, false, false}, {true, true, true}, {false, true, false}};
   for (const GemmPass pass : kPasses) {
-    const bool weight = is_grad_weight(pass);
-    const Problem problems[] = {{pass, 264, weight ? 296 : 279, weight ? 3203 : 3200, true},
+    const bool weight = is_grad_weight(pass), activation = is_of_activation(pass);
+    const Problem problems[] = {{pass, activation ? 279 : 264, weight || activation ? 296 : 279,
+                                 weight ? 3203 : 3200, true},
                                 {pass, 8, kTilesOfHelpers * 256, 6016, true},
                                 {pass, 8, kTilesOfTwoWaves * 256, 2064, true}};
     for (const Problem& p : problems) {
       const Operands o = make_operands(p);
       const Device d(o);
-      for (Variant v : variants) {
-        if (p.m == 8 && !v.float_out) continue;  // epilogues differ in nothing there
-        v.bias = v.bias && pass == GemmPass::kForward;
+      for (const Variant& wanted : variants) {
+        if (p.m == 8 && !wanted.float_out) continue;  // epilogues differ in nothing there
+        const Variant v = fitting(p, wanted);
         for (const Kernel& kernel : first_walks(make_args(p, d, v))) {
           check_case(p, o, d, kernel, v);
           if (!weight) continue;
@@ -179,11 +188,38 @@ void test_activated() {
 }
 
 void test_repeats() {
-  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradWeight})
-    check_repeats({pass, 1280, 1024, 2048, false}, {false, false, true});
+  for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradWeight, GemmPass::kForwardOfInput,
+                              GemmPass::kGradInputOfOutput}) {
+    const Problem p{pass, 1280, 1024, 2048, false};
+    check_repeats(p, fitting(p, {false, false, true}));
+  }
 }
 
 std::string unsupported(const SparseGemmArgs& a) { return gemm::unsupported(a, 0); }
+
+void check_refused(GemmPass pass, const char* named,
+                   const std::function<void(SparseGemmArgs&)>& change) {
+  ++cases;
+  const Problem p{pass, 64, 64, 64, true};
+  const Device d(make_operands(p));
+  SparseGemmArgs args = make_args(p, d, {false, false, false});
+  if (const std::string reason = unsupported(args); !reason.empty())
+    fail("good arguments refused: ", reason);
+  change(args);
+  if (unsupported(args).find(named) == std::string::npos)
+    fail("'", named, "' not in the refusal, but: '", unsupported(args), "'");
+}
+
+void test_refusals_of_activations() {
+  for (const GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput}) {
+    check_refused(pass, pass == GemmPass::kForwardOfInput ? "in_features 40" : "out_features 40",
+                  [](auto& a) { a.k = 40; });
+    check_refused(pass, "no kernel is compiled for",
+                  [](auto& a) { a.out_dtype = DType::kFloat32; });
+    check_refused(pass, "no kernel is compiled for",
+                  [](auto& a) { a.lhs.format = DType::kFloat8E4M3; });
+  }
+}
 
 void test_refusals() {
   const Problem p{GemmPass::kForward, 64, 64, 64, true};
@@ -226,6 +262,7 @@ void test_metadata_order() {
 int main(int count, char** arguments) {
   return run_gpu_tests({{"metadata_order", test_metadata_order},
                         {"refusals", test_refusals},
+                        {"refusals_of_activations", test_refusals_of_activations},
                         {"products", test_products},
                         {"decay", test_decay},
                         {"activated", test_activated},

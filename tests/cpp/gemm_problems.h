@@ -81,7 +81,7 @@ struct Problem {
   bool positive = false;  // where not integers: values of one sign
 
   bool is_gradient() const { return is_grad_weight(pass); }
-  bool m_rows() const { return pass == GemmPass::kGradWeight; }  // of out
+  bool m_rows() const { return is_m_by_n(pass); }  // of out
   bool rhs_k_major() const { return rhs_orientation(pass, format) == Orientation::kKMajor; }
   DType rhs_dtype() const { return is_float8(format) ? DType::kFloat8E4M3 : format; }
   DType bias_dtype() const { return is_float8(format) ? DType::kBFloat16 : format; }

@@ -158,6 +158,7 @@ TEST(a_warp_multiplies_what_is_staged) {
   check_warps<kKMajor, kKMajor>();
   check_warps<kMnMajor, kKMajor>();
   check_warps<kMnMajor, kMnMajor>();
+  check_warps<kKMajor, kMnMajor>();
 }
 
 TEST(nothing_that_lanes_do_at_a_time_meets_in_a_bank) {
@@ -174,6 +175,7 @@ TEST(lanes_load_E_side_by_side) { testing::check_meta_loads<2>(); }
 TEST(an_rtx_3090_holds_three_stages) {
   constexpr int kBytes = kStageBytes<Lhs<kKMajor>, Rhs<kKMajor>>;
   static_assert(kBytes == kStageBytes<Lhs<kMnMajor>, Rhs<kMnMajor>>);
+  static_assert(kBytes == kStageBytes<Lhs<kKMajor>, Rhs<kMnMajor>>);
   CHECK_EQ(stages_in(99 * 1024, kBytes), 3);
   CHECK_EQ(stages_in(163 * 1024, kBytes), 4);
 }

@@ -1,4 +1,4 @@
-// The CPU's sparse GEMM against a dense product of the unpacked operand, in all three passes.
+// The CPU's sparse GEMM against a dense product of the unpacked operand, in every pass.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -18,7 +18,8 @@ struct Operand {
   TestMatrix dense;  // [m, k]
 };
 
-/// W [out_features, in_features], pruned by its mask: the lhs of forward (rows) and dx (columns).
+/// W [out_features, in_features], pruned by its mask: the lhs of forward (rows) and dx (columns). Rows of a pruned
+/// activation are like those of forward.
 Operand make_weight(GemmPass pass, int64_t m, int64_t k, DType dtype, std::mt19937& random) {
   const bool transposed = pass == GemmPass::kGradInput;
   const int64_t rows = transposed ? k : m, cols = transposed ? m : k;
@@ -58,12 +59,13 @@ struct Problem {
 void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype, bool with_bias,
                    bool accumulate, std::mt19937& random,
                    GemmEpilogue epilogue = GemmEpilogue::kPlain) {
-  const bool weight_grad = pass == GemmPass::kGradWeight;
+  const bool weight_grad = pass == GemmPass::kGradWeight, m_rows = is_m_by_n(pass);
+  const bool k_rows = rhs_orientation(pass, dtype) == Orientation::kMnMajor;
   Operand lhs = weight_grad ? make_gradient(p.m, p.k, dtype, random)
                             : make_weight(pass, p.m, p.k, dtype, random);
-  // rhs(k, n): x [k, n] for dW, [n, k] otherwise; the output [m, n] or [n, m]. Both with gaps.
-  TestMatrix rhs(weight_grad ? p.k : p.n, weight_grad ? p.n : p.k, dtype, Order::kRowMajor, 8);
-  TestMatrix out(weight_grad ? p.m : p.n, weight_grad ? p.n : p.m, out_dtype, Order::kRowMajor, 4);
+  // rhs(k, n): [k, n] or [n, k]; the output [m, n] or [n, m]. Both with gaps.
+  TestMatrix rhs(k_rows ? p.k : p.n, k_rows ? p.n : p.k, dtype, Order::kRowMajor, 8);
+  TestMatrix out(m_rows ? p.m : p.n, m_rows ? p.n : p.m, out_dtype, Order::kRowMajor, 4);
   rhs.fill_integers(random, 3);
   out.fill_integers(random, 9);
   const TestMatrix before = out;
@@ -100,9 +102,8 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
     for (int64_t n = 0; n < p.n; ++n) {
       double sum = with_bias ? bias.get(0, m) : 0.0;
       for (int64_t k = 0; k < p.k; ++k)
-        sum += static_cast<double>(lhs.dense.get(m, k)) *
-               (weight_grad ? rhs.get(k, n) : rhs.get(n, k));
-      const auto at = [&](const TestMatrix& t) { return weight_grad ? t.get(m, n) : t.get(n, m); };
+        sum += static_cast<double>(lhs.dense.get(m, k)) * (k_rows ? rhs.get(k, n) : rhs.get(n, k));
+      const auto at = [&](const TestMatrix& t) { return m_rows ? t.get(m, n) : t.get(n, m); };
       if (accumulate) sum += at(before);
       rounded.set(0, 0, static_cast<float>(sum));
       CHECK_EQ(at(out), rounded.get(0, 0));
@@ -123,7 +124,8 @@ void check_product(GemmPass pass, const Problem& p, DType dtype, DType out_dtype
 
 TEST(products_of_small_integers_are_exact) {
   std::mt19937 random(1);
-  for (GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight})
+  for (GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
+                        GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
     for (const Problem& p :
          {Problem{4, 1, 4}, Problem{64, 8, 64}, Problem{68, 31, 132}, Problem{12, 65, 8}})
       for (DType dtype : kDTypes)

@@ -4,7 +4,9 @@
 //   lhs 2:4 along k
 //
 //   K-major, K-major     forward               packed [m, k/2]   rhs [n, k]   out [n, m]
+//                        forward_of_input      the same                       out [m, n]
 //                        8 bits, all passes    the same                       out as of 16 bits
+//   K-major, MN-major    grad_input_of_output  packed [m, k/2]   rhs [k, n]   out [m, n]
 //   MN-major, K-major    grad_input            packed [k/2, m]   rhs [n, k]   out [n, m]
 //   MN-major, MN-major   grad_weight           packed [k/2, m]   rhs [k, n]   out [m, n]
 //                        grad_weight_of_input  the same                       out [n, m]
@@ -56,7 +58,7 @@ struct Kernel {
   static constexpr int kSums = Mainloop::kTileM * Mainloop::kTileN / kThreads;
   using Sums = PartialSums<kThreads, kSums>;
   using Storer = Epilogue<typename StorageOf<Mainloop::kFormat>::type, Mainloop::kElementBytes,
-                          !Mainloop::Rhs::kKMajor || Mainloop::kFloat8>;
+                          Mainloop::Lhs::kKMajor || !Mainloop::Rhs::kKMajor>;
 
   struct Params {
     typename Mainloop::Params mainloop;
@@ -135,7 +137,7 @@ struct SparseGemm {
     params.epilogue = {m,
                        n,
                        width,
-                       args.pass != GemmPass::kGradWeight,
+                       !is_m_by_n(args.pass),
                        args.out_dtype == DType::kFloat32,
                        args.accumulate,
                        args.out,

@@ -33,6 +33,8 @@ constexpr GemmEpilogue kActivated[] = {GemmEpilogue::kActivation, GemmEpilogue::
 
 template <int kRows>
 constexpr void add_products_of_16_bits(Table<kRows>& table, const Row& row, GemmPass pass) {
+  if (is_of_activation(pass))  // with the one output that Hopper has
+    return table.add(row, pass, GemmEpilogue::kPlain, row.format, Accumulation::kFast);
   for (const DType out : {row.format, DType::kFloat32})
     table.add(row, pass, GemmEpilogue::kPlain, out, Accumulation::kFast);
   if (pass != GemmPass::kForward) return;
@@ -55,18 +57,24 @@ constexpr void add_products_of_8_bits(Table<kRows>& table, const Row& row, GemmP
 }
 
 template <int kRows>
+constexpr void add_products(Table<kRows>& table, const Row& row, GemmPass pass) {
+  if (lhs_orientation(pass, row.format) != row.lhs || rhs_orientation(pass, row.format) != row.rhs)
+    return;
+  is_float8(row.format) ? add_products_of_8_bits(table, row, pass)
+                        : add_products_of_16_bits(table, row, pass);
+}
+
+/// Codes of configs count products, so those of pruned activations follow the older ones.
+template <int kRows>
 constexpr Table<kRows> products_of(const Row (&rows)[kRows]) {
   Table<kRows> table;
-  for (const Row& row : rows) {
+  for (const Row& row : rows)
     for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
-                                GemmPass::kGradWeightOfInput}) {
-      if (lhs_orientation(pass, row.format) != row.lhs ||
-          rhs_orientation(pass, row.format) != row.rhs)
-        continue;
-      is_float8(row.format) ? add_products_of_8_bits(table, row, pass)
-                            : add_products_of_16_bits(table, row, pass);
-    }
-  }
+                                GemmPass::kGradWeightOfInput})
+      add_products(table, row, pass);
+  for (const Row& row : rows)
+    for (const GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
+      add_products(table, row, pass);
   return table;
 }
 

@@ -7,7 +7,9 @@
 //                grad_input             packed [k/2, m] MN-major   rhs [n, k] K-major   out [n, m]
 //                grad_weight            packed [k/2, m] MN-major   rhs [k, n] MN-major  out [m, n]
 //                grad_weight_of_input   packed [k/2, m] MN-major   rhs [k, n] MN-major  out [n, m]
-//   8 bits       all                    packed [m, k/2] K-major    rhs [n, k] K-major   as above
+//                forward_of_input       packed [m, k/2] K-major    rhs [n, k] K-major   out [m, n]
+//                grad_input_of_output   packed [m, k/2] K-major    rhs [k, n] MN-major  out [m, n]
+//   8 bits       the first four         packed [m, k/2] K-major    rhs [n, k] K-major   as above
 //
 //   With a forward product, if wanted, h = act(out), or act(gate) * up of two halves.
 //
@@ -87,7 +89,7 @@ struct SparseGemm {
 
   static constexpr bool kGated = kEpilogue == GemmEpilogue::kGate;
   static constexpr bool kActivated = kEpilogue != GemmEpilogue::kPlain;
-  static constexpr bool kMContiguous = kPass != GemmPass::kGradWeight;
+  static constexpr bool kMContiguous = !is_m_by_n(kPass);
 
   // CUTLASS names layouts after BLAS: RowMajor lhs is K-major, ColumnMajor rhs is K-major.
   using LayoutLhs = cute::conditional_t<lhs_orientation(kPass, kFormat) == Orientation::kKMajor,

@@ -21,11 +21,33 @@ namespace sparse24 {
 ///   kGradWeightOfInput  the same gradient where the input was pruned: dW^T is computed, and stored as dW.
 ///                m = in_features, n = out_features, k = tokens
 ///                lhs the pruned x, transposed; rhs dy [k, n], or dy^T [n, k]; out dW [n, m]
-enum class GemmPass : int { kForward = 0, kGradInput = 1, kGradWeight = 2, kGradWeightOfInput = 3 };
+///
+/// and two where an activation is pruned along its features, and the weight is dense, as nn.Linear has it:
+///
+///   kForwardOfInput     m = tokens, n = out_features, k = in_features
+///                       lhs the pruned x; rhs the weight [n, k]; out y [m, n]
+///   kGradInputOfOutput  m = tokens, n = in_features, k = out_features
+///                       lhs the pruned dy; rhs the weight [k, n]; out dx [m, n]
+enum class GemmPass : int {
+  kForward = 0,
+  kGradInput = 1,
+  kGradWeight = 2,
+  kGradWeightOfInput = 3,
+  kForwardOfInput = 4,
+  kGradInputOfOutput = 5
+};
 
 constexpr bool is_grad_weight(GemmPass pass) {
   return pass == GemmPass::kGradWeight || pass == GemmPass::kGradWeightOfInput;
 }
+
+/// Are the rows of lhs tokens, pruned along their features? On a GPU such products are of 16 bits, in and out.
+constexpr bool is_of_activation(GemmPass pass) {
+  return pass == GemmPass::kForwardOfInput || pass == GemmPass::kGradInputOfOutput;
+}
+
+/// Is out [m, n]? Else it is [n, m].
+constexpr bool is_m_by_n(GemmPass pass) { return pass == GemmPass::kGradWeight || is_of_activation(pass); }
 
 /// What a forward product makes in addition:
 ///
@@ -42,10 +64,12 @@ enum class Orientation : int { kKMajor = 0, kMnMajor = 1 };
 /// How the GPU's kernels want the operands of a pass: 16-bit ones as the ops that make them write them; 8-bit ones
 /// along k, always. The CPU takes both orientations in every pass.
 constexpr Orientation lhs_orientation(GemmPass pass, DType dtype) {
-  return is_float8(dtype) || pass == GemmPass::kForward ? Orientation::kKMajor : Orientation::kMnMajor;
+  return is_float8(dtype) || pass == GemmPass::kForward || is_of_activation(pass) ? Orientation::kKMajor
+                                                                                  : Orientation::kMnMajor;
 }
 constexpr Orientation rhs_orientation(GemmPass pass, DType dtype) {
-  return is_float8(dtype) || !is_grad_weight(pass) ? Orientation::kKMajor : Orientation::kMnMajor;
+  const bool rows_of_k = is_grad_weight(pass) || pass == GemmPass::kGradInputOfOutput;
+  return is_float8(dtype) || !rows_of_k ? Orientation::kKMajor : Orientation::kMnMajor;
 }
 
 /// lhs. K-major [m, padded_k/2] or MN-major [padded_k/2, m], rows contiguous; E in the order of the format. padded_k is

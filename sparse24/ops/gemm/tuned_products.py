@@ -11,11 +11,15 @@ from torch import Tensor
 from ... import _library
 from ...errors import Sparse24Error
 from ...formats import (
+    BLOCK,
     DEFAULT_DTYPE,
     FORWARD,
+    FORWARD_OF_INPUT,
     GRAD_INPUT,
+    GRAD_INPUT_OF_OUTPUT,
     GRAD_WEIGHT,
     GRAD_WEIGHT_OF_INPUT,
+    M_BY_N,
     GemmProblem,
     SparseOperand,
     padded_tokens,
@@ -79,7 +83,7 @@ class _Case(NamedTuple):
 
     def empty_out(self) -> Tensor:
         m, n, _ = self.mnk
-        shape = (m, n) if self.pass_code == GRAD_WEIGHT else (n, m)
+        shape = (m, n) if self.pass_code in M_BY_N else (n, m)
         return torch.empty(shape, dtype=self.out_dtype, device=self.rhs.device)
 
 
@@ -120,7 +124,21 @@ def _cases(tokens, in_features, out_features, dtype, grad_dtype, index) -> list[
         left, right = (values, other) if pass_code == GRAD_WEIGHT else (other, values)
         expected = lambda left=left, right=right: exact(left.T, right)  # noqa: E731
         cases.append(_Case(pass_code, (m, n, tokens), lhs, other, grad_dtype, expected))
+    for pass_code, pruned, other in ((FORWARD_OF_INPUT, x, w.T), (GRAD_INPUT_OF_OUTPUT, dy, w)):
+        lhs, (k, n) = _packed_rows(pruned), other.shape
+        values = dense(lhs, tokens, k, dtype)
+        expected = lambda values=values, other=other: exact(values, other)  # noqa: E731
+        cases.append(_Case(pass_code, (tokens, n, k), lhs, w, dtype, expected))
     return cases
+
+
+def _packed_rows(t: Tensor) -> SparseOperand:
+    """An activation pruned along its features, by the mask of its 4x4 blocks."""
+    tokens = t.shape[0]
+    whole = torch.nn.functional.pad(t, (0, 0, 0, -tokens % BLOCK))
+    mask = torch.ops.sparse24.transposable_mask.default(whole)
+    packed, E, *_ = torch.ops.sparse24.compress.default(whole, mask, t.dtype)
+    return SparseOperand(packed[:tokens], E)
 
 
 def _seed(like: Tensor) -> Tensor:
