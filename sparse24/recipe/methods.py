@@ -14,7 +14,7 @@ dense   trains dense and only looks: masks are searched, so that flip rates can 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -63,17 +63,26 @@ def check_mvue(mvue, method: Method) -> None:
 
 
 class FrozenSecondMoment:
-    """Keeps Adam's second moment of some parameters at the value it had when this object was made.
+    """Keeps what Adam divides by, for some parameters, at the value it had when this object was made.
 
-    An optimizer gives no way to switch its average off (beta2 = 1 also switches bias correction to 0 / 0), so before
-    each step the state is set such that the step's own update, v <- beta2 v + (1 - beta2) g^2, arrives at the frozen
-    value.
+    Adam divides by the root of v / (1 - beta2^t). An optimizer gives no way to switch its average off (beta2 = 1 also
+    switches bias correction to 0 / 0), so before each step the state is set such that the step's own update,
+    v <- beta2 v + (1 - beta2) g^2, arrives at the frozen value times the correction of that step. With v alone held,
+    the divisor would still shrink, by a factor of 3 in all after 100 steps at beta2 = 0.999.
+
+    frozen       the second moments as they were frozen, not corrected for their bias
+    corrections  1 - beta2^t at that time, one for each parameter; 1 where the optimizer does not correct. Older states
+                 have none: the divisor stays what it is at the first step, once the optimizer has its state again
     """
 
     KEY = "exp_avg_sq"
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], frozen: list[Tensor] | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Iterable[Tensor],
+        frozen: list[Tensor] | None = None,
+        corrections: list[float] | None = None,
     ):
         self.optimizer = optimizer
         self.parameters = list(parameters)
@@ -81,8 +90,10 @@ class FrozenSecondMoment:
         self.check(optimizer, self.parameters)
         if frozen is not None:
             self.frozen = [f.to(p.device, copy=True) for f, p in zip(frozen, self.parameters, strict=True)]
+            self.corrections = list(corrections or [])
         else:
             self.frozen = [self._moment(p).clone() for p in self.parameters]
+            self.corrections = self._present_corrections()
 
     @classmethod
     def check(cls, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -106,11 +117,30 @@ class FrozenSecondMoment:
         moment = self.optimizer.state.get(p, {}).get(self.KEY)
         return torch.zeros_like(p) if moment is None else moment
 
+    def _correction(self, p: Tensor, ahead: int) -> float | Tensor:
+        """1 - beta2^t, `ahead` steps after those taken; on the device where the optimizer counts there."""
+        group = self._groups[id(p)]
+        taken = self.optimizer.state.get(p, {}).get("step", group.get("step"))  # some count for a whole group
+        if taken is None or not group.get("bias_correction", group.get("correct_bias", True)):
+            return 1.0
+        on_device = isinstance(taken, Tensor) and taken.device.type != "cpu"
+        return 1 - float(group["betas"][1]) ** ((taken.double() if on_device else float(taken)) + ahead)
+
+    def _present_corrections(self) -> list[float]:
+        return [float(self._correction(p, 0)) or 1.0 for p in self.parameters]  # 0: not stepped, and so is its moment
+
+    def _targets(self, ahead: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(parameter, its second moment, the value to hold) of those that have been stepped."""
+        self.corrections = self.corrections or self._present_corrections()
+        for p, frozen, correction in zip(self.parameters, self.frozen, self.corrections, strict=True):
+            moment = self.optimizer.state.get(p, {}).get(self.KEY)
+            if moment is not None:
+                yield p, moment, frozen * (self._correction(p, ahead) / correction)
+
     @torch.no_grad()
     def before_step(self) -> None:
-        for p, frozen in zip(self.parameters, self.frozen, strict=True):
-            moment = self.optimizer.state.get(p, {}).get(self.KEY)
-            if moment is None or p.grad is None:
+        for p, moment, target in self._targets(1):
+            if p.grad is None:
                 continue
             group = self._groups[id(p)]
             beta2 = group["betas"][1]
@@ -123,12 +153,10 @@ class FrozenSecondMoment:
                 grad = grad + group["weight_decay"] * p  # Adam's L2 term enters g before the average does
             update = (1 - beta2) * grad.to(moment.dtype).square()
             # Rounding must not leave the result below 0, where the optimizer takes a root.
-            moment.copy_(torch.maximum(frozen - update, update * (1e-6 - 1)) / beta2)
+            moment.copy_(torch.maximum(target - update, update * (1e-6 - 1)) / beta2)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Put the exact value back: rounding must not add up, and a skipped step has moved nothing."""
-        for p, frozen in zip(self.parameters, self.frozen, strict=True):
-            moment = self.optimizer.state.get(p, {}).get(self.KEY)
-            if moment is not None:
-                moment.copy_(frozen)
+        for _, moment, target in self._targets(0):
+            moment.copy_(target)

@@ -79,6 +79,7 @@ def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -
         "frozen_moment": [t.clone() for t in steps.frozen_moment.frozen] if steps.frozen_moment else [],
         "rng": rng_state(next(iter(layers.values())).weight.device),
         **search.state_dict(),
+        **({"frozen_corrections": list(steps.frozen_moment.corrections)} if steps.frozen_moment else {}),
         **({"casts": steps.scales.state_dict()} if steps.scales.layers else {}),
         **({"pruned": steps.noise.state_dict()} if steps.noise is not None else {}),
         **({"frozen_layers": frozen} if frozen else {}),
@@ -128,7 +129,8 @@ def load(
     if steps.noise is not None:
         steps.noise.load_state_dict(state.get("pruned", {}), state["step"])
     if steps.frozen_moment is not None and state["frozen_moment"]:
-        steps.frozen_moment = FrozenSecondMoment(steps.optimizer, steps.weights(), state["frozen_moment"])
+        frozen, corrections = state["frozen_moment"], state.get("frozen_corrections")
+        steps.frozen_moment = FrozenSecondMoment(steps.optimizer, steps.weights(), frozen, corrections)
     if steps.scales.load_state_dict(casts):
         steps.repack()
     packing.pack([layer for name, layer in layers.items() if name not in steps.layers], search=False)
@@ -204,6 +206,7 @@ def check_state(
     _check_tensors(state["scales"], "scales", [torch.Size([])] * len(scaled))
     if shapes is not None:
         _check_tensors(state["frozen_moment"], "frozen_moment", shapes)
+        _check_corrections(state.get("frozen_corrections", []), len(shapes))
     _check_rng(state["rng"])
     return _check_masks(state["masks"], masks, soft=_is_soft(state))
 
@@ -252,6 +255,13 @@ def _check_tensors(tensors: list, name: str, shapes: list[torch.Size]) -> None:
         and all(t.shape == shape for t, shape in zip(tensors, shapes, strict=True))
     ):
         raise Sparse24Error(f"the recipe state is corrupt: {name!r} does not hold what these layers need")
+
+
+def _check_corrections(corrections: list, count: int) -> None:
+    """One for each weight, or none, of an older state: parts of 1 that a second moment is divided by."""
+    plain = isinstance(corrections, list) and len(corrections) in (0, count)
+    if not plain or not all(type(value) is float and 0 < value <= 1 for value in corrections):
+        raise Sparse24Error("the recipe state is corrupt: 'frozen_corrections' does not hold what these layers need")
 
 
 def _check_rng(rng: dict) -> None:
