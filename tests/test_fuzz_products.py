@@ -70,6 +70,30 @@ def test_products_with_a_weight(device, draw):
             assert not y[meets].isfinite().any()
 
 
+@fuzz(200)
+def test_products_of_a_pruned_activation(device, draw):
+    tokens, rows, cols, dtype = draw.pick(EXTENTS), draw.pick(BLOCKS), draw.pick(BLOCKS), float_for(draw, device)
+    shape = draw.usually((rows, cols), (rows, cols + 4), (rows + 4, cols), (rows,))
+    w = on(device, draw.tensor(shape, draw.usually((dtype,), FLOATS)))
+    bias = draw.usually(None, rows, rows, rows + 1, share=0.5)
+    bias = None if bias is None else torch.arange(bias, device=device).to(w.dtype)
+    forward = {} if bias is None else {"bias": bias}
+    for op, features, right, terms in (
+        (ops.sparse_mm_input, cols, w.t(), forward),
+        (ops.sparse_mm_grad_input_output, rows, w, {}),
+    ):
+        whole = on(device, draw.tensor((tokens + -tokens % 4, features), (dtype,), ("plain",)))
+        packed, E, *_ = ops.prune_compress(whole)[1:]
+        packed, dense = packed[:tokens], reference.decompress(plain(packed), plain(E), *whole.shape)[:tokens]
+        fits = w.dim() == 2 and right.shape[0] == features and w.dtype == dtype
+        out = attempt(fits and all(len(t) == w.shape[0] for t in terms.values()), op, packed, E, w, **terms)
+        if out is None:
+            continue
+        assert out.shape == (tokens, right.shape[1]) and out.dtype == dtype and out.is_contiguous()
+        if dense.isfinite().all() and w.isfinite().all():
+            assert_product(out, dense, right, *terms.values())
+
+
 @fuzz(150)
 def test_products_with_an_activation(device, draw):
     """The bits of the product and of the activation apart."""
