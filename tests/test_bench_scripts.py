@@ -19,6 +19,7 @@ SCRIPTS = {
     "bench_mask": {"WEIGHTS": [("small up", 64, 64)], "MODELS": [("small all", 2, ((64, 64),))]},
     "bench_mvue": {"WEIGHTS": [("small up", 64, 64)], "GRADIENTS": [("small", 1024, 64)]},
     "bench_gemm": {"LAYERS": SMALL, "CEILING": 64},
+    "bench_gemm_activations": {"LAYERS": SMALL},
     "bench_epilogue": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
     "bench_grad_weight": {"LAYERS": [suite.ffn_shape("small", 64, 128, 128)]},
     "bench_paper_peer": {"LAYERS": [suite.ffn_shape("small", 64, 64, 128, gated=False)]},
