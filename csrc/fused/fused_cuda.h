@@ -5,6 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include "sparse24/activation.h"
+#include "sparse24/activation_pack.h"
 #include "sparse24/pack.h"
 
 namespace sparse24::cuda {
@@ -22,5 +23,9 @@ void activation_backward_outputs(const ActivationBackwardArgs& args, cudaStream_
 /// The latter, where it is what an 8-bit layer asks for: false, and nothing done, where it is not.
 /// Operands are row-major in whole vectors, and packing fits (activation_outputs.cuh).
 bool activation_backward_rows8(const ActivationBackwardArgs& args, cudaStream_t stream);
+
+/// Activations pruned along features, and their gradient, packed both ways.
+void activation_pack(const ActivationPackArgs& args, cudaStream_t stream);
+void activation_pack_backward(const ActivationPackBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace sparse24::cuda

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "sparse24/activation.h"
+#include "sparse24/activation_pack.h"
 #include "sparse24/device.h"
 #include "sparse24/formats.h"
 #include "sparse24/gemm.h"
