@@ -15,6 +15,8 @@ void search_mask(const PackArgs* weights, int count);
 void pack_by_mask(const PackArgs* weights, int count);
 void search_and_pack(const PackArgs* weights, int count);
 void mvue_pack(const MvueArgs& args);
+/// The tile_sums of mvue_pack alone.
+void sum_tiles(const ConstMatrix& dy, float* tile_sums);
 void quantize(const QuantizeArgs& args);
 void unpack(const UnpackArgs& args);
 void unpack_mask(const uint16_t* mask, uint8_t* out, int64_t rows, int64_t cols);
@@ -24,6 +26,8 @@ void count_bad_metadata(DType dtype, const uint8_t* E, int64_t m, int64_t k, int
 void activation_forward(const ActivationArgs& args);
 void activation_forward_outputs(const ActivationArgs& args);
 void activation_backward(const ActivationBackwardArgs& args);
+void activation_pack(const ActivationPackArgs& args);
+void activation_pack_backward(const ActivationPackBackwardArgs& args);
 
 void masked_decay(const MaskedDecayArgs* tensors, int count);
 void mask_flips(const MaskFlipsArgs* tensors, int count);

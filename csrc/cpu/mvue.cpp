@@ -57,10 +57,11 @@ void mvue_tile(const MvueArgs& args, const PhiloxKey& key, int64_t tile_token,
 
 /// Octets of tokens first, then their sums: the order of the GPU's kernels.
 template <typename T>
-void sum_tile(const MvueArgs& args, int64_t tile_token, int64_t tile_feature) {
-  const Strided<const T> dy = typed<T>(args.dy);
-  const Tile tile = tile_at(tile_token, tile_feature, args.dy.rows, args.dy.cols);
-  float* sums = args.tile_sums + tile_token * args.dy.cols;
+void sum_tile(const ConstMatrix& matrix, float* tile_sums, int64_t tile_token,
+              int64_t tile_feature) {
+  const Strided<const T> dy = typed<T>(matrix);
+  const Tile tile = tile_at(tile_token, tile_feature, matrix.rows, matrix.cols);
+  float* sums = tile_sums + tile_token * matrix.cols;
   for (int64_t f = tile.col_begin; f < tile.col_end; ++f) {
     sums[f] = 0.0f;
     for (int64_t octet = tile.row_begin; octet < tile.row_end; octet += 8) {
@@ -82,12 +83,24 @@ void pack_gradient(const MvueArgs& args) {
                  for (int64_t t = begin; t < end; ++t) {
                    mvue_tile<T, Out>(args, key, t / tile_features, t % tile_features);
                    if (args.tile_sums != nullptr)
-                     sum_tile<T>(args, t / tile_features, t % tile_features);
+                     sum_tile<T>(args.dy, args.tile_sums, t / tile_features, t % tile_features);
                  }
                });
 }
 
 }  // namespace
+
+void sum_tiles(const ConstMatrix& dy, float* tile_sums) {
+  const int64_t tile_features = tiles_along(dy.cols);
+  with_type(dy.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    parallel_for(tiles_along(dy.rows) * tile_features, kTile * kTile,
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t t = begin; t < end; ++t)
+                     sum_tile<T>(dy, tile_sums, t / tile_features, t % tile_features);
+                 });
+  });
+}
 
 void mvue_pack(const MvueArgs& args) {
   with_type(args.dy.dtype, [&](auto zero) {

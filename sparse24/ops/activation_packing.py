@@ -7,10 +7,19 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..formats import BLOCK, metadata_bytes
-from ._common import call_without_grad, check_same_device, check_weight_dtype, define_op
+from ..formats import BLOCK, is_row_major, metadata_bytes
+from ._common import (
+    call_without_grad,
+    check_same_device,
+    check_weight_dtype,
+    define_op,
+    matrix,
+    pointer,
+    where,
+)
+from .activations import KINDS
 from .arguments import names_wrong_types
-from .mvue import check_seed, empty_bias_grad, empty_mvue
+from .mvue import check_seed, empty_bias_grad, empty_mvue, empty_tile_sums, has_kernel, mvue_fields
 
 #: those that make zeros
 PRUNED_KINDS = ("relu", "squared_relu")
@@ -34,8 +43,16 @@ def check_activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> None
         check_seed(seed, u, "u")
 
 
+def _as_rows(t: Tensor) -> Tensor:
+    return t if is_row_major(t) else t.contiguous()
+
+
 def _empty_rows(u: Tensor) -> Tensor:
     return u.new_empty(u.shape[0], u.shape[1] // 2)
+
+
+def _empty_E(u: Tensor) -> Tensor:
+    return u.new_empty(metadata_bytes(*u.shape), dtype=torch.uint8)
 
 
 def _empty_columns(u: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -50,13 +67,20 @@ def _compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor,
 
 def compute_activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of operands that have been checked."""
-    return reference.activation_compress(u, kind, seed)
+    library, *place = where(u)
+    if library is None or not has_kernel(u):
+        return reference.activation_compress(u, kind, seed)
+    packed, E, (packed_t, E_t) = _empty_rows(u), _empty_E(u), _empty_columns(u, seed)
+    if u.numel():
+        u = _as_rows(u)
+        along_tokens = None if seed is None else mvue_fields(seed, packed_t, E_t)
+        library.activation_pack(KINDS[kind], matrix(u), packed.data_ptr(), E.data_ptr(), along_tokens, *place)
+    return packed, E, packed_t, E_t
 
 
 def fake_activation_compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_activation_compress(u, kind, seed)
-    E = u.new_empty(metadata_bytes(*u.shape), dtype=torch.uint8)
-    return _empty_rows(u), E, *_empty_columns(u, seed)
+    return _empty_rows(u), _empty_E(u), *_empty_columns(u, seed)
 
 
 _op_compress = define_op(
@@ -112,7 +136,18 @@ def compute_activation_backward_compress(
     dh: Tensor, u: Tensor, kind: str, seed: Tensor | None, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of operands that have been checked."""
-    return reference.activation_backward_compress(dh, u, kind, seed, bias_grad)
+    library, *place = where(u)
+    if library is None or not has_kernel(u):
+        return reference.activation_backward_compress(dh, u, kind, seed, bias_grad)
+    packed, (packed_t, E_t) = _empty_rows(u), _empty_columns(u, seed)
+    tile_sums = empty_tile_sums(u) if bias_grad else None
+    if u.numel():
+        dh, u = _as_rows(dh), _as_rows(u)
+        along_tokens = None if seed is None else mvue_fields(seed, packed_t, E_t)
+        operands, sums_pointer = (matrix(dh), matrix(u), packed.data_ptr()), pointer(tile_sums)
+        library.activation_pack_backward(KINDS[kind], *operands, along_tokens, sums_pointer, *place)
+    # Without tokens there are no tiles, and their sum is zero.
+    return packed, packed_t, E_t, empty_bias_grad(u).new_empty(0) if tile_sums is None else tile_sums.sum(0)
 
 
 def fake_activation_backward_compress(
