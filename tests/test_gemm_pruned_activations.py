@@ -7,8 +7,9 @@ import torch
 from gemm_cases import SHAPES, compute_dtypes, packed_rows, small_integers
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse24 import Sparse24DtypeError, Sparse24Error, ops
-from sparse24.formats import metadata_bytes
+from sparse24 import Sparse24DtypeError, Sparse24Error, _library, ops
+from sparse24.formats import FORWARD_OF_INPUT, GRAD_INPUT_OF_OUTPUT, metadata_bytes
+from sparse24.ops.gemm.launch import problem_of
 from sparse24.testing import assert_as_accurate, column_major
 
 
@@ -119,6 +120,26 @@ def test_operands_that_do_not_fit_are_named(device):
     ):
         with pytest.raises(Sparse24DtypeError, match=f"{name} and weight must have the same dtype"):
             call()
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 64])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.skipif(_library.binding() is None, reason="needs the compiled library")
+def test_the_codes_of_the_binding_are_those_of_the_products(tokens, accumulate):
+    """By the loops of the CPU backend, which know the layouts of each pass."""
+    w, _, (x, *packed_x), (dy, *packed_dy) = operands(tokens, 64, 32, torch.bfloat16, "cpu", integers=True)
+    for code, (values, E), dense, rhs in (
+        (FORWARD_OF_INPUT, packed_x, x, w.T),
+        (GRAD_INPUT_OF_OUTPUT, packed_dy, dy, w),
+    ):
+        k, n = rhs.shape
+        before = small_integers(tokens, n, dtype=torch.bfloat16, device="cpu")
+        out = before.clone()
+        problem, lhs = problem_of(code, (tokens, n, k), w, out), (values.data_ptr(), E.data_ptr(), 0)
+        rest = (w.data_ptr(), w.stride(0), 0), (out.data_ptr(), n), (0, accumulate, None, None), (0, 0)
+        _library.binding().sparse_gemm(problem, lhs, *rest, _library.CPU, 0, 0)
+        exact = dense.double() @ rhs.double() + (before.double() if accumulate else 0)
+        assert torch.equal(out, exact.bfloat16())
 
 
 @pytest.mark.gpu

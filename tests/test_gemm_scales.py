@@ -51,7 +51,7 @@ def test_scales_multiply_the_product(pass_code, accumulation):
 def test_unknown_codes_are_named():
     packed, E, _, rhs = operands(4, 4, 32)
     out = torch.empty(4, 4)
-    with pytest.raises(Sparse24Error, match="pass code must be between 0 and 5, got 6"):
-        product(6, 4, 4, 32, packed, E, rhs, out)
+    with pytest.raises(Sparse24Error, match="pass code must be between 0 and 7, got 8"):
+        product(8, 4, 4, 32, packed, E, rhs, out)
     with pytest.raises(Sparse24Error, match="accumulation code must be between 0 and 2, got 3"):
         product(FORWARD, 4, 4, 32, packed, E, rhs, out, accumulation=3)
