@@ -5,6 +5,7 @@ from .dense import dense_linear
 from .feed_forward import gated_mlp, mlp
 from .linear import sparse_linear
 from .operands import PackedWeight, check_no_transform, pruned_operand
+from .sparse_activation import pruned_activation, sparse_activation_mlp
 
 __all__ = [
     "PackedWeight",
@@ -14,6 +15,8 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "mlp",
+    "pruned_activation",
     "pruned_operand",
+    "sparse_activation_mlp",
     "sparse_linear",
 ]
