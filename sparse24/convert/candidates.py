@@ -81,7 +81,7 @@ def why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: b
     """Why this layer cannot be 2:4, or None."""
     if isinstance(module, SparseLayer):
         return ALREADY_SPARSE
-    if (reason := _why_not_plain(module)) is not None:
+    if (reason := why_not_plain(module)) is not None:
         return reason
     weight = module._parameters["weight"]
     if len(owners[id(weight)]) > 1 and not allow_tied:
@@ -100,7 +100,7 @@ def why_not(module: nn.Module, owners: dict[int, list[nn.Module]], allow_tied: b
     return None
 
 
-def _why_not_plain(module: nn.Module) -> str | None:
+def why_not_plain(module: nn.Module) -> str | None:
     """Why this module is more than an nn.Linear or Conv1D with a plain weight, or None."""
     if parametrize.is_parametrized(module):
         computed = " and ".join(module.parametrizations)

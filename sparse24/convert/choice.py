@@ -12,6 +12,9 @@ from ..ops.float8.products import why_unavailable as why_no_float8
 from . import cost_float8, cost_model, cost_published, structure
 from .cost_model import Training
 
+#: how reasons begin that are the cost model's
+ESTIMATE = "estimated "
+
 
 def why_unavailable(model: nn.Module, precision: str | None = None) -> str | None:
     """Why the GPU that holds the model cannot multiply sparse, or None; a model elsewhere runs everywhere."""
@@ -54,18 +57,45 @@ def choose_function(
             return model.feed_forward(*block, training, rates).speedup
         return model.linear(out_features, in_features, training, rates).speedup
 
-    speedup = estimate(training)
     what = f"feed-forward layer of {block[0]} x {block[1]}" if block else f"layer of {out_features} x {in_features}"
-    calls = f" and {training.micro_batches} calls a step" if training.micro_batches > 1 else ""
     rival = "a compiled dense" if training.precision is None else "the faster of a compiled bf16 and FP8 dense"
-    finding = f"estimated {speedup:.2f}x of {rival} {what} at {training.tokens} tokens a call{calls}"
+    speedup = estimate(training)
+    remedies = ["backend='sparse' converts it anyway"]
+    if training.mvue and (without := estimate(training.of(mvue=False))) >= rates.margin:
+        remedies.insert(0, f"with mvue=False it is {without:.2f}x")
+    return _verdict(speedup, f"{rival} {what}", training, rates, device, remedies, assumed)
+
+
+def choose_activations(
+    block: tuple[int, int, bool], device: torch.device, backend: str, training: Training, *, assumed: bool
+) -> tuple[bool, str]:
+    """The same of a plain feed-forward block, (d_model, d_ff, gated), whose activation would be the 2:4 operand."""
+    if backend == "sparse":
+        return True, "backend='sparse'"
+    if device.type != "cuda":
+        return True, f"{device.type}: no speed to gain, so every matching block prunes its activation"
+    rates, (d_model, d_ff, _) = rates_on(device), block
+    speedup = cost_model.feed_forward_of_activations(d_model, d_ff, training, rates).speedup
+    what = f"a compiled dense feed-forward layer of {d_model} x {d_ff}"
+    return _verdict(speedup, what, training, rates, device, ["backend='sparse' converts it anyway"], assumed)
+
+
+def _verdict(
+    speedup: float,
+    rival: str,
+    training: Training,
+    rates: cost_model.Rates,
+    device: torch.device,
+    remedies: list[str],
+    assumed: bool,
+) -> tuple[bool, str]:
+    """Whether an estimate is good enough, and the estimate in words."""
+    calls = f" and {training.micro_batches} calls a step" if training.micro_batches > 1 else ""
+    finding = f"{ESTIMATE}{speedup:.2f}x of {rival} at {training.tokens} tokens a call{calls}"
     finding += " (assumed: say tokens=)" if assumed else ""
     finding += "" if rates.measured else ", by published peaks (not measured by us)"
     if speedup >= rates.margin:
         return True, f"{finding}, on {torch.cuda.get_device_name(device)}"
-    remedies = ["backend='sparse' converts it anyway"]
-    if training.mvue and (without := estimate(training.of(mvue=False))) >= rates.margin:
-        remedies.insert(0, f"with mvue=False it is {without:.2f}x")
     return False, f"{finding}, less than the {rates.margin:.2f}x asked for; {', '.join(remedies)}"
 
 

@@ -207,6 +207,20 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
     return Times(dense, sparse) * training.micro_batches + once
 
 
+def feed_forward_of_activations(d_model: int, d_ff: int, training: Training, rates: Rates = H200) -> Times:
+    """A plain feed-forward layer whose activation is the 2:4 operand (functional/sparse_activation.py)."""
+    t, elements, weights = training.tokens, training.tokens * d_ff, 2 * d_model * d_ff
+    dense = feed_forward(d_model, d_ff, False, training.of(micro_batches=1), rates).dense_us
+    dense -= _dense_weight_us(weights, training.of(micro_batches=1), rates)
+    sparse = 2 * dense_product_us(d_ff, t, d_model, rates) + 2 * sparse_product_us(t, d_model, d_ff, rates)
+    sparse += 2 * sparse_product_us(d_ff, d_model, t, rates, WEIGHT_GRADIENT_WIDTHS)
+    # Forward reads u and writes h twice, at 1.125 bytes; backward reads dh and u, and writes du without its metadata.
+    sparse += pass_us(4.25 * elements, rates.mvue, rates)
+    sparse += pass_us(6.125 * elements, rates.activation_backward_mvue, rates)
+    once = Times(_dense_weight_us(weights, training, rates), _pruned_weight_us(weights, training, rates))
+    return Times(dense, sparse) * training.micro_batches + once
+
+
 def break_even_tokens(d_model: int, d_ff: int, gated: bool, training: Training, rates: Rates = H200) -> int | None:
     """The break-even token count: tokens a call, in steps of 256, above which 2:4 is estimated faster; None: never."""
     counts = range(256, 2**16 + 1, 256)
@@ -242,3 +256,10 @@ def _sparse_weight_us(weights: int, training: Training, rates: Rates, packed_byt
     sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
     casts = 6.0 * training.micro_batches if size == 4 and not training.mvue else 0.0
     return pack + decay + sums + casts * weights / rates.dense_pass / 1e6
+
+
+def _pruned_weight_us(weights: int, training: Training, rates: Rates) -> float:
+    """A step's passes over a dense weight between pruned activations: fp32 masters are cast; products add gradients."""
+    casts = 6.0 * training.micro_batches if training.master_bytes == 4 else 0.0
+    sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
+    return sums + casts * weights / rates.dense_pass / 1e6

@@ -25,6 +25,7 @@ class SparsifyReport:
     reasons    name -> why this layer trains 2:4
     shapes     name -> (out_features, in_features)
     precision  of the products of converted layers; None: 16 bits
+    operand    "weight" or "activation": which operand of the products is 2:4
     fused      name of a block whose layers were converted -> "" if it runs as one function, else why it does not
     """
 
@@ -34,12 +35,13 @@ class SparsifyReport:
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
     precision: str | None = None
+    operand: str = "weight"
 
     def __bool__(self) -> bool:
         return bool(self.converted)
 
     def __str__(self) -> str:
-        kind = "2:4" if self.precision is None else f"2:4 {self.precision}"
+        kind = " ".join(filter(None, ("2:4", self.precision, "activation" if self.operand == "activation" else "")))
         rows = [
             (name, f"{self.shapes[name][0]} x {self.shapes[name][1]}", kind, self.reasons[name])
             for name in self.converted
@@ -48,7 +50,8 @@ class SparsifyReport:
             (name, "", "2:4" if reason.startswith(ALREADY_SPARSE) else "dense", reason) for name, reason in self.skipped
         ]
         weights = sum(rows * cols for rows, cols in self.shapes.values())
-        lines = [f"sparse24: {len(self.converted)} layers 2:4 ({weights:,} weights), {len(self.skipped)} skipped"]
+        what = "by 2:4 activations" if self.operand == "activation" else "2:4"
+        lines = [f"sparse24: {len(self.converted)} layers {what} ({weights:,} weights), {len(self.skipped)} skipped"]
         if rows:
             widths = [max(len(row[i]) for row in rows) for i in range(3)]
             lines += ["  " + "  ".join((*map(str.ljust, row, widths), row[3])) for row in rows]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..errors import Sparse24Error
 from ..layers import SPARSE, SparseLayer, packing
+from ..layers.fused import sparse_activation
 from ..layers.fused.feedforward import FusedFeedForward, own_class, unfuse_block
 from ..layers.parallel import sharding
 from ..layers.state import SOFT, mask_of, state_of
@@ -17,13 +18,15 @@ from ..layers.watch.owners import end_recipes
 from ..options import checked_options
 from .candidates import weight_owners
 from .classes import dense_class
-from .names import sparse_layers, unwrap
+from .names import plain_name, sparse_layers, unwrap
 from .surroundings import after_conversion
 
 
 @checked_options()
 def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
     """Give every sparse layer its dense class back, with the same parameter objects; returns the layers' names.
+
+    Blocks that pruned their activation (`operand="activation"`) no longer do, and their names are returned too.
 
     masked  also write zeros where the masks prune, so that the model goes on computing what it computed: before
             merging adapters, quantisation, or an export that knows no 2:4 products. In the dense phase, whose function
@@ -36,8 +39,11 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
     layers = sparse_layers(model)
     classes = {name: dense_class(name, layer) for name, layer in layers.items()}
     blocks = [module for module in model.modules() if isinstance(module, FusedFeedForward)]
+    pruned = sparse_activation.activation_blocks(model)
     for block in blocks:
         own_class(block)
+    for block in pruned.values():
+        sparse_activation.own_class(block)
     if masked:
         _mask_weights(model, {name: layer for name, layer in layers.items() if state_of(layer).phase == SPARSE})
     for block in blocks:
@@ -46,8 +52,10 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
     for name, layer in layers.items():
         layer._drop_sparse()
         layer.__class__ = classes[name]
+    for block in pruned.values():
+        sparse_activation.restore(block)
     after_conversion(model)
-    return list(layers)
+    return [*layers, *map(plain_name, pruned)]
 
 
 @torch.no_grad()

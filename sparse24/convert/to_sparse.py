@@ -7,6 +7,7 @@ decided here, once, and written into the report with its reason; no batch change
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from torch import nn
 from ..errors import Sparse24Error, Sparse24Warning
 from ..formats import FLOAT8_DTYPES, packed_dtype
 from ..layers import DTYPES, float8, state_of
+from ..layers.fused.sparse_activation import activation_blocks
 from ..layers.parallel import sharding
 from ..options import at_least, checked_options, one_of
 from . import choice, cost_model, structure
@@ -24,11 +26,12 @@ from .candidates import find_candidates, linear_names, patterns, some, weight_ow
 from .classes import make_sparse
 from .cost_model import Training
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport
+from .to_sparse_activations import ACTIVATION, OPERANDS, sparsify_activations
 
 BACKENDS = ("auto", "sparse")
 
 
-@checked_options(backend=one_of(BACKENDS), tokens=at_least(1), micro_batches=at_least(1))
+@checked_options(backend=one_of(BACKENDS), tokens=at_least(1), micro_batches=at_least(1), operand=one_of(OPERANDS))
 def sparsify(
     model: nn.Module,
     include: str | Sequence[str] = "auto",
@@ -43,6 +46,7 @@ def sparsify(
     fuse: bool = True,
     lean: bool = False,
     precision: str | None = None,
+    operand: str = "weight",
 ) -> SparsifyReport:
     """Make the linear layers of a model's FFNs 2:4 sparse, in place.
 
@@ -63,6 +67,10 @@ def sparsify(
                 backward instead of kept (one activation of tokens x d_ff less)
     precision   None: 16-bit products. "fp8-hybrid": forward and input gradient in float8_e4m3fn, the weight gradient in
                 16 bits. "fp8": all three (docs/fp8.md)
+    operand     which operand of the products is 2:4. "weight": what the rest of this page is about, and a `Recipe`
+                trains. "activation": weights stay dense, and of what a (squared) ReLU makes, two of each four are kept;
+                four of six products are sparse. Such blocks need no recipe, and have no masks and no state. It takes
+                plain blocks, down(act(up(x))), in 16 bits; mvue, dtype, fuse, lean and precision have no meaning then
 
     Call it again at will: layers that are sparse already stay as they are, and a warning says so where this call asks
     for another precision, lean or dtype than they have. On a GPU without sparse kernels "auto" warns and leaves the
@@ -75,10 +83,13 @@ def sparsify(
     _check_dtype(dtype)
     if precision is not None:
         float8.check_settings(precision, lean, dtype)
+    training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
+    if operand == ACTIVATION:
+        _check_alone(mvue=mvue, dtype=dtype, allow_tied=allow_tied, fuse=fuse, lean=lean, precision=precision)
+        return sparsify_activations(model, include, exclude, backend, training, assumed=tokens is None)
     report = SparsifyReport(precision=precision)
     unavailable = choice.why_unavailable(model, precision)
     chosen = find_candidates(model, include, patterns(exclude, "exclude"), report)
-    training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     todo = _choose(model, chosen, report, backend, training, tokens is None, allow_tied, unavailable)
     _warn_of_kept_settings(chosen, report, precision=precision, lean=lean, dtype=dtype)
     if unavailable and report.skipped and backend == "auto":
@@ -113,9 +124,10 @@ def _choose(
     """Those of the layers that are to be converted; the report gets the reasons, for and against."""
     owners = weight_owners(model)
     blocks = {name: ffn for ffn in structure.find_feed_forwards(model) for name in ffn.layers}
+    pruned = _pruned_layers(model)
     todo: dict[str, nn.Module] = {}
     for name, module in chosen.items():
-        reason = why_not(module, owners, allow_tied) or why_bypassed(model, name) or unavailable
+        reason = why_not(module, owners, allow_tied) or why_bypassed(model, name) or pruned.get(name) or unavailable
         if reason is None:
             block = blocks.get(name)
             whole = block is not None and all(layer in chosen for layer in block.layers)
@@ -128,6 +140,13 @@ def _choose(
                 continue
         report.skipped.append(Skipped(name, reason))
     return todo
+
+
+def _pruned_layers(model: nn.Module) -> dict[str, str]:
+    """Names of the layers of blocks whose activation is pruned -> why their weights are not made 2:4."""
+    why = "its block prunes the activation, and one operand of a product can be 2:4; call sparse24.densify first"
+    blocks = activation_blocks(model)
+    return {name: why for ffn in structure.find_feed_forwards(model) if ffn.name in blocks for name in ffn.layers}
 
 
 def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport, **asked) -> None:
@@ -152,6 +171,16 @@ def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport,
             Sparse24Warning,
             stacklevel=4,
         )
+
+
+def _check_alone(**settings) -> None:
+    """Raises Sparse24Error for a setting of 2:4 weights beside operand="activation"."""
+    for name, value in settings.items():
+        if value != inspect.signature(sparsify).parameters[name].default:
+            raise Sparse24Error(
+                f"{name} is about 2:4 weights, and operand='activation' leaves weights dense, got {name}={value!r}; "
+                "leave it out"
+            )
 
 
 def _check_dtype(dtype: torch.dtype | None) -> None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import ops
+from .. import ops, reference
 from ..errors import Sparse24Error
 from ..formats import as_rows
 from ..ops.arguments import names_wrong_types
@@ -138,28 +138,11 @@ def _check_weights(up: Tensor, down: Tensor) -> None:
 # ---- layer by layer --------------------------------------------------------------------------------------------------
 
 
-class _PrunedActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u, kind: str):
-        rows = as_rows(u)
-        packed, E, *_ = ops.activation_compress(rows, kind)
-        ctx.save_for_backward(rows, E)
-        ctx.kind = kind
-        return ops.decompress(packed, E, *rows.shape).view(u.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dh):
-        u, E = ctx.saved_tensors
-        packed, *_ = ops.activation_backward_compress(as_rows(dh), u, ctx.kind)
-        return ops.decompress(packed, E, *u.shape).view(dh.shape), None
-
-
 @names_wrong_types
-def pruned_activation(u: Tensor, activation: str = "squared_relu") -> Tensor:
-    """act(u) with only the two largest of each four neighbouring features, as a dense tensor, for layers one by one.
+def prune_activation(h: Tensor, u: Tensor) -> Tensor:
+    """h = act(u) with only the two of each four neighbouring features that `sparse_activation_mlp` keeps, as a dense
+    tensor: the same function for layers that run one by one, by plain ops that differentiate and trace as any.
 
-    u (..., d_ff), d_ff a multiple of 4; activation as in `sparse_activation_mlp`. Not differentiable twice.
+    h, u  (..., d_ff), after and before a (squared) ReLU; d_ff a multiple of 4
     """
-    check_no_transform(u)
-    return _PrunedActivation.apply(u, activation)
+    return torch.where(reference.kept_activations(u), h, 0)

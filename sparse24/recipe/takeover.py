@@ -11,6 +11,7 @@ from torch import nn
 from ..convert import sparse_layers
 from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import SparseLayer
+from ..layers.fused.sparse_activation import activation_blocks
 from ..layers.parallel import sharding
 from ..layers.watch.owners import owner_of, set_owner
 
@@ -21,6 +22,11 @@ def trainable_layers(model: nn.Module) -> Layers:
     """The sparse layers of `model`; raises Sparse24Error where there are none, or their weights are no parameters."""
     sharding.sharded_modules(model)  # refuses FSDP1, whose weights are no parameters of their own
     layers = sparse_layers(model)
+    if not layers and activation_blocks(model):
+        raise Sparse24Error(
+            f"the 2:4 operands of {type(model).__name__} are activations (operand='activation'), which need no recipe: "
+            "they are pruned in each pass, and nothing happens between steps; train it as it is"
+        )
     if not layers:
         raise Sparse24Error(f"{type(model).__name__} has no sparse layers; call sparse24.sparsify(model) first")
     computed = [name for name, layer in layers.items() if layer._parameters.get("weight") is None]

@@ -19,7 +19,8 @@ def kept_activations(u: Tensor) -> Tensor:
     groups = groups if u.dtype == torch.float64 else groups.float()
     rank = torch.where(groups > 0, groups, torch.where(groups.isnan(), torch.nan, 0.0))  # sorting puts NaN above Inf
     largest = rank.argsort(stable=True, dim=-1, descending=True)[..., :2]
-    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, largest, True).flatten(-2)
+    place = torch.arange(4, device=u.device)
+    return ((place == largest[..., :1]) | (place == largest[..., 1:])).flatten(-2)
 
 
 def _packed_along_tokens(pruned: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ... import functional
-from ...errors import Sparse24Error
 from ...formats import META_BLOCK
 from ...functional.operands import computed_dtype
 from .. import float8
@@ -46,6 +45,7 @@ from ..state import (
 from . import shared_packing
 from .activations import ACTIVATIONS
 from .forward_source import form_kind, read_forward
+from .mixed_class import class_behind, mixed_class, own_class_of
 from .replaced import Child, any_global_hook, child_is_unchanged, layer_is_plain, remember
 
 
@@ -83,7 +83,7 @@ class FusedFeedForward:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        cls._sparse24_own = cls.__mro__[cls.__mro__.index(FusedFeedForward) + 1]
+        cls._sparse24_own = class_behind(FusedFeedForward, cls)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -309,12 +309,7 @@ def unfuse_block(block: FusedFeedForward) -> None:
 
 def own_class(block: FusedFeedForward) -> type:
     """The class of the module before it was fused."""
-    mixin, *own = type(block).__bases__
-    if mixin is not FusedFeedForward:
-        raise Sparse24Error(
-            f"{type(block).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
-        )
-    return own[0]
+    return own_class_of(FusedFeedForward, block)
 
 
 @cache
@@ -322,11 +317,7 @@ def _fused_class(own: type) -> type:
     for known in FusedFeedForward.__subclasses__():
         if known.__bases__ == (FusedFeedForward, own):
             return known  # SparseGatedMLP
-
-    def new(cls, *args, **kwargs):
-        return own(*args, **kwargs)  # type(block)(...) means another block of the user's class, which nobody converted
-
-    return type(f"Fused{own.__name__}", (FusedFeedForward, own), {"__module__": own.__module__, "__new__": new})
+    return mixed_class(FusedFeedForward, own, "Fused")
 
 
 def _empty_fused(own: type) -> FusedFeedForward:

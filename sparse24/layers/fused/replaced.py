@@ -64,7 +64,10 @@ def child_is_unchanged(block: nn.Module, child: Child) -> bool:
         return False
     for module, forward, call, count, attributes in child.parts:
         values, cls = module.__dict__, type(module)
-        if cls.forward is not forward or cls.__call__ is not call or not is_bare(module):
+        if cls.forward is not forward or not is_bare(module):
+            return False
+        # torch.export puts a __call__ of its own on nn.Module while it traces.
+        if cls.__call__ is not call and not torch.compiler.is_exporting():
             return False
         # Compilers of torch before 2.13 cannot count attributes; those that are known they compare like us.
         if not torch.compiler.is_compiling() and _count(values) != count:

@@ -1,0 +1,33 @@
+"""Classes that are made at run time: a mixin of ours, left of the class of a user's block."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ...errors import Sparse24Error
+
+
+def mixed_class(mixin: type, own: type, prefix: str) -> type:
+    """A class of `own`'s name with `prefix`. Calling it makes another block of the user's class, which nobody has
+    converted, for some classes make more of their kind by type(self)(...).
+    """
+
+    def new(cls, *args, **kwargs):
+        return own(*args, **kwargs)
+
+    return type(f"{prefix}{own.__name__}", (mixin, own), {"__module__": own.__module__, "__new__": new})
+
+
+def class_behind(mixin: type, cls: type) -> type:
+    """Of a class that has the mixin among its bases, near or far, the one that it is without."""
+    return cls.__mro__[cls.__mro__.index(mixin) + 1]
+
+
+def own_class_of(mixin: type, block: nn.Module) -> type:
+    """The class of `block` before `mixed_class`. Raises Sparse24Error where somebody has put another over ours."""
+    first, *own = type(block).__bases__
+    if first is not mixin:
+        raise Sparse24Error(
+            f"{type(block).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
+        )
+    return own[0]

@@ -1,0 +1,240 @@
+"""Plain feed-forward blocks with dense weights whose activation is pruned to 2:4, in forward and in backward.
+
+`sparsify(operand="activation")` gives a block of the form down(act(up(x))), whose activation is a (squared) ReLU, a
+class whose forward is `functional.sparse_activation_mlp`. There is no other state: parameters, buffers and layers stay,
+so optimizers, checkpoints and copies know nothing of it, and a step has nothing to add.
+
+Pruning h changes the function, if by little, so it must not come and go. Where the layers are not the plain ones any
+more (hooks, adapters, another library's), or a call is of a kind that kernels do not take, they run one by one and h is
+pruned between them. Where the activation is no longer the one that was found, the block's own forward runs, with a
+warning.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ... import functional
+from ...errors import Sparse24Error, Sparse24Warning
+from ...formats import BLOCK, HALF_DTYPES
+from ...functional.operands import computed_dtype
+from ...ops.activation_packing import PRUNED_KINDS
+from ..checks import distributed_rank
+from ..state import HOLDER, is_ours
+from .forward_source import form_kind, read_forward
+from .mixed_class import class_behind, mixed_class, own_class_of
+from .replaced import Child, any_global_hook, child_is_unchanged, is_bare, remember
+
+
+@dataclass(eq=False)
+class ActivationState:
+    """What a block was found to compute.
+
+    layers      names of (up, down)
+    kind        the activation, one of PRUNED_KINDS
+    tail        names of children called on the result, such as a dropout
+    children    the activation's modules and functions
+    forward     of the block's own class
+    activation  (block, u) -> act(u), by the block's own children
+    transposed  the weights are [in, out], those of transformers' Conv1D
+    rank        of the process; mixed into the noise of MVUE
+    has_warned  that the block runs dense
+    """
+
+    layers: tuple[str, str]
+    kind: str
+    tail: tuple[str, ...]
+    children: tuple[Child, ...]
+    forward: Any
+    activation: Any
+    transposed: bool
+    rank: int
+    has_warned: bool = False
+
+
+class SparseActivation:
+    """What such a block adds to its class. A mixin, left of the class; see `prune_activations`."""
+
+    _sparse24_own: type  # of a class: the one that it is without this mixin
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._sparse24_own = class_behind(SparseActivation, cls)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time: copies and pickles name its parts instead, and look at their own parts anew.
+        state = {name: value for name, value in self.__dict__.items() if name != HOLDER}
+        return _empty, (own_class(self),), state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        found = look_at(self, own_class(self))
+        if isinstance(found, str):
+            raise Sparse24Error(
+                f"this copy of a {own_class(self).__name__} cannot prune its activation as the original does: {found}"
+            )
+        self.__dict__[HOLDER] = found
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, modules = self.__dict__[HOLDER], self._modules
+        up, down = (modules.get(name) for name in state.layers)
+        if up is None or down is None or not _has_its_activation(self, state):
+            _warn_of_dense(self, state)
+            return super().forward(x)
+        if _kernels_take(up, down, x, state.transposed):
+            weights, biases = ([layer._parameters[name] for layer in (up, down)] for name in ("weight", "bias"))
+            if state.transposed:
+                weights = [weight.t() for weight in weights]
+            y = functional.sparse_activation_mlp(
+                x, *weights, state.kind, bias_up=biases[0], bias_down=biases[1], rank=state.rank, training=self.training
+            )
+        else:
+            u = up(x)
+            y = down(functional.prune_activation(state.activation(self, u), u))
+        for name in state.tail:
+            y = modules[name](y)
+        return y
+
+
+# -- how it runs ----------------------------------------------------------------------------------------------------
+
+
+def _has_its_activation(block: nn.Module, state: ActivationState) -> bool:
+    if type(block)._sparse24_own.forward is not state.forward:
+        return False
+    for child in state.children:
+        if not child_is_unchanged(block, child):
+            return False
+    for name in state.tail:
+        if block._modules.get(name) is None:
+            return False
+    return True
+
+
+def _warn_of_dense(block: nn.Module, state: ActivationState) -> None:
+    if not state.has_warned and not torch.compiler.is_compiling():
+        state.has_warned = True
+        warnings.warn(
+            f"{type(block)._sparse24_own.__name__} is not what sparsify(operand='activation') found (its layers, its "
+            "activation, or hooks of that were changed), so it runs dense from here on; call sparse24.densify(model), "
+            "then sparsify again",
+            Sparse24Warning,
+            stacklevel=4,
+        )
+
+
+def _is_plain(layer: nn.Module, transposed: bool) -> bool:
+    cls = type(layer)
+    return (_is_conv1d(cls) if transposed else cls is nn.Linear) and is_bare(layer)
+
+
+def _is_conv1d(cls: type) -> bool:
+    """Whether it is transformers' Conv1D itself, found out without importing transformers. Its weight is transposed."""
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+
+
+def _kernels_take(up: nn.Module, down: nn.Module, x: Tensor, transposed: bool) -> bool:
+    """Whether the whole block runs as one function of plain tensors; else its layers run one by one."""
+    if any_global_hook() or type(x) is not Tensor or x.is_nested or torch.jit.is_tracing():
+        return False
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return False
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    dtype = computed_dtype(x)
+    if x.is_cuda and dtype not in HALF_DTYPES:
+        return False
+    for layer in (up, down):
+        if not _is_plain(layer, transposed):
+            return False
+        for name in ("weight", "bias"):
+            own = layer._parameters.get(name)
+            if own is None:
+                if name == "weight":
+                    return False
+            elif type(own) not in (nn.Parameter, Tensor) or own.device != x.device or computed_dtype(own) != dtype:
+                return False
+    return True
+
+
+# -- which blocks ---------------------------------------------------------------------------------------------------
+
+
+def prune_activations(block: nn.Module) -> None:
+    """Give `block` the forward that prunes its activation. Raises Sparse24Error where `why_not` has a reason."""
+    found = look_at(block, type(block))
+    if isinstance(found, str):
+        raise Sparse24Error(f"{type(block).__name__} cannot prune its activation: {found}")
+    block.__class__ = _mixed_class(type(block))
+    block.__dict__[HOLDER] = found
+
+
+def why_not(block: nn.Module) -> str:
+    """Why the activation of `block` cannot be pruned, or ""."""
+    found = look_at(block, type(block))
+    return found if isinstance(found, str) else ""
+
+
+def look_at(block: nn.Module, own: type) -> ActivationState | str:
+    """What a block whose own class is `own` computes, if its activation can be pruned; else why not."""
+    if "forward" in block.__dict__:
+        return "its forward is replaced on the instance"
+    holders = (block.__dict__, block._buffers, block._parameters, block._modules)
+    if not isinstance(block, SparseActivation) and (clash := [n for each in holders for n in each if is_ours(n)]):
+        return f"its attribute {clash[0]!r} has a name that we need; rename it, or call sparse24.densify first"
+    form = read_forward(block, own)
+    if form is None:
+        return f"the forward of {own.__name__} is not one that is known"
+    if len(form.layers) != 2:
+        return "it is gated, and only plain blocks, down(act(up(x))), can be pruned"
+    if any(inspect.ismethod(getattr(block, name, None)) for name in form.uses):
+        return f"its activation {form.source} is a method of {own.__name__}, which may depend on anything"
+    kind = form_kind(block, form)
+    if kind not in PRUNED_KINDS:
+        return (
+            f"its activation {form.source} is {kind or 'not known'}, and only {' and '.join(PRUNED_KINDS)} make zeros"
+        )
+    down = block._modules[form.layers[1]]
+    transposed = _is_conv1d(type(down))
+    d_ff = down._parameters["weight"].shape[0 if transposed else 1]
+    if d_ff % BLOCK:
+        return f"it has {d_ff} hidden features, not a multiple of {BLOCK}"
+    children = tuple(remember(block, name) for name in form.uses)
+    return ActivationState(
+        form.layers, kind, form.tail, children, own.forward, form.activation, transposed, distributed_rank()
+    )
+
+
+def activation_blocks(model: nn.Module) -> dict[str, SparseActivation]:
+    """The blocks of `model` whose activation is pruned, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseActivation)}
+
+
+def restore(block: SparseActivation) -> None:
+    """Give a block its own class back."""
+    own = own_class(block)
+    block.__dict__.pop(HOLDER, None)
+    block.__class__ = own
+
+
+def own_class(block: SparseActivation) -> type:
+    """The class of the module before its activation was pruned."""
+    return own_class_of(SparseActivation, block)
+
+
+@cache
+def _mixed_class(own: type) -> type:
+    return mixed_class(SparseActivation, own, "SparseActivation")
+
+
+def _empty(own: type) -> SparseActivation:
+    return object.__new__(_mixed_class(own))
