@@ -1,6 +1,4 @@
-"""sparsify(operand="activation"): which blocks prune their activation, and that none computes another function without a
-word.
-"""
+"""sparsify(operand="activation"): which blocks prune their activation, and that none computes anything else unseen."""
 
 from __future__ import annotations
 
