@@ -16,7 +16,7 @@ command -v compute-sanitizer > /dev/null || { echo "compute-sanitizer is not on 
 
 programs=("$where")
 if [ -d "$where" ]; then
-  programs=("$where"/{float8_kernels,memory_kernels,activation,gemm}_gpu_test) # the longest first
+  programs=("$where"/{float8_kernels,memory_kernels,activation,activation_pack,gemm}_gpu_test) # the longest first
   case ${SPARSE24_ARCH:-} in
     sm80 | sm86) ;; # these have no 8-bit products
     *) programs+=("$where/gemm_float8_gpu_test") ;;

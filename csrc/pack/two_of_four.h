@@ -6,7 +6,7 @@
 //
 // The CPU takes a group of fp32 values. The GPU takes eight neighbouring 16-bit ones as they lie in
 // four words: positive values order like the integers that their bits are, so a comparison of two
-// groups side by side is one subtraction. tests/cpp/pack_test.cpp compares both ways.
+// groups side by side is one subtraction. tests/cpp/two_of_four_test.cpp compares both ways.
 //
 // Source  Haziza et al., arXiv 2503.16672: activations behind a squared ReLU, pruned to 2:4.
 #pragma once
