@@ -3,6 +3,7 @@
 import importlib
 
 if __name__ == "__main__":
-    kernels = ("packing", "mask", "mvue", "activation", "gemm", "gemm_activations", "grad_weight", "epilogue")
-    for name in (*kernels, "ffn", "tokens", "block", "step"):
+    passes = ("packing", "mask", "mvue", "activation", "activation_packing")
+    products = ("gemm", "gemm_activations", "grad_weight", "epilogue")
+    for name in (*passes, *products, "ffn", "tokens", "block", "step"):
         importlib.import_module(f"bench.bench_{name}").main()

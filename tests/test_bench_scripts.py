@@ -15,6 +15,7 @@ SMALL = [("gpt2-small", 64, 64, 128)]
 #: script -> what it measures instead of real shapes
 SCRIPTS = {
     "bench_activation": {"SHAPES": [("small", 64, 64)]},
+    "bench_activation_packing": {"SHAPES": [("small", 64, 64)]},
     "bench_packing": {"WEIGHTS": [("small up", 64, 64)]},
     "bench_mask": {"WEIGHTS": [("small up", 64, 64)], "MODELS": [("small all", 2, ((64, 64),))]},
     "bench_mvue": {"WEIGHTS": [("small up", 64, 64)], "GRADIENTS": [("small", 1024, 64)]},
