@@ -230,6 +230,32 @@ def test_fsdp2_equals_the_single_process_run(on_two_ranks, make, mesh, decay_in,
         torch.testing.assert_close(torch.tensor(state[name]), weight.detach(), **MANY_SUMS)
 
 
+def _steps_again(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = sparse_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    recipe = Recipe(model, optimizer, mvue=False, **SETTINGS | dict(decay=0.5))
+    layer, answers, mask = model.fc1, [], recipe.state_dict()["masks"]["fc1"]
+    decay = 0.5 * torch.where(ops.unpack_mask(mask), 0, layer.weight.full_tensor().detach())
+    for step, is_new in enumerate((True, False, True, True)):
+        if is_new:
+            optimizer.zero_grad(set_to_none=step > 2)
+            (model(data(step)) - data(step).flip(-1)).square().mean().backward()
+        before = layer.weight.grad.full_tensor().clone()
+        optimizer.step()
+        answers.append(torch.equal(layer.weight.grad.full_tensor(), before + decay if is_new else before))
+    return answers
+
+
+@pytest.mark.fault(67, 106)
+def test_a_shards_gradient_gets_its_decay_once(on_two_ranks):
+    """FSDP2 adds to the gradient of before where it was zeroed in place; one that is stepped twice is the same."""
+    assert on_two_ranks(_steps_again) == [[True] * 4] * 2
+
+
 @pytest.mark.fault(67)
 def test_sharded_weights_are_gathered_one_at_a_time(monkeypatch):
     """All of them at once would be the memory that sharding saves; plain weights are packed in one launch."""

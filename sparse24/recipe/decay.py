@@ -11,15 +11,17 @@ has no unit: there it is about 1, not 6e-5.
 from __future__ import annotations
 
 import math
+import warnings
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..errors import Sparse24Error
+from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import SparseLayer, decay_factor_of, mask_of, packing
 from ..layers.parallel import sharding
+from .decayed import Decayed
 from .methods import Method
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -92,6 +94,7 @@ class MaskedDecay:
         self.micro_batches = micro_batches
         self.value = check_decay(value)
         self._written: float | None = None  # what the layers' `decay_factor` holds
+        self._decayed, self._has_warned = Decayed(), False
         self._check_place()
 
     def _check_place(self) -> None:
@@ -115,8 +118,11 @@ class MaskedDecay:
     # -- in the optimizer's step ------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def add(self, optimizer: torch.optim.Optimizer, factor: float) -> None:
-        """Before the step of `optimizer`, on gradients that are final: accumulated, un-scaled (or fused), clipped."""
+    def add(self, optimizer: torch.optim.Optimizer, factor: float, *, retried: bool = False) -> None:
+        """Before the step of `optimizer`, on gradients that are final: accumulated, un-scaled (or fused), clipped.
+
+        retried  the step before has not come to its end: it may have failed, and run again on what it has left
+        """
         if self.decay_in == "backward":
             _check_not_scaled(optimizer)
             return
@@ -124,11 +130,36 @@ class MaskedDecay:
             return
         trained = [layer for layer in unique_weights(self.layers) if layer.weight.grad is not None]
         if self.on == "gradient":
+            new = [layer for layer in trained if not self._decayed.has(layer.weight.grad)]
             # A fused optimizer un-scales inside its kernel: what is added before must be scaled too.
-            gradients = [layer.weight.grad for layer in trained]
-            _add_to(gradients, trained, factor, getattr(optimizer, "grad_scale", None))
+            gradients = [layer.weight.grad for layer in new]
+            _add_to(gradients, new, factor, getattr(optimizer, "grad_scale", None))
+            self._decayed.note(gradients)
+            self._warn_of_old(trained, new, retried)
         else:
-            _decay_weights(optimizer, trained, factor)
+            new = [layer for layer in trained if not (retried and self._decayed.has(layer.weight))]
+            _decay_weights(optimizer, new, factor)
+            self._decayed.note([layer.weight for layer in new])
+
+    def step_is_over(self) -> None:
+        """After the step of the optimizer."""
+        if self.on == "gradient":
+            self._decayed.step_is_over()
+
+    def _warn_of_old(self, trained: list[SparseLayer], new: list[SparseLayer], retried: bool) -> None:
+        """Warn, once, of gradients that a step before has decayed: they were written unseen, or are stepped twice."""
+        if retried or self._has_warned or len(new) == len(trained):
+            return
+        self._has_warned = True
+        old = {id(layer) for layer in trained} - {id(layer) for layer in new}
+        names = [name for name, layer in self.layers.items() if id(layer) in old]
+        warnings.warn(
+            f"optimizer.step() runs again on the gradients of {', '.join(names[:4])} ({len(names)} sparse layers) that "
+            "nobody has written since the step before: they hold the masked decay of that step, and get no other. If "
+            "they are new and were written through .data, which does not show, assign .grad or write it in place",
+            Sparse24Warning,
+            stacklevel=2,
+        )
 
     # -- in backward --------------------------------------------------------------------------------------------------
 

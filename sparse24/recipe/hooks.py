@@ -71,6 +71,8 @@ class StepHooks:
         self._in_step = True
         if is_capturing():
             self.capture.check(optimizer)
+        else:
+            self.steps.finish_begun(compare=False)
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._look_for_writes()
@@ -101,6 +103,7 @@ class StepHooks:
             self.capture.record()
             self.steps.begun = False
         else:
+            self.steps.step_is_over()
             self.steps.after()
             self._writes.after_step(self.steps.taken)
 

@@ -65,7 +65,7 @@ def settings_of(steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
 def save(layers: Layers, steps: Steps, search: MaskSearch, decay: MaskedDecay) -> dict:
     """See `Recipe.state_dict`; `layers` are all layers of the recipe, frozen ones too."""
     check_layers(layers)
-    steps.finish_begun()
+    steps.finish_begun(compare=True)
     scales = {name: s for name, layer in layers.items() if (s := state_of(layer).soft_scale) is not None}
     frozen = {name: state_of(layer).phase for name, layer in layers.items() if name not in steps.layers}
     return {

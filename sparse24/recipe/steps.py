@@ -17,6 +17,7 @@ from .phases import Phases
 from .ranks import check_ranks
 from .scaling import CastScales
 from .search import MaskSearch
+from .step_trace import StepTrace
 from .surgery import ModelCheck
 
 
@@ -57,6 +58,7 @@ class Steps:
         self.entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
         self.begun = False  # the optimizer's step runs, or an interrupt has ended it before `finish`
+        self._trace = StepTrace(optimizer)
 
     @property
     def phase(self) -> str:
@@ -79,19 +81,26 @@ class Steps:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Before the optimizer's step, once the gradients are final."""
+        """Before the optimizer's step, once the gradients are final; with a closure after each evaluation."""
         if self.check is not None and self.check.due:
             self.check.run(self.taken)
-        self.finish_interrupted()
         if self.unfrozen is not None:
             self.unfrozen.take_in(self)
         if self.frozen_moment is not None:
             self.frozen_moment.before_step()
-        self.decay.add(self.optimizer, self.current_decay)
-        self.begun = True
+        retried, self.begun = self.begun, True  # noted first: what an interrupt in here leaves must be known too
+        if not retried:
+            self._trace.forget()
+        self.decay.add(self.optimizer, self.current_decay, retried=retried)
+        self._trace.begin()
+
+    def step_is_over(self) -> None:
+        """The optimizer's step has come to its end, with no error and no interrupt."""
+        self._trace.end()
+        self.decay.step_is_over()
 
     def after(self) -> None:
-        """After the optimizer's step."""
+        """After the optimizer's step; where an interrupt came between, when that is found."""
         if self.frozen_moment is not None:
             self.frozen_moment.after_step()
         elif self.method.freezes_second_moment:  # what an optimizer keeps shows after its first step
@@ -138,15 +147,18 @@ class Steps:
         if self._unfinished is not None:
             self.finish(self._unfinished)
 
-    def finish_begun(self) -> None:
-        """Before a state is given out, finish the last step, wherever an interrupt has ended it: also behind the
-        optimizer and before `finish`, which shows in weights that are not those packed.
+    def finish_begun(self, *, compare: bool) -> None:
+        """Before a state is given out, or the next step, finish the last one, wherever an interrupt has ended it: also
+        behind the optimizer and before `finish`, which shows in weights that were moved.
+
+        compare  look too whether weights are those packed, which waits for the device, and asks all ranks
         """
         self.finish_interrupted()
-        if self.begun:
-            self.begun = False
-            if self.entered == SPARSE and not all(layer.is_packed() for layer in self.layers.values()):
-                self.after()
+        if self.begun and (self._trace.has_run() or (compare and not self._is_packed())):
+            self.after()
+
+    def _is_packed(self) -> bool:
+        return self.entered != SPARSE or all(layer.is_packed() for layer in self.layers.values())
 
     def enter(self, phase: str, *, search: bool) -> None:
         """Set the phase of every layer; entering the sparse one packs, and searches masks if asked to."""
@@ -173,5 +185,5 @@ class Steps:
 
     def go_to(self, step: int, *, search: bool) -> None:
         """Continue as if `step` steps had been taken: set the count, and enter the phase that belongs to it."""
-        self.taken, self._unfinished = step, None
+        self.taken, self._unfinished, self.begun = step, None, False
         self.enter(self.phase, search=search)
