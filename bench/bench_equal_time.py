@@ -1,8 +1,9 @@
 """How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
 
-The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits (also with whole weight gradients) and in
-FP8, forward and backward, in one loop on a hot chip. Dense is bf16. The 2:4 side pays re-packing, 1/40 of a mask search
-and masked decay as in bench_ffn. The width of equal time lies on the line between the two widths measured around it.
+The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits (also with whole weight gradients, or with
+2:4 activations between dense weights) and in FP8, forward and backward, in one loop on a hot chip. Dense is bf16. The
+2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn, where weights are 2:4. The width of
+equal time lies on the line between the two widths measured around it.
 
     python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES] [--sides NAMES]
 """
@@ -22,12 +23,16 @@ LAYERS = [
     suite.ffn_shape("2048 x 8192", 16384, 2048, 8192, gated=False),
     suite.ffn_shape("4096 x 16384", 16384, 4096, 16384, gated=False),
     suite.ffn_shape("llama-8B", 16384, 4096, 14336),
+    suite.ffn_shape("4096 x 16384 relu2", 16384, 4096, 16384, kind="relu2"),
+    suite.ffn_shape("2048 x 8192 relu2", 16384, 2048, 8192, kind="relu2"),
 ]
+ACTIVATION = "2:4 activation"
 NARROW = (0.5, 0.625, 0.75)
 #: side -> widths of its layers beside 1
 WIDE = {
     "2:4": (1.25, 1.5, 1.75),
     "2:4 mvue=False": (1.125, 1.25, 1.375),
+    ACTIVATION: (1.125, 1.25, 1.375),
     "fp8-hybrid": (1.75, 2.0, 2.25),
     "fp8": (2.0, 2.25, 2.5),
 }
@@ -37,6 +42,7 @@ COLUMNS = ["layer", "side", "width", "us", "of dense"]
 def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
     shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side != "dense"
     settings = dict(sparse=sparse, compiled=not sparse, precision=side if side.startswith("fp8") else None)
+    settings |= dict(operand="activation") if side == ACTIVATION else {}
     arm = feed_forward_arm(shape, master=torch.bfloat16, one_gate=True, **settings)
     if side.endswith("mvue=False"):
         arm.set_mvue(False)
@@ -46,6 +52,7 @@ def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
 def measure(shape: ModelShape, sides: Iterable[str] = tuple(WIDE)) -> dict[tuple[str, float], float]:
     """Microseconds of an optimizer step with one micro-batch, by side and width."""
     suite.fresh()
+    sides = [side for side in sides if side != ACTIVATION or shape.kind == "relu2"]  # others make no zeros
     keys = [("dense", width) for width in (1.0, *NARROW)]
     keys += [(side, width) for side in sides for width in (1.0, *WIDE[side])]
     arms = {(side, width): arm_of(shape, width, side) for side, width in keys}
@@ -85,7 +92,7 @@ def main() -> None:
         dense = steps["dense", 1.0]
         for (side, width), us in steps.items():
             table.add(shape.name, side, width, us, us / dense)
-        for kind in sides:
+        for kind in dict.fromkeys(side for side, _ in steps if side != "dense"):
             wide = equal_width([(w, us) for (side, w), us in steps.items() if side == kind], dense)
             narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps[kind, 1.0])
             print(

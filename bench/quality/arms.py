@@ -17,7 +17,7 @@ class Size:
 
 #: parameters in blocks, at width 1 -> the model that has them
 SIZES = {"10m": Size(384, 6), "60m": Size(768, 9)}
-CHOICES = {"tokens": TOKENS, "size": SIZES, "optimizer": ("adamw", "muon")}
+CHOICES = {"tokens": TOKENS, "size": SIZES, "optimizer": ("adamw", "muon"), "operand": ("weight", "activation")}
 ACTIVATIONS = ("relu2", "gelu", "swiglu")
 
 
@@ -27,7 +27,8 @@ class Arm:
 
     activation  "relu2", "gelu" or "swiglu", the last with a gate and d_ff 2/3 of theirs: as many parameters
     wide        d_ff over 4 * width, or over 2/3 of that with a gate
-    sparse      trained by a Recipe
+    sparse      2:4, trained by a Recipe
+    operand     "weight", or "activation": dense weights, 2:4 activations, and no Recipe, so what is of one says nothing
     method      of the Recipe
     mvue        what weight gradients prune: output, input, auto, True, False as of the Recipe; "h": dy of up and h of
                 down, what "auto" settles on with squared ReLU
@@ -54,12 +55,20 @@ class Arm:
     tokens: str = "32k"
     size: str = "10m"
     optimizer: str = "adamw"
+    operand: str = "weight"
 
     @property
     def plain(self) -> Arm:
         """Without what does not matter: settings of a recipe where there is none."""
-        said = ("wide", "lr", "seed", "tokens", "size", "optimizer")
-        return self if self.sparse else Arm(self.name, self.activation, **{key: getattr(self, key) for key in said})
+        if self.has_recipe:
+            return self
+        said = ("sparse", "wide", "lr", "seed", "tokens", "size", "optimizer", "operand")
+        kept = {key: getattr(self, key) for key in said}
+        return Arm(self.name, self.activation, dense=0.0 if self.sparse else Arm.dense, **kept)
+
+    @property
+    def has_recipe(self) -> bool:
+        return self.sparse and self.operand == "weight"
 
     @property
     def family(self) -> tuple[str, str, str, str]:
@@ -86,7 +95,8 @@ class Arm:
     def spelled(self) -> str:
         """The one spelling of arms that are equal."""
         arm, kind = self.plain, "2:4" if self.sparse else "dense"
-        said = [f for f in fields(Arm)[3:] if f.name == "seed" or getattr(arm, f.name) != f.default]
+        own = (f for f in fields(Arm)[3:] if f.name != "dense" or self.operand == "weight")
+        said = [f for f in own if f.name == "seed" or getattr(arm, f.name) != f.default]
         return " ".join([arm.activation, kind, *(f"{f.name}={_text(getattr(arm, f.name))}" for f in said)])
 
     @property

@@ -31,6 +31,7 @@ PLAIN_LAYER, GATED_LAYER = "4096 x 16384", "llama-8B"  # of bench_equal_time
 KINDS = {
     "plain": (PLAIN_LAYER, "2:4"),
     "plain mvue=False": (PLAIN_LAYER, "2:4 mvue=False"),
+    "plain activation": (f"{PLAIN_LAYER} relu2", "2:4 activation"),
     "plain fp8": (PLAIN_LAYER, "fp8"),
     "plain fp8-hybrid": (PLAIN_LAYER, "fp8-hybrid"),
     "gated": (GATED_LAYER, "2:4"),
@@ -65,6 +66,8 @@ def measured_ratios() -> Ratios:
 def ratio_of(arm: Arm, ratios: Ratios) -> float | None:
     """How much faster than dense the layers of a 2:4 arm are while they are sparse."""
     kind = ["gated" if arm.gated else "plain", arm.precision]
+    if arm.operand == "activation":
+        return ratios.get(f"{kind[0]} activation")
     kind += ["method=mvue"] if arm.method == "mvue" else ["mvue=False"] if arm.mvue == "False" else []
     return ratios.get(" ".join(filter(None, kind)))
 
@@ -74,7 +77,7 @@ def spent(arm: Arm, step: float, steps: int, ratios: Ratios) -> float | None:
     ratio = ratio_of(arm, ratios) if arm.sparse else 1.0
     if ratio is None:
         return None
-    sparse = min(step, (1 - arm.dense) * steps) if arm.sparse else 0.0
+    sparse = min(step, (1 - arm.plain.dense) * steps) if arm.sparse else 0.0
     return arm.wide * (sparse / ratio + step - sparse) / steps
 
 

@@ -43,13 +43,15 @@ def make(arm: Arm, steps: int, captured: bool) -> tuple[SmallGPT, list[torch.opt
     torch.manual_seed(arm.seed)
     width, layers = SIZES[arm.size].width, SIZES[arm.size].layers
     model = SmallGPT(VOCABULARY, CONTEXT, width, layers, arm.d_ff(width), arm.activation).to(DEVICE)
-    if arm.sparse:
+    if arm.has_recipe:
         settings = {"precision": arm.precision} if arm.precision else {}
         sparse24.sparsify(model, backend="sparse", dtype=torch.bfloat16, **settings)
+    elif arm.sparse:
+        sparse24.sparsify(model, backend="sparse", operand=arm.operand)
     # A graph keeps the numbers that it was captured with, and reads tensors anew.
     lr = torch.tensor(arm.lr, device=DEVICE) if captured else arm.lr
     each = optimizers(model, arm.optimizer, lr, captured)
-    if not arm.sparse:
+    if not arm.has_recipe:
         return model, each, None
     recipe = sparse24.Recipe(
         model, each, steps, decay=arm.decay, mask_interval=arm.interval, dense_fraction=arm.dense,

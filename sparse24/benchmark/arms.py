@@ -63,6 +63,7 @@ class Arm:
     compiled  torch.compile, for either side
     precision  of the 2:4 layers, as `sparsify` takes it
     fp8_dense  the layers that stay dense train in FP8: a variant of `float8_dense`
+    operand    as `sparsify` takes it
     """
 
     def __init__(
@@ -76,10 +77,11 @@ class Arm:
         lean: bool = False,
         precision: str | None = None,
         fp8_dense: str | None = None,
+        operand: str = "weight",
     ):
         self.root = nn.ModuleDict({"part": module})
         if sparse:
-            sparsify(self.root, backend="sparse", lean=lean, precision=precision)
+            sparsify(self.root, backend="sparse", lean=lean, precision=precision, operand=operand)
         if fp8_dense:
             float8_dense.convert(self.root, fp8_dense)
         self.module = self.root["part"]
@@ -170,13 +172,14 @@ def feed_forward_arm(
     lean: bool = False,
     precision: str | None = None,
     fp8_dense: str | None = None,
+    operand: str = "weight",
 ) -> Arm:
     """One feed-forward layer. one_gate: the dense side with gate and up as one layer, which is the faster way."""
     with torch.device(device):
         gated = shape.gated and one_gate and not sparse
         module = (DenseGatedMLP(shape.d_model, shape.d_ff) if gated else feed_forward(shape)).to(master)
     x = torch.randn(shape.tokens, shape.d_model, device=device, dtype=torch.bfloat16, requires_grad=True)
-    forms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense)
+    forms = dict(lean=lean, precision=precision, fp8_dense=fp8_dense, operand=operand)
     arm = Arm(module, (x,), sparse=sparse, master=master, device=device, **forms)
     if compiled:
         compile_to_time(arm.module)

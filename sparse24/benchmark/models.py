@@ -18,7 +18,8 @@ MOST_COMPILATIONS = 64
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder: `kind` "gpt2" (LayerNorm, biases, GELU) or "llama" (RMSNorm, rotary positions, SwiGLU).
+    """A decoder: `kind` "gpt2" (LayerNorm, biases, GELU), "llama" (RMSNorm, rotary positions, SwiGLU), or of a
+    feed-forward layer alone "relu2" (squared ReLU, no gate, no biases).
 
     vocab 0 leaves out embedding and head: a stack of layers. tokens = batch x length of one micro-batch. tied: the head
     is the embedding.
@@ -113,8 +114,23 @@ class MLP(nn.Module):
         return self.c_proj(self.act(self.c_fc(x)))
 
 
+class SquaredReLUMLP(nn.Module):
+    """As in Nemotron and in speedruns of small GPTs."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__()
+        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+FEED_FORWARDS = {"gpt2": MLP, "llama": GatedMLP, "relu2": SquaredReLUMLP}
+
+
 def feed_forward(shape: ModelShape) -> nn.Module:
-    return (GatedMLP if shape.gated else MLP)(shape.d_model, shape.d_ff)
+    return FEED_FORWARDS[shape.kind](shape.d_model, shape.d_ff)
 
 
 def rotary_table(length: int, width: int) -> Tensor:

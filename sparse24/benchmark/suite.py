@@ -36,10 +36,10 @@ STEP_COLUMNS = [
 ]  # fmt: skip
 
 
-def ffn_shape(name: str, tokens: int, d_model: int, d_ff: int, gated: bool = True) -> ModelShape:
-    """A feed-forward layer as the model shape that it would be part of."""
-    family = "llama" if gated else "gpt2"
-    return ModelShape(name, family, 1, d_model, 1, 1, d_ff, vocab=0, length=tokens, batch=1)
+def ffn_shape(name: str, tokens: int, d_model: int, d_ff: int, gated: bool = True, kind: str = "") -> ModelShape:
+    """A feed-forward layer as the model shape that it would be part of; `kind` as of ModelShape, else by `gated`."""
+    kind = kind or ("llama" if gated else "gpt2")
+    return ModelShape(name, kind, 1, d_model, 1, 1, d_ff, vocab=0, length=tokens, batch=1)
 
 
 #: feed-forward layers of the suite
