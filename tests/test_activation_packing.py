@@ -94,6 +94,7 @@ def test_the_reference_keeps_what_brute_force_keeps(kind, dtype, tokens, width):
         assert_same_bits(db, reference.bias_gradient(du), "db")
 
 
+@pytest.mark.fault(10, 11, 16, 26)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)

@@ -232,6 +232,28 @@ def test_activations(device, draw):
         same(both, (d_gate_up, *ops.mvue_compress(d_gate_up, seed)), "both forms")
 
 
+@fuzz(300)
+def test_pruned_activations(device, draw):
+    """The bits of the reference, but for sums, which are those of `mvue_compress`."""
+    kind = draw.usually("relu", "squared_relu", "gelu")
+    u = on(device, draw.tensor(dtypes=(*FLOATS, *DTYPES)))
+    fits = u.dim() == 2 and is_computed(u) and u.shape[1] % 4 == 0 and kind != "gelu"
+    seed, cpu_seed = (None, None) if draw.random() < 0.5 else (torch.tensor(SEED, device=device), torch.tensor(SEED))
+    packed = attempt(fits, ops.activation_compress, u, kind, seed)
+    dh = on(device, draw.tensor(draw.usually(u.shape, (*u.shape, 4)), draw.usually((u.dtype,), DTYPES)))
+    right_dh = dh.shape == u.shape and dh.dtype == u.dtype
+    backward = attempt(fits and right_dh, ops.activation_backward_compress, dh, u, kind, seed, bias_grad=True)
+    if packed is None:
+        return
+    expected = reference.activation_compress(plain(u), kind, cpu_seed)
+    same(packed, expected, "activation_compress")
+    if backward is not None:
+        *forms, _ = reference.activation_backward_compress(plain(dh), plain(u), kind, cpu_seed)
+        same(backward[:3], forms, "activation_backward_compress")
+        du = on(device, reference.decompress(forms[0], expected[1], *u.shape))
+        same(backward[3], ops.mvue_compress(du, torch.tensor(SEED, device=device), bias_grad=True)[2], "db")
+
+
 def slack_of_phi(out, kind, gate, *factors):
     """The error that a GPU's Phi(gate) brings to a 16-bit GELU: 2^-14 of itself (csrc/activation/functions.h)."""
     if kind != "gelu" or out.device.type == "cpu" or out.dtype == torch.float32:

@@ -52,10 +52,17 @@ def test_offsets_beyond_two_to_the_31_are_right_on_the_cpu(layout):
     for ours, theirs in zip(ops.mvue_compress(far, seed), ops.mvue_compress(near, seed), strict=True):
         assert_same_bits(ours, theirs, "MVUE")
     assert_same_bits(ops.gated_activation(far), ops.gated_activation(near), "h")
+    for ours, theirs in zip(_pruned_activations(far, seed), _pruned_activations(near, seed), strict=True):
+        assert_same_bits(ours, theirs, "pruned activations")
     dh = torch.randn(16, 12).bfloat16()
     assert_same_bits(ops.gated_activation_backward(dh, far), ops.gated_activation_backward(dh, near), "d_gate_up")
     expected = ops.masked_decay_(near.clone(), near, mask, 0.5)
     assert_same_bits(ops.masked_decay_(far, near, mask, 0.5), expected, "grad")
+
+
+def _pruned_activations(u, seed):
+    backward = ops.activation_backward_compress(u.abs(), u, "squared_relu", seed, bias_grad=True)
+    return *ops.activation_compress(u, "squared_relu", seed), *backward
 
 
 @pytest.mark.fault(23)
@@ -118,6 +125,23 @@ def test_weights_of_more_than_two_to_the_31_elements(roomy):
         assert torch.equal(rows[part], masked) and torch.equal(columns[part], masked), part
         assert torch.equal(grad[part], (0.5 * w[part]).masked_fill(kept, 0)), part
     assert ops.is_valid_metadata(E, ROWS, COLS) and ops.is_transposable(mask)
+
+
+@pytest.mark.gpu
+@pytest.mark.fault(23)
+def test_activations_of_more_than_two_to_the_31_elements_are_pruned(roomy):
+    """Every part equals that of the part alone, along features."""
+    u = torch.randn(ROWS, COLS, dtype=torch.bfloat16, device="cuda")
+    packed, E, packed_t, E_t = ops.activation_compress(u, "relu", torch.tensor([3, 4], device="cuda"))
+    packed_du, *_, db = ops.activation_backward_compress(u, u, "relu", bias_grad=True)
+    assert torch.equal(packed_du, packed)  # u times 1 or 0
+    rows = ops.decompress(packed, E, ROWS, COLS)
+    for part in parts():
+        alone, E_alone, *_ = ops.activation_compress(u[part], "relu")
+        assert torch.equal(packed[part], alone), part
+        assert torch.equal(rows[part], ops.decompress(alone, E_alone, *u[part].shape)), part
+    assert ops.is_valid_metadata(E, ROWS, COLS) and ops.is_valid_metadata(E_t, COLS, 2 * packed_t.shape[0])
+    assert torch.isfinite(db).all()
 
 
 @pytest.mark.gpu
@@ -186,6 +210,8 @@ def test_an_extent_of_two_to_the_30_is_refused_by_name(roomy):
         "grad": lambda: ops.masked_decay_(tall, tall, mask, 0.5),
         "dy": lambda: ops.mvue_compress(tall, torch.tensor([1, 2], device="cuda")),
         "gate_up": lambda: ops.gated_activation(tall),
+        "u": lambda: ops.activation_compress(tall, "relu"),
+        "u ": lambda: ops.activation_backward_compress(tall, tall, "relu"),
     }.items():
         with pytest.raises(Sparse24Error, match=f"{name.strip()} {limit}"):
             call()
