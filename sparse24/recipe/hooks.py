@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
 
 from ..layers.parallel import sharding
+from ..layers.watch.optimizer_steps import outside_of_backward
 from ..layers.watch.unseen import seems_packed
 from .capture import Capture, is_capturing
 from .steps import Steps
@@ -142,6 +144,10 @@ class StepHooks:
     def other_step(self, layers: list) -> None:
         """Another optimizer has written these layers' weights."""
         if not is_capturing():
+            outside_of_backward(partial(self._pack_stepped, layers))
+
+    def _pack_stepped(self, layers: list) -> None:
+        if self:
             sharding.reshard(self.steps.sharded)
             self.keep.weights_moved(*layers)
 

@@ -34,6 +34,16 @@ def _after_step(optimizer: torch.optim.Optimizer, args, kwargs) -> None:
             listener(optimizer, stepped)
 
 
+def outside_of_backward(call: Callable[[], None]) -> None:
+    """Call it now or, inside of a backward pass, at its end: an optimizer that steps in hooks of gradients writes
+    weights while the pass still reads packed ones.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        call()
+    else:
+        torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
     """The ids of what it trains."""
     return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -8,13 +8,14 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterable
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from ...errors import Sparse24Warning
 from ..state import HOLDER, SPARSE, state_of
-from .optimizer_steps import after_any_step
+from .optimizer_steps import after_any_step, outside_of_backward
 
 
 class Owner(Protocol):
@@ -70,7 +71,7 @@ def _pack_stepped(optimizer: torch.optim.Optimizer, stepped: set[int]) -> None:
         if frozen or state.stamp is None or state.phase != SPARSE:
             continue
         if not (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            weights_moved(layer, unseen=True)
+            outside_of_backward(partial(weights_moved, layer, unseen=True))
 
 
 def weights_moved(layer, *, unseen: bool = False) -> None:
