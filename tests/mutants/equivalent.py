@@ -10,6 +10,7 @@ EQUIVALENT: dict[tuple[str, str], str] = {
         "{ return sum < bits_f",
     ): "the way of infinite sums, scaling by 2^-8, gives any group its bits",
     ("pack/pack_group.h", "uint32_t i = 0; i < 5"): "no pair begins with a fifth element",
+    ("pack/two_of_four.h", "uint32_t place[5]"): "nobody reads a fifth place",
     ("pack/mvue_group.h", "i < 5"): "reads behind the group: seen under the sanitizers of .ci/run",
     ("gemm/stream_k.h", "return begin <= k_tiles ? begin : k_tiles"): "of two equal numbers either is the smaller",
     ("cpu/parallel.cpp", "kElementsPerThread"): "how many threads are worth their start: results are the same",

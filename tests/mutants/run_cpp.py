@@ -36,6 +36,7 @@ NEAREST = {
     "common/tile.h": ["kernel_parts_test", "kernel_index_test"],
     "pack/mvue_group.h": ["mvue_test"],
     "pack/pack_group.h": ["kernel_parts_test", "pack_test"],
+    "pack/two_of_four.h": ["two_of_four_test"],
     "activation/functions.h": ["activation_test"],
     "mask/block_search.h": ["mask_test"],
     "gemm/stream_k.h": ["stream_k_test"],
