@@ -231,8 +231,8 @@ def pretrain(context: typer.Context, **values: Any) -> None:
 
 # options of `pretrain` that mean nothing to a search for the decay
 NOT_FOR_TUNE = (
-    "ffn", "compare", "time_ratio", "decay", "decay_schedule", "method", "dense_fraction", "dense_at", "resume",
-    "overwrite", "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval",
+    "operand", "ffn", "compare", "time_ratio", "decay", "decay_schedule", "method", "dense_fraction", "dense_at",
+    "resume", "overwrite", "compile", "deterministic", "eval_interval", "eval_tokens", "log_interval", "save_interval",
     "samples", "sample_tokens",
 )  # fmt: skip
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..convert import cost_float8
-from ..convert.cost_model import H100, Training, feed_forward
+from ..convert.cost_model import H100, Training, feed_forward, feed_forward_of_activations
+from ..convert.to_sparse_activations import ACTIVATION
 from .metrics import Row
 from .settings import Settings
 
@@ -38,6 +39,9 @@ def layer_time(s: Settings) -> LayerTime:
     layer = (REFERENCE_WIDTH, hidden, s.model == "llama")
     times = feed_forward(*layer, training, H100)
     ratio, kind = times.speedup, ""
+    if s.operand == ACTIVATION:
+        ratio = feed_forward_of_activations(*layer[:2], training, H100).speedup
+        kind = ", 2:4 activations"
     if s.precision is not None:  # dense arms stay in 16 bits, so the 8-bit layer is compared with those
         ratio = times.dense_us / cost_float8.feed_forward(*layer, training.of(precision=s.precision), H100).sparse_us
         kind = f", 2:4 in {s.precision}"

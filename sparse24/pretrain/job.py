@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..convert.to_sparse_activations import ACTIVATION
 from ..errors import Sparse24Error
 from ..files import empty, locked, refusals_named, write_text_atomically
 from . import metrics, plots, summary, tokens
@@ -192,8 +193,10 @@ def introduce(trainer: Trainer, say: Callable[[str], None]) -> None:
     s = trainer.settings
     say(f"{trainer.arm}: {s.model}, {trainer.parameters / 1e6:.2f} M parameters, on {s.device} in {s.dtype}")
     if trainer.report is not None:
-        layers = f"{len(trainer.report.converted)} FFN layers are 2:4, {len(trainer.report.skipped)} skipped"
-        say(f"{trainer.arm}: {layers}; {trainer.recipe.phases.sparse_steps} of {s.steps} steps are sparse")
+        what = "read 2:4 activations" if trainer.report.operand == ACTIVATION else "are 2:4"
+        layers = f"{len(trainer.report.converted)} FFN layers {what}, {len(trainer.report.skipped)} skipped"
+        phases = trainer.recipe.phases.sparse_steps if trainer.recipe else s.steps
+        say(f"{trainer.arm}: {layers}; {phases} of {s.steps} steps are sparse")
 
 
 def draw(out: Path, s: Settings, results: dict[str, summary.Result] | None = None) -> None:

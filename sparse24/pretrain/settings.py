@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..convert.to_sparse_activations import ACTIVATION, OPERANDS
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
 from ..layers.float8 import PRECISIONS
@@ -111,6 +112,11 @@ class Settings:
         None,
         "How many times as fast a 2:4 FFN is as a dense one, for narrow and wide. Default: estimated for an H100.",
     )
+    operand: str = option(
+        "weight",
+        "Of 2:4 FFNs: weight, under the recipe, or activation: dense weights, and the two largest of each four that a "
+        "(squared) ReLU makes; there is no recipe then.",
+    )
     # the 2:4 recipe
     decay: float | None = option(None, "Decay of pruned weights. `python -m sparse24 tune` finds a good one.")
     mask_interval: int | None = option(None, "Optimizer steps between mask searches.")
@@ -194,6 +200,7 @@ def resolve(settings: Settings) -> Settings:
     require_choice("--recipe", settings.recipe, (None, *RECIPES))
     values = recipe_values("paper") | PRESETS[settings.preset]
     values |= recipe_values(settings.recipe) if settings.recipe else {}
+    values |= {"dense_fraction": 0.0} if settings.operand == ACTIVATION else {}
     filled = {k: v for k, v in values.items() if getattr(settings, k) is None}
     if "micro_batch" in filled and settings.batch:  # the preset's may not divide the batch that was asked for
         filled["micro_batch"] = math.gcd(filled["micro_batch"], settings.batch)
@@ -274,14 +281,26 @@ def check_choices(s: Settings) -> None:
     require_choice("--dense-at", s.dense_at, PLACES)
     require_choice("--dtype", s.dtype, DTYPES)
     require_choice("--backend", s.backend, ("auto", "sparse"))
+    require_choice("--operand", s.operand, OPERANDS)
     for kind in s.kinds:
         require_choice("--ffn", kind, ARMS)
     require_choice("--activation", s.activation, (None, *ACTIVATIONS))
     known = s.precision is None or s.precision in PRECISIONS
     rule = rule_on(s)
     rule("precision", known, f"must be {' or '.join(PRECISIONS)}", "leave it out for 16 bits")
+    if s.operand == ACTIVATION:
+        check_activation(s, rule)
     scaled_twice = s.precision is not None and FORMATS[DTYPES[s.dtype]].wants_loss_scaling
     rule("dtype", not scaled_twice, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
+
+
+def check_activation(s: Settings, rule: Callable[[str, bool, str, str], None]) -> None:
+    """What --operand activation asks of the other options."""
+    zeros = ("relu2", "relu")
+    rule("activation", s.activation in zeros, f"must be {' or '.join(zeros)} for --operand activation", "name it")
+    rule("model", s.model == "gpt2", "must be gpt2 for --operand activation: llama's FFN has a gate", "change one")
+    rule("precision", s.precision is None, "cannot go with --operand activation", "leave it out")
+    rule("dense_fraction", s.dense_fraction == 0, "must be 0 for --operand activation", "leave it out")
 
 
 def check_ranges(s: Settings) -> None:

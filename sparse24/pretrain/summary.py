@@ -129,7 +129,7 @@ def words(results: dict[str, Result], s: Settings) -> list[str]:
         lines.append(f"At the same FFN time 2:4 is {against(kinds['sparse'], kinds['narrow'])} the narrow dense model.")
     ratio = f"; a 2:4 step there is {time.ratio:.2f}x as fast as a dense one" if lines else ""
     lines.append(f"FFN time: {time.source}{ratio}.")
-    if ratio and s.preset == "demo":
+    if ratio and s.preset == "demo" and s.operand == "weight":
         lines.append(SHORT_RUN)
     peak, last = (kinds.get("sparse", {}).get(f"flip_rate_{name}") for name in ("peak", "last"))
     if peak is not None and last is not None:

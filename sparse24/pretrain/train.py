@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..convert import sparsify
+from ..convert.to_sparse_activations import ACTIVATION
 from ..errors import Sparse24Error
 from ..formats import FORMATS
 from ..recipe import Recipe
@@ -56,9 +57,11 @@ def learning_rate(step: int, s: Settings) -> float:
 
 def sparsify_settings(s: Settings) -> dict[str, Any]:
     """Arguments of `sparse24.sparsify` for a run; on a GPU values are packed in the dtype of autocast."""
-    in_16_bits = s.device.startswith("cuda") and s.dtype != "float32" and s.precision is None
+    packs = s.operand != ACTIVATION and s.precision is None
+    in_16_bits = packs and s.device.startswith("cuda") and s.dtype != "float32"
     return {
         "backend": s.backend,
+        "operand": s.operand,
         "precision": s.precision,
         "dtype": DTYPES[s.dtype] if in_16_bits else None,
         "tokens": s.micro_batch * s.ctx,
@@ -123,13 +126,13 @@ class Trainer:
         if self.is_sparse:
             self.report = self.make_sparse()
         self.optimizer = build_optimizer(self.model, s)
-        if self.is_sparse:
+        if self.is_sparse and s.operand != ACTIVATION:
             self.recipe = Recipe(
                 self.model, self.optimizer, total_steps=s.steps, decay=s.decay, mask_interval=s.mask_interval,
                 dense_fraction=s.dense_fraction, mvue=s.mvue, method=s.method, decay_schedule=s.decay_schedule,
                 dense_at=s.dense_at, track_blocks=True, preset=s.recipe or "paper",
             )  # fmt: skip
-        else:
+        elif not self.is_sparse:
             with contextlib.suppress(Sparse24Error):  # no probe of a model whose widths no mask fits
                 self.probe = MaskProbe(self.model, mask_interval=s.mask_interval)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=FORMATS[self.dtype].wants_loss_scaling)
@@ -244,7 +247,9 @@ class Trainer:
     @property
     def phase(self) -> str:
         """Of the next step: "sparse" or "dense"."""
-        return self.recipe.phase if self.recipe else "dense"
+        if self.recipe is None:
+            return "sparse" if self.is_sparse else "dense"
+        return self.recipe.phase
 
     @torch.no_grad()
     def evaluate(self) -> Row:
@@ -259,7 +264,7 @@ class Trainer:
             text_bytes += int(self.data.token_bytes[y].sum())
         self.model.train()
         row = {"valid_loss": loss_sum / count, "valid_bits_per_byte": loss_sum / math.log(2) / max(1, text_bytes)}
-        if self.phase == "sparse":
+        if self.recipe and self.phase == "sparse":
             row["verified"] = float(bool(verify(self.model)))
         return row
 

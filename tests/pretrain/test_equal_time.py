@@ -54,6 +54,57 @@ def test_the_cost_models_ratio_is_that_of_the_named_layer():
     assert equal_time.layer_time(s).ratio == 1.5 and "--time-ratio" in equal_time.layer_time(s).source
 
 
+def test_the_ratio_of_2_4_activations_is_that_of_their_layer():
+    from sparse24.convert.cost_model import H100, Training, feed_forward_of_activations
+
+    s = resolve(Settings(device="cpu", width=768, heads=12, activation="relu2", operand="activation"))
+    times = feed_forward_of_activations(4096, 16384, Training(8192, 16, master_bytes=4), H100)
+    time = equal_time.layer_time(s)
+    assert time.ratio == times.speedup > 1 and "2:4 activations" in time.source
+    assert s.dense_fraction == 0 and equal_time.run_ratio(s) == pytest.approx(time.ratio)
+
+
+@pytest.mark.parametrize(
+    "asked, what",
+    [
+        ({}, "--activation must be relu2 or relu for --operand activation"),
+        ({"activation": "relu2", "model": "llama"}, "--model must be gpt2 for --operand activation"),
+        ({"activation": "relu2", "precision": "fp8"}, "--precision cannot go with --operand activation"),
+        ({"activation": "relu2", "dense_fraction": 0.1}, "--dense-fraction must be 0 for --operand activation"),
+    ],
+)
+def test_2_4_activations_say_what_does_not_go_with_them(asked, what):
+    with pytest.raises(Sparse24Error, match=what):
+        resolve(Settings(device="cpu", operand="activation", **asked))
+
+
+def test_2_4_activations_train_without_a_recipe_and_resume(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    settings = dict(
+        data=(str(text),), cache_dir=str(tmp_path / "cache"), device="cpu", tokenizer="bytes", layers=1, width=16,
+        heads=2, ctx=16, batch=4, micro_batch=4, steps=6, eval_interval=3, save_interval=3, eval_tokens=64, samples=0,
+        operand="activation", activation="relu2", ffn=("sparse", "wide"),
+    )  # fmt: skip
+    whole = pretrain(Settings(out=str(tmp_path / "whole"), **settings), say=lambda line: None)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step):
+        if step == 4:
+            raise Stop
+
+    half = dict(settings, out=str(tmp_path / "half"))
+    with pytest.raises(Stop):
+        pretrain(Settings(**half), say=lambda line: None, on_step=stop)
+    resumed = pretrain(Settings(**half, resume=True), say=lambda line: None)
+    for arm in ("sparse", "wide"):
+        assert resumed["arms"][arm]["valid_loss"] == whole["arms"][arm]["valid_loss"]
+        assert resumed["arms"][arm]["flip_rate_last"] is None
+    assert whole["arms"]["wide"]["ffn_width"] > whole["arms"]["sparse"]["ffn_width"]
+
+
 def test_eight_bits_pay_for_more_width_against_the_same_dense_arm():
     plain = resolve(Settings(device="cpu", width=768, heads=12))
     arms = [plain, *(dataclasses.replace(plain, precision=precision) for precision in ("fp8-hybrid", "fp8"))]
