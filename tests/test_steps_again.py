@@ -213,6 +213,28 @@ def test_an_interrupt_behind_the_optimizers_step_loses_no_count(kind, options, s
     assert recipe.step == step + 3 and sparse24.verify(model)
 
 
+@pytest.mark.fault(106)
+@pytest.mark.parametrize("step", [0, 5, 9], ids=["first", "sparse", "dense"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_that_fails_half_way_counts_once_it_is_tried_again(monkeypatch, step, foreach):
+    """By then the optimizer has applied its weight decay, to some weights or to all, as it would have to dense ones."""
+    opt = dict(foreach=foreach, weight_decay=0.1)
+    model, optimizer, recipe = make(torch.optim.AdamW, 0.01, opt=opt, mvue=False)
+    run(model, optimizer, step)
+    loss_of(model, step).backward()
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", out_of_memory)
+    monkeypatch.setattr(torch.Tensor, "lerp_", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    assert recipe.step == step + 1 and sparse24.verify(model)
+
+
 @pytest.mark.fault(62)
 @pytest.mark.parametrize("step", [5, 9], ids=["sparse", "dense"])
 def test_an_interrupt_before_the_optimizers_step_counts_nothing(step):
