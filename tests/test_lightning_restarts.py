@@ -154,3 +154,33 @@ def test_resuming_between_two_searches_equals_the_uninterrupted_run(tmp_path):
     resumed, _, _ = fitted(tmp_path, steps=10, ckpt=tmp_path / "step=5.ckpt", mvue=False)
     for ours, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+class AtTheSecondEpoch(lightning.pytorch.callbacks.LearningRateFinder):
+    """Searches for a learning rate in mid-training, as Lightning's documentation has it, and puts everything back."""
+
+    def on_fit_start(self, *_):
+        """Not yet."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, module)
+
+
+@pytest.mark.fault(108)
+def test_a_search_for_a_learning_rate_in_mid_training_leaves_no_trace(tmp_path):
+    """The recipe goes back to the checkpoint that Lightning restores: weights are those of a run without it,
+    but for noise, since Lightning sets its data up anew and draws for that.
+    """
+
+    def trained(*others):
+        module, callback = Regression(), callback_of(dense_fraction=0.25, mask_interval=3, mvue=False)
+        module.lr = 1e-2
+        torch.manual_seed(7)
+        trainer = trainer_of(tmp_path, callback, *others, max_steps=12)
+        trainer.fit(module, loader())
+        assert callback.recipe.step == trainer.global_step == 12
+        return module
+
+    plain, searched = trained(), trained(AtTheSecondEpoch(num_training_steps=6, update_attr=False))
+    assert sparse24.verify(searched) and all(map(torch.equal, plain.parameters(), searched.parameters()))

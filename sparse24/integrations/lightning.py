@@ -86,6 +86,7 @@ class Sparse24Callback(Callback):
         self._masks_are_guessed = False  # they come from a search, and from no checkpoint or training
         self._masks: dict[str, torch.Tensor] | None = None  # while an averaging callback may write to buffers
         self._module: nn.Module | None = None
+        self._is_training = False  # between on_train_start and the end of the fit, or its failure
 
     # -- conversion -----------------------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class Sparse24Callback(Callback):
         if stage == "fit":
             clips = "gradient_clip_val=0" if trainer.gradient_clip_val else None
             check_decay_in(self.recipe_settings, clips, 'precision="bf16-mixed"' if is_scaled(trainer) else None)
-        self._loaded, self._masks, self._module = None, None, pl_module
+        self._loaded, self._masks, self._module, self._is_training = None, None, pl_module, False
         if not is_overridden("configure_model", pl_module):
             self._convert(trainer, pl_module)
 
@@ -108,6 +109,12 @@ class Sparse24Callback(Callback):
         self._loaded, self._masks_are_guessed = state, False
         if self.masks == "load" or trainer.state.fn != "fit":
             load_masks(pl_module, state)
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Where training has begun, a checkpoint is put back under it: finders of learning rates do so."""
+        if state_dict and self._is_training:
+            self.recipe.load_state_dict(state_dict, override=self.override)
+            self._loaded = None
 
     def _convert(self, trainer, pl_module) -> None:
         if sparse_layers(pl_module):
@@ -136,7 +143,7 @@ class Sparse24Callback(Callback):
         end(self.recipe)
         self.recipe = Recipe(pl_module, trainer.optimizers, int(steps), **settings)
         self._go_on(trainer.global_step, before)
-        self._loaded, self._masks_are_guessed = None, False
+        self._loaded, self._masks_are_guessed, self._is_training = None, False, True
         for copy in _copies(trainer, pl_module):
             follow(copy, like=pl_module)
             _pair_decay_buffers(copy, pl_module)
@@ -173,7 +180,7 @@ class Sparse24Callback(Callback):
 
     def on_fit_end(self, trainer, pl_module) -> None:  # callbacks after this one had their on_train_end meanwhile
         self._put_masks_back(pl_module)
-        self._masks = self._module = None
+        self._masks, self._module, self._is_training = None, None, False
         end(self.recipe)
 
     def state_dict(self) -> dict:

@@ -20,6 +20,7 @@ from ..layers.parallel import sharding
 from ..layers.watch.optimizer_steps import outside_of_backward
 from ..layers.watch.unseen import seems_packed
 from .capture import Capture, is_capturing
+from .loads import LoadWatch
 from .steps import Steps
 from .writes import WriteWatch, watch_other_optimizers
 
@@ -45,11 +46,13 @@ class StepHooks:
         self._chain = chain
         self._in_step, self._in_movers = False, 0
         self._writes = WriteWatch(steps.layers)
+        self._loads = LoadWatch(self.optimizer, steps)
         watch_other_optimizers(self)
         # A compiled optimizer.step() would otherwise trace the hooks' work on the host, layer by layer.
         self._handles = [
             self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
             self.optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            self._loads.handle,
         ]
         self._movers = [
             _Mover(one, name, self)
@@ -75,6 +78,7 @@ class StepHooks:
             self.capture.check(optimizer)
         else:
             self.steps.finish_begun(compare=False)
+            self._loads.before_step()
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._look_for_writes()

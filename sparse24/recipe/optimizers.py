@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -102,3 +103,18 @@ def has_skipped(optimizer) -> bool:
     """
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and float(found_inf) != 0
+
+
+def only_makes_state(optimizer) -> bool:
+    """Whether this is the step by which torch.distributed.checkpoint makes the state of an optimizer that has none: on
+    gradients of 0, at a learning rate of 0. That rate alone says nothing, for warm-ups begin with it.
+    """
+    lr = optimizer.param_groups[0].get("lr") if optimizer.param_groups else None
+    if isinstance(lr, torch.Tensor) and lr.device.type != "cpu":
+        return False
+    frame = sys._getframe(1) if lr is not None and lr == 0 else None
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
+    return False

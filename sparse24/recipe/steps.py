@@ -12,7 +12,7 @@ from ..layers.parallel import sharding
 from .decay import MaskedDecay, unique_weights
 from .methods import FrozenSecondMoment, Method
 from .noise import NoiseWatch
-from .optimizers import has_skipped
+from .optimizers import has_skipped, only_makes_state
 from .phases import Phases
 from .ranks import check_ranks
 from .scaling import CastScales
@@ -59,6 +59,7 @@ class Steps:
         self._unfinished: int | None = None  # the step that an interrupt has left half done
         self.begun = False  # the optimizer's step runs, or an interrupt has ended it before `finish`
         self._trace = StepTrace(optimizer)
+        self.was_set = False  # the count was loaded or set, and no step was taken since
 
     @property
     def phase(self) -> str:
@@ -82,6 +83,8 @@ class Steps:
     @torch.no_grad()
     def before(self) -> None:
         """Before the optimizer's step, once the gradients are final; with a closure after each evaluation."""
+        if only_makes_state(self.optimizer):
+            return
         if self.check is not None and self.check.due:
             self.check.run(self.taken)
         if self.unfrozen is not None:
@@ -105,7 +108,7 @@ class Steps:
             self.frozen_moment.after_step()
         elif self.method.freezes_second_moment:  # what an optimizer keeps shows after its first step
             FrozenSecondMoment.check(self.optimizer, self.weights())
-        if has_skipped(self.optimizer):
+        if has_skipped(self.optimizer) or only_makes_state(self.optimizer):
             for layer in self.layers.values():  # the optimizer may have written to weights, but not changed them
                 layer.note_packed()
             self.begun = False
@@ -141,7 +144,7 @@ class Steps:
             self.search.monitor.note(event)
         self.taken = step
         self.decay.write(self.current_decay)
-        self._unfinished, self.begun = None, False
+        self._unfinished, self.begun, self.was_set = None, False, False
 
     def finish_interrupted(self) -> None:
         if self._unfinished is not None:
@@ -185,5 +188,5 @@ class Steps:
 
     def go_to(self, step: int, *, search: bool) -> None:
         """Continue as if `step` steps had been taken: set the count, and enter the phase that belongs to it."""
-        self.taken, self._unfinished, self.begun = step, None, False
+        self.taken, self._unfinished, self.begun, self.was_set = step, None, False, True
         self.enter(self.phase, search=search)
