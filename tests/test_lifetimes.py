@@ -29,6 +29,21 @@ def test_a_detached_recipe_frees_model_and_optimizer_without_the_garbage_collect
         gc.enable()
 
 
+@pytest.mark.fault(103)
+def test_a_recipe_that_is_dropped_trains_on_and_goes_with_its_optimizer():
+    """Hooks of the optimizer hold it, and it holds the optimizer: the garbage collector frees both."""
+    make()  # as above
+    model, optimizer, recipe = make()
+    steps = recipe._steps
+    del recipe
+    run(model, optimizer, 2)
+    assert steps.taken == 2
+    held = [weakref.ref(one) for one in (optimizer, *model.modules(), *model.parameters())]
+    del model, optimizer, steps
+    gc.collect()
+    assert [ref() for ref in held if ref() is not None] == []
+
+
 class Wrapper:
     """An optimizer around another, without hooks of its own."""
 

@@ -1,11 +1,13 @@
 """Gradients of sparse layers: which are computed, by which noise, and what autograd refuses."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from rounding import ANOTHER_ORDER, MANY_SUMS
 from tiny_layers import masked, sparse_linear
-from tiny_models import MLP
+from tiny_models import MLP, Gated
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -224,3 +226,37 @@ def test_weight_written_behind_autograd_leaves_the_gradients_of_that_forward():
     layer.weight.data.mul_(5)
     y.backward(dy)
     torch.testing.assert_close(x.grad, dy @ before, **ANOTHER_ORDER)
+
+
+@pytest.mark.fault(48)
+@pytest.mark.parametrize("mvue", [False, True, "input"])
+@pytest.mark.parametrize("block", [MLP, Gated])
+def test_gradients_are_none_where_those_of_dense_layers_are(block, mvue):
+    """Of the output and of what hooks see inside, whatever is frozen, by `torch.autograd.grad(allow_unused=True)`."""
+
+    def absent(model, frozen, watched):
+        for p in model.parameters():
+            p.requires_grad_(p not in frozen)
+        seen = []
+        handles = [m.register_forward_hook(lambda *args: seen.append(args[-1])) for m in model.children() if watched]
+        x = torch.randn(8, next(model.parameters()).shape[1], requires_grad=True)
+        outputs = [model(x), *seen]
+        for handle in handles:
+            handle.remove()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        wanted = [[x, *seen[:i], *trained] for i in range(len(outputs))]
+        return [
+            [g is None for g in torch.autograd.grad(y.sum(), of, retain_graph=True, allow_unused=True)]
+            for y, of in zip(outputs, wanted, strict=True)
+        ]
+
+    dense, model = block(), block()
+    sparse24.sparsify(model)
+    sparse24.Recipe(model, torch.optim.SGD(model.parameters(), 0.1), 4, mvue=mvue)
+    for size, watched in itertools.product(range(4), (False, True)):
+        for chosen in itertools.combinations(range(len(list(dense.parameters()))), size):
+            ours, theirs = (
+                absent(one, {p for i, p in enumerate(one.parameters()) if i in chosen}, watched)
+                for one in (model, dense)
+            )
+            assert ours == theirs, (chosen, watched)
