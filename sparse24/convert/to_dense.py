@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..errors import Sparse24Error
+from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import SPARSE, SparseLayer, packing
 from ..layers.fused import sparse_activation
 from ..layers.fused.feedforward import FusedFeedForward, own_class, unfuse_block
@@ -30,7 +31,8 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
 
     masked  also write zeros where the masks prune, so that the model goes on computing what it computed: before
             merging adapters, quantisation, or an export that knows no 2:4 products. In the dense phase, whose function
-            is the dense one, weights stay. The pruned weights are lost: save the model first, if they matter
+            is the dense one, weights stay. The pruned weights are lost: save the model first, if they matter. No weight
+            stands for pruned activations, and a warning says so
 
     A recipe of the model ends: its hooks come off the optimizer, which trains the dense layers from then on. Raises
     Sparse24Error, changing nothing, for a layer that somebody has wrapped or parametrized since it became sparse, and
@@ -54,6 +56,13 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
         layer.__class__ = classes[name]
     for block in pruned.values():
         sparse_activation.restore(block)
+    if masked and pruned:
+        warnings.warn(
+            f"{len(pruned)} blocks, such as {next(iter(pruned)) or 'the model'}, no longer prune their activation, which "
+            "masked weights cannot stand for: the model does not go on computing what it computed",
+            Sparse24Warning,
+            stacklevel=3,
+        )
     after_conversion(model)
     return [*layers, *map(plain_name, pruned)]
 

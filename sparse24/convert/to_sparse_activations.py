@@ -6,12 +6,13 @@ between steps.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..errors import Sparse24Error
+from ..errors import Sparse24Error, Sparse24Warning
 from ..layers import SparseLayer
 from ..layers.fused.sparse_activation import SparseActivation, prune_activations, restore
 from ..layers.fused.sparse_activation import why_not as why_not_block
@@ -39,7 +40,7 @@ def sparsify_activations(
     unavailable = choice.why_unavailable(model)
     blocks: list[nn.Module] = []
     for ffn in structure.find_feed_forwards(model):
-        if ffn.is_expert or not any(name in chosen for name in ffn.layers):
+        if not any(name in chosen for name in ffn.layers):
             continue
         block = model.get_submodule(ffn.name)
         reason = _why_not(model, block, ffn, chosen) or unavailable
@@ -62,8 +63,10 @@ def sparsify_activations(
         for name in chosen
         if name not in known
     ]
-    if not blocks and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
-        _raise_nothing_fits(model, report, unavailable, backend)
+    if unavailable and report.skipped and backend == "auto":
+        warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=4)
+    elif not blocks and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
+        _raise_nothing_fits(model, report, backend)
     _convert(blocks)
     return report
 
@@ -84,8 +87,8 @@ def _why_not(
     return why_not_block(block) or None
 
 
-def _raise_nothing_fits(model: nn.Module, report: SparsifyReport, unavailable: str | None, backend: str) -> None:
-    if backend == "auto" and report.skipped and (unavailable or not _has_cause(report)):
+def _raise_nothing_fits(model: nn.Module, report: SparsifyReport, backend: str) -> None:
+    if backend == "auto" and report.skipped and not _has_cause(report):
         return  # left dense by choice, which the report explains
     why = "; ".join(dict.fromkeys(reason for _, reason in report.skipped)) or "no feed-forward block was recognised"
     raise Sparse24Error(
