@@ -58,8 +58,8 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
         sparse_activation.restore(block)
     if masked and pruned:
         warnings.warn(
-            f"{len(pruned)} blocks, such as {next(iter(pruned)) or 'the model'}, no longer prune their activation, which "
-            "masked weights cannot stand for: the model does not go on computing what it computed",
+            f"{len(pruned)} blocks, such as {next(iter(pruned)) or 'the model'}, no longer prune their activation, "
+            "which masked weights cannot stand for: the model does not go on computing what it computed",
             Sparse24Warning,
             stacklevel=3,
         )

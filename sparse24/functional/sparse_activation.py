@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..errors import Sparse24Error
-from ..formats import as_rows
+from ..errors import Sparse24DtypeError, Sparse24Error
+from ..formats import BLOCK, as_rows
+from ..ops.activation_packing import PRUNED_KINDS
 from ..ops.arguments import names_wrong_types
 from . import accumulation
 from .layer_gradients import origin_of, parts_of
@@ -120,7 +121,9 @@ def sparse_activation_mlp(
     Source: arXiv 2503.16672 and 2404.01847; see the head of the file.
     """
     check_no_transform(x)
-    _check_weights(up, down)
+    _check_operands(x, up, down, activation)
+    _check_bias(bias_up, "bias_up", up)
+    _check_bias(bias_down, "bias_down", down)
     x, bias_up, bias_down = cast_as_autocast_does(x, bias_up, bias_down)
     check_bias(x, bias_up)
     check_bias(x, bias_down)
@@ -128,14 +131,42 @@ def sparse_activation_mlp(
     return _SparseActivationMLP.apply(x, up, down, bias_up, bias_down, activation, noise)
 
 
-def _check_weights(up: Tensor, down: Tensor) -> None:
+def _check_operands(x: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+    if activation not in PRUNED_KINDS:
+        raise Sparse24Error(
+            f"activation must be {' or '.join(PRUNED_KINDS)}, got {activation!r}: other activations make no zeros, so "
+            "pruning them to 2:4 would lose half of h"
+        )
+    if x.dim() == 0:
+        raise Sparse24Error("x must be (..., d_model), got a tensor without dimensions; give it one of features")
     if up.dim() != 2 or down.dim() != 2 or up.shape[0] != down.shape[1]:
         raise Sparse24Error(
             f"up must be (d_ff, d_model) and down (d_out, d_ff), got {tuple(up.shape)} and {tuple(down.shape)}"
         )
+    for name, weight in (("up", up), ("down", down)):
+        if not weight.is_floating_point():
+            raise Sparse24DtypeError(f"{name} must be of floating point, got {weight.dtype}; cast it first")
+        if weight.device != x.device:
+            raise Sparse24Error(f"{name} is on {weight.device} but x is on {x.device}; move one of them")
+
+
+def _check_bias(bias: Tensor | None, name: str, weight: Tensor) -> None:
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise Sparse24Error(f"{name} must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
 # ---- layer by layer --------------------------------------------------------------------------------------------------
+
+
+@names_wrong_types
+def kept_activations(u: Tensor) -> Tensor:
+    """Bool like u (..., d_ff): the two of each four neighbouring features that `sparse_activation_mlp` keeps."""
+    if not torch.jit.is_tracing() and (u.dim() == 0 or u.shape[-1] % BLOCK):  # a trace would warn of the question
+        raise Sparse24Error(
+            f"u must have features in multiples of {BLOCK}, got shape {tuple(u.shape)}; keep such a layer's "
+            "activations dense. Where ranks divide the features, each needs whole groups"
+        )
+    return reference.kept_activations(u)
 
 
 @names_wrong_types
@@ -143,6 +174,11 @@ def prune_activation(h: Tensor, u: Tensor) -> Tensor:
     """h = act(u) with only the two of each four neighbouring features that `sparse_activation_mlp` keeps, as a dense
     tensor: the same function for layers that run one by one, by plain ops that differentiate and trace as any.
 
-    h, u  (..., d_ff), after and before a (squared) ReLU; d_ff a multiple of 4
+    h, u  (..., d_ff), after and before a (squared) ReLU; d_ff a multiple of 4. Of an activation that works in place, u
+          is a copy
+
+    Raises Sparse24Error for shapes that differ, and for another d_ff.
     """
-    return torch.where(reference.kept_activations(u), h, 0)
+    if h.shape != u.shape:
+        raise Sparse24Error(f"h must have the shape of u, {tuple(u.shape)}, got {tuple(h.shape)}")
+    return torch.where(kept_activations(u), h, 0)

@@ -17,10 +17,18 @@ def kept_activations(u: Tensor) -> Tensor:
     """
     groups = u.unflatten(-1, (u.shape[-1] // 4, 4))
     groups = groups if u.dtype == torch.float64 else groups.float()
-    rank = torch.where(groups > 0, groups, torch.where(groups.isnan(), torch.nan, 0.0))  # sorting puts NaN above Inf
-    largest = rank.argsort(stable=True, dim=-1, descending=True)[..., :2]
-    place = torch.arange(4, device=u.device)
-    return ((place == largest[..., :1]) | (place == largest[..., 1:])).flatten(-2)
+    values = torch.where(groups > 0, groups, torch.where(groups.isnan(), torch.nan, 0.0)).unbind(-1)
+    kept = []  # by comparisons, which all tracers and exporters know; they do not all know a stable sort
+    for i, own in enumerate(values):
+        ahead = [_is_ahead(other, own, of_equals=j < i) for j, other in enumerate(values) if j != i]
+        kept.append(torch.stack(ahead).sum(0) < 2)
+    return torch.stack(kept, -1).flatten(-2)
+
+
+def _is_ahead(other: Tensor, own: Tensor, of_equals: bool) -> Tensor:
+    """Whether `other` is the larger one, or `of_equals` says that it is preferred where both are equal."""
+    larger = (other > own) | (other.isnan() & ~own.isnan())
+    return larger | (other == own) | (other.isnan() & own.isnan()) if of_equals else larger
 
 
 def _packed_along_tokens(pruned: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:

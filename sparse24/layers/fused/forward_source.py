@@ -41,12 +41,15 @@ class Form(NamedTuple):
     activation: Callable[[object, Tensor], Tensor]
 
 
-def read_forward(block: nn.Module, own: type) -> Form | None:
-    """What the forward of `own`, the block's class, computes, or None if it is of another form."""
+def read_forward(block: nn.Module, own: type, layers: tuple[str, ...] = ()) -> Form | None:
+    """What the forward of `own`, the block's class, computes, or None if it is of another form.
+
+    layers  names of children known to be linear layers, whatever stands there now: an adapter, perhaps
+    """
     expression = _expression(own.forward)
     if expression is None:
         return None
-    linear = {name for name, child in block._modules.items() if _is_linear(child)}
+    linear = {name for name, child in block._modules.items() if name in layers or _is_linear(child)}
     tail, node = [], expression
     while (name := _called_child(node)) is not None and name not in linear:
         tail.append(name)

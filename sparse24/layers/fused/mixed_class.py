@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from torch import nn
 
 from ...errors import Sparse24Error
@@ -15,7 +17,20 @@ def mixed_class(mixin: type, own: type, prefix: str) -> type:
     def new(cls, *args, **kwargs):
         return own(*args, **kwargs)
 
-    return type(f"{prefix}{own.__name__}", (mixin, own), {"__module__": own.__module__, "__new__": new})
+    added = {"__module__": own.__module__, "__new__": new}
+    if (name := own.forward.__code__.co_varnames[1]) != "x":
+        added["forward"] = _forward_of(mixin, name)
+    return type(f"{prefix}{own.__name__}", (mixin, own), added)
+
+
+def _forward_of(mixin: type, name: str) -> FunctionType:
+    """The mixin's forward(self, x) with `name` in place of x: callers may pass the input by the user's name for it."""
+
+    def forward(self, x):
+        return mixin.forward(self, x)
+
+    code = forward.__code__.replace(co_varnames=("self", name))
+    return FunctionType(code, forward.__globals__, "forward", None, forward.__closure__)
 
 
 def class_behind(mixin: type, cls: type) -> type:

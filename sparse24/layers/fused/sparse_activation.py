@@ -16,7 +16,7 @@ import inspect
 import warnings
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from ... import functional
 from ...errors import Sparse24Error, Sparse24Warning
 from ...formats import BLOCK, HALF_DTYPES
 from ...functional.operands import computed_dtype
+from ...functional.sparse_activation import kept_activations
 from ...ops.activation_packing import PRUNED_KINDS
 from ..checks import distributed_rank
 from ..state import HOLDER, is_ours
@@ -34,29 +35,36 @@ from .mixed_class import class_behind, mixed_class, own_class_of
 from .replaced import Child, any_global_hook, child_is_unchanged, is_bare, remember
 
 
-@dataclass(eq=False)
-class ActivationState:
-    """What a block was found to compute.
+class Found(NamedTuple):
+    """What a block was found to compute, as its copies and pickles are told.
 
     layers      names of (up, down)
     kind        the activation, one of PRUNED_KINDS
-    tail        names of children called on the result, such as a dropout
-    children    the activation's modules and functions
-    forward     of the block's own class
-    activation  (block, u) -> act(u), by the block's own children
     transposed  the weights are [in, out], those of transformers' Conv1D
-    rank        of the process; mixed into the noise of MVUE
-    has_warned  that the block runs dense
     """
 
     layers: tuple[str, str]
     kind: str
-    tail: tuple[str, ...]
-    children: tuple[Child, ...]
-    forward: Any
-    activation: Any
     transposed: bool
-    rank: int
+
+
+@dataclass(eq=False)
+class ActivationState:
+    """What a block was found to compute, and by what.
+
+    found       layers, activation, layout
+    tail        names of children called on the result, such as a dropout
+    children    the activation's modules and functions
+    forward     of the block's own class; None in a copy of a block that had changed
+    activation  (block, u) -> act(u), by the block's own children
+    has_warned  that the block runs dense
+    """
+
+    found: Found
+    tail: tuple[str, ...] = ()
+    children: tuple[Child, ...] = ()
+    forward: Any = None
+    activation: Any = None
     has_warned: bool = False
 
 
@@ -71,34 +79,56 @@ class SparseActivation:
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time: copies and pickles name its parts instead, and look at their own parts anew.
-        state = {name: value for name, value in self.__dict__.items() if name != HOLDER}
-        return _empty, (own_class(self),), state
+        # Of layers they are told the names: adapters and parametrizations may stand in their places by now.
+        state = self.__dict__[HOLDER]
+        told = state.found, not _has_its_activation(self, state)
+        return _empty, (own_class(self),), self.__dict__ | {HOLDER: told}
 
     def __setstate__(self, state):
+        found, had_changed = state[HOLDER]
         super().__setstate__(state)
-        found = look_at(self, own_class(self))
-        if isinstance(found, str):
+        if had_changed:  # and runs dense, with a warning: so does the copy, whatever its activation is now
+            self.__dict__[HOLDER] = ActivationState(found)
+            return
+        own = own_class(self)
+        looked = look_at(self, own, found)
+        if isinstance(looked, ActivationState) and looked.found.kind != found.kind:
+            looked = f"its activation is {looked.found.kind} here, and was {found.kind}"
+        if isinstance(looked, str):
             raise Sparse24Error(
-                f"this copy of a {own_class(self).__name__} cannot prune its activation as the original does: {found}"
+                f"this copy of a {own.__name__} cannot prune its activation as the original does: {looked}. Load the "
+                "state_dict into a model of this code, and call sparsify(operand='activation') on that"
             )
-        self.__dict__[HOLDER] = found
+        self.__dict__[HOLDER] = looked
+
+    def _replicate_for_data_parallel(self):
+        raise Sparse24Error(
+            f"torch.nn.DataParallel makes replicas of {own_class(self).__name__} that would not prune its activation; "
+            "use DistributedDataParallel"
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         state, modules = self.__dict__[HOLDER], self._modules
-        up, down = (modules.get(name) for name in state.layers)
+        _check_input(x)
+        layers, kind, transposed = state.found
+        up, down = (modules.get(name) for name in layers)
         if up is None or down is None or not _has_its_activation(self, state):
             _warn_of_dense(self, state)
             return super().forward(x)
-        if _kernels_take(up, down, x, state.transposed):
+        if state.has_warned and not torch.compiler.is_compiling():
+            state.has_warned = False  # it is what it was again, and another change gets its own warning
+        if _kernels_take(up, down, x, transposed):
             weights, biases = ([layer._parameters[name] for layer in (up, down)] for name in ("weight", "bias"))
-            if state.transposed:
+            if transposed:
                 weights = [weight.t() for weight in weights]
+            rank = distributed_rank()  # not that of sparsify, before which there may have been no process group
             y = functional.sparse_activation_mlp(
-                x, *weights, state.kind, bias_up=biases[0], bias_down=biases[1], rank=state.rank, training=self.training
+                x, *weights, kind, bias_up=biases[0], bias_down=biases[1], rank=rank, training=self.training
             )
         else:
             u = up(x)
-            y = down(functional.prune_activation(state.activation(self, u), u))
+            kept = kept_activations(u)  # first: the activation may work in place
+            y = down(torch.where(kept, state.activation(self, u), 0))
         for name in state.tail:
             y = modules[name](y)
         return y
@@ -120,14 +150,37 @@ def _has_its_activation(block: nn.Module, state: ActivationState) -> bool:
 
 
 def _warn_of_dense(block: nn.Module, state: ActivationState) -> None:
-    if not state.has_warned and not torch.compiler.is_compiling():
+    name = type(block)._sparse24_own.__name__
+    if torch.compiler.is_compiling():
+        _say_that_it_is_dense(name)
+    elif not state.has_warned:
         state.has_warned = True
-        warnings.warn(
-            f"{type(block)._sparse24_own.__name__} is not what sparsify(operand='activation') found (its layers, its "
-            "activation, or hooks of that were changed), so it runs dense from here on; call sparse24.densify(model), "
-            "then sparsify again",
-            Sparse24Warning,
-            stacklevel=4,
+        _say_that_it_is_dense(name)
+
+
+@torch.compiler.assume_constant_result  # compilers call it while they trace, where they would leave a warning out
+def _say_that_it_is_dense(name: str) -> None:
+    warnings.warn(
+        f"{name} is not what sparsify(operand='activation') found (its layers, its activation, or hooks of that were "
+        "changed), so it runs dense from here on; call sparse24.densify(model), then sparsify again",
+        Sparse24Warning,
+        stacklevel=5,
+    )
+
+
+def _check_input(x: object) -> None:
+    """Refuse what neither kernels nor plain ops between the layers take. Raises Sparse24Error with the way out."""
+    if type(x) is Tensor and not x.is_nested:
+        return
+    if isinstance(x, torch.fx.Proxy):
+        raise Sparse24Error(
+            "a block whose activation is pruned cannot be traced by torch.fx.symbolic_trace; "
+            "torch.export.export(model) keeps the pruned function"
+        )
+    if isinstance(x, Tensor) and x.is_nested:
+        raise Sparse24Error(
+            "a block whose activation is pruned takes no nested tensor; pad it (x.to_padded_tensor(0.0)), or pass the "
+            "tokens of all sequences as one tensor (x.values() of a jagged one)"
         )
 
 
@@ -184,14 +237,17 @@ def why_not(block: nn.Module) -> str:
     return found if isinstance(found, str) else ""
 
 
-def look_at(block: nn.Module, own: type) -> ActivationState | str:
-    """What a block whose own class is `own` computes, if its activation can be pruned; else why not."""
+def look_at(block: nn.Module, own: type, told: Found | None = None) -> ActivationState | str:
+    """What a block whose own class is `own` computes, if its activation can be pruned; else why not.
+
+    told  what the original was found to be, of a copy
+    """
     if "forward" in block.__dict__:
         return "its forward is replaced on the instance"
     holders = (block.__dict__, block._buffers, block._parameters, block._modules)
     if not isinstance(block, SparseActivation) and (clash := [n for each in holders for n in each if is_ours(n)]):
         return f"its attribute {clash[0]!r} has a name that we need; rename it, or call sparse24.densify first"
-    form = read_forward(block, own)
+    form = read_forward(block, own, () if told is None else told.layers)
     if form is None:
         return f"the forward of {own.__name__} is not one that is known"
     if len(form.layers) != 2:
@@ -203,15 +259,16 @@ def look_at(block: nn.Module, own: type) -> ActivationState | str:
         return (
             f"its activation {form.source} is {kind or 'not known'}, and only {' and '.join(PRUNED_KINDS)} make zeros"
         )
-    down = block._modules[form.layers[1]]
-    transposed = _is_conv1d(type(down))
-    d_ff = down._parameters["weight"].shape[0 if transposed else 1]
-    if d_ff % BLOCK:
-        return f"it has {d_ff} hidden features, not a multiple of {BLOCK}"
+    if told is None:
+        down = block._modules[form.layers[1]]
+        transposed = _is_conv1d(type(down))
+        d_ff = down._parameters["weight"].shape[0 if transposed else 1]
+        if d_ff % BLOCK:
+            return f"it has {d_ff} hidden features, not a multiple of {BLOCK}"
+    else:
+        transposed = told.transposed
     children = tuple(remember(block, name) for name in form.uses)
-    return ActivationState(
-        form.layers, kind, form.tail, children, own.forward, form.activation, transposed, distributed_rank()
-    )
+    return ActivationState(Found(form.layers, kind, transposed), form.tail, children, own.forward, form.activation)
 
 
 def activation_blocks(model: nn.Module) -> dict[str, SparseActivation]:
