@@ -1,5 +1,6 @@
 """sparsify, densify, refresh: what they change in a model, what they leave, and what is refused."""
 
+import copy
 import pickle
 import pkgutil
 import re
@@ -121,6 +122,10 @@ def test_patterns_choose_and_exclude():
     "settings, words",
     [
         (dict(include=("*c_fx*",)), "include pattern '\\*c_fx\\*' matches no layer.*c_fc"),
+        (
+            dict(include=("mlp.c_fc",)),
+            "pattern 'mlp.c_fc' matches no layer; it must match whole names, as '\\*mlp.c_fc\\*' does",
+        ),
         (dict(include=("transformer.h.0.mlp.c_pro",)), "closest are.*transformer.h.0.mlp.c_proj"),
         (dict(exclude=("*mpl*",)), "exclude pattern '\\*mpl\\*' matches no layer.*mlp"),
         (dict(include=("*zzzzzzz*",)), "names here: .*c_attn"),
@@ -138,6 +143,18 @@ def test_bad_settings_name_what_is_wrong_and_change_nothing(settings, words):
     with pytest.raises(Sparse24Error, match=words):
         sparse24.sparsify(model, **settings)
     assert not any(isinstance(m, SparseLayer) for m in model.modules())
+
+
+def test_a_report_that_is_taken_for_the_model_says_so():
+    """`model = sparsify(model)`, as other libraries have it."""
+    report = sparse24.sparsify(MLP())
+    with pytest.raises(Sparse24Error, match="in place and returns a report"):
+        report(torch.randn(2, 16))
+    with pytest.raises(AttributeError, match="'SparsifyReport' object has no attribute 'parameters'; .* in place"):
+        report.parameters()
+    with pytest.raises(AttributeError, match="has no attribute 'layers'$"):
+        report.layers()
+    assert copy.deepcopy(report) == pickle.loads(pickle.dumps(report)) == report
 
 
 def test_hooks_and_references_survive_conversion():

@@ -139,9 +139,13 @@ def linear_names(model: nn.Module) -> list[str]:
 def raise_no_match(argument: str, pattern: str, names: list[str]) -> None:
     """Sparse24Error with the names that come closest to a pattern that matches nothing."""
     bare = pattern.strip("*")
-    by_part = {part: part for name in names for part in name.split(".")}
-    close = difflib.get_close_matches(bare, [*names, *by_part], n=5, cutoff=0.5)
-    hint = f"the closest are {some(close)}" if close else f"names here: {some(names)}"
+    parts = {part for name in names for part in name.split(".")}
+    close = set(difflib.get_close_matches(bare, sorted({*names, *parts}), n=5, cutoff=0.5))
+    near = [name for name in names if name in close or close & set(name.split("."))]
+    if any(f".{bare}." in f".{name}." for name in names):
+        hint = f"it must match whole names, as '*{bare}*' does here"
+    else:
+        hint = f"the closest are {some(near)}" if near else f"names here: {some(names)}"
     raise Sparse24Error(f"{argument} pattern {pattern!r} matches no layer; {hint}")
 
 

@@ -5,8 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from torch import nn
+
+from ..errors import Sparse24Error
+
 #: why a layer that is sparse already is skipped; the settings that it keeps may follow
 ALREADY_SPARSE = "already sparse"
+#: to whoever takes the report for the model, as `model = sparsify(model)` does
+NO_MODEL = "sparsify changes the model in place and returns a report: go on with the model that was given to it"
 
 
 class Skipped(NamedTuple):
@@ -39,6 +45,13 @@ class SparsifyReport:
 
     def __bool__(self) -> bool:
         return bool(self.converted)
+
+    def __getattr__(self, name: str):
+        hint = f"; {NO_MODEL}" if hasattr(nn.Module, name) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
+
+    def __call__(self, *args, **kwargs):
+        raise Sparse24Error(NO_MODEL)
 
     def __str__(self) -> str:
         kind = " ".join(filter(None, ("2:4", self.precision, "activation" if self.operand == "activation" else "")))
