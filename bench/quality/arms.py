@@ -97,7 +97,7 @@ class Arm:
         arm, kind = self.plain, "2:4" if self.sparse else "dense"
         own = (f for f in fields(Arm)[3:] if f.name != "dense" or self.operand == "weight")
         said = [f for f in own if f.name == "seed" or getattr(arm, f.name) != f.default]
-        return " ".join([arm.activation, kind, *(f"{f.name}={_text(getattr(arm, f.name))}" for f in said)])
+        return " ".join([arm.activation, kind, *(f"{f.name}={text_of(getattr(arm, f.name))}" for f in said)])
 
     @property
     def slug(self) -> str:
@@ -128,7 +128,7 @@ def _value(key: str, text: str):
     return {"int": int, "float": lambda text: float(Fraction(text))}.get(kind, str)(text)
 
 
-def _text(value: object) -> str:
+def text_of(value: object) -> str:
     """As names have it: 2/3 and 1.375, 6e-3."""
     if not isinstance(value, float):
         return str(value)

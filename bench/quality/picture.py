@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 
 from bench.quality import compare
-from bench.quality.arms import Arm, parse
+from bench.quality.arms import Arm, parse, text_of
 
 MOST_DRAWN = 7  # arms with a line of their own: more lines hide one another
 
@@ -42,6 +42,18 @@ def drawn(groups: dict[str, list[dict]], ratios: compare.Ratios) -> tuple[dict[s
     return {group: timed[group] for group in main}, {group: timed[group] for group in others}
 
 
+def words(arm: Arm) -> str:
+    """What an arm of the main family is, without its rate, which is its best."""
+    if not arm.sparse:
+        kind = "dense"
+    else:
+        kind = "2:4 activations" if arm.operand == "activation" else "2:4 weights"
+    wide = "" if arm.wide == 1 else f", {text_of(arm.wide)} as wide"
+    last = f", last {text_of(arm.dense)} dense" if arm.has_recipe else ""
+    gradients = "" if not arm.has_recipe or arm.mvue == "h" else f", mvue={arm.mvue}"
+    return f"{kind}{wide}{last}{gradients}"
+
+
 def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> None:
     """Training loss against steps and against time, and what is left at the end against what it took."""
     import matplotlib
@@ -53,7 +65,8 @@ def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> N
     colors = plt.get_cmap("tab10").colors
     shown, others = drawn(groups, ratios)
     for i, (group, runs) in enumerate(shown.items()):
-        arm, look = parse(group), dict(color=colors[i % len(colors)], label=group)
+        arm = parse(group)
+        look = dict(color=colors[i % len(colors)], label=words(arm))
         marker = "o" if arm.sparse else "s"
         axes[2].plot(compare.ffn_time(arm, ratios), compare.loss(runs), marker, markersize=7, **look)
         run = next((run for run in runs if run["curve"]), None)
@@ -73,11 +86,11 @@ def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> N
     late = [loss for losses in curves for loss in losses[len(losses) // 4 :]]
     for panel in axes[:2]:
         panel.set(ylim=(min(late) - 0.02, max(late)), ylabel="training loss")
-    time = f"time of the feed-forward layers, 2:4 at {ratios['plain']:g}x (dense = 1)"
+    time = "time of the feed-forward layers (dense = 1)"
     axes[0].set(xlabel="optimizer steps")
     axes[1].set(xlabel=time)
     axes[2].set(xlabel=time, ylabel="validation loss at the end")
-    axes[2].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="upper right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
