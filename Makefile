@@ -1,4 +1,4 @@
-# make demo     environment, installation, then a small model trained dense, narrow and 2:4 here (a CPU is enough)
+# make demo     environment, installation, then a small model trained dense and 2:4 here (a CPU is enough)
 # make test     environment, installation, C++ and Python tests
 # make crash    kill -9 at a hundred random moments of the main job, each resumed and compared bit for bit
 # make fuzz     a million random cases of the ops (CASES=n, SEED=n; DEVICE=cuda on a GPU), the seed printed
@@ -42,7 +42,7 @@ BUILD_FILES := pyproject.toml setup.py CMakeLists.txt sparse24/_version.py $(she
 .PHONY: demo test crash fuzz mutants build env bench format lint docs wheels clean distclean
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m sparse24 pretrain --preset demo --compare --ffn narrow --overwrite --out runs/demo $(DEMO_ARGS)
+	$(BIN)/python -m sparse24 pretrain --preset demo --compare --ffn narrow --ffn activation --overwrite --out runs/demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-for-tests
 	$(BIN)/cmake -S . -B $(BUILD) -DSPARSE24_TESTS=ON >/dev/null

@@ -13,10 +13,10 @@ from ..convert import cost_float8
 from ..convert.cost_model import H100, Training, feed_forward, feed_forward_of_activations
 from ..convert.to_sparse_activations import ACTIVATION
 from .metrics import Row
-from .settings import Settings
+from .settings import Settings, arm_settings
 
 REFERENCE_WIDTH, REFERENCE_TOKENS, REFERENCE_CALLS = 4096, 8192, 16  # tokens a forward call, calls a step
-SPARSE_KINDS = ("sparse", "wide")
+SPARSE_KINDS = ("sparse", "wide", ACTIVATION)
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,14 @@ def run_ratio(s: Settings) -> float:
 
 
 def ffn_width(s: Settings, kind: str) -> int:
-    """The FFN width of an arm of this kind; a run of "narrow" takes as long as "sparse", one of "wide" as "dense"."""
+    """The FFN width of an arm of this kind; a run of "narrow" takes as long as "sparse", one of "wide" or "activation"
+    as "dense".
+    """
     if kind == "half":
         return s.ffn_width // 2
-    if kind not in ("narrow", "wide"):
+    if kind not in ("narrow", "wide", ACTIVATION):
         return s.ffn_width
+    s = arm_settings(s, kind)
     step = 64 if s.ffn_width >= 2048 else 16
     width = s.ffn_width / run_ratio(s) if kind == "narrow" else s.ffn_width * run_ratio(s)
     return max(step, round(width / step) * step)
@@ -70,7 +73,7 @@ def ffn_width(s: Settings, kind: str) -> int:
 
 def step_ms(s: Settings, kind: str, phase: str) -> float:
     """FFN time of an optimizer step of this arm at the reference size."""
-    time = layer_time(s)
+    time = layer_time(arm_settings(s, kind))
     dense = time.dense_ms * ffn_width(s, kind) / s.ffn_width
     return dense / time.ratio if kind in SPARSE_KINDS and phase == "sparse" else dense
 

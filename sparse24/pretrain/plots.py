@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from ..convert.to_sparse_activations import ACTIVATION
 from ..files import write_atomically
 from .equal_time import SPARSE_KINDS, ffn_seconds, layer_time, training_seconds
 from .metrics import Row
 from .settings import Settings, kind_of
 
-COLOURS = {"dense": "#4C72B0", "sparse": "#DD8452", "half": "#55A868", "narrow": "#8172B3", "wide": "#C44E52"}
+COLOURS = {
+    "dense": "#4C72B0", "sparse": "#DD8452", "half": "#55A868", "narrow": "#8172B3", "wide": "#C44E52",
+    ACTIVATION: "#937860",
+}  # fmt: skip
 NAMES = {
     "dense": "dense", "sparse": "2:4", "half": "dense, half as wide", "narrow": "dense, narrow", "wide": "2:4, wide",
+    ACTIVATION: "2:4 activations, wide",
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ..recipe.methods import METHODS
 from ..recipe.phases import PLACES
 from ..recipe.presets import PRESETS as RECIPES
 
-ARMS = ("dense", "sparse", "half", "narrow", "wide")  # kinds of feed-forward layers
+ARMS = ("dense", "sparse", "half", "narrow", "wide", ACTIVATION)  # kinds of feed-forward layers
 #: our names -> those of transformers
 ACTIVATIONS = {"relu2": "relu2", "gelu": "gelu", "gelu_tanh": "gelu_new", "silu": "silu", "relu": "relu"}
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in WEIGHT_DTYPES}
@@ -103,8 +103,9 @@ class Settings:
     # arms
     ffn: tuple[str, ...] = option(
         (),
-        "dense, sparse (2:4), half (dense, half as wide), narrow (dense, as wide as sparse's FFN time pays for) or "
-        "wide (2:4, as wide as dense's FFN time pays for); may be repeated. Default: sparse.",
+        "dense, sparse (2:4), half (dense, half as wide), narrow (dense, as wide as sparse's FFN time pays for), wide "
+        "(2:4, as wide as dense's FFN time pays for) or activation (wide, by --operand activation); may be repeated. "
+        "Default: sparse.",
         free=True,
     )
     compare: bool = option(False, "Run dense and sparse, same seed and data order, and print the table.", free=True)
@@ -181,9 +182,10 @@ class Settings:
     @property
     def runs(self) -> dict[str, Settings]:
         """What to train, in order, with the settings of each: "sparse", or "sparse@0.003" of several rates."""
+        own = {kind: arm_settings(self, kind) for kind in self.kinds}
         if not isinstance(self.lr, tuple):
-            return dict.fromkeys(self.kinds, self)
-        return {f"{kind}@{lr:g}": with_rate(self, lr) for kind in self.kinds for lr in self.lr}
+            return own
+        return {f"{kind}@{lr:g}": with_rate(s, lr) for kind, s in own.items() for lr in self.lr}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -247,6 +249,11 @@ def with_rate(s: Settings, lr: float) -> Settings:
     return dataclasses.replace(s, lr=lr, min_lr=lr / 10 if s.min_lr is None else s.min_lr)
 
 
+def arm_settings(s: Settings, kind: str) -> Settings:
+    """The settings of an arm of this kind, of which only "activation" has its own."""
+    return dataclasses.replace(s, operand=ACTIVATION, dense_fraction=0.0) if kind == ACTIVATION else s
+
+
 def kind_of(arm: str) -> str:
     """The FFN kind of an arm."""
     return arm.partition("@")[0]
@@ -308,7 +315,8 @@ def check_ranges(s: Settings) -> None:
     rule = rule_on(s)
     ratio = s.time_ratio is None or 0 < s.time_ratio < math.inf
     rule("time_ratio", ratio, "must be finite and above 0", "leave it out for the cost model's")
-    known = s.time_ratio is not None or s.method != "mvue" or not {"sparse", "wide"} & set(s.kinds)
+    by_recipe = s.operand != ACTIVATION and {"sparse", "wide"} & set(s.kinds)
+    known = s.time_ratio is not None or s.method != "mvue" or not by_recipe
     rule("time_ratio", known, "must be given for --method mvue, of which the cost model knows nothing", "measure it")
     for name in COUNTS:
         rule(name, getattr(s, name) >= 1, "must be at least 1", "give a positive number")
@@ -343,7 +351,7 @@ def check_sizes(s: Settings) -> None:
         )
     if "half" in s.kinds:
         rule("ffn_width", s.ffn_width % 2 == 0, "must be even for --ffn half", "use an even width")
-    if {"sparse", "wide"} & set(s.kinds):
+    if {"sparse", "wide", ACTIVATION} & set(s.kinds):
         for name in ("width", "ffn_width"):
             step = 4 if name == "ffn_width" else math.lcm(4, s.heads)
             above = -(-getattr(s, name) // step) * step

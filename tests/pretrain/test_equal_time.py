@@ -64,6 +64,18 @@ def test_the_ratio_of_2_4_activations_is_that_of_their_layer():
     assert s.dense_fraction == 0 and equal_time.run_ratio(s) == pytest.approx(time.ratio)
 
 
+def test_an_arm_of_2_4_activations_beside_others_takes_the_time_of_dense():
+    settings = dict(device="cpu", width=768, heads=12, activation="relu2", steps=120, compare=True, ffn=("activation",))
+    s = resolve(Settings(**settings))
+    assert s.arms == ("dense", "sparse", "activation")
+    own = s.runs["activation"]
+    assert (own.operand, own.dense_fraction) == ("activation", 0) and s.runs["sparse"].operand == "weight"
+    dense = equal_time.ffn_seconds(rows(120, 0), s, "dense")[-1]
+    for seen_from in (s, own):
+        taken = equal_time.ffn_seconds(rows(120, 120), seen_from, "activation")[-1]
+        assert taken == pytest.approx(dense, rel=0.5 * 64 / 3072 + 1e-9)  # widths are rounded
+
+
 @pytest.mark.parametrize(
     "asked, what",
     [
