@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 
 import pytest
@@ -223,6 +224,14 @@ def test_masked_weights_do_not_stand_for_pruned_activations(block):
     with pytest.warns(Sparse24Warning, match="no longer prune their activation") as said:
         assert sparse24.densify(nn.Sequential(block), masked=True) == ["0"]
     assert type(block) is Block and said[0].filename == __file__
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "lightning"])
+def test_callbacks_say_that_pruned_activations_need_none(trainer):
+    pytest.importorskip(trainer)
+    callback = importlib.import_module(f"sparse24.integrations.{trainer}").Sparse24Callback
+    with pytest.raises(Sparse24Error, match="have none; call sparse24.sparsify.*before training.*leave out"):
+        callback(operand="activation")
 
 
 def test_the_function_names_what_does_not_fit():

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from ..convert import sparsify
+from ..convert.to_sparse_activations import ACTIVATION
 from ..errors import Sparse24Error
 from ..options import fitted
 from ..recipe import Recipe
@@ -15,8 +16,14 @@ from ..recipe import Recipe
 def split_settings(settings: dict[str, Any], whose: str = "Sparse24Callback") -> tuple[dict[str, Any], dict[str, Any]]:
     """(those of `sparsify`, those of `Recipe`); what both take, such as mvue, goes to both.
 
-    Raises Sparse24Error, with the closest name, for one that neither takes: at once, not when training begins.
+    Raises Sparse24Error, with the closest name, for one that neither takes: at once, not when training begins; and for
+    operand="activation", which has no recipe.
     """
+    if settings.get("operand") == ACTIVATION:
+        raise Sparse24Error(
+            f"{whose} is there for the recipe of 2:4 weights, and pruned activations have none; call "
+            f"sparse24.sparsify(model, operand='activation') before training, and leave out {whose}"
+        )
     known = [_keywords(function) - {"self", "model", "optimizer", "total_steps"} for function in (sparsify, Recipe)]
     for name in settings:
         if not any(name in names for names in known):
