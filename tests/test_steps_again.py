@@ -236,6 +236,21 @@ def test_a_step_that_fails_half_way_counts_once_it_is_tried_again(monkeypatch, s
 
 
 @pytest.mark.fault(62)
+def test_a_state_that_a_hook_of_the_same_step_asks_for_is_of_the_whole_step_and_counts_it_once():
+    """Registered before the recipe, the hook runs between the optimizer's step and the recipe's part."""
+    states = []
+
+    def made(params, lr):
+        optimizer = torch.optim.AdamW(params, lr)
+        optimizer.register_step_post_hook(lambda *_: states.append(recipe.state_dict()["step"]))
+        return optimizer
+
+    model, optimizer, recipe = make(made, 0.01, mvue=False)
+    run(model, optimizer, 11)
+    assert states == [*range(1, 12)] and recipe.step == 11 and sparse24.verify(model)
+
+
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("step", [5, 9], ids=["sparse", "dense"])
 def test_an_interrupt_before_the_optimizers_step_counts_nothing(step):
     model, optimizer, recipe = make(torch.optim.AdamW, 0.01, model=MLP(), mvue=False)

@@ -45,6 +45,7 @@ class StepHooks:
         self.optimizer: torch.optim.Optimizer = chain[-1]
         self._chain = chain
         self._in_step, self._in_movers = False, 0
+        self._taken = 0  # when the step that runs began
         self._writes = WriteWatch(steps.layers)
         self._loads = LoadWatch(self.optimizer, steps)
         watch_other_optimizers(self)
@@ -79,6 +80,7 @@ class StepHooks:
         else:
             self.steps.finish_begun(compare=False)
             self._loads.before_step()
+        self._taken = self.steps.taken
         closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._look_for_writes()
@@ -110,7 +112,8 @@ class StepHooks:
             self.steps.begun = False
         else:
             self.steps.step_is_over()
-            self.steps.after()
+            if self.steps.taken == self._taken:  # else a hook before this one has asked for a state, which finished it
+                self.steps.after()
             self._writes.after_step(self.steps.taken)
 
     def _look_for_writes(self) -> None:
