@@ -88,9 +88,10 @@ def test_tune_decay(tmp_path):
     assert len(result.table) == 7 and (tmp_path / "tune.png").is_file() and (tmp_path / "tune.json").is_file()
 
 
-def test_a_speedrun_with_muon_learns():
+@pytest.mark.parametrize("operand", ["weight", "activation"])
+def test_a_speedrun_with_muon_learns(operand):
     """Squared-ReLU layers under Muon and AdamW; the text's own noise leaves a loss of about 0.7."""
-    losses = example("muon_speedrun.py")(steps=60)
+    losses = example("muon_speedrun.py")(steps=60, operand=operand)
     assert len(losses) == 60 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
