@@ -25,6 +25,8 @@ LAYERS = [
     suite.ffn_shape("llama-8B", 16384, 4096, 14336),
     suite.ffn_shape("4096 x 16384 relu2", 16384, 4096, 16384, kind="relu2"),
     suite.ffn_shape("2048 x 8192 relu2", 16384, 2048, 8192, kind="relu2"),
+    suite.ffn_shape("1280 x 5120 relu2", 16384, 1280, 5120, kind="relu2"),
+    suite.ffn_shape("768 x 3072 relu2", 16384, 768, 3072, kind="relu2"),
 ]
 ACTIVATION = "2:4 activation"
 NARROW = (0.5, 0.625, 0.75)
