@@ -66,6 +66,17 @@ def test_so_are_those_of_several_micro_batches(folder):
         assert abs(estimate / float(row["speedup 8 micro-batches"]) - 1) < NEAR[folder], row["layer"]
 
 
+def test_estimates_of_pruned_activations_are_near_what_was_measured():
+    """Layers of a squared ReLU on an H200, from 768 x 3072 to 4096 x 16384."""
+    found = [row for row in rows("equal_time") if row["side"] == "2:4 activation" and float(row["width"]) == 1]
+    assert len(found) == 4
+    for row in found:
+        d_model, d_ff = map(int, row["layer"].removesuffix(" relu2").split(" x "))
+        estimate = cost_model.feed_forward_of_activations(d_model, d_ff, Training(16384), cost_model.H200).speedup
+        assert estimate == pytest.approx(1 / float(row["of dense"]), rel=NEAR["."])
+        assert 1 / float(row["of dense"]) >= MARGIN or estimate < MARGIN
+
+
 def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own():
     h200, h100 = cost_model.H200, cost_model.H100
     assert cost_model.rates_for(132, 4.9e12) == h200 and cost_model.rates_for(132, 3.35e12) == h100
