@@ -229,7 +229,7 @@ def test_words_are_true():
         (dict(lr="3e-3,-1"), "--lr must be finite and above 0, got -1.0"),
         (dict(time_ratio=0.0), "--time-ratio must be finite and above 0, got 0.0; leave it out"),
         (dict(activation="tanh"), "--activation must be one of relu2, gelu, gelu_tanh, silu, relu, got 'tanh'"),
-        (dict(ffn=("slim",)), "--ffn must be one of dense, sparse, half, narrow, wide, got 'slim'"),
+        (dict(ffn=("slim",)), "--ffn must be one of dense, sparse, half, narrow, wide, activation, got 'slim'"),
         (dict(lr="1e-2,1e-5", min_lr=1e-3), "--min-lr must not exceed --lr"),
     ],
 )

@@ -41,7 +41,7 @@ def test_resume_takes_the_saved_settings(run_cli, arguments, tmp_path, cache_dir
     [
         (["--width", 33], "error: --width must be a multiple of --heads (2), got 33; use --width 34"),
         (["--data", "absent.txt"], "error: --data absent.txt does not exist; name UTF-8 text files or folders of them"),
-        (["--ffn", "thin"], "error: --ffn must be one of dense, sparse, half, narrow, wide, got 'thin'"),
+        (["--ffn", "thin"], "error: --ffn must be one of dense, sparse, half, narrow, wide, activation, got 'thin'"),
         (["--resume"], "holds no run"),
     ],
 )

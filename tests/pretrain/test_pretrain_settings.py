@@ -15,7 +15,7 @@ from sparse24.pretrain.settings import resolve
     [
         ({"preset": "huge"}, "--preset must be one of tiny, demo, 124m, 350m, got 'huge'"),
         ({"model": "bert"}, "--model must be one of gpt2, llama, got 'bert'"),
-        ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, narrow, wide, got 'thin'"),
+        ({"ffn": ("thin",)}, "--ffn must be one of dense, sparse, half, narrow, wide, activation, got 'thin'"),
         ({"method": "magic"}, "--method must be one of fst, .*, got 'magic'"),
         ({"decay_schedule": "step"}, "--decay-schedule must be one of constant, linear, cosine, got 'step'"),
         ({"dense_at": "middle"}, "--dense-at must be one of auto, start, end, none, got 'middle'"),

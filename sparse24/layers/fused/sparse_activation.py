@@ -158,7 +158,6 @@ def _warn_of_dense(block: nn.Module, state: ActivationState) -> None:
         _say_that_it_is_dense(name)
 
 
-@torch.compiler.assume_constant_result  # compilers call it while they trace, where they would leave a warning out
 def _say_that_it_is_dense(name: str) -> None:
     warnings.warn(
         f"{name} is not what sparsify(operand='activation') found (its layers, its activation, or hooks of that were "
@@ -166,6 +165,11 @@ def _say_that_it_is_dense(name: str) -> None:
         Sparse24Warning,
         stacklevel=5,
     )
+
+
+# Compilers call it while they trace, where they would leave a warning out: what torch.compiler.assume_constant_result
+# does, which imports torch._dynamo, and that takes seconds.
+_say_that_it_is_dense._dynamo_marked_constant = True
 
 
 def _check_input(x: object) -> None:
