@@ -38,9 +38,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         layers=4, width=192, heads=4, ctx=256, vocab_size=2048, batch=8, micro_batch=8, steps=400, lr=2e-3,
         warmup=40, init_std=0.04, decay=6e-4, mask_interval=10, eval_interval=50, eval_tokens=16_384, save_interval=100,
     ),
-    # What `make demo` trains: three arms in some five minutes on two CPU cores.
+    # What `make demo` trains: four arms in some five minutes on two CPU cores.
     "demo": dict(
-        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=450, lr=4e-3,
+        layers=2, width=128, heads=4, ctx=128, vocab_size=1024, batch=16, micro_batch=16, steps=370, lr=4e-3,
         warmup=50, init_std=0.04, activation="relu2", decay=1e-3, mask_interval=10, dense_fraction=1 / 3,
         eval_interval=100, eval_tokens=32_768, save_interval=250,
     ),
