@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import MANY_SUMS, ROUNDED_TO_16
+from tiny_models import Adapter
 from torch import nn
 
 import sparse24
@@ -141,15 +142,6 @@ def hook_every_module(model):
 def parametrize_a_layer(model):
     nn.utils.parametrize.register_parametrization(model[2].up_proj, "weight", nn.Identity())
     return model
-
-
-class Adapter(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def wrap_a_layer(model):

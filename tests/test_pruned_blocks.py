@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from forks import context
 from rounding import MANY_SUMS
+from tiny_models import Adapter
 from torch import nn
 
 import sparse24
@@ -33,15 +34,6 @@ class Block(nn.Module):
 class InPlace(Block):
     def forward(self, hidden_states):
         return self.fc2(torch.relu_(self.fc1(hidden_states)).square_())
-
-
-class Adapter(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def pruned(block):
@@ -245,8 +237,7 @@ def test_the_function_names_what_does_not_fit():
         (lambda: run(x, up.to("meta"), down), "up is on meta but x is on cpu"),
         (lambda: run(x, up, down, bias_up=torch.zeros(1)), r"bias_up must have shape \(64,\), got \(1,\)"),
         (lambda: run(x, up, down, bias_down=torch.zeros(16, 1)), r"bias_down must have shape \(16,\), got \(16, 1\)"),
-        (lambda: functional.prune_activation(x[:1], x), r"h must have the shape of u, \(4, 16\), got \(1, 16\)"),
-        (lambda: functional.prune_activation(up[:, :6], up[:, :6]), "features in multiples of 4"),
+        (lambda: functional.kept_activations(up[:, :6]), "features in multiples of 4"),
     ):
         with pytest.raises(Sparse24Error, match=words):
             call()

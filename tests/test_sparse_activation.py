@@ -208,14 +208,14 @@ def test_compiled_it_is_the_same(device, dtype):
     assert_as_accurate(compiled, eager, exact)
 
 
-def test_prune_activation_is_what_the_function_keeps(device, dtype):
+def test_kept_activations_are_what_the_function_keeps(device, dtype):
     torch.manual_seed(10)
     t = make(device, dtype, biases=False)
     u = F.linear(t["x"], t["up"]).detach()
     h = F.relu(u).square()
     packed, E, *_ = ops.activation_compress(u.view(-1, 64), "squared_relu")
     dense = ops.decompress(packed, E, *u.view(-1, 64).shape).view(h.shape)
-    assert_same_bits(functional.prune_activation(h, u) + 0.0, dense)
+    assert_same_bits(torch.where(functional.kept_activations(u), h, 0) + 0.0, dense)
 
 
 def test_it_says_what_does_not_fit(device, dtype):

@@ -5,7 +5,7 @@ from .dense import dense_linear
 from .feed_forward import gated_mlp, mlp
 from .linear import sparse_linear
 from .operands import PackedWeight, check_no_transform, pruned_operand
-from .sparse_activation import prune_activation, sparse_activation_mlp
+from .sparse_activation import kept_activations, sparse_activation_mlp
 
 __all__ = [
     "PackedWeight",
@@ -14,8 +14,8 @@ __all__ = [
     "dense_linear",
     "gated_activation",
     "gated_mlp",
+    "kept_activations",
     "mlp",
-    "prune_activation",
     "pruned_operand",
     "sparse_activation_mlp",
     "sparse_linear",

@@ -160,25 +160,14 @@ def _check_bias(bias: Tensor | None, name: str, weight: Tensor) -> None:
 
 @names_wrong_types
 def kept_activations(u: Tensor) -> Tensor:
-    """Bool like u (..., d_ff): the two of each four neighbouring features that `sparse_activation_mlp` keeps."""
+    """Bool like u (..., d_ff): the two of each four neighbouring features that `sparse_activation_mlp` keeps.
+
+    For layers that run one by one: `torch.where(kept_activations(u), act(u), 0)` is the same function, by plain ops
+    that differentiate and trace as any. Raises Sparse24Error for a d_ff that is no multiple of 4.
+    """
     if not torch.jit.is_tracing() and (u.dim() == 0 or u.shape[-1] % BLOCK):  # a trace would warn of the question
         raise Sparse24Error(
             f"u must have features in multiples of {BLOCK}, got shape {tuple(u.shape)}; keep such a layer's "
             "activations dense. Where ranks divide the features, each needs whole groups"
         )
     return reference.kept_activations(u)
-
-
-@names_wrong_types
-def prune_activation(h: Tensor, u: Tensor) -> Tensor:
-    """h = act(u) with only the two of each four neighbouring features that `sparse_activation_mlp` keeps, as a dense
-    tensor: the same function for layers that run one by one, by plain ops that differentiate and trace as any.
-
-    h, u  (..., d_ff), after and before a (squared) ReLU; d_ff a multiple of 4. Of an activation that works in place, u
-          is a copy
-
-    Raises Sparse24Error for shapes that differ, and for another d_ff.
-    """
-    if h.shape != u.shape:
-        raise Sparse24Error(f"h must have the shape of u, {tuple(u.shape)}, got {tuple(h.shape)}")
-    return torch.where(kept_activations(u), h, 0)
