@@ -16,9 +16,11 @@ class Size:
 
 
 #: parameters in blocks, at width 1 -> the model that has them
-SIZES = {"10m": Size(384, 6), "60m": Size(768, 9)}
+SIZES = {"10m": Size(384, 6), "60m": Size(768, 9), "350m": Size(2048, 7)}
 CHOICES = {"tokens": TOKENS, "size": SIZES, "optimizer": ("adamw", "muon"), "operand": ("weight", "activation")}
 ACTIVATIONS = ("relu2", "gelu", "swiglu")
+#: what feed-forward layers are -> 8-bit forms of them
+PRECISIONS = {"dense": ("fp8",), "weight": ("fp8", "fp8-hybrid"), "activation": ("fp8",)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Arm:
                 down, what "auto" settles on with squared ReLU
     dense       last part of the steps that is dense
     decay, interval, lr, seed  as ever; with Muon the decay is 1 where a name has none, as it is the Recipe's
-    precision   of the 2:4 layers: fp8 or fp8-hybrid, else 16 bits
+    precision   of the feed-forward layers: 16 bits, or what PRECISIONS has for them; dense FP8 is torchao's, tensorwise
     tokens      of a step: a key of TOKENS. More of them make fewer steps: all arms see the same text once
     size        of the model: a key of SIZES
     optimizer   "muon": torch's, for the matrices of blocks; its updates are as large as AdamW's, `lr` is that of both
@@ -62,13 +64,23 @@ class Arm:
         """Without what does not matter: settings of a recipe where there is none."""
         if self.has_recipe:
             return self
-        said = ("sparse", "wide", "lr", "seed", "tokens", "size", "optimizer", "operand")
-        kept = {key: getattr(self, key) for key in said}
+        said = ["sparse", "wide", "lr", "seed", "precision", "tokens", "size", "optimizer"]
+        kept = {key: getattr(self, key) for key in [*said, *(["operand"] if self.sparse else [])]}
         return Arm(self.name, self.activation, dense=0.0 if self.sparse else Arm.dense, **kept)
 
     @property
     def has_recipe(self) -> bool:
         return self.sparse and self.operand == "weight"
+
+    @property
+    def layers(self) -> str:
+        """What its feed-forward layers are: dense, or which operand is 2:4."""
+        return self.operand if self.sparse else "dense"
+
+    @property
+    def is_dense_16_bit(self) -> bool:
+        """What others are compared with, at width 1 and its best rate."""
+        return not self.sparse and not self.precision
 
     @property
     def family(self) -> tuple[str, str, str, str]:
@@ -95,7 +107,7 @@ class Arm:
     def spelled(self) -> str:
         """The one spelling of arms that are equal."""
         arm, kind = self.plain, "2:4" if self.sparse else "dense"
-        own = (f for f in fields(Arm)[3:] if f.name != "dense" or self.operand == "weight")
+        own = (f for f in fields(Arm)[3:] if f.name != "dense" or arm.operand == "weight")
         said = [f for f in own if f.name == "seed" or getattr(arm, f.name) != f.default]
         return " ".join([arm.activation, kind, *(f"{f.name}={text_of(getattr(arm, f.name))}" for f in said)])
 
@@ -118,7 +130,9 @@ def parse(name: str) -> Arm:
     if values.get("optimizer") == "muon":
         values.setdefault("decay", "1")
     arm = Arm(name, activation, kind == "2:4", **{key: _value(key, text) for key, text in values.items()})
-    if arm.precision and arm.mvue in ("h", "input", "auto"):
+    if arm.precision not in ("", *PRECISIONS[arm.layers]):
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS[arm.layers])} here: {name!r}")
+    if arm.precision and arm.has_recipe and arm.mvue in ("h", "input", "auto"):
         raise ValueError(f"8-bit layers prune output gradients alone: write mvue=True or mvue=False in {name!r}")
     return arm
 

@@ -64,21 +64,23 @@ def measured_ratios() -> Ratios:
 
 
 def ratio_of(arm: Arm, ratios: Ratios) -> float | None:
-    """How much faster than dense the layers of a 2:4 arm are while they are sparse."""
+    """How much faster than dense ones of 16 bits the layers of an arm are, of a 2:4 one while they are sparse."""
+    if arm.is_dense_16_bit:
+        return 1.0
     kind = ["gated" if arm.gated else "plain", arm.precision]
-    if arm.operand == "activation":
-        return ratios.get(f"{kind[0]} activation")
+    if arm.layers != "weight":
+        return ratios.get(" ".join(filter(None, (kind[0], arm.layers, arm.precision))))
     kind += ["method=mvue"] if arm.method == "mvue" else ["mvue=False"] if arm.mvue == "False" else []
     return ratios.get(" ".join(filter(None, kind)))
 
 
 def spent(arm: Arm, step: float, steps: int, ratios: Ratios) -> float | None:
     """Time of the first `step` of an arm's `steps`, with that of all of dense ones of width 1 as 1."""
-    ratio = ratio_of(arm, ratios) if arm.sparse else 1.0
+    ratio = ratio_of(arm, ratios)
     if ratio is None:
         return None
-    sparse = min(step, (1 - arm.plain.dense) * steps) if arm.sparse else 0.0
-    return arm.wide * (sparse / ratio + step - sparse) / steps
+    fast = min(step, (1 - arm.dense) * steps) if arm.has_recipe else step
+    return arm.wide * (fast / ratio + step - fast) / steps
 
 
 def ffn_time(arm: Arm, ratios: Ratios) -> float | None:
@@ -128,7 +130,7 @@ def families(groups: Groups) -> list[tuple]:
 def best_dense(groups: Groups, arm: Arm) -> str | None:
     """The dense arm of width 1 of the arm's family at the best rate, of those with two or more seeds if any."""
     arms = {name: parse(name) for name in groups}
-    fitting = [n for n, a in arms.items() if not a.sparse and a.family == arm.family and a.wide == 1]
+    fitting = [n for n, a in arms.items() if a.is_dense_16_bit and a.family == arm.family and a.wide == 1]
     return min(fitting, key=lambda name: (len(groups[name]) < 2, loss(groups[name])), default=None)
 
 
@@ -184,6 +186,6 @@ def time_to(runs: Runs, targets: Runs, ratios: Ratios) -> str:
 
 def loss_targets(groups: Groups) -> list[str]:
     """Arms of one family whose last loss others are to reach: dense, and narrower ones, the widest first."""
-    dense = [group for group in groups if not parse(group).sparse and parse(group).wide < 1]
+    dense = [group for group in groups if parse(group).is_dense_16_bit and parse(group).wide < 1]
     base = best_dense(groups, parse(next(iter(groups))))
     return [*([base] if base else []), *sorted(dense, key=lambda group: -parse(group).wide)]

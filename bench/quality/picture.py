@@ -44,14 +44,12 @@ def drawn(groups: dict[str, list[dict]], ratios: compare.Ratios) -> tuple[dict[s
 
 def words(arm: Arm) -> str:
     """What an arm of the main family is, without its rate, which is its best."""
-    if not arm.sparse:
-        kind = "dense"
-    else:
-        kind = "2:4 activations" if arm.operand == "activation" else "2:4 weights"
+    kind = {"dense": "dense", "weight": "2:4 weights", "activation": "2:4 activations"}[arm.layers]
+    bits = f", {arm.precision}" if arm.precision else ""
     wide = "" if arm.wide == 1 else f", {text_of(arm.wide)} as wide"
     last = f", last {text_of(arm.dense)} dense" if arm.has_recipe else ""
     gradients = "" if not arm.has_recipe or arm.mvue == "h" else f", mvue={arm.mvue}"
-    return f"{kind}{wide}{last}{gradients}"
+    return f"{kind}{bits}{wide}{last}{gradients}"
 
 
 def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> None:
@@ -80,7 +78,8 @@ def draw(path: Path, groups: dict[str, list[dict]], ratios: compare.Ratios) -> N
         marker = "o" if arm.sparse else "s"
         axes[2].plot(compare.ffn_time(arm, ratios), compare.loss(runs), marker, markersize=4, color="#bbbbbb")
     every = shown | others
-    dense = sorted((parse(group).wide, compare.loss(runs)) for group, runs in every.items() if not parse(group).sparse)
+    arms = {parse(group): runs for group, runs in every.items()}
+    dense = sorted((arm.wide, compare.loss(runs)) for arm, runs in arms.items() if arm.is_dense_16_bit)
     axes[2].plot(*zip(*dense, strict=True), color="black", linewidth=0.8, linestyle="--", label="dense, by width")
     curves = [smooth(run["curve"])[1] for runs in shown.values() for run in runs[:1] if run["curve"]]
     late = [loss for losses in curves for loss in losses[len(losses) // 4 :]]

@@ -48,7 +48,8 @@ LOSS_MARKS = ("<!-- time to a loss -->\n", "<!-- end of time to a loss -->")
 FLOAT8_MARKS = ("<!-- results in 8 bits -->\n", "<!-- end of results in 8 bits -->")
 NOT_RUN = "Not run yet.\n"
 WORDS = {
-    "relu2": "squared ReLU", "gelu": "GELU", "swiglu": "SwiGLU", "60m": "64 million parameters", "muon": "Muon",
+    "relu2": "squared ReLU", "gelu": "GELU", "swiglu": "SwiGLU", "60m": "64 million parameters",
+    "350m": "352 million parameters", "muon": "Muon",
 }  # fmt: skip
 
 
