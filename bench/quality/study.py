@@ -1,16 +1,20 @@
 """Trains arms of the study and writes a file each: loss, time, what the masks did.
 
     python -m bench.quality.study TOKENS --arms "relu2 dense seed=0" "relu2 2:4 wide=1.5 seed=0" --out FOLDER
-                                  [--at-once 3] [--captured] [--seconds S]
+                                  [--at-once 3] [--captured] [--seconds S] [--fraction F]
 
-10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), or 63.7 million (`size=60m`:
-768 wide, 9 layers); batches of 32,768 tokens, or of what `tokens=` says; one pass over TOKENS: nothing is seen twice,
-so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All arms see the same text in the same order.
-From 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The learning rate is 3e-3 at
-every size and batch where a name has no other.
+10.6 million parameters in blocks (384 wide, 6 layers, d_ff 1536 times the arm's `wide`), 63.7 million (`size=60m`:
+768 wide, 9 layers), or 352 million (`size=350m`: 2048 wide, 7 layers, two thirds of them in feed-forward layers);
+batches of 32,768 tokens, or of what `tokens=` says; one pass over TOKENS, or over the part that --fraction says:
+nothing is seen twice, so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to a tenth, clip 1. All arms see the same
+text in the same order. From 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The
+learning rate is 3e-3 at every size and batch where a name has no other.
 
 Results add up over runs: an arm that has a result in --out or in bench/results/quality, under any spelling of its name,
 is left out, and one that was interrupted begins anew. Several processes may work on one list (--at-once starts them).
+Step times are a measure of speed only where a process has the GPU for itself: "alone" in a result. Arms with dense FP8
+layers (`relu2 dense precision=fp8`) need torchao, which changes how Inductor compiles in its process: give them one of
+their own.
 """
 
 from __future__ import annotations
@@ -35,8 +39,11 @@ from bench.quality import training
 from bench.quality.arms import Arm, parse
 from bench.quality.text import CONTEXT
 from sparse24.benchmark.timing import header
+from sparse24.errors import Sparse24Error
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
+#: of GPU memory in use outside of a process; its context takes less, another process that trains takes more
+MOST_OUTSIDE_GIB = 4
 
 
 def load(path: Path) -> np.ndarray:
@@ -103,10 +110,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no arm that would end later")
     parser.add_argument("--at-once", type=int, default=1, help="processes on this GPU")
     parser.add_argument("--captured", action="store_true", help="whole training steps as CUDA graphs")
+    parser.add_argument("--one-of", type=int, default=1, help=argparse.SUPPRESS)  # processes that --at-once started
     args = parser.parse_args()
+    try:
+        for arm in args.arms:
+            training.check(arm)
+    except Sparse24Error as error:
+        raise SystemExit(f"error: {error}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     if args.at_once > 1:
-        command = [sys.executable, "-m", "bench.quality.study", *sys.argv[1:], "--at-once", "1"]
+        one_of = ["--at-once", "1", "--one-of", str(args.at_once)]
+        command = [sys.executable, "-m", "bench.quality.study", *sys.argv[1:], *one_of]
         processes = [subprocess.Popen(command) for _ in range(args.at_once)]
         raise SystemExit(any([process.wait() for process in processes]))
     rows = load(args.tokens / "train.bin")
@@ -120,7 +134,12 @@ def main() -> None:
     }
 
     def make(arm: Arm) -> dict:
-        return training.train(arm, rows, valid, batches, args.captured) | {"text": text, "made_by": header()}
+        before = training.outside_gib()
+        result = training.train(arm, rows, valid, batches, args.captured)
+        outside = max(before, training.outside_gib())
+        alone = args.one_of == 1 and outside < MOST_OUTSIDE_GIB
+        seen = {"text": text, "fraction": args.fraction}
+        return result | seen | {"alone": alone, "outside_gib": outside, "made_by": header()}
 
     if failed := work(args.arms, args.out, args.seconds, make):
         raise SystemExit(f"error: {failed} of the arms failed")

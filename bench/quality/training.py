@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import math
 import time
-from contextlib import nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from statistics import median
 
 import numpy as np
@@ -15,6 +19,8 @@ import sparse24
 from bench.quality.arms import SIZES, Arm, mvue_of
 from bench.quality.model import SmallGPT, optimizers
 from bench.quality.text import CONTEXT, VOCABULARY
+from sparse24.benchmark import float8_dense
+from sparse24.errors import Sparse24Error
 
 BATCH = 64  # rows of a micro-batch
 VALID_BATCHES = 24
@@ -28,6 +34,20 @@ def on_device(rows: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(rows).view(np.int16)).to(DEVICE)
 
 
+def outside_gib() -> float:
+    """GPU memory that is in use and not for this process's tensors: its context, and all that other processes have."""
+    if DEVICE.type == "cpu":
+        return 0.0
+    gc.collect()  # a model that was compiled lies in circles of references, and a large one fits once only
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free - torch.cuda.memory_reserved()) / 2**30, 2)
+
+
+def most_reserved_gib() -> float:
+    return round(torch.cuda.max_memory_reserved() / 2**30, 1) if DEVICE.type == "cuda" else 0.0
+
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     warmup = max(100, steps // 20)
     done = max(0, step - warmup) / max(1, steps - warmup)
@@ -39,15 +59,27 @@ def loss_of(forward, ids: Tensor) -> Tensor:
         return forward(ids[:, :-1], ids[:, 1:])
 
 
+def check(arm: Arm) -> None:
+    """Raises Sparse24Error where what an arm is trained with is not installed."""
+    if arm.precision and not arm.sparse and importlib.util.find_spec("torchao") is None:
+        raise Sparse24Error(
+            f"{arm.spelled!r} has the 8-bit dense layers of torchao, which is not installed: pip install torchao"
+        )
+
+
 def make(arm: Arm, steps: int, captured: bool) -> tuple[SmallGPT, list[torch.optim.Optimizer], sparse24.Recipe | None]:
+    check(arm)
     torch.manual_seed(arm.seed)
     width, layers = SIZES[arm.size].width, SIZES[arm.size].layers
     model = SmallGPT(VOCABULARY, CONTEXT, width, layers, arm.d_ff(width), arm.activation).to(DEVICE)
+    settings = {"precision": arm.precision} if arm.precision else {}
     if arm.has_recipe:
-        settings = {"precision": arm.precision} if arm.precision else {}
         sparse24.sparsify(model, backend="sparse", dtype=torch.bfloat16, **settings)
     elif arm.sparse:
-        sparse24.sparsify(model, backend="sparse", operand=arm.operand)
+        sparse24.sparsify(model, backend="sparse", operand=arm.operand, **settings)
+    elif arm.precision:
+        for block in model.blocks:
+            float8_dense.convert(block.mlp, "tensorwise")
     # A graph keeps the numbers that it was captured with, and reads tensors anew.
     lr = torch.tensor(arm.lr, device=DEVICE) if captured else arm.lr
     each = optimizers(model, arm.optimizer, lr, captured)
@@ -128,6 +160,35 @@ def validate(forward, valid: dict[str, Tensor]) -> dict[str, float]:
     return losses | {"mean": sum(losses.values()) / len(losses)}
 
 
+class Clock:
+    """Times of a run's steps, phase by phase. Validation is left out, and compiling is what a median does not see."""
+
+    def __init__(self):
+        self.begin, self.steps, self.times = time.perf_counter(), Counter(), {}
+
+    def lap(self, phase: str, steps: int) -> float:
+        """ms a step of the `steps` since the last lap."""
+        now = time.perf_counter()
+        ms, self.begin = 1e3 * (now - self.begin) / steps, now
+        self.times.setdefault(phase, []).append(ms)
+        return ms
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
+
+    def median(self, phase: str | None = None) -> float:
+        """ms a step, of a phase or of all; of all too where no lap ended in the phase."""
+        laps = self.times.get(phase) or [ms for each in self.times.values() for ms in each]
+        return round(median(laps), 2)
+
+    def phases(self) -> list[tuple[str, int, float]]:
+        """Each phase in its turn: its name, its steps, ms a step."""
+        return [(phase, steps, self.median(phase)) for phase, steps in self.steps.items()]
+
+
 def validation_steps(steps: int) -> set[int]:
     """After so many steps, besides the last, the validation loss is taken."""
     at = (VALID_FROM + (1 - VALID_FROM) * i / VALID_POINTS for i in range(VALID_POINTS))
@@ -137,31 +198,33 @@ def validation_steps(steps: int) -> set[int]:
 def train(arm: Arm, rows: Tensor, valid: dict[str, Tensor], batches: int, captured: bool = False) -> dict:
     """batches  of BATCH rows that there are to train on: as many steps, or fewer where a step takes several"""
     torch._dynamo.reset()
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     steps, size, every = batches // arm.micro_batches, arm.micro_batches * BATCH, 100 // arm.micro_batches
     step, curve, valid_curve, start = Step(arm, steps, captured), [], [], time.perf_counter()
-    times, before, validated = [], start, validation_steps(steps)
+    clock, validated = Clock(), validation_steps(steps)
     side = torch.cuda.stream(torch.cuda.Stream()) if captured else nullcontext()  # what is captured begins on one
     with side:
         for i in range(steps):
             step.set_lr(learning_rate(i, steps, arm.lr))
             step(rows[i * size : (i + 1) * size])
+            clock.steps[step.phase] += 1
             if i % every == 0:
                 curve.append((i, round(float(step.loss), 4)))
-                now = time.perf_counter()
-                times, before = [*times, 1e3 * (now - before) / every], now
-            if i % (10 * every) == every:
-                print(f"{arm.name}: step {i}, loss {curve[-1][1]}, {times[-1]:.1f} ms a step", flush=True)
+                ms = clock.lap(step.phase, every if i else 1)
+                if i % (10 * every) == every:
+                    print(f"{arm.name}: step {i}, loss {curve[-1][1]}, {ms:.1f} ms a step", flush=True)
             if i + 1 in validated:
                 float(step.loss)  # what was enqueued before is no part of what validation takes
-                begin = time.perf_counter()
-                valid_curve.append((i + 1, round(validate(step.forward, valid)["mean"], 5)))
-                before += time.perf_counter() - begin
+                with clock.stopped():
+                    valid_curve.append((i + 1, round(validate(step.forward, valid)["mean"], 5)))
         losses = validate(step.forward, valid)
     recipe = step.recipe
     return {
         "arm": arm.name, "group": arm.group, "seed": arm.seed, "steps": steps, "tokens": steps * size * CONTEXT,
         "block_parameters": step.model.block_parameters(), "captured": step.captured,
-        "seconds": round(time.perf_counter() - start, 1), "step_ms": round(median(times), 2), **losses,
+        "seconds": round(time.perf_counter() - start, 1), "step_ms": clock.median(),
+        "phases": clock.phases(), "gib": most_reserved_gib(), **losses,
         "flip_rate": recipe.metrics().get("flip_rate", 0.0) if recipe else 0.0, "curve": curve,
         "valid_curve": [*valid_curve, (steps, losses["mean"])],
         "events": [str(event) for event in recipe.events] if recipe else [],
