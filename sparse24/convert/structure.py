@@ -90,18 +90,21 @@ def part_features(module: nn.Module) -> tuple[int, int]:
 
 
 def find_feed_forwards(model: nn.Module) -> list[FeedForward]:
-    """The FFNs of `model`, in the order of its modules. Experts of mixtures are found too, and marked."""
-    found, taken = [], set()
-    for name, module in model.named_modules():
+    """The FFNs of `model`, in the order of its modules. Experts of mixtures are found too, and marked.
+
+    Blocks may share layers, which then have one name: that of `model.named_modules()`, the first of several.
+    """
+    found, modules = [], dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    for name, module in modules.items():
+        taken: set[int] = set()
         for shape in SHAPES:
             layers = _match(module, shape)
-            # Of two shapes that share layers the first in the table wins (gate, up, down before up, down).
-            if layers and not taken & {id(layer) for layer in layers}:
-                taken |= {id(layer) for layer in layers}
-                prefix = f"{name}." if name else ""
-                paths = zip((*shape.up, shape.down), layers, strict=True)
-                names = tuple(prefix + _path_to(module, path, layer) for path, layer in paths)
-                found.append(FeedForward(name, names, shape, bool(EXPERT_NAMES & set(name.split(".")))))
+            # Of two shapes of a module that share layers the first in the table wins (gate, up, down before up, down).
+            if layers and not taken & set(map(id, layers)):
+                taken |= set(map(id, layers))
+                is_expert = bool(EXPERT_NAMES & set(name.split(".")))
+                found.append(FeedForward(name, tuple(names[id(layer)] for layer in layers), shape, is_expert))
     return found
 
 
@@ -126,14 +129,6 @@ def _own_module(module: nn.Module, path: str) -> nn.Module | None:
     while module is not None and module._modules.get(ADAPTED) is not None:
         module = module._modules[ADAPTED]
     return module
-
-
-def _path_to(module: nn.Module, path: str, layer: nn.Module) -> str:
-    """`path` below `module`, as far into adapters as `layer` lies."""
-    found = module.get_submodule(path)
-    while found is not layer:
-        found, path = found._modules[ADAPTED], f"{path}.{ADAPTED}"
-    return path
 
 
 def _match(module: nn.Module, shape: Shape) -> tuple[nn.Module, ...] | None:

@@ -123,7 +123,10 @@ def _choose(
 ) -> dict[str, nn.Module]:
     """Those of the layers that are to be converted; the report gets the reasons, for and against."""
     owners = weight_owners(model)
-    blocks = {name: ffn for ffn in structure.find_feed_forwards(model) for name in ffn.layers}
+    blocks: dict[str, structure.FeedForward] = {}
+    for ffn in structure.find_feed_forwards(model):
+        for name in ffn.layers:
+            blocks.setdefault(name, ffn)  # of blocks that share a layer, the first
     pruned = _pruned_layers(model)
     todo: dict[str, nn.Module] = {}
     for name, module in chosen.items():

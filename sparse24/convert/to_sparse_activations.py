@@ -39,6 +39,7 @@ def sparsify_activations(
     chosen = find_candidates(model, include, patterns(exclude, "exclude"), report)
     unavailable = choice.why_unavailable(model)
     blocks: list[nn.Module] = []
+    dense: list[tuple[structure.FeedForward, str]] = []
     for ffn in structure.find_feed_forwards(model):
         if not any(name in chosen for name in ffn.layers):
             continue
@@ -51,13 +52,17 @@ def sparsify_activations(
             )
             if converts:
                 blocks.append(block)
-                report.converted += ffn.layers
+                report.converted += [name for name in ffn.layers if name not in report.converted]
                 report.reasons |= dict.fromkeys(ffn.layers, reason)
                 report.shapes |= {name: structure.features(chosen[name])[::-1] for name in ffn.layers}
                 report.fused[ffn.name] = ""
                 continue
-        report.skipped += [Skipped(name, reason) for name in ffn.layers if name in chosen]
-    known = {*report.converted, *(name for name, _ in report.skipped)}
+        dense.append((ffn, reason))
+    known = set(report.converted)
+    for ffn, reason in dense:  # last, for blocks may share layers; one that has none of its own goes by its name
+        names = [name for name in ffn.layers if name in chosen and name not in known] or [ffn.name]
+        report.skipped += [Skipped(name, reason) for name in names]
+        known |= set(names)
     report.skipped += [
         Skipped(name, "it is in no feed-forward block of a known form, down(act(up(x)))")
         for name in chosen
@@ -74,6 +79,7 @@ def sparsify_activations(
 def _why_not(
     model: nn.Module, block: nn.Module, ffn: structure.FeedForward, chosen: dict[str, nn.Module]
 ) -> str | None:
+    """Why the block stays as it is, or None."""
     if isinstance(block, SparseActivation):
         return ALREADY_SPARSE
     layers = {name: model.get_submodule(name) for name in ffn.layers}

@@ -251,6 +251,8 @@ def look_at(block: nn.Module, own: type) -> BlockState | str:
         return f"gate and up have {rows} rows, not a multiple of {META_BLOCK}"
     if len(layers) == 3 and (layers[0].bias is None) != (layers[1].bias is None):
         return "only one of gate and up has a bias"
+    if len(layers) == 3 and (shared := shared_packing.of_other_block(block, layers[:2])) is not None:
+        return f"it shares {form.layers[shared]} with another block, which holds its packed form"
     if any(inspect.ismethod(getattr(block, name, None)) for name in form.uses):
         return f"its activation {form.source} is a method of {own.__name__}, which may depend on anything"
     kind = form_kind(block, form)

@@ -119,6 +119,15 @@ def watch(block: nn.Module, layers: tuple[nn.Module, ...], restore) -> None:
         packing.blocks[layer] = (weakref.ref(block), restore)
 
 
+def of_other_block(block: nn.Module, layers: list[nn.Module]) -> int | None:
+    """The index of the first of the layers that another block watches, if any: one buffer holds a layer's forms."""
+    for index, layer in enumerate(layers):
+        other = packing.blocks.get(layer, (lambda: None,))[0]()
+        if other is not None and other is not block:
+            return index
+    return None
+
+
 def unwatch(layers: tuple[nn.Module, ...]) -> None:
     for layer in layers:
         if layer is not None:

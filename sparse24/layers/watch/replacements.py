@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...errors import Sparse24Error, Sparse24Warning
 from .. import packing
-from ..state import HOLDER, MASK, SPARSE, state_of
+from ..state import HOLDER, MASK, PACKED_BUFFERS, SPARSE, state_of
 from . import merges
 from .owners import model_changed
 
@@ -38,6 +38,7 @@ def _look_at_registration(parent: nn.Module, name: str, new: nn.Module | None) -
     if new is None:
         return
     if HOLDER in new.__dict__ and MASK in new._buffers:
+        _forget_joint_forms(parent, old)
         if any(child is new for child in old.modules()):
             _check_merge(name, old, new)
     elif HOLDER in old.__dict__ and MASK in old._buffers:
@@ -49,6 +50,15 @@ def _tell_recipes(old: nn.Module, new: nn.Module | None) -> None:
     """Of sparse layers that are no longer where they were, unless a wrapper holds them."""
     kept = set() if new is None else set(map(id, new.modules()))
     model_changed(m for m in old.modules() if HOLDER in m.__dict__ and id(m) not in kept)
+
+
+def _forget_joint_forms(parent: nn.Module, old: nn.Module) -> None:
+    """The buffer of a fused block holds gate and up: without one of them its layers run one by one until they are
+    packed next, when the block is put together anew.
+    """
+    block = packing.blocks.get(old, (lambda: None,))[0]()
+    if block is parent:
+        parent._buffers.update(dict.fromkeys(PACKED_BUFFERS))
 
 
 def _refuse_dense_twin(parent: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
