@@ -9,7 +9,9 @@ from rounding import MANY_SUMS
 from torch import nn
 
 import sparse24
+from sparse24 import Sparse24Error
 from sparse24.layers.fused.sparse_activation import activation_blocks
+from sparse24.testing import assert_same_bits
 
 
 class Block(nn.Module):
@@ -130,3 +132,80 @@ def test_a_block_whose_gate_or_up_becomes_another_2_4_layer_multiplies_with_that
             parameter.mul_(1.5)
     sparse24.refresh(model)
     assert_computes_with_masks(model, x)
+
+
+# -- layers called past their block -----------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    def __init__(self, count=1):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+        self.mlp, self.other = Block(), Block(nn.GELU())
+
+
+class CallsLayers(Around):
+    def forward(self, x):
+        return self.mlp.down_proj(torch.relu(self.mlp.up_proj(x)))
+
+
+class CallsInAMethod(Around):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.run, x, use_reentrant=False)
+
+    def run(self, x):
+        block = self.mlp
+        down = block.down_proj
+        return down(torch.relu(block.up_proj(x)))
+
+
+class CallsBoth(Around):
+    def forward(self, x):
+        return self.mlp(x) if self.training else self.mlp.down_proj(torch.relu(self.mlp.up_proj(x)))
+
+
+class ReadsWeights(Around):
+    def forward(self, x):
+        return F.linear(torch.relu(self.mlp.up_proj(x)), self.mlp.down_proj.weight)
+
+
+class CallsInALoop(Around):
+    def forward(self, x):
+        for _, block in enumerate(self.blocks):
+            x = block.down_proj(torch.relu(block.up_proj(x)))
+        return self.mlp(x)
+
+
+class CallsTheBlock(Around):
+    """The layers of others, or for other ends."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x.to(block.down_proj.weight.dtype))
+        x = self.mlp(x) + self.other.down_proj(torch.relu(self.other.up_proj(x)))
+        return x + 0 * self.mlp.down_proj.weight.square().sum()
+
+    def look(self, x):
+        return self.mlp.down_proj(x)
+
+
+@pytest.mark.fault(112)
+@pytest.mark.parametrize("kind", [CallsLayers, CallsInAMethod, CallsBoth, ReadsWeights, CallsInALoop])
+def test_a_block_whose_layers_are_called_past_it_is_left_dense_with_the_reason(kind):
+    model = nn.Sequential(kind())
+    block = "0.blocks.0" if kind is CallsInALoop else "0.mlp"
+    dense = model(torch.ones(2, 16))
+    with pytest.raises(Sparse24Error, match=f"the forward of {kind.__name__} multiplies with its down_proj past"):
+        sparse24.sparsify(model, operand="activation", include=f"{block}.*")
+    assert not activation_blocks(model)
+    assert_same_bits(model(torch.ones(2, 16)), dense)
+    report = sparse24.sparsify(model, operand="activation")  # and the others are converted
+    assert "let it call the block" in dict(report.skipped)[f"{block}.down_proj"]
+    assert block not in activation_blocks(model) and len(activation_blocks(model)) == 1
+
+
+@pytest.mark.fault(112)
+def test_layers_of_other_blocks_and_methods_that_no_forward_uses_are_no_reason():
+    model = nn.Sequential(CallsTheBlock(2))
+    sparse24.sparsify(model, operand="activation")
+    assert list(activation_blocks(model)) == ["0.blocks.0", "0.blocks.1", "0.mlp"]

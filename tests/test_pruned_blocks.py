@@ -164,6 +164,13 @@ def test_a_trace_computes_the_pruned_function_of_any_batch(block, x):
 def test_what_cannot_be_pruned_is_refused_with_a_way_out(block, x):
     with pytest.raises(Sparse24Error, match="symbolic_trace; torch.export.export"):
         torch.fx.symbolic_trace(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        with pytest.raises(Sparse24Error, match="jit.script; torch.jit.trace and .*export keep.*densify"):
+            torch.jit.script(nn.Sequential(block))
+        sparse24.densify(dense := copy.deepcopy(block))
+        scripted = torch.jit.script(dense)
+        assert_same_bits(scripted(x), dense(x))
     for layout in (torch.jagged, torch.strided):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch's, of a prototype

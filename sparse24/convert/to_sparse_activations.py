@@ -17,6 +17,7 @@ from ..layers import SparseLayer
 from ..layers.fused.sparse_activation import SparseActivation, prune_activations, restore
 from ..layers.fused.sparse_activation import why_not as why_not_block
 from . import choice, structure
+from .bypassed import why_block_bypassed
 from .candidates import find_candidates, patterns, why_not_plain
 from .cost_model import Training
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport
@@ -90,7 +91,7 @@ def _why_not(
     for layer in layers.values():
         if (reason := why_not_plain(layer)) is not None:
             return reason
-    return why_not_block(block) or None
+    return why_not_block(block) or why_block_bypassed(model, ffn.name, ffn.shape.down)
 
 
 def _raise_nothing_fits(model: nn.Module, report: SparsifyReport, backend: str) -> None:

@@ -107,6 +107,13 @@ class SparseActivation:
             "use DistributedDataParallel"
         )
 
+    def __prepare_scriptable__(self):
+        raise Sparse24Error(
+            f"{own_class(self).__name__}, whose activation is pruned, cannot be compiled by torch.jit.script; "
+            "torch.jit.trace and torch.export.export keep the pruned function, and after sparse24.densify(model) "
+            "torch.jit.script compiles the dense one"
+        )
+
     def forward(self, x: Tensor) -> Tensor:
         state, modules = self.__dict__[HOLDER], self._modules
         _check_input(x)
