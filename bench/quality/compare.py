@@ -4,8 +4,9 @@ Time is that of the feed-forward layers: a dense step of width 1 takes 1, a dens
 w / ratio, the speed over dense that bench_equal_time has for a layer of real size. An arm whose ratio is not known has
 no time.
 
-Differences are paired: an arm's loss less that of its base with the same seed, which begins with the same weights and
-sees the same batches; the mean over the seeds that both have, and its standard error.
+Differences are paired: an arm's loss less that of its base with the same seed on the same text, which begins with the
+same weights and sees the same batches; the mean over the seeds that both have, and its standard error. A table has arms
+that share a family (arms.py), a text and the number of its tokens.
 """
 
 from __future__ import annotations
@@ -92,10 +93,15 @@ def loss(runs: Runs) -> float:
     return mean(run["mean"] for run in runs)
 
 
+def batches_of(run: dict) -> tuple:
+    """Runs that have this in common saw the same batches."""
+    return run["seed"], run.get("text"), run.get("tokens")
+
+
 def percents(runs: Runs, base: Runs) -> list[float]:
     """By how much the loss of `runs` is above that of `base`, seed by seed."""
-    bases = {run["seed"]: run["mean"] for run in base}
-    return [100 * (run["mean"] / bases[run["seed"]] - 1) for run in runs if run["seed"] in bases]
+    bases = {batches_of(run): run["mean"] for run in base}
+    return [100 * (run["mean"] / bases[batches_of(run)] - 1) for run in runs if batches_of(run) in bases]
 
 
 def with_error(values: list[float], form: str) -> str:
@@ -117,14 +123,30 @@ def paired_t(runs: Runs, base: Runs) -> str:
     return f"{mean(values) / (stdev(values) / math.sqrt(len(values))):+.1f} ({len(values) - 1})"
 
 
-def of_family(groups: Groups, family: tuple) -> Groups:
-    return {group: runs for group, runs in groups.items() if parse(group).family == family}
+def text_and_tokens(run: dict) -> tuple:
+    return run.get("text"), run.get("tokens")
 
 
-def families(groups: Groups) -> list[tuple]:
-    """Those that have runs, what most of the study is about first."""
-    found = {parse(group).family for group in groups}
-    return sorted(found, key=lambda family: (family != MAIN, family))
+def comparable(groups: Groups, shared=text_and_tokens) -> list[tuple[tuple, Groups]]:
+    """((family, *shared), its arms): runs that have the family and what `shared` gives of them in common.
+
+    What most of the study is about comes first, and of a family what has most runs.
+    """
+    found: dict[tuple, Groups] = defaultdict(lambda: defaultdict(list))
+    for group, runs in groups.items():
+        for run in runs:
+            found[(parse(group).family, *shared(run))][group].append(run)
+    most = {key: sum(map(len, arms.values())) for key, arms in found.items()}
+    order = sorted(found, key=lambda key: (key[0] != MAIN, key[0], -most[key], str(key)))
+    return [(key, dict(found[key])) for key in order]
+
+
+def at_best_rate(groups: Groups) -> Groups:
+    """The arms without those that another learning rate makes better: a rate too high says nothing of a method."""
+    best: dict[Arm, str] = {}
+    for group in sorted(groups, key=lambda name: loss(groups[name])):
+        best.setdefault(replace(parse(group), name="", lr=0.0), group)
+    return {group: runs for group, runs in groups.items() if group in best.values()}
 
 
 def best_dense(groups: Groups, arm: Arm) -> str | None:
@@ -145,8 +167,8 @@ def with_twins(float8: Groups, groups: Groups) -> Groups:
     """8-bit arms and those they are compared with: what lies beside them, and the study's runs of other seeds."""
     twins = {replace(parse(group), precision="").group for group in float8}
     for twin in twins & groups.keys():
-        seeds = {run["seed"] for run in float8.get(twin, [])}
-        float8 = float8 | {twin: float8.get(twin, []) + [run for run in groups[twin] if run["seed"] not in seeds]}
+        there = {batches_of(run) for run in float8.get(twin, [])}
+        float8 = float8 | {twin: float8.get(twin, []) + [run for run in groups[twin] if batches_of(run) not in there]}
     return float8
 
 
@@ -171,11 +193,11 @@ def first_step(run: dict, target: float) -> tuple[float, bool] | None:
 
 def time_to(runs: Runs, targets: Runs, ratios: Ratios) -> str:
     """FFN time at which `runs` first reach the last loss of `targets` with the same seed; words where they do not."""
-    last = {run["seed"]: run["mean"] for run in targets}
-    pairs = [(parse(run["arm"]), run) for run in runs if run.get("valid_curve") and run["seed"] in last]
+    last = {batches_of(run): run["mean"] for run in targets}
+    pairs = [(parse(run["arm"]), run) for run in runs if run.get("valid_curve") and batches_of(run) in last]
     if not pairs or ffn_time(pairs[0][0], ratios) is None:
         return "-"
-    reached = [(arm, run["steps"], *found) for arm, run in pairs if (found := first_step(run, last[run["seed"]]))]
+    reached = [(arm, run["steps"], *found) for arm, run in pairs if (found := first_step(run, last[batches_of(run)]))]
     if not reached:
         return "not reached"
     times = [spent(arm, step, steps, ratios) for arm, steps, step, _ in reached]

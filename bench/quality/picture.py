@@ -1,12 +1,11 @@
-"""Pictures of the study: quality.png and fp8.png. What is drawn comes from `report`, which has the numbers."""
+"""Pictures of the study: quality.png, fp8.png, time-to-loss.png. What is drawn comes from `report`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
-from bench.quality import compare
+from bench.quality import compare, seconds
 from bench.quality.arms import Arm, parse, text_of
 
 MOST_DRAWN = 7  # arms with a line of their own: more lines hide one another
@@ -19,14 +18,6 @@ def smooth(curve: list, window: int = 5) -> tuple[list[float], list[float]]:
     return list(steps), [mean(part) for part in near]
 
 
-def at_best_rate(groups: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The arms without those that another learning rate makes better: a rate too high says nothing of a method."""
-    best: dict[Arm, str] = {}
-    for group in sorted(groups, key=lambda name: compare.loss(groups[name])):
-        best.setdefault(replace(parse(group), name="", lr=0.0), group)
-    return {group: runs for group, runs in groups.items() if group in best.values()}
-
-
 def drawn(groups: dict[str, list[dict]], ratios: compare.Ratios) -> tuple[dict[str, list[dict]], dict[str, list[dict]]]:
     """The main arms, those with most seeds first and then by loss; and what is left, for a point each.
 
@@ -34,7 +25,7 @@ def drawn(groups: dict[str, list[dict]], ratios: compare.Ratios) -> tuple[dict[s
     """
     timed = {
         group: runs
-        for group, runs in at_best_rate(groups).items()
+        for group, runs in compare.at_best_rate(groups).items()
         if parse(group).family == compare.MAIN and compare.ffn_time(parse(group), ratios) is not None
     }
     order = sorted(timed, key=lambda group: (-len(timed[group]), compare.loss(timed[group])))
@@ -107,9 +98,9 @@ def draw_float8(path: Path, groups: dict[str, list[dict]]) -> None:
     for group, runs in groups.items():
         if (base := compare.in_16_bits(group, groups)) is None:
             continue
-        bases = {run["seed"]: run for run in groups[base] if run["curve"]}
-        for run in (run for run in runs if run["seed"] in bases):
-            (steps, ours), (_, theirs) = smooth(run["curve"]), smooth(bases[run["seed"]]["curve"])
+        bases = {compare.batches_of(run): run for run in groups[base] if run["curve"]}
+        for run in (run for run in runs if compare.batches_of(run) in bases):
+            (steps, ours), (_, theirs) = smooth(run["curve"]), smooth(bases[compare.batches_of(run)]["curve"])
             percent = [100 * (a / b - 1) for a, b in zip(ours, theirs, strict=True)]
             precision = parse(group).precision
             label = None if run["seed"] else precision
@@ -118,5 +109,36 @@ def draw_float8(path: Path, groups: dict[str, list[dict]]) -> None:
     axes.set(xlabel="optimizer steps", ylabel="training loss against 16 bits, %", ylim=(-1, 1))
     axes.legend(title="a line a seed")
     figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_seconds(path: Path, tables: list[tuple[str, dict[str, list[dict]]]]) -> None:
+    """Loss against measured seconds, a row for each (title, arms): of training, and of validation with the target."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(tables), 2, figsize=(10, 3.8 * len(tables)), facecolor="white", squeeze=False, layout="constrained"
+    )
+    colors = plt.get_cmap("tab10").colors
+    for (title, groups), (trained, validated) in zip(tables, axes, strict=True):
+        late = []
+        for i, (group, runs) in enumerate(groups.items()):
+            look = dict(color=colors[i % len(colors)], linewidth=1.2, label=words(parse(group)))
+            steps, losses = smooth(runs[0]["curve"], len(runs[0]["curve"]) // 20)
+            late += losses[len(losses) // 4 :]
+            trained.plot([seconds.seconds_at(runs[0], step) for step in steps], losses, **look)
+            at, losses = zip(*runs[0]["valid_curve"], strict=True)
+            validated.plot([seconds.seconds_at(runs[0], step) for step in at], losses, marker=".", **look)
+        seed = next(iter(groups.values()))[0]["seed"]
+        validated.axhline(seconds.targets(groups)[seed][0], color="black", linewidth=0.8, linestyle="--")
+        trained.set(ylim=(min(late) - 0.02, max(late) + 0.02), ylabel="training loss", title=title)
+        validated.set(ylabel="validation loss", title="from 0.6 of the steps on, and the target")
+        validated.legend(fontsize=7)
+    for panel in axes.flat:
+        panel.set(xlabel="seconds of training steps")
     figure.savefig(path, dpi=120)
     plt.close(figure)
