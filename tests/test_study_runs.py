@@ -53,6 +53,13 @@ def test_another_part_of_the_text_is_another_text(monkeypatch, folder):
     half = started(monkeypatch, folder, "--fraction", "0.5", "--arms", "relu2 dense seed=0")
     both = started(monkeypatch, folder, "--arms", "relu2 dense seed=1")
     assert half["relu2 dense seed=0"]["text"] != both["relu2 dense seed=1"]["text"]
+    with pytest.raises(SystemExit, match="relu2_dense_seed-0.json was trained on another text"):
+        started(monkeypatch, folder, "--arms", "relu2 dense seed=0")
+    kept = folder / "out"
+    kept.rename(folder / "kept")  # where results of the repository lie: another text there leaves nothing out
+    assert set(started(monkeypatch, folder, "--arms", "relu2 dense seed=0", "relu2 dense seed=1")) == {
+        "relu2 dense seed=0"
+    }
 
 
 @pytest.mark.parametrize("processes, outside, alone", [(1, 0.6, True), (3, 0.6, False), (1, 20.0, False)])

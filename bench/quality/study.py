@@ -10,11 +10,11 @@ nothing is seen twice, so capacity counts. AdamW (0.9, 0.95), warm-up, cosine to
 text in the same order. From 0.6 of the steps on the validation loss is taken 16 times, besides that of the end. The
 learning rate is 3e-3 at every size and batch where a name has no other.
 
-Results add up over runs: an arm that has a result in --out or in bench/results/quality, under any spelling of its name,
-is left out, and one that was interrupted begins anew. Several processes may work on one list (--at-once starts them).
-Step times are a measure of speed only where a process has the GPU for itself: "alone" in a result. Arms with dense FP8
-layers (`relu2 dense precision=fp8`) need torchao, which changes how Inductor compiles in its process: give them one of
-their own.
+Results add up over runs: an arm that has a result on this text in --out or in bench/results/quality, under any spelling
+of its name, is left out, and one that was interrupted begins anew. Several processes may work on one list (--at-once
+starts them). Step times are a measure of speed only where a process has the GPU for itself: "alone" in a result. Arms
+with dense FP8 layers (`relu2 dense precision=fp8`) need torchao, which changes how Inductor compiles in its process:
+give them one of their own.
 """
 
 from __future__ import annotations
@@ -50,15 +50,27 @@ def load(path: Path) -> np.ndarray:
     return np.memmap(path, dtype=np.uint16, mode="r").reshape(-1, CONTEXT + 1)
 
 
-def known(folders: list[Path]) -> set[Arm]:
-    """Arms that have a result; a file of a killed run, empty or cut off, is none."""
-    arms = set()
-    for path in (path for folder in folders for path in folder.glob("*.json")):
+def results(folder: Path) -> Iterator[tuple[Path, dict]]:
+    """Those in a folder; a file of a killed run, empty or cut off, is none."""
+    for path in folder.glob("*.json"):
         try:
-            arms.add(parse(json.loads(path.read_text())["arm"]).plain)
+            yield path, json.loads(path.read_text())
         except json.JSONDecodeError:
             continue
-    return arms
+
+
+def known(folders: list[Path], text: str | None) -> set[Arm]:
+    """Arms that have a result on this text."""
+    runs = [run for folder in folders for _, run in results(folder)]
+    return {parse(run["arm"]).plain for run in runs if run.get("text", text) == text}
+
+
+def refuse_other_texts(arms: list[Arm], out: Path, text: str) -> None:
+    """Exits where a result of these arms on another text would be written over."""
+    theirs = {f"{arm.slug}.json" for arm in arms}
+    for path, run in results(out):
+        if path.name in theirs and run.get("text", text) != text:
+            raise SystemExit(f"error: {path} was trained on another text, or part of it; choose another --out")
 
 
 @contextmanager
@@ -73,15 +85,15 @@ def claimed(path: Path) -> Iterator[bool]:
         yield True
 
 
-def work(arms: list[Arm], out: Path, seconds: float, make) -> int:
-    """Makes the results of `arms` that nobody has or makes; returns how many failed. make(arm) -> dict."""
+def work(arms: list[Arm], out: Path, seconds: float, make, text: str | None = None) -> int:
+    """Makes the results of `arms` on a text that nobody has or makes; returns how many failed. make(arm) -> dict."""
     begin, longest, failed = time.perf_counter(), 0.0, 0
     for arm in arms:
         if time.perf_counter() - begin + 1.1 * longest > seconds:
             break
         path = out / f"{arm.slug}.json"
         with claimed(path) as mine:
-            if not mine or arm.plain in known([out, RESULTS]):
+            if not mine or arm.plain in known([out, RESULTS], text):
                 continue
             arm_begin = time.perf_counter()
             try:
@@ -127,6 +139,7 @@ def main() -> None:
     batches = int(len(rows) * args.fraction) // training.BATCH
     rows = rows[: batches * training.BATCH]
     text = f"{zlib.crc32(rows):08x}"  # only arms of equal text are to be compared
+    refuse_other_texts(args.arms, args.out, text)
     rows = training.on_device(rows)
     valid = {
         path.name.split("_valid")[0]: training.on_device(load(path)[: training.BATCH * training.VALID_BATCHES])
@@ -141,7 +154,7 @@ def main() -> None:
         seen = {"text": text, "fraction": args.fraction}
         return result | seen | {"alone": alone, "outside_gib": outside, "made_by": header()}
 
-    if failed := work(args.arms, args.out, args.seconds, make):
+    if failed := work(args.arms, args.out, args.seconds, make, text):
         raise SystemExit(f"error: {failed} of the arms failed")
 
 
