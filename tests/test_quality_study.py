@@ -25,6 +25,9 @@ NAMES = [
 ]
 
 
+DENSE_FP8 = "relu2 dense precision=fp8 size=350m"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_arm_has_one_spelling_and_is_read_back_from_it(name):
     arm = parse(name)
@@ -272,10 +275,14 @@ def tiny(monkeypatch):
         "gelu 2:4 size=60m",
         "relu2 dense optimizer=muon",
         "relu2 2:4 optimizer=muon",
+        "relu2 2:4 operand=activation wide=1.25 size=350m",
+        DENSE_FP8,
     ],
 )
 def test_an_arm_trains(tiny, monkeypatch, name):
     monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    if name == DENSE_FP8:
+        pytest.importorskip("torchao", reason="no torchao here")
     result = training.train(parse(name), tiny, {"text": tiny}, 12)
     assert result["mean"] == result["text"] and 0 < result["mean"] < result["curve"][0][1]
     assert json.dumps(result) and result["tokens"] == 12 * 4 * 512
@@ -308,13 +315,22 @@ def test_the_validation_loss_is_taken_late_in_a_run_and_evenly():
     assert 1 not in training.validation_steps(1) and 0 not in training.validation_steps(1)
 
 
-CAPTURED = ["relu2 dense", "relu2 2:4", "relu2 2:4 mvue=True precision=fp8", NAMES[4]]
+CAPTURED = [
+    "relu2 dense",
+    DENSE_FP8,
+    "relu2 2:4 operand=activation wide=1.25 size=350m",
+    "relu2 2:4",
+    "relu2 2:4 mvue=True precision=fp8",
+    NAMES[4],
+]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [*CAPTURED, "swiglu 2:4 tokens=65k", "gelu 2:4 size=60m"])
 def test_captured_steps_train_as_others_do(tiny, name):
     """To a few percent of what was learned: draws of MVUE are others."""
+    if name == DENSE_FP8:
+        pytest.importorskip("torchao", reason="no torchao here")
     captured, plain = (training.train(parse(name), tiny, {"text": tiny}, 120, c) for c in (True, False))
     learned = plain["curve"][0][1] - plain["mean"]
     assert learned > 0.5 and abs(captured["mean"] - plain["mean"]) < 0.1 * learned
