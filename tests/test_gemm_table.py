@@ -56,7 +56,7 @@ def test_grouped_files_define_every_kernel_once(tmp_path, arch):
         assert path.stem.startswith("group_") and 1 <= len(found) <= 4
         defined += ["_".join(row.split(", ")) for row in found]
     assert sorted(defined) == sorted("_".join(row) for row in rows(arch))
-    assert len(list(tmp_path.iterdir())) == {"sm80": 2, "sm89": 1, "sm90": 9}[arch]
+    assert len(list(tmp_path.iterdir())) == {"sm80": 2, "sm89": 1, "sm90": 10}[arch]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -74,7 +74,7 @@ def test_no_kernel_is_listed_twice(arch):
     assert len({tuple(row) for row in rows(arch)}) == len(rows(arch))
 
 
-@pytest.mark.parametrize("archs, most", [(("sm80", "sm89"), 9), (("sm90",), 35)])
+@pytest.mark.parametrize("archs, most", [(("sm80", "sm89"), 9), (("sm90",), 37)])
 def test_the_tables_stay_small_enough_to_compile(archs, most):
     assert 0 < sum(len(rows(arch)) for arch in archs) <= most
 

@@ -21,10 +21,12 @@ Rows kernels_of(const GemmArch& arch) { return {arch.kernels, arch.kernels + arc
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// 8-bit operands are K-major in every pass: dx is a product like y, by the same kernels.
+/// 8-bit operands are K-major in every pass: dx is a product like y, by the same kernels, and those
+/// of a sparse activation are products like the weight gradient, which is [m, n], too.
 GemmPass kernel_pass(const GemmDesc& desc) {
-  return is_float8(desc.format) && desc.pass == GemmPass::kGradInput ? GemmPass::kForward
-                                                                     : desc.pass;
+  if (!is_float8(desc.format)) return desc.pass;
+  if (desc.pass == GemmPass::kGradInput) return GemmPass::kForward;
+  return is_of_activation(desc.pass) ? GemmPass::kGradWeight : desc.pass;
 }
 
 bool computes(const KernelEntry& entry, const GemmDesc& desc) {

@@ -53,6 +53,17 @@ TEST(every_kernel_is_listed_once) {
   }
 }
 
+/// What a caller asks for in 8 bits, with operands in the orientations of the kernels.
+SparseGemmArgs args_of_float8(GemmPass pass, Accumulation accumulation) {
+  SparseGemmArgs args;
+  args.pass = pass;
+  args.m = args.n = 256, args.k = 1024;
+  args.lhs.format = DType::kFloat8E4M3;
+  args.rhs.ld = 1024, args.out_ld = 256;
+  args.accumulation = accumulation;
+  return args;
+}
+
 /// What an architecture computes with operands of 8 or of 16 bits.
 std::set<std::string> products_of(const GemmArch& arch, bool of_8_bits) {
   std::set<std::string> all;
@@ -77,9 +88,18 @@ TEST(products_of_activations_have_the_dtype_of_their_operands) {
         CHECK(is_compiled(*arch, desc_of(pass, 1000, 256, 512, dtype, dtype)));
         CHECK(!is_compiled(*arch, desc_of(pass, 1000, 256, 512, dtype, DType::kFloat32)));
       }
-      CHECK(
-          !is_compiled(*arch, desc_of(pass, 1000, 256, 512, DType::kFloat8E4M3, DType::kBFloat16)));
     }
+}
+
+TEST(products_of_activations_in_8_bits_run_by_the_kernels_of_the_weight_gradient) {
+  for (GemmPass pass : kOfActivations) {
+    const GemmDesc desc = describe(args_of_float8(pass, Accumulation::kAuto));
+    CHECK(desc.accumulation == Accumulation::kFast && !is_compiled(kSm80, desc));
+    GemmDesc of_weight = desc;
+    of_weight.pass = GemmPass::kGradWeight;
+    const GemmConfig config = choose_config(kSm90, desc, 132);
+    CHECK_EQ(row_of(kSm90, desc, config), row_of(kSm90, of_weight, config));
+  }
 }
 
 TEST(what_products_of_activations_cannot_take_is_said) {
@@ -178,17 +198,6 @@ TEST(a_block_has_the_shared_memory_of_its_gpu) {
   CHECK_EQ(shared_bytes_of({9, 0}), 227 * 1024);
 }
 
-/// What a caller asks for in 8 bits, with operands in the orientations of the kernels.
-SparseGemmArgs args_of_float8(GemmPass pass, Accumulation accumulation) {
-  SparseGemmArgs args;
-  args.pass = pass;
-  args.m = args.n = 256, args.k = 1024;
-  args.lhs.format = DType::kFloat8E4M3;
-  args.rhs.ld = 1024, args.out_ld = 256;
-  args.accumulation = accumulation;
-  return args;
-}
-
 TEST(sums_over_tokens_are_promoted_unless_told_otherwise) {
   const auto resolved = [](GemmPass pass, Accumulation asked) {
     return describe(args_of_float8(pass, asked)).accumulation;
@@ -200,13 +209,15 @@ TEST(sums_over_tokens_are_promoted_unless_told_otherwise) {
   CHECK(resolved(GemmPass::kForward, Accumulation::kAuto) == Accumulation::kFast);
   CHECK(resolved(GemmPass::kGradInput, Accumulation::kAuto) == Accumulation::kFast);
   CHECK(resolved(GemmPass::kGradWeight, Accumulation::kAuto) == Accumulation::kPromoted);
+  CHECK(resolved(GemmPass::kGradWeightOfInput, Accumulation::kAuto) == Accumulation::kPromoted);
   SparseGemmArgs half = args_of_float8(GemmPass::kGradWeight, Accumulation::kPromoted);
   half.lhs.format = DType::kBFloat16;
   CHECK(describe(half).accumulation == Accumulation::kFast);  // fp32 sums need no promotion
 }
 
 TEST(each_accumulation_has_kernels) {
-  for (GemmPass pass : kPasses)
+  for (GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
+                        GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
     for (Accumulation accumulation : {Accumulation::kFast, Accumulation::kPromoted}) {
       const GemmDesc desc = describe(args_of_float8(pass, accumulation));
       const std::vector<GemmConfig> all = candidate_configs(kSm90, desc, 132);

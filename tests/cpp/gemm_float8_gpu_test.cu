@@ -32,7 +32,9 @@ using namespace gpu_testing;
 namespace {
 
 constexpr DType kFormat = DType::kFloat8E4M3;
-constexpr GemmPass kPasses[] = {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight};
+constexpr GemmPass kPasses[] = {GemmPass::kForward,        GemmPass::kGradInput,
+                                GemmPass::kGradWeight,     GemmPass::kGradWeightOfInput,
+                                GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput};
 constexpr Accumulation kAccumulations[] = {Accumulation::kFast, Accumulation::kPromoted};
 
 Problem problem(GemmPass pass, int m, int n, int k, bool integers) {

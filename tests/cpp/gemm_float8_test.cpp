@@ -126,13 +126,15 @@ TEST(the_gradient_of_a_pruned_input_is_stored_as_that_of_the_weight) {
 
 TEST(pruned_activations_may_have_any_number_of_tokens) {
   for (GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
-    for (DType format : {DType::kBFloat16, DType::kFloat16, DType::kFloat32})
+    for (DType format : {DType::kBFloat16, DType::kFloat16, DType::kFloat32, DType::kFloat8E4M3})
       for (Orientation lhs : kBoth)
         for (Orientation rhs : kBoth)
           for (bool accumulate : {false, true})
-            for (int tokens : {1, 31, 64, 66})
-              check({pass, kPlain, tokens, 12, 68, format, format, lhs, rhs, false, accumulate,
-                     false});
+            for (int tokens : {1, 31, 64, 66}) {
+              const bool scaled = is_float8(format);
+              check({pass, kPlain, tokens, 12, 68, format, scaled ? DType::kBFloat16 : format, lhs,
+                     rhs, false, accumulate, scaled});
+            }
 }
 
 TEST(its_decay_is_that_of_the_other_product) {

@@ -42,9 +42,15 @@ constexpr void add_products_of_16_bits(Table<kRows>& table, const Row& row, Gemm
     table.add(row, pass, epilogue, row.format, Accumulation::kFast);
 }
 
-/// Those of Hopper. Sums are promoted in any case (mainloop.h), and dx is a product like y.
+/// Those of Hopper. Sums are promoted in any case (mainloop.h), and kernel_pass of config.cpp has the
+/// passes that are products like others.
 template <int kRows>
 constexpr void add_products_of_8_bits(Table<kRows>& table, const Row& row, GemmPass pass) {
+  if (pass == GemmPass::kGradWeightOfInput) {
+    for (const DType out : {DType::kBFloat16, DType::kFloat32})
+      table.add(row, pass, GemmEpilogue::kPlain, out, Accumulation::kPromoted);
+    return;
+  }
   if (pass != GemmPass::kForward && pass != GemmPass::kGradWeight) return;
   for (const Accumulation sums : {Accumulation::kFast, Accumulation::kPromoted})
     table.add(row, pass, GemmEpilogue::kPlain, DType::kBFloat16, sums);
@@ -64,17 +70,20 @@ constexpr void add_products(Table<kRows>& table, const Row& row, GemmPass pass) 
                         : add_products_of_16_bits(table, row, pass);
 }
 
-/// Codes of configs count products, so those of pruned activations follow the older ones.
+/// Codes of configs count products, so later ones follow the older ones.
 template <int kRows>
 constexpr Table<kRows> products_of(const Row (&rows)[kRows]) {
   Table<kRows> table;
-  for (const Row& row : rows)
-    for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight,
-                                GemmPass::kGradWeightOfInput})
+  for (const Row& row : rows) {
+    for (const GemmPass pass : {GemmPass::kForward, GemmPass::kGradInput, GemmPass::kGradWeight})
       add_products(table, row, pass);
+    if (!is_float8(row.format)) add_products(table, row, GemmPass::kGradWeightOfInput);
+  }
   for (const Row& row : rows)
     for (const GemmPass pass : {GemmPass::kForwardOfInput, GemmPass::kGradInputOfOutput})
       add_products(table, row, pass);
+  for (const Row& row : rows)
+    if (is_float8(row.format)) add_products(table, row, GemmPass::kGradWeightOfInput);
   return table;
 }
 
