@@ -16,7 +16,7 @@ from ._version import __version__
 from .errors import Sparse24BuildError, Sparse24Warning
 
 CPU, CUDA = 0, 1  # backend codes of the C++ library
-INTERFACE = 9  # of the binding's signatures: kInterface in csrc/bindings/python_api.cpp
+INTERFACE = 10  # of the binding's signatures: kInterface in csrc/bindings/python_api.cpp
 
 _why_missing = ""
 try:

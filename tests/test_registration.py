@@ -15,8 +15,10 @@ READ_8_BITS = (
     "feed_forward_float8",
     "feed_forward_float8_backward",
     "grad_weight_float8_",
+    "grad_weight_of_input_float8_",
     "pack_float8_",
     "sparse_mm_float8",
+    "sparse_mm_input_float8",
 )
 
 
@@ -92,7 +94,14 @@ def float8_calls(device, dtype):
     packed_dy, E_dy, *_ = float8.mvue_quantize(dy, seed, one, float8=True)
     counts, out = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros(32, 64, device=device)
     gate_up, dh = torch.randn(40, 64, device=device).to(dtype), dy
+    packed_h, E_h, packed_ht, E_ht, h_scale = float8.activation_compress_float8(x, "squared_relu", seed)
+    w8, dy8_t = float8.quantize(w, one)[0], float8.quantize(dy, one, transposed=True)[1]
     return {
+        "quantize_current": (x, True, True),
+        "activation_compress_float8": (x, "relu", seed),
+        "activation_backward_compress_float8": (x, x, "relu", seed, True),
+        "sparse_mm_input_float8": (packed_h, E_h, h_scale, w8, one, None, torch.bfloat16),
+        "grad_weight_of_input_float8_": (packed_ht, E_ht, h_scale, dy8_t, one, out.clone(), True),
         "quantize": (x, one, True, True, amax, counts),
         "mvue_quantize": (dy, seed, one, True, True, amax, counts),
         "activation_quantize": (gate_up, "silu", True, one, True, True, amax, counts),

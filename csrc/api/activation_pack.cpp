@@ -22,6 +22,13 @@ void check_operands(Args& args, const Context& context) {
   const bool along_tokens = args.packed_t != nullptr;
   SP24_CHECK((args.seed != nullptr) == along_tokens && (args.E_t != nullptr) == along_tokens,
              "seed, packed_t and E_t must be given together, or none of them");
+  const DType packed = args.packed_dtype.value_or(args.u.dtype);
+  SP24_CHECK(packed == args.u.dtype || packed == DType::kFloat8E4M3,
+             "packed_dtype must be that of u, ", name_of(args.u.dtype), ", or float8_e4m3fn, got ",
+             name_of(packed));
+  SP24_CHECK((args.scale != nullptr) == is_float8(packed),
+             "scale goes with a packed_dtype of float8_e4m3fn, and that with scale, got ",
+             name_of(packed));
   if (context.backend == Backend::kCuda) check_gpu_packed_dtype(args.u.dtype, "u");
 }
 

@@ -14,7 +14,10 @@ using namespace api;
 
 void quantize(const QuantizeArgs& args, const Context& context) {
   check_extents(args.x, "x");
-  SP24_CHECK(writes_float8(args.to), "quantize must be asked for x8, x8_t or amax, got none");
+  SP24_CHECK(writes_float8(args.to) || args.own_scale != nullptr,
+             "quantize must be asked for x8, x8_t, amax or own_scale, got none");
+  SP24_CHECK(args.own_scale == nullptr || args.to.scale == nullptr,
+             "own_scale is found here, and scale is known beforehand: give one of them");
   if (is_empty(args.x)) return;
   QuantizeArgs checked = args;
   checked.x = as_major(args.x, "x");

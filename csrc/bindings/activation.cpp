@@ -5,47 +5,50 @@
 //       whose address may be 0 where others are wanted
 //   activation_backward(kind, gated, d_h, gate_up, d_gate_up, h, float8, mvue, tile_sums, backend,
 //       device, stream): likewise d_gate_up; h a matrix or None
-//   activation_pack(kind, u, packed, E, mvue, backend, device, stream)
-//   activation_pack_backward(kind, d_h, u, packed, mvue, tile_sums, backend, device, stream): mvue
-//       is the form along tokens
+//   activation_pack(kind, u, packed, mvue, backend, device, stream)
+//   activation_pack_backward(kind, d_h, u, packed, mvue, tile_sums, backend, device, stream): packed
+//       is (packed, packed_dtype, E, scale), of backward without E; mvue the form along tokens
 #include "bindings/arguments.h"
 
 namespace sparse24::bindings {
 
-/// Args: of activation_pack or its backward.
+/// Args: of activation_pack or its backward. Returns E.
 template <typename Args>
-void read_along_tokens(const py::handle& item, Args& args) {
+uint8_t* read_packed_forms(const py::handle& packed, const py::handle& along_tokens, Args& args) {
   MvueArgs mvue;
-  read_mvue(item, mvue);
+  read_mvue(along_tokens, mvue);
   args.seed = mvue.seed;
   args.packed_t = mvue.packed;
   args.E_t = mvue.E;
+  Fields fields(packed, 4);
+  args.packed = fields.next_pointer<void>();
+  args.packed_dtype = fields.next_dtype();
+  uint8_t* E = fields.next_pointer<uint8_t>();
+  args.scale = fields.next_pointer<float>();
+  return E;
 }
 
 void bind_activation_pack(py::module_& module) {
   module.def("activation_pack",
-             [](int kind, const py::tuple& u, Address packed, Address E, const py::object& mvue,
+             [](int kind, const py::tuple& u, const py::tuple& packed, const py::object& mvue,
                 int backend, int device, Address stream) {
                ActivationPackArgs args;
                args.kind = activation_of(kind);
                args.u = read_const_matrix(u);
-               args.packed = pointer<void>(packed);
-               args.E = pointer<uint8_t>(E);
-               read_along_tokens(mvue, args);
+               args.E = read_packed_forms(packed, mvue, args);
                const Context context = context_of(backend, device, stream);
                const py::gil_scoped_release unlocked;
                activation_pack(args, context);
              });
   module.def(
       "activation_pack_backward",
-      [](int kind, const py::tuple& d_h, const py::tuple& u, Address packed, const py::object& mvue,
-         Address tile_sums, int backend, int device, Address stream) {
+      [](int kind, const py::tuple& d_h, const py::tuple& u, const py::tuple& packed,
+         const py::object& mvue, Address tile_sums, int backend, int device, Address stream) {
         ActivationPackBackwardArgs args;
         args.kind = activation_of(kind);
         args.d_h = read_const_matrix(d_h);
         args.u = read_const_matrix(u);
-        args.packed = pointer<void>(packed);
-        read_along_tokens(mvue, args);
+        read_packed_forms(packed, mvue, args);
         args.tile_sums = pointer<float>(tile_sums);
         const Context context = context_of(backend, device, stream);
         const py::gil_scoped_release unlocked;

@@ -3,7 +3,7 @@
 //   search_mask, pack_by_mask, search_and_pack(items, backend, device, stream): items are the fields
 //       of w as a matrix, mask, out_dtype, packed, E, packed_t, E_t, scale, amax
 //   mvue_pack(dy, mvue, float8, tile_sums, backend, device, stream): dy a matrix
-//   quantize(x, float8, backend, device, stream): x a matrix; without x8 and x8_t amax alone
+//   quantize(x, float8, own_scale, backend, device, stream): x a matrix; without x8 and x8_t amax alone
 //   unpack(packed, transposed, out, backend, device, stream): packed (packed, packed_dtype, E,
 //       scale), out a matrix
 #include "bindings/arguments.h"
@@ -50,9 +50,10 @@ void bind_pack(py::module_& module) {
     mvue_pack(args, context);
   });
 
-  module.def("quantize", [](const py::tuple& x, const py::tuple& float8, int backend, int device,
-                            Address stream) {
-    const QuantizeArgs args = {read_const_matrix(x), read_float8(float8)};
+  module.def("quantize", [](const py::tuple& x, const py::tuple& float8, Address own_scale,
+                            int backend, int device, Address stream) {
+    const QuantizeArgs args = {read_const_matrix(x), read_float8(float8),
+                               pointer<float>(own_scale)};
     const Context context = context_of(backend, device, stream);
     const py::gil_scoped_release unlocked;
     quantize(args, context);

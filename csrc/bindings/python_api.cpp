@@ -15,7 +15,7 @@ namespace {
 /// Of the signatures in this folder. Raised with each change of one, here and in
 /// sparse24/_library.py: an editable installation whose Python files are newer than its binding
 /// then says so instead of failing at some call.
-constexpr int kInterface = 9;
+constexpr int kInterface = 10;
 
 /// sparse24::Error becomes the package's own exception, looked up when it is first needed.
 void translate_errors(std::exception_ptr pending) {

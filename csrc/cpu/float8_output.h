@@ -60,4 +60,14 @@ void write_float8(const Float8Output& to, int64_t rows, int64_t cols, const Valu
   });
 }
 
+/// The largest finite magnitude of value(row, col) -> float, over [rows, cols].
+template <typename Value>
+float amax_of(int64_t rows, int64_t cols, const Value& value) {
+  float amax = 0.0f;
+  Float8Output to;
+  to.amax = &amax;
+  write_float8(to, rows, cols, value);
+  return amax;
+}
+
 }  // namespace sparse24::cpu

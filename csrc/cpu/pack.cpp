@@ -23,21 +23,6 @@ uint16_t search(const In (&block)[4][4]) {
   return search_block(w);
 }
 
-/// A weight as it is packed.
-template <typename Out>
-struct Quantizer {
-  float inverse_scale;
-
-  template <typename In>
-  Out operator()(In x) const {
-    if constexpr (is_packed8<Out>) {
-      return to_float8<Out>(to_float(x), inverse_scale);
-    } else {
-      return convert<Out>(x);
-    }
-  }
-};
-
 template <typename In, typename Out>
 void pack_block_rows(const In (&block)[4][4], uint32_t mask, const Quantizer<Out>& quantized,
                      Out* packed, int64_t ld, int64_t m, int64_t k, MetaTile<Out>& meta) {

@@ -12,6 +12,21 @@ namespace sparse24::cpu {
 template <typename T>
 constexpr bool is_packed8 = std::is_same_v<T, Float8E4M3> || std::is_same_v<T, Float8E5M2>;
 
+/// A value as it is packed to nearest.
+template <typename Out>
+struct Quantizer {
+  float inverse_scale;
+
+  template <typename In>
+  Out operator()(In x) const {
+    if constexpr (is_packed8<Out>) {
+      return to_float8<Out>(to_float(x), inverse_scale);
+    } else {
+      return convert<Out>(x);
+    }
+  }
+};
+
 /// Calls function(F{}) with the storage type of a float8 dtype.
 template <typename Function>
 void with_float8(DType dtype, Function&& function) {

@@ -159,6 +159,7 @@ namespace cuda {
 void activation_pack(const ActivationPackArgs& args, cudaStream_t stream) {
   if (args.u.rows == 0 || args.u.cols == 0) return;
   check_extents32(args.u.rows, args.u.cols, "u");
+  if (args.scale != nullptr) return activation_pack8(args, stream);
   const PackParams p = pack_params(args.u, {}, packed_both_ways(args, args.E), nullptr);
   with_packed16(args.u.dtype, [&](auto format) {
     using T = typename decltype(format)::Storage;
@@ -172,6 +173,7 @@ void activation_pack(const ActivationPackArgs& args, cudaStream_t stream) {
 void activation_pack_backward(const ActivationPackBackwardArgs& args, cudaStream_t stream) {
   if (args.u.rows == 0 || args.u.cols == 0) return;
   check_extents32(args.u.rows, args.u.cols, "u");
+  if (args.scale != nullptr) return activation_pack8_backward(args, stream);
   const PackParams p =
       pack_params(args.u, args.d_h, packed_both_ways(args, nullptr), args.tile_sums);
   with_packed16(args.u.dtype, [&](auto format) {

@@ -11,10 +11,10 @@
 #include "common/patch.cuh"
 #include "common/raster.h"
 #include "common/weight_patch.cuh"
+#include "fused/pruned_lines.cuh"
 #include "pack/mvue_patch.cuh"
 #include "pack/pack_group.h"
 #include "pack/stage.cuh"
-#include "pack/two_of_four.h"
 
 namespace sparse24 {
 
@@ -90,29 +90,15 @@ __device__ __forceinline__ uint32_t store_kept(const PackedBothWays& to, const P
   return meta_bytes_of(nibbles);
 }
 
-/// Two of four of each line's groups are kept, by `positive`, which tells a line's ranks; then
-/// `result` makes the line's values of those ranks. kDense: what is not kept becomes 0 in `patch`.
+/// The patch pruned along features, and the way out of what is kept. kDense: what is not kept becomes
+/// 0 in `patch`. The rest as in prune_lines.
 template <bool kVector, bool kDense, typename Positive, typename Result>
 __device__ __forceinline__ void prune_and_store(const PackedBothWays& to, const PatchPlace& at,
                                                 Patch16& patch, uint32_t (&meta)[2],
                                                 const Positive& positive, const Result& result) {
   SP24_UNROLL
   for (int half = 0; half < 2; ++half) {
-    uint32_t nibbles = 0;
-    SP24_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      const int line = 4 * half + i;
-      uint32_t ranks[4];
-      SP24_UNROLL
-      for (int w = 0; w < 4; ++w) ranks[w] = positive(line, w);
-      const KeptPlaces kept = two_of_four(ranks);
-      nibbles |= kept_nibbles(kept, i);
-      SP24_UNROLL
-      for (int w = 0; w < 4; ++w) {
-        patch.line[line][w] = result(line, w, ranks[w]);
-        if constexpr (kDense) patch.line[line][w] &= kept_halves(kept, w);
-      }
-    }
+    const uint32_t nibbles = prune_lines<kDense>(patch, 4 * half, positive, result);
     meta[half] = store_kept<kVector>(to, at, 4 * half, nibbles, patch.line);
   }
 }

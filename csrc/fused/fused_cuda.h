@@ -27,5 +27,8 @@ bool activation_backward_rows8(const ActivationBackwardArgs& args, cudaStream_t 
 /// Activations pruned along features, and their gradient, packed both ways.
 void activation_pack(const ActivationPackArgs& args, cudaStream_t stream);
 void activation_pack_backward(const ActivationPackBackwardArgs& args, cudaStream_t stream);
+/// The same to e4m3, of matrices that are not empty.
+void activation_pack8(const ActivationPackArgs& args, cudaStream_t stream);
+void activation_pack8_backward(const ActivationPackBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace sparse24::cuda

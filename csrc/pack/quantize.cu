@@ -1,4 +1,5 @@
-// quantize.cu: a matrix in e4m3, both layouts from one read, or its amax alone.
+// quantize.cu: a matrix in e4m3, both layouts from one read, or its amax alone; by a scale that is
+// known, or by its own, which takes one more read.
 //
 //   x      [rows, cols] bf16, fp16 or fp32; row-major in whole vectors is the fast way
 //   x8     [rows, cols], x8_t [cols, rows padded to 32]; scale, amax, counters: quantize.h
@@ -12,6 +13,7 @@
 #include <algorithm>
 
 #include "common/cuda_check.h"
+#include "common/float8_scale.cuh"
 #include "pack/pack_cuda.h"
 #include "pack/tile_outputs.cuh"
 
@@ -144,12 +146,20 @@ void quantize(const QuantizeArgs& args, cudaStream_t stream) {
   if (x.rows == 0 || x.cols == 0) return;
   check_extents32(x.rows, x.cols, "x");
   const bool casts = args.to.x8 != nullptr || args.to.x8_t != nullptr;
+  Float8Output to = args.to;
   with_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (!casts) return launch_amax<T>(x, args.to.amax, stream);
+    if (args.own_scale != nullptr) {
+      find_scale(args.own_scale, stream, [&](float* amax) { launch_amax<T>(x, amax, stream); });
+      to.scale = args.own_scale;
+    }
+    if (!casts) {
+      if (to.amax != nullptr) launch_amax<T>(x, to.amax, stream);
+      return;
+    }
     // Patches of 16-bit elements are whole or outside along a row; fp32 ones come in halves.
     const bool vectors = vector_layout(x) == Layout::kRowMajor;
-    const QuantizeParams p = {x, vectors, tile_outputs(x.rows, x.cols, 1, args.to)};
+    const QuantizeParams p = {x, vectors, tile_outputs(x.rows, x.cols, 1, to)};
     quantize_kernel<T><<<p.to.tile_rows * p.to.tile_cols, kTile8Threads, 0, stream>>>(p);
   });
   SP24_CHECK_LAUNCH("quantize of ", name_of(x.dtype), " [", x.rows, ", ", x.cols, "]");

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import Sparse24Error
-from ..formats import BLOCK, is_row_major, metadata_bytes
+from ..formats import BLOCK, DTYPE_CODE, is_row_major, metadata_bytes
 from ._common import (
     call_without_grad,
     check_same_device,
@@ -43,7 +43,12 @@ def check_activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> None
         check_seed(seed, u, "u")
 
 
-def _as_rows(t: Tensor) -> Tensor:
+def packed_fields(packed: Tensor, E: Tensor | None = None, scale: Tensor | None = None) -> tuple[int, ...]:
+    """The form along features, as the binding takes it."""
+    return packed.data_ptr(), DTYPE_CODE[packed.dtype], pointer(E), pointer(scale)
+
+
+def as_row_major(t: Tensor) -> Tensor:
     return t if is_row_major(t) else t.contiguous()
 
 
@@ -72,9 +77,9 @@ def compute_activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> tu
         return reference.activation_compress(u, kind, seed)
     packed, E, (packed_t, E_t) = _empty_rows(u), _empty_E(u), _empty_columns(u, seed)
     if u.numel():
-        u = _as_rows(u)
+        u = as_row_major(u)
         along_tokens = None if seed is None else mvue_fields(seed, packed_t, E_t)
-        library.activation_pack(KINDS[kind], matrix(u), packed.data_ptr(), E.data_ptr(), along_tokens, *place)
+        library.activation_pack(KINDS[kind], matrix(u), packed_fields(packed, E), along_tokens, *place)
     return packed, E, packed_t, E_t
 
 
@@ -142,9 +147,9 @@ def compute_activation_backward_compress(
     packed, (packed_t, E_t) = _empty_rows(u), _empty_columns(u, seed)
     tile_sums = empty_tile_sums(u) if bias_grad else None
     if u.numel():
-        dh, u = _as_rows(dh), _as_rows(u)
+        dh, u = as_row_major(dh), as_row_major(u)
         along_tokens = None if seed is None else mvue_fields(seed, packed_t, E_t)
-        operands, sums_pointer = (matrix(dh), matrix(u), packed.data_ptr()), pointer(tile_sums)
+        operands, sums_pointer = (matrix(dh), matrix(u), packed_fields(packed)), pointer(tile_sums)
         library.activation_pack_backward(KINDS[kind], *operands, along_tokens, sums_pointer, *place)
     # Without tokens there are no tiles, and their sum is zero.
     return packed, packed_t, E_t, empty_bias_grad(u).new_empty(0) if tile_sums is None else tile_sums.sum(0)

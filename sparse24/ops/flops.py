@@ -41,6 +41,11 @@ def _of_activation(packed_shape, _, weight_shape, *__, **___) -> int:
     return packed_shape[0] * prod(weight_shape)
 
 
+def _of_activation_float8(packed_shape, _, __, weight_shape, *___, **____) -> int:
+    """The same in 8 bits: a scale comes before the weight."""
+    return packed_shape[0] * prod(weight_shape)
+
+
 def _feed_forward(x_shape, packed_up_shape, _, packed_down_shape, *__, **___) -> int:
     """Both products: down's packed is [out, d_ff/2]."""
     tokens, d_ff = prod(x_shape[:-1]), 2 * packed_down_shape[1]
@@ -90,6 +95,12 @@ def register_float8() -> None:
     """The same for 8-bit products, which are defined where they are asked for."""
     register_flop_formula(_OPS.sparse_mm_float8)(_float8)
     register_flop_formula(_OPS.grad_weight_float8_)(_float8_grad_weight)
+
+
+def register_pruned_activations_float8() -> None:
+    """The same for 8-bit products of pruned activations."""
+    register_flop_formula(_OPS.sparse_mm_input_float8)(_of_activation_float8)
+    register_flop_formula(_OPS.grad_weight_of_input_float8_)(_float8_grad_weight)
 
 
 def register_feed_forward_float8() -> None:

@@ -37,21 +37,32 @@ def _packed_along_tokens(pruned: Tensor, seed: Tensor | None) -> tuple[Tensor, T
     return mvue_compress(pruned, seed)
 
 
-def activation_compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """packed and E of h = act(u) with `kept_activations` alone; with a seed packed_t and E_t: `mvue_compress` of it."""
+def pruned_activation(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """h = act(u) in u's dtype, 0 at all but `kept_activations`; and those."""
     kept = kept_activations(u)
     h = (activation(u, kind) + 0.0).to(u.dtype)  # torch's max(-0, 0) may be -0, which this sum is not
-    return *pack_rows(h, kept, u.dtype), *_packed_along_tokens(torch.where(kept, h, 0), seed)
+    return torch.where(kept, h, 0), kept
+
+
+def pruned_activation_gradient(dh: Tensor, u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """du = dh act'(u) in u's dtype, 0 at all but `kept_activations`; and those."""
+    wide = u if u.dtype == torch.float64 else u.float()
+    slope = (wide > 0).to(wide.dtype) if kind == "relu" else 2 * (activation(u, "relu") + 0.0)
+    kept = kept_activations(u)
+    return torch.where(kept, (dh.to(wide.dtype) * slope).to(u.dtype), 0), kept
+
+
+def activation_compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """packed and E of h = act(u) with `kept_activations` alone; with a seed packed_t and E_t: `mvue_compress` of it."""
+    h, kept = pruned_activation(u, kind)
+    return *pack_rows(h, kept, u.dtype), *_packed_along_tokens(h, seed)
 
 
 def activation_backward_compress(
     dh: Tensor, u: Tensor, kind: str, seed: Tensor | None = None, bias_grad: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """packed, packed_t, E_t and the sums over tokens of du = dh act'(u), which is 0 where u was not kept."""
-    wide = u if u.dtype == torch.float64 else u.float()
-    slope = (wide > 0).to(wide.dtype) if kind == "relu" else 2 * (activation(u, "relu") + 0.0)
-    kept = kept_activations(u)
-    du = torch.where(kept, (dh.to(wide.dtype) * slope).to(u.dtype), 0)
+    du, kept = pruned_activation_gradient(dh, u, kind)
     packed, _ = pack_rows(du, kept, u.dtype)
     db = bias_gradient(du) if bias_grad else du.new_empty(0, dtype=torch.promote_types(du.dtype, torch.float32))
     return packed, *_packed_along_tokens(du, seed), db

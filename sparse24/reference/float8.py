@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import E4M3, padded_tokens, round_up
+from .activation_packing import pruned_activation, pruned_activation_gradient
 from .masks import unpack_mask
 from .mvue import mvue_groups, mvue_uniforms
 from .packing import decompress, encode_metadata, pack_rows
@@ -111,3 +112,25 @@ def scale_of(amax: Tensor, margin: float = 2.0, dtype: torch.dtype = E4M3) -> Te
     mantissa, exponent = torch.frexp(amax.float() * (margin / largest))
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-126, 126)
     return torch.where(amax > 0, torch.ldexp(torch.ones_like(mantissa), exponent), 1.0)
+
+
+def activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """packed, E, packed_t, E_t and scale of h = act(u), pruned along features: cast by its own scale."""
+    return _pack_pruned(*pruned_activation(u, kind), seed)
+
+
+def activation_backward_compress(dh: Tensor, u: Tensor, kind: str, seed: Tensor | None) -> tuple[Tensor, ...]:
+    """packed, packed_t, E_t and scale of du = dh act'(u), pruned as h was; and du itself."""
+    du, kept = pruned_activation_gradient(dh, u, kind)
+    packed, _, packed_t, E_t, scale = _pack_pruned(du, kept, seed)
+    return packed, packed_t, E_t, scale, du
+
+
+def _pack_pruned(pruned: Tensor, kept: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
+    scale = scale_of(amax(pruned))
+    packed, E = pack_rows(to_float8(pruned, scale).view(torch.uint8), kept, torch.uint8, E4M3)
+    if seed is None:
+        along_tokens = pruned.new_empty(0, dtype=E4M3), E.new_empty(0)
+    else:
+        along_tokens = mvue_pack_float8(pruned, seed, scale, E4M3)
+    return packed.view(E4M3), E, *along_tokens, scale

@@ -1,6 +1,7 @@
-// activation_pack_gpu_test.cu: activations pruned to 2:4 and packed on a GPU (fused/activation_pack.cu).
+// activation_pack_gpu_test.cu: activations pruned to 2:4 and packed on a GPU (fused/activation_pack.cu,
+// and to e4m3 activation_pack8.cu).
 //
-//   equal   both packed forms, E, E_t and sums: the bytes of the CPU backend, on all shapes, dtypes,
+//   equal   both packed forms, E, E_t, scales and sums: the bytes of the CPU backend, on all shapes, dtypes,
 //           distances of rows and alignments below, special values and any bits too. Guards around
 //           buffers survive
 //   pairs   every 16-bit value with others: (squared) ReLU and its gradient in pairs
@@ -19,6 +20,7 @@
 #include "common/check.h"
 #include "common/convert.h"
 #include "common/cuda_check.h"
+#include "common/format.h"
 #include "common/metadata.h"
 #include "cpu/cpu.h"
 #include "fused/fused_cuda.h"
@@ -44,30 +46,50 @@ struct Case {
   int64_t gap;
   int shift;
   Fill fill;
+  bool float8 = false;
 
+  DType packed_dtype() const { return float8 ? DType::kFloat8E4M3 : dtype; }
   std::string text() const {
     return concat("[", tokens, ", ", d_ff, "] ", sparse24::name_of(dtype), " kind ",
                   static_cast<int>(kind), " by ", name_of(order), " gap ", gap, " shift ", shift,
-                  " fill ", static_cast<int>(fill));
+                  " fill ", static_cast<int>(fill), float8 ? " to e4m3" : "");
   }
 };
 
 /// Both forms of a pruned matrix, on both sides.
 struct TwinForms {
-  Twin packed, E, packed_t, E_t, sums, seed;
+  int64_t bytes, padded;
+  Twin packed, E, packed_t, E_t, sums, seed, scale;
 
   explicit TwinForms(const Case& c)
-      : packed(c.tokens * c.d_ff, 2 * c.shift),
-        E(meta_bytes(c.tokens, c.d_ff), c.shift),
-        packed_t(round_up(c.tokens, 8) * c.d_ff, 2 * c.shift),
-        E_t(meta_bytes(c.d_ff, round_up(c.tokens, 8)), c.shift),
+      : bytes(bytes_of(c.packed_dtype())),
+        padded(padded_tokens_for(c.packed_dtype(), c.tokens)),
+        packed(c.tokens * c.d_ff / 2 * bytes, static_cast<int>(bytes) * c.shift),
+        E(meta_bytes_for(c.packed_dtype(), c.tokens, c.d_ff), c.shift),
+        packed_t(padded / 2 * c.d_ff * bytes, static_cast<int>(bytes) * c.shift),
+        E_t(meta_bytes_for(c.packed_dtype(), c.d_ff, padded), c.shift),
         sums(tile_sums_bytes(c.tokens, c.d_ff)),
-        seed(16) {
+        seed(16),
+        scale(4) {
     seed.host<int64_t>()[0] = -11, seed.host<int64_t>()[1] = random_source.bits();
     seed.upload();
   }
+  /// Args: of either pass.
+  template <typename Args>
+  void give(const Case& c, bool along_tokens, Args& host, Args& device) {
+    host.kind = device.kind = c.kind;
+    host.packed = packed.host<void>(), device.packed = packed.device<void>();
+    if (c.float8) {
+      host.packed_dtype = device.packed_dtype = c.packed_dtype();
+      host.scale = scale.host<float>(), device.scale = scale.device<float>();
+    }
+    if (!along_tokens) return;
+    host.seed = seed.host<int64_t>(), device.seed = seed.device<int64_t>();
+    host.packed_t = packed_t.host<void>(), device.packed_t = packed_t.device<void>();
+    host.E_t = E_t.host(), device.E_t = E_t.device();
+  }
   void compare(const std::string& what, bool along_tokens) {
-    packed.compare(what + " packed");
+    packed.compare(what + " packed"), scale.compare(what + " scale");
     if (!along_tokens) return;
     packed_t.compare(what + " packed_t"), E_t.compare(what + " E_t");
   }
@@ -76,15 +98,9 @@ struct TwinForms {
 void test_forward(const Case& c, TwinMatrix& u, bool along_tokens) {
   TwinForms forms(c);
   ActivationPackArgs host, device;
-  host.kind = device.kind = c.kind;
+  forms.give(c, along_tokens, host, device);
   host.u = u.const_host(), device.u = u.const_device();
-  host.packed = forms.packed.host<void>(), device.packed = forms.packed.device<void>();
   host.E = forms.E.host(), device.E = forms.E.device();
-  if (along_tokens) {
-    host.seed = forms.seed.host<int64_t>(), device.seed = forms.seed.device<int64_t>();
-    host.packed_t = forms.packed_t.host<void>(), device.packed_t = forms.packed_t.device<void>();
-    host.E_t = forms.E_t.host(), device.E_t = forms.E_t.device();
-  }
   cpu::activation_pack(host);
   cuda::activation_pack(device, nullptr);
   const std::string what = concat("activation_pack, seed: ", along_tokens, " ", c.text());
@@ -97,15 +113,9 @@ void test_backward(const Case& c, TwinMatrix& u, TwinMatrix& d_h, bool along_tok
                    bool with_sums) {
   TwinForms forms(c);
   ActivationPackBackwardArgs host, device;
-  host.kind = device.kind = c.kind;
+  forms.give(c, along_tokens, host, device);
   host.u = u.const_host(), device.u = u.const_device();
   host.d_h = d_h.const_host(), device.d_h = d_h.const_device();
-  host.packed = forms.packed.host<void>(), device.packed = forms.packed.device<void>();
-  if (along_tokens) {
-    host.seed = forms.seed.host<int64_t>(), device.seed = forms.seed.device<int64_t>();
-    host.packed_t = forms.packed_t.host<void>(), device.packed_t = forms.packed_t.device<void>();
-    host.E_t = forms.E_t.host(), device.E_t = forms.E_t.device();
-  }
   if (with_sums)
     host.tile_sums = forms.sums.host<float>(), device.tile_sums = forms.sums.device<float>();
   cpu::activation_pack_backward(host);
@@ -118,13 +128,20 @@ void test_backward(const Case& c, TwinMatrix& u, TwinMatrix& d_h, bool along_tok
     forms.sums.compare(what + " sums over tiles");
 }
 
-void test_case(const Case& c) {
+void test_format(const Case& c) {
   TwinMatrix u(c.tokens, c.d_ff, c.dtype, c.order, c.gap, c.shift),
       d_h(c.tokens, c.d_ff, c.dtype, c.order, c.gap, c.shift);
   u.fill(c.fill), d_h.fill(c.fill);
   for (const bool along_tokens : {true, false}) {
     test_forward(c, u, along_tokens);
     for (const bool with_sums : {true, false}) test_backward(c, u, d_h, along_tokens, with_sums);
+  }
+}
+
+void test_case(Case c) {
+  for (const bool float8 : {false, true}) {
+    c.float8 = float8;
+    test_format(c);
   }
 }
 
@@ -207,7 +224,7 @@ void test_pairs() {
 
 /// Operands and results of both passes.
 struct BenchForms {
-  DeviceMemory u, d_h, packed, E, packed_t, E_t, sums;
+  DeviceMemory u, d_h, packed, E, packed_t, E_t, sums, scale;
 
   BenchForms(Shape s, DType dtype)
       : u(s.rows * s.cols * 2),
@@ -216,12 +233,13 @@ struct BenchForms {
         E(meta_bytes(s.rows, s.cols)),
         packed_t(s.rows * s.cols),
         E_t(meta_bytes(s.cols, s.rows)),
-        sums(tile_sums_bytes(s.rows, s.cols)) {
+        sums(tile_sums_bytes(s.rows, s.cols)),
+        scale(4) {
     u.fill(dtype, s.rows * s.cols), d_h.fill(dtype, s.rows * s.cols);
   }
 };
 
-void bench_shape(Shape s, DType dtype, Activation kind) {
+void bench_shape(Shape s, DType dtype, Activation kind, bool float8) {
   const double elements = static_cast<double>(s.rows) * static_cast<double>(s.cols);
   const int sets = sets_for(elements * 6.125);
   std::vector<std::unique_ptr<BenchForms>> forms;
@@ -232,17 +250,19 @@ void bench_shape(Shape s, DType dtype, Activation kind) {
     return ConstMatrix{m.as(), dtype, s.rows, s.cols, s.cols, 1};
   };
   const std::string shape = concat(" ", s.rows, "x", s.cols, " ", sparse24::name_of(dtype),
-                                   " kind ", static_cast<int>(kind));
+                                   " kind ", static_cast<int>(kind), float8 ? " to e4m3" : "");
   for (const bool along_tokens : {true, false}) {
     const std::string what = concat(along_tokens ? " both ways" : " along features", shape);
-    const double more = along_tokens ? 1.125 : 0.0;
+    const double more = !along_tokens ? 0.0 : float8 ? 0.625 : 1.125;
+    const double forward = float8 ? 4.625 : 3.125, backward = float8 ? 8.5 : 5.0;
     const auto along = [&](auto& args, BenchForms& f) {
       args.kind = kind, args.u = view(f.u), args.packed = f.packed.as();
+      if (float8) args.packed_dtype = DType::kFloat8E4M3, args.scale = f.scale.as<float>();
       if (!along_tokens) return;
       args.seed = seed.as<int64_t>(), args.packed_t = f.packed_t.as();
       args.E_t = f.E_t.as<uint8_t>();
     };
-    report("activation_pack" + what, elements * (3.125 + more), time_us(sets, [&](int i) {
+    report("activation_pack" + what, elements * (forward + more), time_us(sets, [&](int i) {
              ActivationPackArgs args;
              along(args, *forms[i]);
              args.E = forms[i]->E.as<uint8_t>();
@@ -250,7 +270,7 @@ void bench_shape(Shape s, DType dtype, Activation kind) {
            }));
     for (const bool with_sums : {false, true}) {
       report(concat("activation_pack_backward", with_sums ? " with sums" : "", what),
-             elements * (5.0 + more), time_us(sets, [&](int i) {
+             elements * (backward + more), time_us(sets, [&](int i) {
                ActivationPackBackwardArgs args;
                along(args, *forms[i]);
                args.d_h = view(forms[i]->d_h);
@@ -266,7 +286,8 @@ void run_times() {
   bench_copy();
   for (const Shape s : {Shape{16384, 16384}, Shape{8192, 11008}})
     for (DType dtype : k16)
-      for (Activation kind : kKinds) bench_shape(s, dtype, kind);
+      for (Activation kind : kKinds)
+        for (const bool float8 : {false, true}) bench_shape(s, dtype, kind, float8);
 }
 
 }  // namespace

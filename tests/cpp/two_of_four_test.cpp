@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "activation/functions.h"
+#include "common/float8_scale.h"
 #include "common/metadata.h"
 #include "matrices.h"
 #include "pack/pack_group.h"
@@ -179,6 +180,57 @@ TEST(sums_over_tokens_need_no_form_along_tokens) {
   }
 }
 
+TEST(packing_to_e4m3_casts_what_16_bits_hold_by_its_own_scale) {
+  const int64_t seed[2] = {5, -6};
+  Random random(10);
+  TestMatrix u(37, 72, DType::kBFloat16), d_h(37, 72, DType::kBFloat16);
+  for (int64_t r = 0; r < u.rows(); ++r)
+    for (int64_t c = 0; c < u.cols(); ++c)
+      u.set(r, c, random.normal()), d_h.set(r, c, 1e-3f * random.normal());
+  Results half = forward(u, Activation::kSquaredRelu, seed);
+  const TestMatrix h = unpacked(half.packed, half.E, u);
+  float scale = 0.0f, largest = 0.0f;
+  for (int64_t r = 0; r < u.rows(); ++r)
+    for (int64_t c = 0; c < u.cols(); ++c) largest = std::max(largest, h.get(r, c));
+
+  constexpr DType kOut = DType::kFloat8E4M3;
+  const int64_t padded = padded_tokens(kOut, u.rows());
+  Results eight = {bytes_for(37 * 36), bytes_for(metadata_bytes(kOut, 37, 72)),
+                   bytes_for(72 * padded / 2), bytes_for(metadata_bytes(kOut, 72, padded))};
+  ActivationPackArgs args;
+  args.u = u.const_view(), args.packed = eight.packed.data(), args.E = eight.E.data();
+  args.seed = seed, args.packed_t = eight.packed_t.data(), args.E_t = eight.E_t.data();
+  args.packed_dtype = kOut, args.scale = &scale;
+  activation_pack(args, kCpu);
+  CHECK_EQ(scale, scale_of(largest));
+  CHECK(2 * largest <= 448 * scale && 2 * largest > 224 * scale);
+
+  UnpackArgs back;
+  TestMatrix dense(37, 72, DType::kFloat32);
+  back.packed = eight.packed.data(), back.E = eight.E.data(), back.out = dense.view();
+  back.packed_dtype = kOut, back.scale = &scale;
+  unpack(back, kCpu);
+  for (int64_t r = 0; r < u.rows(); ++r)
+    for (int64_t c = 0; c < u.cols(); ++c)
+      CHECK_EQ(dense.get(r, c), scale * to_float(to_float8<Float8E4M3>(h.get(r, c), 1 / scale)));
+
+  Results along = eight;
+  MvueArgs mvue;
+  mvue.dy = h.const_view(), mvue.seed = seed, mvue.packed_dtype = kOut, mvue.scale = &scale;
+  mvue.packed = along.packed_t.data(), mvue.E = along.E_t.data();
+  mvue_pack(mvue, kCpu);
+  CHECK(along.packed_t == eight.packed_t && along.E_t == eight.E_t);
+}
+
+TEST(a_scale_is_the_least_power_of_two_that_leaves_room) {
+  for (float amax : {0.0f, -1.0f, NAN}) CHECK_EQ(scale_of(amax), 1.0f);
+  CHECK_EQ(scale_of(224.0f), 1.0f);
+  CHECK_EQ(scale_of(std::nextafter(224.0f, 225.0f)), 2.0f);
+  CHECK_EQ(scale_of(112.0f), 0.5f);
+  CHECK_EQ(scale_of(1e-45f), 0x1p-126f);
+  CHECK_EQ(scale_of(3e38f), 0x1p121f);
+}
+
 TEST(wrong_arguments_are_named) {
   TestMatrix u(8, 8, DType::kBFloat16), odd(8, 6, DType::kBFloat16), other(8, 8, DType::kFloat16);
   ActivationPackArgs args;
@@ -192,6 +244,10 @@ TEST(wrong_arguments_are_named) {
   const int64_t seed[2] = {1, 2};
   args.u = u.const_view(), args.packed = room.data(), args.E = room.data(), args.seed = seed;
   CHECK_THROWS(activation_pack(args, kCpu), "seed, packed_t and E_t must be given together");
+  args.seed = nullptr, args.packed_dtype = DType::kFloat16;
+  CHECK_THROWS(activation_pack(args, kCpu), "packed_dtype must be that of u, bfloat16, or float8_");
+  args.packed_dtype = DType::kFloat8E4M3;
+  CHECK_THROWS(activation_pack(args, kCpu), "scale goes with a packed_dtype of float8_e4m3fn");
   ActivationPackBackwardArgs backward;
   backward.u = u.const_view(), backward.d_h = other.const_view(), backward.packed = room.data();
   CHECK_THROWS(activation_pack_backward(backward, kCpu), "same dtype");

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "sparse24/activation.h"
 #include "sparse24/types.h"
@@ -17,6 +18,9 @@ namespace sparse24 {
 ///   u          [tokens, d_ff], row- or column-major, d_ff % 4 == 0, any number of tokens
 ///   packed     [tokens, d_ff/2] of u's dtype, contiguous;  E metadata_bytes(tokens, d_ff)
 ///   seed, packed_t, E_t   all or none: the pruned h as mvue_pack packs it, bit for bit; there are the sizes
+///   packed_dtype  absent: that of u. Float8_e4m3fn: both packed forms and E have its sizes and orders, packed holds
+///              h / *scale to nearest, packed_t what mvue_pack with this packed_dtype and scale makes of the pruned h
+///   scale      e4m3 only: one float, written first, by a read more: that of the pruned h, as own_scale of QuantizeArgs
 struct ActivationPackArgs {
   Activation kind = Activation::kSquaredRelu;
   ConstMatrix u;
@@ -25,6 +29,8 @@ struct ActivationPackArgs {
   const int64_t* seed = nullptr;
   void* packed_t = nullptr;
   uint8_t* E_t = nullptr;
+  std::optional<DType> packed_dtype;
+  float* scale = nullptr;
 };
 SP24_API void activation_pack(const ActivationPackArgs& args, const Context& context);
 
@@ -32,7 +38,7 @@ SP24_API void activation_pack(const ActivationPackArgs& args, const Context& con
 ///
 ///   d_h        as u
 ///   packed     [tokens, d_ff/2] of u's dtype: d_u at the kept places; its metadata is E of activation_pack
-///   seed, packed_t, E_t   of the pruned d_u, as there
+///   seed, packed_t, E_t, packed_dtype, scale   of the pruned d_u, as there
 ///   tile_sums  optional: fp32 [ceil(tokens/64), d_ff], sums of the pruned d_u, as in MvueArgs
 struct ActivationPackBackwardArgs {
   Activation kind = Activation::kSquaredRelu;
@@ -43,6 +49,8 @@ struct ActivationPackBackwardArgs {
   void* packed_t = nullptr;
   uint8_t* E_t = nullptr;
   float* tile_sums = nullptr;
+  std::optional<DType> packed_dtype;
+  float* scale = nullptr;
 };
 SP24_API void activation_pack_backward(const ActivationPackBackwardArgs& args, const Context& context);
 

@@ -1,4 +1,4 @@
-// quantize.h: matrices in e4m3, by a scale that is known beforehand.
+// quantize.h: matrices in e4m3, by a scale that is known beforehand, or by their own.
 #pragma once
 
 #include <cstdint>
@@ -26,10 +26,14 @@ struct Float8Output {
   int64_t* counters = nullptr;
 };
 
-/// One read of x. Without x8 and x8_t it finds amax alone: current scaling, or the first step of delayed scaling.
+/// One read of x. Without x8 and x8_t it finds amax alone: the first step of delayed scaling.
+///
+///   own_scale  one float, written first, by a read more: the smallest power of two by which twice the largest finite |x|
+///              fits into e4m3, 1 for zeros; nothing for an empty x. Null: to.scale is known; else that is null
 struct QuantizeArgs {
   ConstMatrix x;
   Float8Output to;
+  float* own_scale = nullptr;
 };
 SP24_API void quantize(const QuantizeArgs& args, const Context& context);
 

@@ -1,14 +1,15 @@
-"""Casts to e4m3 by a scale that is known, and scales from the largest magnitude."""
+"""Casts to e4m3 by a scale that is known or by a tensor's own, and scales from the largest magnitude."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...formats import as_major
 from ...reference import float8 as reference
 from .._common import define_op, matrix, where
 from ..arguments import names_wrong_types
-from .operands import Cast, check_cast, empty_float8, note, output
+from .operands import Cast, check_cast, check_matrix, empty_float8, note, output, written
 
 
 def _quantize(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def compute_quantize(x: Tensor, cast: Cast, rows: bool, transposed: bool) -> tup
     if x.numel() == 0:
         return out
     x = as_major(x)
-    library.quantize(matrix(x), output(*out, cast, x.numel()), *place)
+    library.quantize(matrix(x), output(*out, cast, x.numel()), 0, *place)
     return out
 
 
@@ -68,6 +69,39 @@ def quantize(
     not 2-D or tensors on two devices, Sparse24DtypeError for a dtype, scale, amax or counts of another kind.
     """
     return _op_quantize(x, scale, rows, transposed, amax, counts)
+
+
+def _quantize_current(x: Tensor, rows: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    check_matrix(x)
+    library, *place = where(x)
+    if library is None or x.numel() == 0:
+        scale = reference.scale_of(reference.amax(x))
+        return *compute_quantize(x, (scale, None, None), rows, transposed), scale
+    out, scale, x = empty_float8(x, *x.shape, rows, transposed), x.new_empty(1, dtype=torch.float32), as_major(x)
+    library.quantize(matrix(x), written(*out), scale.data_ptr(), *place)
+    return *out, scale
+
+
+def _quantize_current_fake(x: Tensor, rows: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    check_matrix(x)
+    return *empty_float8(x, *x.shape, rows, transposed), x.new_empty(1, dtype=torch.float32)
+
+
+_op_quantize_current = define_op(
+    "quantize_current",
+    "(Tensor x, bool rows, bool transposed) -> (Tensor, Tensor, Tensor)",
+    _quantize_current,
+    _quantize_current_fake,
+)
+
+
+@names_wrong_types
+def quantize_current(x: Tensor, *, rows: bool = True, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize` by x's own scale, `scale_of` its largest finite |x|: (x8, x8_t, scale). One read of x more.
+
+    x, rows, transposed, x8, x8_t and errors as in `quantize`; scale is one float32.
+    """
+    return _op_quantize_current(x, rows, transposed)
 
 
 def scale_of(amax: Tensor, margin: float = 2.0) -> Tensor:

@@ -15,7 +15,8 @@ from ..mvue import check_seed, empty_tile_sums, mvue_fields
 from .operands import E4M3, Cast, check_cast, note, output, takes_one_pass
 
 
-def _empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
+def empty_mvue(dy: Tensor, float8: bool) -> tuple[Tensor, Tensor]:
+    """Room for the pruned form of dy (tokens, features)."""
     tokens, features = dy.shape
     dtype = E4M3 if float8 else dy.dtype
     padded = padded_tokens(tokens, dtype)
@@ -55,7 +56,7 @@ def compute_mvue_quantize(
         note(dy, cast)
         return packed, E, reference.to_float8(dy, cast[0]), dy.sum(0, dtype=torch.float32) if bias_grad else None
     dy = as_major(dy)
-    packed, E = _empty_mvue(dy, float8)
+    packed, E = empty_mvue(dy, float8)
     dy8 = dy.new_empty(*dy.shape, dtype=E4M3)
     sums = empty_tile_sums(dy) if bias_grad else None
     fields = mvue_fields(seed, packed, E, cast[0] if float8 else None)
@@ -66,7 +67,7 @@ def compute_mvue_quantize(
 def _mvue_quantize_fake(dy, seed, scale, float8, bias_grad, amax, counts) -> tuple[Tensor, ...]:
     _check_mvue(dy, seed, (scale, amax, counts))
     bias = dy.new_empty(dy.shape[1] if bias_grad else 0, dtype=torch.float32)
-    return *_empty_mvue(dy, float8), dy.new_empty(dy.shape, dtype=E4M3), bias
+    return *empty_mvue(dy, float8), dy.new_empty(dy.shape, dtype=E4M3), bias
 
 
 _op_mvue_quantize = define_op(
@@ -121,7 +122,7 @@ def compute_activation_backward_quantize(
         # A block of E would hold features of gate and of up, which no thread block has both of: two passes.
         d_gate_up = torch.ops.sparse24.activation_backward.default(dh, gate_up, kind, True, False)[0]
         return compute_mvue_quantize(d_gate_up, seed, cast, float8, bias_grad)
-    packed, E = _empty_mvue(gate_up, float8)
+    packed, E = empty_mvue(gate_up, float8)
     d_gate_up8 = gate_up.new_empty(*gate_up.shape, dtype=E4M3)
     sums = empty_tile_sums(gate_up) if bias_grad else None
     stored = None if takes_one_pass(dh.shape[1], dh, gate_up) else gate_up.new_empty(gate_up.shape)

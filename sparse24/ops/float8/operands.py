@@ -20,12 +20,22 @@ def output(x8: Tensor, x8_t: Tensor | None, cast: Cast, values: int) -> tuple[in
     flushed; of how many, here.
     """
     scale, amax, counts = cast
-    rows = (x8.data_ptr(), x8.stride(0)) if x8.numel() else (0, 0)
-    columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t is not None and x8_t.numel() else (0, 0)
     if counts is not None:
         counts[2].add_(values)
-    noted = 0 if amax is None else amax.data_ptr(), 0 if counts is None else counts.data_ptr()
-    return *rows, *columns, scale.data_ptr(), *noted
+    return written(x8, x8_t, scale, amax, counts)
+
+
+def written(
+    x8: Tensor,
+    x8_t: Tensor | None,
+    scale: Tensor | None = None,
+    amax: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> tuple[int, ...]:
+    """The fields of `output`; without a scale those of a pass that finds it itself."""
+    rows = (x8.data_ptr(), x8.stride(0)) if x8.numel() else (0, 0)
+    columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t is not None and x8_t.numel() else (0, 0)
+    return *rows, *columns, *(0 if t is None else t.data_ptr() for t in (scale, amax, counts))
 
 
 def takes_one_pass(d_ff: int, *operands: Tensor) -> bool:
@@ -93,8 +103,13 @@ def check_packed(packed: Tensor, E: Tensor, scale: Tensor, name: str, m: int, k:
 
 def check_cast(x: Tensor, cast: Cast) -> None:
     """A matrix that a pass reads, and how it casts it or what it makes of it."""
+    check_matrix(x)
+    check_scale_and_notes(x, cast)
+
+
+def check_matrix(x: Tensor) -> None:
+    """A matrix that a pass casts."""
     if x.dim() != 2:
         raise Sparse24Error(f"x must be 2-D, (tokens, features), got shape {tuple(x.shape)}; flatten it first")
     if x.dtype not in WEIGHT_DTYPES:
         check_weight_dtype(x, "x")
-    check_scale_and_notes(x, cast)

@@ -53,7 +53,7 @@ def why_unavailable(index: int) -> str:
     return _library.binding().sparse_gemm_unsupported(problem, 256, 256, _library.CUDA, index, 0)
 
 
-def _launch(
+def launch(
     problem: GemmProblem, lhs: SparseOperand, rhs: Tensor, rhs_scale: Tensor, out: Tensor, *,
     bias: Tensor | None = None, accumulate: bool = False, accumulation: int = 0,
 ) -> bool:  # fmt: skip
@@ -96,7 +96,7 @@ def _launch_padded(problem, lhs, rhs, rhs_scale, out, index, *, bias, accumulate
     p = padding.pad(problem, lhs, rhs, out, accumulate)
     problem = padded._replace(out_dtype=DTYPE_CODE[p.out.dtype])
     terms = dict(bias=bias, accumulate=p.accumulate, accumulation=accumulation)
-    if not _launch(problem, p.lhs, p.rhs, rhs_scale, p.out, **terms):
+    if not launch(problem, p.lhs, p.rhs, rhs_scale, p.out, **terms):
         return False
     p.finish()
     return True
@@ -168,7 +168,7 @@ def compute_sparse_mm_float8(
     bias = None if bias is None else bias.to(y.dtype).contiguous()
     packed, E, scale = weight
     lhs = SparseOperand(packed, E, scale=scale)
-    if not _launch(problem, lhs, x8, x_scale, y, bias=bias, accumulation=accumulation):
+    if not launch(problem, lhs, x8, x_scale, y, bias=bias, accumulation=accumulation):
         w = unpack_dense(*weight, out_features, k, torch.float32)
         product = (x8.float() * x_scale) @ w.T
         y.copy_(product if bias is None else product + bias)
@@ -225,7 +225,7 @@ def compute_grad_weight_float8(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: T
     problem = GemmProblem(GRAD_WEIGHT, m, n, k, DTYPE_CODE[E4M3], DTYPE_CODE[into.dtype])
     packed, E, scale = dy
     lhs = SparseOperand(packed, E, scale=scale)
-    if _launch(problem, lhs, x8_t, x_scale, into, accumulate=accumulate and written):
+    if launch(problem, lhs, x8_t, x_scale, into, accumulate=accumulate and written):
         if not written:
             out.add_(into) if accumulate else out.copy_(into)
         return
