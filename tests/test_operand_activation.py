@@ -256,9 +256,7 @@ def test_a_recipe_says_that_none_is_needed(model):
         sparse24.Recipe(model, torch.optim.SGD(model.parameters()), 10)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"lean": True}, {"fuse": False}, {"mvue": False}, {"precision": "fp8"}, {"dtype": torch.bfloat16}]
-)
+@pytest.mark.parametrize("setting", [{"lean": True}, {"fuse": False}, {"mvue": False}, {"dtype": torch.bfloat16}])
 def test_settings_of_2_4_weights_are_refused(model, setting):
     with pytest.raises(Sparse24Error, match=f"{next(iter(setting))} is about 2:4 weights"):
         sparse24.sparsify(model, operand="activation", **setting)

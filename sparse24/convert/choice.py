@@ -58,12 +58,11 @@ def choose_function(
         return model.linear(out_features, in_features, training, rates).speedup
 
     what = f"feed-forward layer of {block[0]} x {block[1]}" if block else f"layer of {out_features} x {in_features}"
-    rival = "a compiled dense" if training.precision is None else "the faster of a compiled bf16 and FP8 dense"
     speedup = estimate(training)
     remedies = ["backend='sparse' converts it anyway"]
     if training.mvue and (without := estimate(training.of(mvue=False))) >= rates.margin:
         remedies.insert(0, f"with mvue=False it is {without:.2f}x")
-    return _verdict(speedup, f"{rival} {what}", training, rates, device, remedies, assumed)
+    return _verdict(speedup, f"{_rival_of(training)} {what}", training, rates, device, remedies, assumed)
 
 
 def choose_activations(
@@ -75,9 +74,14 @@ def choose_activations(
     if device.type != "cuda":
         return True, f"{device.type}: no speed to gain, so every matching block prunes its activation"
     rates, (d_model, d_ff, _) = rates_on(device), block
-    speedup = cost_model.feed_forward_of_activations(d_model, d_ff, training, rates).speedup
-    what = f"a compiled dense feed-forward layer of {d_model} x {d_ff}"
+    model = cost_float8 if training.precision else cost_model
+    speedup = model.feed_forward_of_activations(d_model, d_ff, training, rates).speedup
+    what = f"{_rival_of(training)} feed-forward layer of {d_model} x {d_ff}"
     return _verdict(speedup, what, training, rates, device, ["backend='sparse' converts it anyway"], assumed)
+
+
+def _rival_of(training: Training) -> str:
+    return "a compiled dense" if training.precision is None else "the faster of a compiled bf16 and FP8 dense"
 
 
 def _verdict(

@@ -27,8 +27,10 @@ from .cost_model import (
     Times,
     Training,
     dense_product_us,
+    dense_weight_us,
     pass_us,
     sparse_product_us,
+    sums_us,
     weight_step_us,
 )
 
@@ -54,8 +56,12 @@ def _weight_gradient(m: int, k: int, training: Training, rates: Rates) -> float:
         return dense_product_us(m, k, training.tokens, rates)
     if training.precision == "fp8-hybrid":
         return sparse_product_us(m, k, training.tokens, rates, WEIGHT_GRADIENT_WIDTHS)
+    return _promoted(m, k, training.tokens, rates)
+
+
+def _promoted(m: int, n: int, k: int, rates: Rates) -> float:
     eight = replace(rates, sparse_us_per_wave_and_1024_k=PROMOTED * rates.sparse_us_per_wave_and_1024_k)
-    return sparse_product_us(m, k, training.tokens, eight, PROMOTED_WIDTHS)
+    return sparse_product_us(m, n, k, eight, PROMOTED_WIDTHS)
 
 
 def _dense8(m: int, n: int, k: int, rates: Rates) -> float:
@@ -107,6 +113,25 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
     dense8 = sum(_layer_us(_dense8, m, k, t, rates) for m, k in shapes) + activation / DENSE_CASTS
     dense8 += _casts_us(cast, rates)
     return _whole(dense16, dense8, sparse, sum(m * k for m, k in shapes), training, rates)
+
+
+def feed_forward_of_activations(d_model: int, d_ff: int, training: Training, rates: Rates = H200) -> Times:
+    """A plain feed-forward layer whose activation is the 2:4 operand, against the faster of bf16 and FP8 dense."""
+    t, elements, weights, once = (
+        training.tokens,
+        training.tokens * d_ff,
+        2 * d_model * d_ff,
+        training.of(micro_batches=1),
+    )
+    dense = feed_forward(d_model, d_ff, False, once, rates).dense_us - dense_weight_us(weights, once, rates)
+    sparse = 2 * _dense8(d_ff, t, d_model, rates) + 2 * _fast(t, d_model, d_ff, rates)
+    sparse += 2 * _promoted(d_ff, d_model, t, rates)
+    # A scale is a read more. x and dy are cast both ways; weights along rows in forward, along columns in backward.
+    sparse += pass_us((2 + 4) * 2 * t * d_model + (3 * training.master_bytes + 2) * weights, rates.dense_pass, rates)
+    sparse += pass_us((2 + 3.25) * elements, rates.mvue, rates)
+    sparse += pass_us((4 + 5.125) * elements, rates.activation_backward_mvue, rates)
+    between = Times(dense_weight_us(weights, training, rates), sums_us(weights, training, rates))
+    return Times(dense, sparse) * training.micro_batches + between
 
 
 def _casts_us(elements: int, rates: Rates) -> float:

@@ -211,13 +211,13 @@ def feed_forward_of_activations(d_model: int, d_ff: int, training: Training, rat
     """A plain feed-forward layer whose activation is the 2:4 operand (functional/sparse_activation.py)."""
     t, elements, weights = training.tokens, training.tokens * d_ff, 2 * d_model * d_ff
     dense = feed_forward(d_model, d_ff, False, training.of(micro_batches=1), rates).dense_us
-    dense -= _dense_weight_us(weights, training.of(micro_batches=1), rates)
+    dense -= dense_weight_us(weights, training.of(micro_batches=1), rates)
     sparse = 2 * dense_product_us(d_ff, t, d_model, rates) + 2 * sparse_product_us(t, d_model, d_ff, rates)
     sparse += 2 * sparse_product_us(d_ff, d_model, t, rates, WEIGHT_GRADIENT_WIDTHS)
     # Forward reads u and writes h twice, at 1.125 bytes; backward reads dh and u, and writes du without its metadata.
     sparse += pass_us(4.25 * elements, rates.mvue, rates)
     sparse += pass_us(6.125 * elements, rates.activation_backward_mvue, rates)
-    once = Times(_dense_weight_us(weights, training, rates), _pruned_weight_us(weights, training, rates))
+    once = Times(dense_weight_us(weights, training, rates), _pruned_weight_us(weights, training, rates))
     return Times(dense, sparse) * training.micro_batches + once
 
 
@@ -237,10 +237,10 @@ def _weight_gradient_us(m: int, k: int, training: Training, rates: Rates) -> flo
 def weight_step_us(weights: int, training: Training, rates: Rates, packed_bytes: float = 2.375) -> Times:
     """What a step pays for its weights, however many tokens it has. packed_bytes: both packed forms and the mask."""
     sparse = _sparse_weight_us(weights, training, rates, packed_bytes)
-    return Times(_dense_weight_us(weights, training, rates), sparse)
+    return Times(dense_weight_us(weights, training, rates), sparse)
 
 
-def _dense_weight_us(weights: int, training: Training, rates: Rates) -> float:
+def dense_weight_us(weights: int, training: Training, rates: Rates) -> float:
     """A step's passes over a dense weight: casts of fp32 masters and their gradients, sums of micro-batches."""
     casts = 12.0 * training.micro_batches if training.master_bytes == 4 else 0.0
     sums = 3.0 * training.master_bytes * (training.micro_batches - 1)
@@ -253,13 +253,16 @@ def _sparse_weight_us(weights: int, training: Training, rates: Rates, packed_byt
     # A search costs about what packing costs: it is the same pass.
     pack = (size + packed_bytes) * weights / rates.pack / 1e6 + rates.launch_us
     decay = (3 * size + 0.125) * weights / rates.decay / 1e6 + rates.launch_us
-    sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
     casts = 6.0 * training.micro_batches if size == 4 and not training.mvue else 0.0
-    return pack + decay + sums + casts * weights / rates.dense_pass / 1e6
+    return pack + decay + sums_us(weights, training, rates) + casts * weights / rates.dense_pass / 1e6
 
 
 def _pruned_weight_us(weights: int, training: Training, rates: Rates) -> float:
     """A step's passes over a dense weight between pruned activations: fp32 masters are cast; products add gradients."""
     casts = 6.0 * training.micro_batches if training.master_bytes == 4 else 0.0
-    sums = 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)
-    return sums + casts * weights / rates.dense_pass / 1e6
+    return sums_us(weights, training, rates) + casts * weights / rates.dense_pass / 1e6
+
+
+def sums_us(weights: int, training: Training, rates: Rates) -> float:
+    """What products take longer that add a weight gradient to those of earlier micro-batches."""
+    return 1e-6 * weights * rates.accumulation_us * (training.micro_batches - 1)

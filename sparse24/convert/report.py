@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import nn
 
-from ..errors import Sparse24Error
+from ..errors import Sparse24Error, Sparse24Warning
 
 #: why a layer that is sparse already is skipped; the settings that it keeps may follow
 ALREADY_SPARSE = "already sparse"
@@ -42,6 +43,17 @@ class SparsifyReport:
     fused: dict[str, str] = field(default_factory=dict)
     precision: str | None = None
     operand: str = "weight"
+
+    def warn_of_kept_settings(self, stacklevel: int) -> None:
+        """Warn of layers that keep settings which this call did not ask for, if there are any."""
+        kept = [skip for skip in self.skipped if skip.reason.startswith(f"{ALREADY_SPARSE}, with")]
+        if kept:
+            warnings.warn(
+                f"sparsify leaves {len(kept)} layers as they are, such as {kept[0].name}: {kept[0].reason}. To give "
+                "them the settings of this call, call sparse24.densify(model) first",
+                Sparse24Warning,
+                stacklevel=stacklevel,
+            )
 
     def __bool__(self) -> bool:
         return bool(self.converted)

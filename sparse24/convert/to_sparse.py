@@ -70,7 +70,8 @@ def sparsify(
     operand     which operand of the products is 2:4. "weight": what the rest of this page is about, and a `Recipe`
                 trains. "activation": weights stay dense, and of what a (squared) ReLU makes, two of each four are kept;
                 four of six products are sparse. Such blocks need no recipe, and have no masks and no state. It takes
-                plain blocks, down(act(up(x))), in 16 bits; mvue, dtype, fuse, lean and precision have no meaning then
+                plain blocks, down(act(up(x))), in 16 bits or with precision="fp8"; mvue, dtype, fuse and lean have no
+                meaning then
 
     Call it again at will: layers that are sparse already stay as they are, and a warning says so where this call asks
     for another precision, lean or dtype than they have. On a GPU without sparse kernels "auto" warns and leaves the
@@ -85,7 +86,7 @@ def sparsify(
         float8.check_settings(precision, lean, dtype)
     training = Training(tokens or cost_model.ASSUMED_TOKENS, micro_batches, mvue=mvue, precision=precision)
     if operand == ACTIVATION:
-        _check_alone(mvue=mvue, dtype=dtype, allow_tied=allow_tied, fuse=fuse, lean=lean, precision=precision)
+        _check_alone(mvue=mvue, dtype=dtype, allow_tied=allow_tied, fuse=fuse, lean=lean)
         return sparsify_activations(model, include, exclude, backend, training, assumed=tokens is None)
     report = SparsifyReport(precision=precision)
     unavailable = choice.why_unavailable(model, precision)
@@ -166,14 +167,7 @@ def _warn_of_kept_settings(chosen: dict[str, nn.Module], report: SparsifyReport,
         others = [f"{key}={own[key]}" for key, value in asked.items() if value and value != own[key]]
         if others:
             report.skipped[i] = Skipped(name, f"{ALREADY_SPARSE}, with {', '.join(others)}")
-    kept = [skip for skip in report.skipped if skip.reason.startswith(f"{ALREADY_SPARSE}, with")]
-    if kept:
-        warnings.warn(
-            f"sparsify leaves {len(kept)} layers as they are, such as {kept[0].name}: {kept[0].reason}. To give them "
-            "the settings of this call, call sparse24.densify(model) first",
-            Sparse24Warning,
-            stacklevel=4,
-        )
+    report.warn_of_kept_settings(stacklevel=5)
 
 
 def _check_alone(**settings) -> None:

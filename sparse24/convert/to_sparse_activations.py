@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from ..errors import Sparse24Error, Sparse24Warning
+from ..functional.sparse_activation import check_pruned_precision
 from ..layers import SparseLayer
-from ..layers.fused.sparse_activation import SparseActivation, prune_activations, restore
+from ..layers.fused.sparse_activation import SparseActivation, precision_of, prune_activations, restore
 from ..layers.fused.sparse_activation import why_not as why_not_block
 from . import choice, structure
 from .bypassed import why_block_bypassed
@@ -36,16 +37,17 @@ def sparsify_activations(
     assumed: bool,
 ) -> SparsifyReport:
     """What `sparsify` does for operand="activation"; `assumed`: the tokens of `training` are our default."""
-    report = SparsifyReport(operand=ACTIVATION)
+    check_pruned_precision(training.precision)
+    report = SparsifyReport(operand=ACTIVATION, precision=training.precision)
     chosen = find_candidates(model, include, patterns(exclude, "exclude"), report)
-    unavailable = choice.why_unavailable(model)
+    unavailable = choice.why_unavailable(model, training.precision)
     blocks: list[nn.Module] = []
     dense: list[tuple[structure.FeedForward, str]] = []
     for ffn in structure.find_feed_forwards(model):
         if not any(name in chosen for name in ffn.layers):
             continue
         block = model.get_submodule(ffn.name)
-        reason = _why_not(model, block, ffn, chosen) or unavailable
+        reason = _why_not(model, block, ffn, chosen, training.precision) or unavailable
         if reason is None:
             weight = model.get_submodule(ffn.layers[0]).weight
             converts, reason = choice.choose_activations(
@@ -69,20 +71,26 @@ def sparsify_activations(
         for name in chosen
         if name not in known
     ]
+    report.warn_of_kept_settings(stacklevel=5)
     if unavailable and report.skipped and backend == "auto":
         warnings.warn(f"sparsify left the model dense: {unavailable}", Sparse24Warning, stacklevel=4)
-    elif not blocks and not any(skip.reason == ALREADY_SPARSE for skip in report.skipped):
+    elif not blocks and not any(skip.reason.startswith(ALREADY_SPARSE) for skip in report.skipped):
         _raise_nothing_fits(model, report, backend)
-    _convert(blocks)
+    _convert(blocks, training.precision)
     return report
 
 
 def _why_not(
-    model: nn.Module, block: nn.Module, ffn: structure.FeedForward, chosen: dict[str, nn.Module]
+    model: nn.Module,
+    block: nn.Module,
+    ffn: structure.FeedForward,
+    chosen: dict[str, nn.Module],
+    precision: str | None,
 ) -> str | None:
     """Why the block stays as it is, or None."""
     if isinstance(block, SparseActivation):
-        return ALREADY_SPARSE
+        own = precision_of(block)
+        return ALREADY_SPARSE if own == precision else f"{ALREADY_SPARSE}, with precision={own!r}"
     layers = {name: model.get_submodule(name) for name in ffn.layers}
     if any(isinstance(layer, SparseLayer) for layer in layers.values()):
         return "its weights are 2:4 already, and one operand of a product can be; call sparse24.densify first"
@@ -111,12 +119,12 @@ def _has_cause(report: SparsifyReport) -> bool:
 
 
 @torch.inference_mode(False)
-def _convert(blocks: list[nn.Module]) -> None:
+def _convert(blocks: list[nn.Module], precision: str | None) -> None:
     """All or nothing."""
     done: list[nn.Module] = []
     try:
         for block in blocks:
-            prune_activations(block)
+            prune_activations(block, precision)
             done.append(block)
     except BaseException:
         for block in done:

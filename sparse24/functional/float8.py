@@ -99,7 +99,7 @@ class FeedForwardPlan(NamedTuple):
     seed: Tensor | None = None
 
 
-def _computed(x: Tensor) -> Tensor:
+def computed(x: Tensor) -> Tensor:
     """x as the passes take it: 16 bits on a GPU."""
     return x.to(FORMATS[float8.E4M3].wide_dtype) if x.is_cuda and x.dtype not in HALF_DTYPES else x
 
@@ -111,7 +111,7 @@ def _rows_of(x: Tensor) -> Tensor:
     before 2.13 makes all that happens in one an output of it. An output of two names (y, and y.to(y.dtype), which is y)
     gets its gradient by the wrong one, and backward gets zeros; sizes in a dynamic graph are not taken at all.
     """
-    return as_rows(_computed(x))
+    return as_rows(computed(x))
 
 
 def _shaped_as(rows: Tensor, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class _Pruned(NamedTuple):
     cast: Cast
 
 
-def _made_dtype(weight: torch.dtype, dy: torch.dtype, full: bool) -> torch.dtype:
+def made_dtype(weight: torch.dtype, dy: torch.dtype, full: bool) -> torch.dtype:
     """In which a product makes a weight gradient, before it is cast to the weight's."""
     if full:
         return weight if weight == FORMATS[float8.E4M3].wide_dtype else torch.float32
@@ -156,7 +156,7 @@ def _weight_gradient(dy: _Pruned, kept: Tensor, scale: Tensor, target: GradTarge
     """
     dtype, into, _ = target
     if kept.dtype == float8.E4M3:
-        made = _made_dtype(dtype, kept.dtype, full=True)
+        made = made_dtype(dtype, kept.dtype, full=True)
         out = kept.new_empty((dy.packed.shape[0], kept.shape[0]), dtype=made) if into is None else into
         float8.grad_weight_float8_(dy.packed, dy.E, dy.cast.scale, kept, scale, out, into is not None)
         return out.to(dtype) if into is None else None
@@ -199,7 +199,7 @@ class _Float8Linear(torch.autograd.Function):
         kept, packed_t, E_t, w_scale, x_scale, seed, *saved_dy = ctx.saved_tensors
         weight = Float8Weight(packed_t, E_t, packed_t, E_t, w_scale)
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        dy = as_rows(_computed(dy))
+        dy = as_rows(computed(dy))
         cast_dy = Cast(*saved_dy, ctx.current).settled(dy)
         if seed is None and ctx.mvue and need_weight:
             seed = ops.draw_seed(dy, ctx.rank)
@@ -238,7 +238,7 @@ class _Float8FeedForward(torch.autograd.Function):
         gate_up, x, x_scale, h, h_scale, seed, *rest = ctx.saved_tensors
         saved, casts, weights = (gate_up, (x, x_scale), (h, h_scale)), (rest[:3], rest[3:6]), (rest[6:9], rest[9:])
         backward = _backward_by_one_op if ctx.by_one_op else _backward_by_parts
-        dx, *others = backward(ctx, as_rows(_computed(dy)), saved, seed, casts, weights)
+        dx, *others = backward(ctx, as_rows(computed(dy)), saved, seed, casts, weights)
         return None, dx if dx is None else _shaped_as(dx, dy), *others
 
 
@@ -281,7 +281,7 @@ def _trains_plainly(ctx, plan: FeedForwardPlan) -> bool:
 
 def _backward_by_one_op(ctx, dy: Tensor, saved: tuple, seed: Tensor | None, casts: tuple, weights: tuple) -> tuple:
     needs, into = ctx.needs_input_grad[1:4], targets(ctx.down, ctx.ups, dy.dtype)
-    options = BackwardOptions(ctx.rank, *needs, _made_dtype(ctx.down.dtype, dy.dtype, ctx.full))
+    options = BackwardOptions(ctx.rank, *needs, made_dtype(ctx.down.dtype, dy.dtype, ctx.full))
     made = feed_forward_float8_backward(dy, saved, *weights, seed, (ctx.kind, ctx.gated), casts, options, into)
     return as_autograd_takes(ctx, made, needs, into)
 

@@ -38,8 +38,11 @@ from .operands import (
     noise_of,
 )
 from .second_derivatives import once_differentiable
+from .sparse_activation_float8 import SparseActivationMLPFloat8
 from .weight_gradient import GradTarget, as_laid_out, bias_gradient, packed_output_gradient, weight_gradient
 
+#: of the products: 16 or 8 bits
+PRECISIONS = (None, "fp8")
 #: of the (down, up) product: h is pruned in forward, the gradient of u in backward
 _OPERANDS = (INPUT, OUTPUT)
 
@@ -100,6 +103,7 @@ def sparse_activation_mlp(
     seed: Tensor | None = None,
     rank: int = 0,
     training: bool = False,
+    precision: str | None = None,
 ) -> Tensor:
     """y = h' W_down^T + b_down, where h' is act(x W_up^T + b_up), pruned to the two largest of each four features.
 
@@ -112,15 +116,18 @@ def sparse_activation_mlp(
                 weight gradients of down and up; or None, to draw them
     rank        of this process: mixed into drawn seeds, so that ranks draw different noise
     training    whether the layer is being trained: for passes under no_grad, see `noise_of`
+    precision   None: products of x's dtype. "fp8": of float8_e4m3fn operands, each tensor cast by its own scale
 
     Kept for backward are x, the product of up (before the activation), and h' packed along tokens: with 16 bits 3.25
-    bytes an element of h, where a dense layer keeps 4. Not differentiable twice.
+    bytes an element of h, where a dense layer keeps 4, and 2.75 with 8, which keep x in half of its bytes. Not
+    differentiable twice.
 
     Raises Sparse24Error for an activation that makes no zeros, a d_ff that is no multiple of 4, and weights that do
     not fit one another; Sparse24DtypeError for dtypes that do not.
     Source: arXiv 2503.16672 and 2404.01847; see the head of the file.
     """
     check_no_transform(x)
+    check_pruned_precision(precision)
     _check_operands(x, up, down, activation)
     _check_bias(bias_up, "bias_up", up)
     _check_bias(bias_down, "bias_down", down)
@@ -128,7 +135,16 @@ def sparse_activation_mlp(
     check_bias(x, bias_up)
     check_bias(x, bias_down)
     noise = noise_of(x, _OPERANDS, seed, rank, up.requires_grad or down.requires_grad, training)
-    return _SparseActivationMLP.apply(x, up, down, bias_up, bias_down, activation, noise)
+    function = _SparseActivationMLP if precision is None else SparseActivationMLPFloat8
+    return function.apply(x, up, down, bias_up, bias_down, activation, noise)
+
+
+def check_pruned_precision(precision: str | None) -> None:
+    if precision not in PRECISIONS:
+        raise Sparse24Error(
+            f"precision must be None or 'fp8' where activations are pruned, got {precision!r}; 'fp8-hybrid' is for 2:4 "
+            "weights"
+        )
 
 
 def _check_operands(x: Tensor, up: Tensor, down: Tensor, activation: str) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..convert import cost_float8
-from ..convert.cost_model import H100, Training, feed_forward, feed_forward_of_activations
+from ..convert import cost_float8, cost_model
+from ..convert.cost_model import H100, Training
 from ..convert.to_sparse_activations import ACTIVATION
 from .metrics import Row
 from .settings import Settings, arm_settings
@@ -37,19 +37,19 @@ def layer_time(s: Settings) -> LayerTime:
     hidden = round(REFERENCE_WIDTH * s.ffn_width / s.width / 64) * 64
     training = Training(REFERENCE_TOKENS, REFERENCE_CALLS, master_bytes=4, mvue=bool(s.mvue))
     layer = (REFERENCE_WIDTH, hidden, s.model == "llama")
-    times = feed_forward(*layer, training, H100)
-    ratio, kind = times.speedup, ""
+    # Dense arms stay in 16 bits, so an 8-bit layer, too, is compared with those.
+    dense_us = cost_model.feed_forward(*layer, training, H100).dense_us
+    model, training = cost_model if s.precision is None else cost_float8, training.of(precision=s.precision)
     if s.operand == ACTIVATION:
-        ratio = feed_forward_of_activations(*layer[:2], training, H100).speedup
-        kind = ", 2:4 activations"
-    if s.precision is not None:  # dense arms stay in 16 bits, so the 8-bit layer is compared with those
-        ratio = times.dense_us / cost_float8.feed_forward(*layer, training.of(precision=s.precision), H100).sparse_us
-        kind = f", 2:4 in {s.precision}"
+        sparse_us, kind = model.feed_forward_of_activations(*layer[:2], training, H100).sparse_us, ", 2:4 activations"
+    else:
+        sparse_us, kind = model.feed_forward(*layer, training, H100).sparse_us, ", 2:4" if s.precision else ""
+    kind += f" in {s.precision}" if s.precision else ""
     size = f"a {REFERENCE_WIDTH} x {hidden} FFN, {REFERENCE_CALLS} x {REFERENCE_TOKENS} tokens a step{kind}"
     source = f"estimate for an H100, {size}"
     if s.time_ratio is not None:
         source = f"{size}, 2:4 at {s.time_ratio:g}x as --time-ratio says"
-    return LayerTime(times.dense_us / 1e3, s.time_ratio or ratio, source)
+    return LayerTime(dense_us / 1e3, s.time_ratio or dense_us / sparse_us, source)
 
 
 def run_ratio(s: Settings) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from ..convert.to_sparse_activations import ACTIVATION, OPERANDS
 from ..errors import Sparse24Error
 from ..formats import DEFAULT_DTYPE, FORMATS, WEIGHT_DTYPES, names
+from ..functional.sparse_activation import PRECISIONS as PRUNED_PRECISIONS
 from ..layers.float8 import PRECISIONS
 from ..options import fitted
 from ..recipe.decay import FLOAT32_MAX, SCHEDULES
@@ -137,7 +138,9 @@ class Settings:
         None, "Named settings of the recipe: paper, equal-time or fine-tune. Other options override it."
     )
     precision: str | None = option(
-        None, "fp8-hybrid (8-bit products but for the weight gradient) or fp8 (all). Default: 16 bits."
+        None,
+        "fp8-hybrid (8-bit products but for the weight gradient) or fp8 (all; the one for --operand activation). "
+        "Default: 16 bits.",
     )
     backend: str = option("sparse", "sparse, or auto: only layers that a GPU should train faster than dense.")
     # optimization
@@ -297,6 +300,9 @@ def check_choices(s: Settings) -> None:
     rule("precision", known, f"must be {' or '.join(PRECISIONS)}", "leave it out for 16 bits")
     if s.operand == ACTIVATION:
         check_activation(s, rule)
+    if ACTIVATION in (s.operand, *s.kinds):
+        pruned = s.precision in PRUNED_PRECISIONS
+        rule("precision", pruned, "must be fp8 where activations are pruned", "or leave it out, for 16 bits")
     scaled_twice = s.precision is not None and FORMATS[DTYPES[s.dtype]].wants_loss_scaling
     rule("dtype", not scaled_twice, f"cannot go with --precision {s.precision}", "use --dtype bfloat16")
 
@@ -306,7 +312,6 @@ def check_activation(s: Settings, rule: Callable[[str, bool, str, str], None]) -
     zeros = ("relu2", "relu")
     rule("activation", s.activation in zeros, f"must be {' or '.join(zeros)} for --operand activation", "name it")
     rule("model", s.model == "gpt2", "must be gpt2 for --operand activation: llama's FFN has a gate", "change one")
-    rule("precision", s.precision is None, "cannot go with --operand activation", "leave it out")
     rule("dense_fraction", s.dense_fraction == 0, "must be 0 for --operand activation", "leave it out")
 
 

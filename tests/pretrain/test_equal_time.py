@@ -60,7 +60,9 @@ def test_the_ratio_of_2_4_activations_is_that_of_their_layer():
     s = resolve(Settings(device="cpu", width=768, heads=12, activation="relu2", operand="activation"))
     times = feed_forward_of_activations(4096, 16384, Training(8192, 16, master_bytes=4), H100)
     time = equal_time.layer_time(s)
-    assert time.ratio == times.speedup > 1 and "2:4 activations" in time.source
+    assert time.ratio == pytest.approx(times.speedup) and times.speedup > 1 and "2:4 activations" in time.source
+    in_8_bits = equal_time.layer_time(dataclasses.replace(s, precision="fp8"))
+    assert in_8_bits.ratio > time.ratio and "2:4 activations in fp8" in in_8_bits.source
     assert s.dense_fraction == 0 and equal_time.run_ratio(s) == pytest.approx(time.ratio)
 
 
@@ -81,7 +83,7 @@ def test_an_arm_of_2_4_activations_beside_others_takes_the_time_of_dense():
     [
         ({}, "--activation must be relu2 or relu for --operand activation"),
         ({"activation": "relu2", "model": "llama"}, "--model must be gpt2 for --operand activation"),
-        ({"activation": "relu2", "precision": "fp8"}, "--precision cannot go with --operand activation"),
+        ({"activation": "relu2", "precision": "fp8-hybrid"}, "--precision must be fp8 where activations are pruned"),
         ({"activation": "relu2", "dense_fraction": 0.1}, "--dense-fraction must be 0 for --operand activation"),
     ],
 )

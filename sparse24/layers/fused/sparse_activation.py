@@ -6,8 +6,8 @@ so optimizers, checkpoints and copies know nothing of it, and a step has nothing
 
 Pruning h changes the function, if by little, so it must not come and go. Where the layers are not the plain ones any
 more (hooks, adapters, another library's), or a call is of a kind that kernels do not take, they run one by one and h is
-pruned between them. Where the activation is no longer the one that was found, the block's own forward runs, with a
-warning.
+pruned between them, then in 16 bits whatever the block's precision is. Where the activation is no longer the one that
+was found, the block's own forward runs, with a warning.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from ...functional.operands import computed_dtype
 from ...functional.sparse_activation import kept_activations
 from ...ops.activation_packing import PRUNED_KINDS
 from ..checks import distributed_rank
-from ..forward import on_values
 from ..state import HOLDER, is_ours
 from .forward_source import form_kind, read_forward
 from .mixed_class import class_behind, mixed_class, own_class_of
@@ -42,11 +41,13 @@ class Found(NamedTuple):
     layers      names of (up, down)
     kind        the activation, one of PRUNED_KINDS
     transposed  the weights are [in, out], those of transformers' Conv1D
+    precision   of the products, as it was asked for: None or "fp8"
     """
 
     layers: tuple[str, str]
     kind: str
     transposed: bool
+    precision: str | None = None
 
 
 @dataclass(eq=False)
@@ -104,13 +105,13 @@ class SparseActivation:
 
     def _replicate_for_data_parallel(self):
         raise Sparse24Error(
-            f"torch.nn.DataParallel makes replicas of {type(self)._sparse24_own.__name__} that would not prune its "
-            "activation; use DistributedDataParallel"
+            f"torch.nn.DataParallel makes replicas of {own_class(self).__name__} that would not prune its activation; "
+            "use DistributedDataParallel"
         )
 
     def __prepare_scriptable__(self):
         raise Sparse24Error(
-            f"{type(self)._sparse24_own.__name__}, whose activation is pruned, cannot be compiled by torch.jit.script; "
+            f"{own_class(self).__name__}, whose activation is pruned, cannot be compiled by torch.jit.script; "
             "torch.jit.trace and torch.export.export keep the pruned function, and after sparse24.densify(model) "
             "torch.jit.script compiles the dense one"
         )
@@ -118,9 +119,7 @@ class SparseActivation:
     def forward(self, x: Tensor) -> Tensor:
         state, modules = self.__dict__[HOLDER], self._modules
         _check_input(x)
-        if isinstance(x, Tensor) and x.is_nested:
-            return on_values(self.forward, x)
-        layers, kind, transposed = state.found
+        layers, kind, transposed, precision = state.found
         up, down = (modules.get(name) for name in layers)
         if up is None or down is None or not _has_its_activation(self, state):
             _warn_of_dense(self, state)
@@ -132,9 +131,8 @@ class SparseActivation:
             if transposed:
                 weights = [weight.t() for weight in weights]
             rank = distributed_rank()  # not that of sparsify, before which there may have been no process group
-            y = functional.sparse_activation_mlp(
-                x, *weights, kind, bias_up=biases[0], bias_down=biases[1], rank=rank, training=self.training
-            )
+            settings = dict(rank=rank, training=self.training, precision=precision)
+            y = functional.sparse_activation_mlp(x, *weights, kind, bias_up=biases[0], bias_down=biases[1], **settings)
         else:
             u = up(x)
             kept = kept_activations(u)  # first: the activation may work in place
@@ -184,12 +182,17 @@ _say_that_it_is_dense._dynamo_marked_constant = True
 
 def _check_input(x: object) -> None:
     """Refuse what neither kernels nor plain ops between the layers take. Raises Sparse24Error with the way out."""
-    if type(x) is Tensor:
+    if type(x) is Tensor and not x.is_nested:
         return
     if isinstance(x, torch.fx.Proxy):
         raise Sparse24Error(
             "a block whose activation is pruned cannot be traced by torch.fx.symbolic_trace; "
             "torch.export.export(model) keeps the pruned function"
+        )
+    if isinstance(x, Tensor) and x.is_nested:
+        raise Sparse24Error(
+            "a block whose activation is pruned takes no nested tensor; pad it (x.to_padded_tensor(0.0)), or pass the "
+            "tokens of all sequences as one tensor (x.values() of a jagged one)"
         )
 
 
@@ -231,13 +234,19 @@ def _kernels_take(up: nn.Module, down: nn.Module, x: Tensor, transposed: bool) -
 # -- which blocks ---------------------------------------------------------------------------------------------------
 
 
-def prune_activations(block: nn.Module) -> None:
+def prune_activations(block: nn.Module, precision: str | None = None) -> None:
     """Give `block` the forward that prunes its activation. Raises Sparse24Error where `why_not` has a reason."""
-    found = look_at(block, type(block))
-    if isinstance(found, str):
-        raise Sparse24Error(f"{type(block).__name__} cannot prune its activation: {found}")
+    state = look_at(block, type(block))
+    if isinstance(state, str):
+        raise Sparse24Error(f"{type(block).__name__} cannot prune its activation: {state}")
+    state.found = state.found._replace(precision=precision)
     block.__class__ = _mixed_class(type(block))
-    block.__dict__[HOLDER] = found
+    block.__dict__[HOLDER] = state
+
+
+def precision_of(block: SparseActivation) -> str | None:
+    """Of the products of a block whose activation is pruned."""
+    return block.__dict__[HOLDER].found.precision
 
 
 def why_not(block: nn.Module) -> str:
@@ -274,10 +283,10 @@ def look_at(block: nn.Module, own: type, told: Found | None = None) -> Activatio
         d_ff = down._parameters["weight"].shape[0 if transposed else 1]
         if d_ff % BLOCK:
             return f"it has {d_ff} hidden features, not a multiple of {BLOCK}"
-    else:
-        transposed = told.transposed
+        told = Found(form.layers, kind, transposed)
     children = tuple(remember(block, name) for name in form.uses)
-    return ActivationState(Found(form.layers, kind, transposed), form.tail, children, own.forward, form.activation)
+    found = told._replace(layers=form.layers, kind=kind)
+    return ActivationState(found, form.tail, children, own.forward, form.activation)
 
 
 def activation_blocks(model: nn.Module) -> dict[str, SparseActivation]:
