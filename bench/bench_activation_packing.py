@@ -4,7 +4,8 @@ Beside ours: the parts that other code would take, where we have them: the activ
 own, and `mvue_compress` of the result. They leave out the pruning along features, so their sum is a lower bound.
 
 Bytes an element: forward reads 2 and writes 1.125 along features, with a seed 1.125 more along tokens; backward
-reads 4, and writes 1 and 1.125.
+reads 4, and writes 1 and 1.125. To e4m3 the scale is found first, which reads all operands once more, and half of the
+values' bytes are written.
 
     python -m bench.bench_activation_packing [--csv FOLDER] [--append]
 """
@@ -17,10 +18,12 @@ import torch
 
 from bench.common import arguments, copy_bandwidth, header, open_table, time_cold
 from sparse24 import ops
+from sparse24.ops import float8
 
 SHAPES = [("16384 x 16384", 16384, 16384), ("llama-7B", 8192, 11008)]
 COLUMNS = ["op", "shape", "dtype", "kind", "time_us", "GB/s", "share of copy"]
 FORWARD, BACKWARD, ALONG_TOKENS = 3.125, 5.0, 1.125
+FORWARD_FLOAT8, BACKWARD_FLOAT8 = 2 + 3.25, 4 + 5.125  # both along tokens, too
 
 
 def calls(u: torch.Tensor, dh: torch.Tensor, kind: str) -> dict[str, tuple[float, Callable]]:
@@ -35,6 +38,8 @@ def calls(u: torch.Tensor, dh: torch.Tensor, kind: str) -> dict[str, tuple[float
             lambda: ops.activation_backward_compress(dh, u, kind, seed, bias_grad=True),
         ),
         "backward, along features alone": (BACKWARD, lambda: ops.activation_backward_compress(dh, u, kind)),
+        "forward to e4m3": (FORWARD_FLOAT8, lambda: float8.activation_compress_float8(u, kind, seed)),
+        "backward to e4m3": (BACKWARD_FLOAT8, lambda: float8.activation_backward_compress_float8(dh, u, kind, seed)),
         "activation alone": (4.0, lambda: ops.activation(u, kind)),
         "activation_backward alone": (6.0, lambda: ops.activation_backward(dh, u, kind)),
         "mvue_compress alone": (3.125, lambda: ops.mvue_compress(dh, seed)),

@@ -1,9 +1,10 @@
 """How much wider may a 2:4 feed-forward layer be in the time of a dense one? And how narrow is a dense one in its time?
 
 The dense layer, dense ones of less width, and 2:4 ones of more, in 16 bits (also with whole weight gradients, or with
-2:4 activations between dense weights) and in FP8, forward and backward, in one loop on a hot chip. Dense is bf16. The
-2:4 side pays re-packing, 1/40 of a mask search and masked decay as in bench_ffn, where weights are 2:4. The width of
-equal time lies on the line between the two widths measured around it.
+2:4 activations between dense weights) and in FP8, forward and backward, in one loop on a hot chip. Dense is bf16, and
+beside 8-bit sides FP8, too: torchao's where that is installed. The 2:4 side pays re-packing, 1/40 of a mask search and
+masked decay as in bench_ffn, where weights are 2:4. The width of equal time lies on the line between the two widths
+measured around it.
 
     python -m bench.bench_equal_time [--csv FOLDER] [--append] [--quick] [--only NAMES] [--sides NAMES]
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from bench.common import arguments, chosen, header, open_table, time_hot
-from sparse24.benchmark import suite
+from sparse24.benchmark import float8_dense, suite
 from sparse24.benchmark.arms import Arm, between_us, feed_forward_arm
 from sparse24.benchmark.models import ModelShape
 
@@ -28,13 +29,14 @@ LAYERS = [
     suite.ffn_shape("1280 x 5120 relu2", 16384, 1280, 5120, kind="relu2"),
     suite.ffn_shape("768 x 3072 relu2", 16384, 768, 3072, kind="relu2"),
 ]
-ACTIVATION = "2:4 activation"
+ACTIVATION, ACTIVATION_FP8 = "2:4 activation", "fp8 2:4 activation"
 NARROW = (0.5, 0.625, 0.75)
 #: side -> widths of its layers beside 1
 WIDE = {
     "2:4": (1.25, 1.5, 1.75),
     "2:4 mvue=False": (1.125, 1.25, 1.375),
     ACTIVATION: (1.125, 1.25, 1.375),
+    ACTIVATION_FP8: (1.375, 1.5, 1.75),
     "fp8-hybrid": (1.75, 2.0, 2.25),
     "fp8": (2.0, 2.25, 2.5),
 }
@@ -42,9 +44,12 @@ COLUMNS = ["layer", "side", "width", "us", "of dense"]
 
 
 def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
-    shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side != "dense"
-    settings = dict(sparse=sparse, compiled=not sparse, precision=side if side.startswith("fp8") else None)
-    settings |= dict(operand="activation") if side == ACTIVATION else {}
+    shape, sparse = shape.of(d_ff=round(shape.d_ff * width / 128) * 128), side in WIDE
+    settings = dict(sparse=sparse, compiled=not sparse, fp8_dense=float8_dense.variants().get(side))
+    if side in (ACTIVATION, ACTIVATION_FP8):
+        settings |= dict(operand="activation", precision=None if side == ACTIVATION else "fp8")
+    elif side.startswith("fp8"):
+        settings |= dict(precision=side)
     arm = feed_forward_arm(shape, master=torch.bfloat16, one_gate=True, **settings)
     if side.endswith("mvue=False"):
         arm.set_mvue(False)
@@ -54,8 +59,11 @@ def arm_of(shape: ModelShape, width: float, side: str) -> Arm:
 def measure(shape: ModelShape, sides: Iterable[str] = tuple(WIDE)) -> dict[tuple[str, float], float]:
     """Microseconds of an optimizer step with one micro-batch, by side and width."""
     suite.fresh()
-    sides = [side for side in sides if side != ACTIVATION or shape.kind == "relu2"]  # others make no zeros
+    if shape.kind != "relu2":  # others make no zeros
+        sides = [side for side in sides if side not in (ACTIVATION, ACTIVATION_FP8)]
     keys = [("dense", width) for width in (1.0, *NARROW)]
+    if any(side.startswith("fp8") for side in sides):
+        keys += [(side, 1.0) for side in float8_dense.variants()]
     keys += [(side, width) for side in sides for width in (1.0, *WIDE[side])]
     arms = {(side, width): arm_of(shape, width, side) for side, width in keys}
     calls = {}
@@ -94,11 +102,14 @@ def main() -> None:
         dense = steps["dense", 1.0]
         for (side, width), us in steps.items():
             table.add(shape.name, side, width, us, us / dense)
-        for kind in dict.fromkeys(side for side, _ in steps if side != "dense"):
-            wide = equal_width([(w, us) for (side, w), us in steps.items() if side == kind], dense)
+        fp8_dense = min((us for (side, _), us in steps.items() if side in float8_dense.variants()), default=dense)
+        for kind in dict.fromkeys(side for side, _ in steps if side in WIDE):
+            points = [(w, us) for (side, w), us in steps.items() if side == kind]
             narrow = equal_width([(w, us) for (side, w), us in steps.items() if side == "dense"], steps[kind, 1.0])
+            wide = equal_width(points, dense), equal_width(points, fp8_dense)
             print(
-                f"# {shape.name}, {kind}: {wide:.2f} as wide in dense's time; dense is {narrow:.2f} as wide in its time"
+                f"# {shape.name}, {kind}: {wide[0]:.2f} as wide in dense's time, {wide[1]:.2f} in that of FP8 dense; "
+                f"dense is {narrow:.2f} as wide in its time"
             )
 
 
