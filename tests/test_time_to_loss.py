@@ -183,7 +183,7 @@ def test_the_same_seed_on_another_text_is_no_pair():
     assert report.precision_rows(twins)[0][-3:] == ["0", "-", "-"]
 
 
-def test_dense_fp8_has_no_time_of_its_layers_unless_it_was_measured_and_is_no_base():
+def test_layers_have_the_time_that_was_measured_of_them_and_dense_fp8_is_no_base():
     groups = grouped(
         run("relu2 dense", 3, 3, 2.0), run("relu2 dense precision=fp8", 3, 3, 1.9), run("relu2 2:4", 3, 3, 2)
     )
@@ -191,5 +191,9 @@ def test_dense_fp8_has_no_time_of_its_layers_unless_it_was_measured_and_is_no_ba
     assert compare.ffn_time(parse("relu2 dense precision=fp8"), {"plain": 1.5}) is None
     assert compare.ffn_time(parse("relu2 dense precision=fp8"), {"plain dense fp8": 1.25}) == 0.8
     assert compare.ffn_time(parse("relu2 2:4 operand=activation precision=fp8"), {"plain activation": 1.5}) is None
+    own = {"plain activation": 1.5, "350m plain activation": 1.25, "plain": 2.0, "350m plain": 1.6}
+    assert compare.ffn_time(parse(SPARSE), own) == 1.0  # 1.25 as wide, by the layer of its own size
+    assert compare.ffn_time(parse("relu2 2:4 dense=0 size=350m"), own) == 1 / 1.6
+    assert compare.ffn_time(parse("relu2 2:4 mvue=False size=350m"), own | {"plain mvue=False": 1.5}) is None
     assert compare.loss_targets(grouped(run("relu2 dense wide=1/2 precision=fp8", 3, 3, 2))) == []
     assert picture.words(parse("relu2 dense precision=fp8")) == "dense, fp8"

@@ -39,7 +39,11 @@ KINDS = {
     "gated mvue=False": (GATED_LAYER, "2:4 mvue=False"),
     "gated fp8": (GATED_LAYER, "fp8"),
     "gated fp8-hybrid": (GATED_LAYER, "fp8-hybrid"),
+    "350m plain": ("2048 x 8192 relu2", "2:4"),
+    "350m plain activation": ("2048 x 8192 relu2", "2:4 activation"),
 }
+#: sizes whose own layers were measured: an arm of another kind of layer has no time
+MEASURED_SIZES = ("350m",)
 FEWEST_FOR_T = 3  # pairs; two have one degree of freedom
 
 
@@ -68,10 +72,10 @@ def ratio_of(arm: Arm, ratios: Ratios) -> float | None:
     """How much faster than dense ones of 16 bits the layers of an arm are, of a 2:4 one while they are sparse."""
     if arm.is_dense_16_bit:
         return 1.0
-    kind = ["gated" if arm.gated else "plain", arm.precision]
-    if arm.layers != "weight":
-        return ratios.get(" ".join(filter(None, (kind[0], arm.layers, arm.precision))))
-    kind += ["method=mvue"] if arm.method == "mvue" else ["mvue=False"] if arm.mvue == "False" else []
+    size = arm.size if arm.size in MEASURED_SIZES else ""
+    layers = "" if arm.layers == "weight" else arm.layers
+    method = "method=mvue" if arm.method == "mvue" else "mvue=False" if arm.mvue == "False" else ""
+    kind = (size, "gated" if arm.gated else "plain", layers, arm.precision, method if arm.has_recipe else "")
     return ratios.get(" ".join(filter(None, kind)))
 
 
