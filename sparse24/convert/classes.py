@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import Sparse24Error
 from ..layers import SparseLayer, SparseLinear
 from ..layers.fused.feedforward import FusedFeedForward, fuse, unfuse_block
+from ..layers.fused.mixed_class import class_without
 from ..layers.watch.owners import model_changed
 from ..layers.watch.unseen import share_lookout
 from . import structure
@@ -66,11 +67,14 @@ def _sparse_class(module: nn.Module) -> type:
 
 
 def dense_class(name: str, layer: SparseLayer) -> type:
-    """The class right of the mixin. Raises Sparse24Error for a class that somebody has put over ours."""
-    bases = type(layer).__bases__
-    if SparseLayer not in bases:
+    """The layer's class without ours, inside of that of fully_shard if there is one.
+
+    Raises Sparse24Error for another class that somebody has put over ours.
+    """
+    own = class_without(SparseLayer, type(layer))
+    if own is None:
         raise Sparse24Error(
-            f"{name or 'the layer'} is a {type(layer).__name__}: it was wrapped after sparsify, by fully_shard or a "
-            "parametrization perhaps; take that off (remove_parametrizations), or densify before wrapping"
+            f"{name or 'the layer'} is a {type(layer).__name__}: it was wrapped after sparsify, by a parametrization "
+            "perhaps; take that off (remove_parametrizations), or densify before wrapping"
         )
-    return bases[bases.index(SparseLayer) + 1]
+    return own

@@ -134,7 +134,7 @@ def _dense_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
     state = state_of(layer)
     check_input(x)
     if x.is_nested:
-        return _on_values(lambda values: _dense_product(layer, values, weight, bias), x)
+        return on_values(lambda values: _dense_product(layer, values, weight, bias), x)
     x, bias = _cast(x, weight, bias)
     return functional.dense_linear(x, weight, bias, mvue=state.mvue, rank=state.rank, training=layer.training)
 
@@ -157,7 +157,7 @@ def sparse_forward(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | N
 def _sparse_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_input(x)
     if x.is_nested:
-        return _on_values(lambda values: _sparse_product(layer, values, weight, bias), x)
+        return on_values(lambda values: _sparse_product(layer, values, weight, bias), x)
     x, bias = _cast(x, weight, bias)
     state, forms, decay = state_of(layer), layer._buffers, layer._buffers[DECAY]
     if has_substituted_weight(layer):
@@ -197,7 +197,7 @@ def _sparse_product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | 
     )
 
 
-def _on_values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def on_values(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function of the values of a jagged tensor [batch, length, features], as a jagged tensor of the same lengths."""
     if x.layout != torch.jagged or x._ragged_idx != 1 or x.lengths() is not None:
         raise Sparse24Error(

@@ -214,7 +214,7 @@ def _layers_agree(layers: list[SparseLayer], x: Tensor) -> bool:
 
 def fuse(block: nn.Module) -> str:
     """Give `block` the fused forward if it is safe; returns "" or why not. Of a fused block: look at it anew."""
-    own = own_class(block) if isinstance(block, FusedFeedForward) else type(block)
+    own = type(block)._sparse24_own if isinstance(block, FusedFeedForward) else type(block)
     found = look_at(block, own)
     if isinstance(block, FusedFeedForward):
         if isinstance(found, BlockState):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import FunctionType
 
 from torch import nn
 
 from ...errors import Sparse24Error
+
+#: what the namespace of any class has, and of those with a mixin of ours
+_OF_ANY_CLASS = {"__dict__", "__weakref__", "__doc__", "_sparse24_own"}
 
 
 def mixed_class(mixin: type, own: type, prefix: str) -> type:
@@ -39,10 +43,30 @@ def class_behind(mixin: type, cls: type) -> type:
 
 
 def own_class_of(mixin: type, block: nn.Module) -> type:
-    """The class of `block` before `mixed_class`. Raises Sparse24Error where somebody has put another over ours."""
-    first, *own = type(block).__bases__
-    if first is not mixin:
+    """The class of `block` without what `mixed_class` has added. What fully_shard has put over it stays around it.
+
+    Raises Sparse24Error where somebody else has put a class over ours.
+    """
+    own = class_without(mixin, type(block))
+    if own is None:
         raise Sparse24Error(
-            f"{type(block).__name__} was wrapped after sparsify (by fully_shard, perhaps); densify before wrapping"
+            f"{type(block).__name__} was wrapped after sparsify, by a parametrization or another library; take that "
+            "off, or densify before wrapping"
         )
-    return own[0]
+    return own
+
+
+@cache
+def class_without(mixin: type, cls: type) -> type | None:
+    """The class that `cls` would be without the mixin, or None if an unknown class is around ours."""
+    bases = cls.__bases__
+    if mixin in bases:
+        return bases[bases.index(mixin) + 1]
+    if len(bases) != 2 or not bases[0].__module__.startswith("torch.distributed."):
+        return None
+    wrapper, inner = bases  # of fully_shard: FSDPModule and our class
+    own = class_without(mixin, inner)
+    if own is None:
+        return None
+    added = {name: value for name, value in vars(cls).items() if name not in _OF_ANY_CLASS}
+    return type(cls.__name__.removesuffix(inner.__name__) + own.__name__, (wrapper, own), added)

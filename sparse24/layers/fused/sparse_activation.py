@@ -29,6 +29,7 @@ from ...functional.operands import computed_dtype
 from ...functional.sparse_activation import kept_activations
 from ...ops.activation_packing import PRUNED_KINDS
 from ..checks import distributed_rank
+from ..forward import on_values
 from ..state import HOLDER, is_ours
 from .forward_source import form_kind, read_forward
 from .mixed_class import class_behind, mixed_class, own_class_of
@@ -105,13 +106,13 @@ class SparseActivation:
 
     def _replicate_for_data_parallel(self):
         raise Sparse24Error(
-            f"torch.nn.DataParallel makes replicas of {own_class(self).__name__} that would not prune its activation; "
-            "use DistributedDataParallel"
+            f"torch.nn.DataParallel makes replicas of {type(self)._sparse24_own.__name__} that would not prune its "
+            "activation; use DistributedDataParallel"
         )
 
     def __prepare_scriptable__(self):
         raise Sparse24Error(
-            f"{own_class(self).__name__}, whose activation is pruned, cannot be compiled by torch.jit.script; "
+            f"{type(self)._sparse24_own.__name__}, whose activation is pruned, cannot be compiled by torch.jit.script; "
             "torch.jit.trace and torch.export.export keep the pruned function, and after sparse24.densify(model) "
             "torch.jit.script compiles the dense one"
         )
@@ -119,6 +120,8 @@ class SparseActivation:
     def forward(self, x: Tensor) -> Tensor:
         state, modules = self.__dict__[HOLDER], self._modules
         _check_input(x)
+        if isinstance(x, Tensor) and x.is_nested:
+            return on_values(self.forward, x)
         layers, kind, transposed, precision = state.found
         up, down = (modules.get(name) for name in layers)
         if up is None or down is None or not _has_its_activation(self, state):
@@ -182,17 +185,12 @@ _say_that_it_is_dense._dynamo_marked_constant = True
 
 def _check_input(x: object) -> None:
     """Refuse what neither kernels nor plain ops between the layers take. Raises Sparse24Error with the way out."""
-    if type(x) is Tensor and not x.is_nested:
+    if type(x) is Tensor:
         return
     if isinstance(x, torch.fx.Proxy):
         raise Sparse24Error(
             "a block whose activation is pruned cannot be traced by torch.fx.symbolic_trace; "
             "torch.export.export(model) keeps the pruned function"
-        )
-    if isinstance(x, Tensor) and x.is_nested:
-        raise Sparse24Error(
-            "a block whose activation is pruned takes no nested tensor; pad it (x.to_padded_tensor(0.0)), or pass the "
-            "tokens of all sequences as one tensor (x.values() of a jagged one)"
         )
 
 
