@@ -55,6 +55,18 @@ def drop_layer(model):
     model[1].up_proj = None
 
 
+def remove_the_first(model):
+    del model[0]
+
+
+def remove_the_last(model):
+    model.pop(-1)
+
+
+def remove_an_attribute(model):
+    del model[1].up_proj
+
+
 def replace_by_copy(model):
     model[2] = copy.deepcopy(model[2])
 
@@ -67,6 +79,9 @@ def replace_by_copy(model):
         (replace_layer, "0.fc1"),
         (drop_layer, "1.up_proj"),
         (replace_by_copy, "2.fc1, 2.fc2"),
+        (remove_the_first, "0.fc1, 0.fc2"),
+        (remove_the_last, "2.fc1, 2.fc2"),
+        (remove_an_attribute, "1.up_proj"),
     ],
 )
 @pytest.mark.fault(77)
@@ -83,7 +98,7 @@ def test_layers_that_are_no_longer_in_the_model_are_named_and_the_remedy_works(c
         with pytest.raises(Sparse24Error, match=f"changed under its recipe: {gone} .*no longer in the model"):
             optimizer.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)) and recipe.step == 4
-    if change is drop_layer:
+    if change in (drop_layer, remove_an_attribute):
         return
     optimizer.zero_grad()
     recipe.detach()
@@ -137,11 +152,12 @@ def attach_an_average(model):
     model[0].average = copy.deepcopy(model)
 
 
-def remove_the_last(model):
-    del model[2]
+def remove_a_dense_one(model):
+    model.insert(0, nn.Identity())
+    del model[0]
 
 
-@pytest.mark.parametrize("change", [swap_places, wrap, wrap_compiled, attach_an_average, remove_the_last])
+@pytest.mark.parametrize("change", [swap_places, wrap, wrap_compiled, attach_an_average, remove_a_dense_one])
 def test_what_leaves_the_layers_in_their_model_is_no_error(change):
     model, optimizer, recipe = made()
     train(model, optimizer)

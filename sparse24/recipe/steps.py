@@ -53,7 +53,7 @@ class Steps:
         self.taken = 0
         self.frozen_moment: FrozenSecondMoment | None = None  # of method="step", in its sparse phase
         self.noise: NoiseWatch | None = None  # of mvue="auto"
-        self.check: ModelCheck | None = None  # run before a step once the model was changed
+        self.check: ModelCheck | None = None  # run before a step if the model was changed
         self.unfrozen: Joins | None = None  # where layers were frozen when the recipe was made
         self.entered = ""  # the phase that all layers are in
         self._unfinished: int | None = None  # the step that an interrupt has left half done
@@ -85,7 +85,7 @@ class Steps:
         """Before the optimizer's step, once the gradients are final; with a closure after each evaluation."""
         if only_makes_state(self.optimizer):
             return
-        if self.check is not None and self.check.due:
+        if self.check is not None and self.check.is_due():
             self.check.run(self.taken)
         if self.unfrozen is not None:
             self.unfrozen.take_in(self)

@@ -23,16 +23,28 @@ class ModelCheck:
     """After a change, checks before the next optimizer step that the recipe's layers are still the model's.
 
     due  a layer has reported a change: modules were replaced or converted, or weights cast
+
+    torch tells nobody of a module that is deleted, as by `del model[i]` or `pop`. So the ways from the model to its
+    sparse layers are remembered, and walked before each step.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, SparseLayer], optimizer: torch.optim.Optimizer):
         self._model = weakref.ref(unwrap(model))
         self.layers, self.optimizer = layers, optimizer
         self.due = False
+        self._ways = _ways_to(layers, self._model())
 
     def __getstate__(self) -> dict:
         """For copies of a detached recipe, which looks at no model any more."""
-        return self.__dict__ | {"_model": _no_model}
+        return self.__dict__ | {"_model": _no_model, "_ways": []}
+
+    def is_due(self) -> bool:
+        if not self.due:
+            for parent, name, child in self._ways:
+                holder = parent()
+                if holder is None or holder._modules.get(name) is not child():
+                    return True
+        return self.due
 
     def run(self, step: int) -> None:
         """Raises Sparse24Error, each time, for layers that are gone and for trained ones without a recipe.
@@ -42,6 +54,7 @@ class ModelCheck:
         model = self._model()
         if model is not None:
             self._check_layers(model, step)
+        self._ways = _ways_to(self.layers, model)
         self.due = False
         self._warn_of_old_dtypes()
 
@@ -80,6 +93,23 @@ class ModelCheck:
                     stacklevel=2,
                 )
                 return
+
+
+def _ways_to(layers: dict[str, SparseLayer], model: nn.Module | None) -> list[tuple[weakref.ref, str, weakref.ref]]:
+    """(parent, name, child) wherever a layer lies in a child of a module of `model`, or is one."""
+    if model is None:
+        return []
+    wanted = set(map(id, layers.values()))
+    leads: dict[int, bool] = {}
+    for module in reversed(list(model.modules())):  # children before their parents
+        below = any(leads.get(id(child), False) for child in module._modules.values())
+        leads[id(module)] = below or id(module) in wanted
+    return [
+        (weakref.ref(parent), name, weakref.ref(child))
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is not None and leads[id(child)]
+    ]
 
 
 def _is_of_another_dtype(value, weight: torch.Tensor) -> bool:
