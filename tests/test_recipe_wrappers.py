@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict
 
 import pytest
 import torch
+from rounding import MANY_SUMS
 from tiny_models import MLP
 from tiny_recipes import kept, loss_of, make, run
 from torch import nn
@@ -185,6 +186,26 @@ def test_a_second_optimizer_is_packed_at_once_and_told_of_once():
     other.step()
     loss_of(model)  # told of once
     assert sparse24.verify(model) and recipe.step == 1
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.fault(83, 106)
+def test_after_a_counted_step_that_raised_another_optimizer_is_another_one_again():
+    """Its steps would pass for parts of the one that never came to its end, and leave compiled passes behind."""
+    model, optimizer, recipe = make(Failing, mvue=False)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(4, 16)
+    compiled(x).square().sum().backward()
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step()
+    other = torch.optim.SGD(model.parameters(), lr=5.0)
+    with pytest.warns(Sparse24Warning, match=r"fc1, fc2 \(2 sparse layers\).*does not hear"):
+        other.step()
+    assert sparse24.verify(model) and recipe.step == 0
+    torch.testing.assert_close(compiled(x), model(x), **MANY_SUMS)
 
 
 @pytest.mark.fault(83)

@@ -9,6 +9,7 @@ between steps (SAM's first_step, Lookahead's step, Schedule-Free's eval and trai
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -45,6 +46,7 @@ class StepHooks:
         self.optimizer: torch.optim.Optimizer = chain[-1]
         self._chain = chain
         self._in_step, self._in_movers = False, 0
+        self._step_shows = False  # on the stack: not if it was compiled
         self._taken = 0  # when the step that runs began
         self._writes = WriteWatch(steps.layers)
         self._loads = LoadWatch(self.optimizer, steps)
@@ -74,7 +76,7 @@ class StepHooks:
         return bool(self._handles)
 
     def _before(self, optimizer, args, kwargs):
-        self._in_step = True
+        self._in_step, self._step_shows = True, _is_on_the_stack(optimizer)
         if is_capturing():
             self.capture.check(optimizer)
         else:
@@ -146,6 +148,8 @@ class StepHooks:
 
     def expects(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether a step of `optimizer` is part of one that is counted."""
+        if self._in_step and self._step_shows and not _is_on_the_stack(self.optimizer):
+            self._in_step = False  # it raised: torch has no hook for that
         return self._in_step or self._in_movers > 0 or any(optimizer is one for one in self._chain)
 
     def other_step(self, layers: list) -> None:
@@ -157,6 +161,16 @@ class StepHooks:
         if self:
             sharding.reshard(self.steps.sharded)
             self.keep.weights_moved(*layers)
+
+
+def _is_on_the_stack(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a call of its `step`, as torch has wrapped it for hooks, has begun in this thread and not ended."""
+    code, frame = getattr(type(optimizer).step, "__code__", None), sys._getframe()
+    while frame is not None:
+        if frame.f_code is code and any(one is optimizer for one in frame.f_locals.get("args", ())[:1]):
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Mover:

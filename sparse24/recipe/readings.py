@@ -25,7 +25,7 @@ class Readings:
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken."""
+        """Optimizer steps taken, a number. There is nothing to call: `optimizer.step()` runs the recipe."""
         return self._steps.taken
 
     @property
