@@ -14,9 +14,13 @@ class Sparse24BuildError(Sparse24Error, RuntimeError):
 
 
 class Sparse24FileError(Sparse24Error, OSError):
-    """A file or folder that the operating system refuses to write: a full disk, a read-only one, no permission."""
+    """A file or folder that the operating system refuses: a full disk, a read-only one, no permission."""
 
     reason = ""  # the system's words, without the name of the file
+
+
+class Sparse24MissingFileError(Sparse24FileError, FileNotFoundError):
+    """A file to be read is not there."""
 
 
 class Sparse24Warning(UserWarning):

@@ -1,6 +1,7 @@
 """export: what the files hold, that masked ones are 2:4, and that damaged ones are refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -198,8 +199,19 @@ def test_truncated_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Sparse24Error, match="not a whole safetensors file"):
         load_compressed(path)
-    with pytest.raises(OSError):
-        load_compressed(tmp_path / "missing")
+
+
+@pytest.mark.fault(114)
+def test_a_file_that_is_not_there_or_is_none_is_named_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, missing = sparse(), re.escape(str(tmp_path / "missing"))
+    for read in (load_compressed, lambda path: sparse24.verify(model, path)):
+        with pytest.raises(Sparse24Error, match=rf"no file {missing}; sparse24.export\(model, path\)") as caught:
+            read("missing")
+        assert isinstance(caught.value, FileNotFoundError)
+        with pytest.raises(Sparse24Error, match="cannot be read .*must be a file") as caught:
+            read(tmp_path)
+        assert isinstance(caught.value, OSError)
 
 
 @pytest.mark.fault(62)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..convert import plain_name, sparse_layers, unwrap
-from ..errors import Sparse24Error, Sparse24Warning
+from ..errors import Sparse24Error, Sparse24FileError, Sparse24MissingFileError, Sparse24Warning
 from ..files import parse_json, write_atomically
 from ..layers import DENSE, SparseLayer, mask_of, packing, state_of
 from ..layers.parallel import sharding, tensor_parallel
@@ -91,7 +91,8 @@ def load_compressed(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state_dict, masked weights written out, of a file that `export(format="compressed")` made; on the CPU.
 
     Raises Sparse24Error for another kind of file, another version, a file that is not as it was written, sizes that do
-    not fit and positions that are not two rising ones a group; OSError for a missing file.
+    not fit and positions that are not two rising ones a group. A missing file is a FileNotFoundError too, one that
+    cannot be read an OSError.
     """
     state, header = _read(path)
     if header.get("format") != "compressed" or not isinstance(header.get("layers"), dict):
@@ -120,8 +121,13 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:
         with safe_open(os.fspath(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}
-    except OSError:
-        raise
+    except FileNotFoundError as error:
+        raise Sparse24MissingFileError(
+            f"there is no file {os.path.abspath(path)}; sparse24.export(model, path) writes one, and a path is "
+            "relative to the folder that the program runs in"
+        ) from error
+    except OSError as error:
+        raise Sparse24FileError(f"{path} cannot be read ({error}); it must be a file that you may read") from error
     except Exception as error:  # a damaged header may be no UTF-8, or name a dtype that torch does not have
         raise Sparse24Error(f"{path} is not a whole safetensors file: {error}") from error
     header = parse_json(metadata.get(HEADER, "{}"), f"the header of {path}")
