@@ -1,4 +1,6 @@
-"""Adjusting what is around sparse layers: torch's fast paths for inference, which would pass them by, and DDP."""
+"""Adjusting what is around sparse layers: torch's fast paths for inference, which would pass them by, and DDP. And a
+note in the configs of transformers' models whose blocks prune their activation, which no weight shows.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,12 @@ from torch import nn
 
 from ..layers import SparseLayer
 from ..layers.fused.feedforward import FusedFeedForward
+from ..layers.fused.sparse_activation import SparseActivation
 from ..layers.state import HOLDER, is_ours
 
 DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+#: of a config: what `save_pretrained` writes into config.json
+NOTE, PRUNED = "sparse24", {"operand": "activation"}
 _ACTIVATION, _NESTED = f"{HOLDER}_activation", f"{HOLDER}_nested"
 
 
@@ -24,6 +29,29 @@ def after_conversion(model: nn.Module) -> None:
             sparse = any(isinstance(m, SparseLayer) for m in module.modules())
             _replace(module, "use_nested_tensor", False, _NESTED, sparse)
         _write_ddp_ignores(module)
+
+
+def note_in_configs(model: nn.Module) -> None:
+    """Have the configs of transformers' models say whether blocks prune their activation."""
+    configs: dict[int, tuple[object, bool]] = {}
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if _is_config_of_transformers(config):
+            prunes = any(isinstance(inner, SparseActivation) for inner in module.modules())
+            configs[id(config)] = config, prunes or configs.get(id(config), (None, False))[1]
+    for config, prunes in configs.values():
+        if prunes:
+            setattr(config, NOTE, dict(PRUNED))
+        elif config.__dict__.get(NOTE) == PRUNED:
+            delattr(config, NOTE)
+
+
+def _is_config_of_transformers(config: object) -> bool:
+    """Found out without importing transformers, which has spelt the class in two ways."""
+    return any(
+        cls.__name__.lower() == "pretrainedconfig" and cls.__module__.startswith("transformers.")
+        for cls in type(config).__mro__
+    )
 
 
 def _replace(module: nn.Module, name: str, value, keep_as: str, sparse: bool) -> None:

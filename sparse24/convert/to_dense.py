@@ -20,7 +20,7 @@ from ..options import checked_options
 from .candidates import weight_owners
 from .classes import dense_class
 from .names import plain_name, sparse_layers, unwrap
-from .surroundings import after_conversion
+from .surroundings import after_conversion, note_in_configs
 
 
 @checked_options()
@@ -64,6 +64,7 @@ def densify(model: nn.Module, *, masked: bool = False) -> list[str]:
             stacklevel=3,
         )
     after_conversion(model)
+    note_in_configs(model)
     return [*layers, *map(plain_name, pruned)]
 
 

@@ -22,6 +22,7 @@ from .bypassed import why_block_bypassed
 from .candidates import find_candidates, patterns, why_not_plain
 from .cost_model import Training
 from .report import ALREADY_SPARSE, Skipped, SparsifyReport
+from .surroundings import note_in_configs
 
 OPERANDS = ("weight", "activation")
 ACTIVATION = "activation"
@@ -77,6 +78,7 @@ def sparsify_activations(
     elif not blocks and not any(skip.reason.startswith(ALREADY_SPARSE) for skip in report.skipped):
         _raise_nothing_fits(model, report, backend)
     _convert(blocks, training.precision)
+    note_in_configs(model)
     return report
 
 

@@ -22,6 +22,7 @@ from ..convert import plain_name, sparse_layers, unwrap
 from ..errors import Sparse24Error, Sparse24FileError, Sparse24MissingFileError, Sparse24Warning
 from ..files import parse_json, write_atomically
 from ..layers import DENSE, SparseLayer, mask_of, packing, state_of
+from ..layers.fused.sparse_activation import activation_blocks
 from ..layers.parallel import sharding, tensor_parallel
 from ..layers.state import SOFT
 from ..layers.watch.copies import fingerprint_of
@@ -36,11 +37,13 @@ class Exported(NamedTuple):
     """What a file holds: a state_dict, zeros written out, and whether sparse weights in it are masked.
 
     fingerprints  layer -> phase and mask (`SparseLayer.fingerprint`) under which a plain file's weights were trained
+    pruned        blocks whose activation was pruned; None if the file does not say
     """
 
     weights: dict[str, Tensor]
     masked: bool
     fingerprints: dict[str, str]
+    pruned: list[str] | None = None
 
 
 @checked_options()
@@ -70,6 +73,7 @@ def export(model: nn.Module, path: str | os.PathLike, format: str = "safetensors
         warn_of_dense_phase(layers, "exporting")
     state = plain_state(model)  # first: it gives sharded modules their master weights back
     header = {"version": VERSION, "format": format, "masked": masked, "layers": {}, "same": {}}
+    header["pruned"] = [plain_name(name) for name in activation_blocks(unwrap(model))]
     if not masked:  # masked weights are their own masks
         whole = {name: layer for name, layer in layers.items() if state_of(layer).cut is None}
         header["fingerprints"] = {name: fingerprint_of(layer) for name, layer in whole.items()}
@@ -110,7 +114,10 @@ def load_exported(path: str | os.PathLike) -> Exported:
     fingerprints = header.get("fingerprints", {})
     if not isinstance(fingerprints, dict):
         raise Sparse24Error(f"the header of {path} is corrupt: fingerprints must be an object")
-    return Exported(_unpack(state, header, path), bool(header.get("masked", False)), fingerprints)
+    pruned = header.get("pruned")
+    if not (pruned is None or isinstance(pruned, list) and all(isinstance(name, str) for name in pruned)):
+        raise Sparse24Error(f"the header of {path} is corrupt: pruned must be a list of names")
+    return Exported(_unpack(state, header, path), bool(header.get("masked", False)), fingerprints, pruned)
 
 
 def _read(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict]:

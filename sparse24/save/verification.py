@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..convert import sparse_layers, unwrap
+from ..convert import plain_name, sparse_layers, unwrap
 from ..layers import DENSE, SparseLayer, mask_of, packing, state_of
 from ..layers.fused.feedforward import FusedFeedForward, ffn_layers
+from ..layers.fused.sparse_activation import activation_blocks, runs_dense
 from ..layers.parallel import packed_gather, sharding
 from ..layers.state import METADATA, METADATA_T, PACKED, PACKED_BUFFERS, PACKED_T, SOFT, division_of
 from ..layers.watch.copies import fingerprint_of, same_function
@@ -29,22 +30,25 @@ class VerifyReport:
     layers    names of the sparse layers that were checked
     phase     "sparse", "dense" (masks are kept but not applied), "semi-structured" (PyTorch's tensors) or "mixed"
     file      what the file holds, "dense" or "masked"; "" if none was given
+    pruned    names of blocks that prune their activation
     """
 
     problems: list[tuple[str, str]] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     phase: str = ""
     file: str = ""
+    pruned: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.layers or self.file) and not self.problems
+        return bool(self.layers or self.file or self.pruned) and not self.problems
 
     def __str__(self) -> str:
         if self.problems:
             return "verify: " + "; ".join(f"{name}: {what}" for name, what in self.problems)
         file = f"; the file holds its {self.file} weights" if self.file else ""
         if not self.layers:
-            return f"verify: no sparse layers{file}"
+            pruned = f", {len(self.pruned)} blocks that prune their activation" if self.pruned else ""
+            return f"verify: no sparse layers{pruned}{file}"
         what = {
             DENSE: "in the dense phase: weights are dense, masks are not applied",
             SEMI_STRUCTURED: "of PyTorch's semi-structured tensors, 2:4",
@@ -65,11 +69,19 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
           dtype of its weights. Raises as `load_compressed` for a file that is damaged or of another version
     like  another model with these weights, such as the one that `model` is an average of: it must have the same phase
           and masks, or the two compute different functions of their weights
+
+    Blocks that prune their activation have nothing packed. They must be what `sparsify` found, and the same ones as in
+    the file or the other model.
     """
     sharding.reshard(sharding.sharded_modules(model))
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     report = VerifyReport(layers=[*layers, *semi])
     phases = {state_of(layer).phase for layer in layers.values()} | ({SEMI_STRUCTURED} if semi else set())
+    for name, block in activation_blocks(unwrap(model)).items():
+        report.pruned.append(plain_name(name))
+        if runs_dense(block):
+            problem = "is not what sparsify(operand='activation') found, and runs dense; densify, and sparsify again"
+            report.problems.append((plain_name(name), problem))
     report.phase = phases.pop() if len(phases) == 1 else "mixed" if phases else ""
     for name, layer in layers.items():
         with packed_gather.whole_forms([layer]):
@@ -86,6 +98,8 @@ def verify(model: nn.Module, path: str | os.PathLike | None = None, *, like: nn.
     ]
     if like is not None:
         report.problems += _differences(layers, sparse_layers(like))
+        theirs = [plain_name(name) for name in activation_blocks(unwrap(like))]
+        report.problems += _pruned_elsewhere(report.pruned, theirs, "the other model")
     if path is not None:
         _check_file(model, path, report)
     return report
@@ -104,10 +118,19 @@ def _differences(layers: dict[str, SparseLayer], others: dict[str, SparseLayer])
     return sorted(problems)
 
 
+def _pruned_elsewhere(ours: list[str], theirs: list[str], where: str) -> list[tuple[str, str]]:
+    """Problems of blocks that prune their activation on one side only."""
+    remedies = {
+        True: f"prunes its activation, and does not in {where}; call sparse24.densify(model)",
+        False: f"does not prune its activation as in {where}; call sparse24.sparsify(model, operand='activation')",
+    }
+    return [(name, remedies[name in ours]) for name in sorted({*ours} ^ {*theirs})]
+
+
 @torch.no_grad()
 def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport) -> None:
     """Compare what the file holds with what the model has, tensor by tensor."""
-    saved, masked, fingerprints = load_exported(path)
+    saved, masked, fingerprints, pruned = load_exported(path)
     report.file = "masked" if masked else "dense"
     layers, semi = sparse_layers(model), semi_structured_layers(model)
     for name in layers.keys() & fingerprints.keys():
@@ -117,6 +140,8 @@ def _check_file(model: nn.Module, path: str | os.PathLike, report: VerifyReport)
         if isinstance(theirs, str) and ours is not None and not same_function(ours, theirs):
             problem = "the file's weights are of another phase or mask; sparse24.load_masks gives the model theirs"
             report.problems.append((name, problem))
+    if pruned is not None:
+        report.problems += _pruned_elsewhere(report.pruned, pruned, "the file")
     expected = plain_state(model)
     for name, layer in semi.items():
         expected[weight_key(name)] = layer.weight.to_dense().cpu()

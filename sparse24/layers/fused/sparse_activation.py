@@ -292,6 +292,13 @@ def activation_blocks(model: nn.Module) -> dict[str, SparseActivation]:
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseActivation)}
 
 
+def runs_dense(block: SparseActivation) -> bool:
+    """Whether its layers or its activation are not those that were found, so that nothing is pruned."""
+    state = block.__dict__[HOLDER]
+    has_layers = all(block._modules.get(name) is not None for name in state.found.layers)
+    return not (has_layers and _has_its_activation(block, state))
+
+
 def restore(block: SparseActivation) -> None:
     """Give a block its own class back."""
     own = own_class(block)
