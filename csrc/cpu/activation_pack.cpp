@@ -1,7 +1,6 @@
 // activation_pack.cpp: activations pruned to 2:4 and packed on the CPU, in tiles of 64 x 64
 // elements. Along features rows run along m of E; what is pruned again along tokens is a dense
-// matrix first, and then goes through mvue_pack. So is what is packed in 8 bits, whose scale is that
-// of the dense matrix.
+// matrix first, and then goes through mvue_pack.
 #include <vector>
 
 #include "activation/functions.h"
@@ -59,20 +58,15 @@ void prune(const ConstMatrix& u, const PrunedOutputs<T, Out>& to, const Value& v
   });
 }
 
-/// The forms of a pruned matrix along features. Args: of either pass. `dense` is written where it
-/// has room, which packing to 8 bits takes.
+/// The form of a pruned matrix along features. Args: of either pass; *scale is known by now.
 template <typename T, typename Args, typename Value>
 void pack_along_features(const Args& args, uint8_t* E, std::vector<T>& dense, const Value& value) {
   T* const to_dense = dense.empty() ? nullptr : dense.data();
   if (args.scale == nullptr)
     return prune<T, T>(args.u, {static_cast<T*>(args.packed), E, {1.0f}, to_dense}, value);
-  const int64_t tokens = args.u.rows, d_ff = args.u.cols;
-  prune<T, T>(args.u, {nullptr, nullptr, {1.0f}, to_dense}, value);
-  *args.scale = scale_of(amax_of(
-      tokens, d_ff, [=](int64_t r, int64_t c) { return to_float(to_dense[r * d_ff + c]); }));
-  fill_padding<Float8E4M3>(E, tokens, d_ff);
+  fill_padding<Float8E4M3>(E, args.u.rows, args.u.cols);
   auto* const packed = static_cast<Float8E4M3*>(args.packed);
-  prune<T, Float8E4M3>(args.u, {packed, E, {inverse_of(args.scale)}, nullptr}, value);
+  prune<T, Float8E4M3>(args.u, {packed, E, {inverse_of(args.scale)}, to_dense}, value);
 }
 
 /// The form along tokens, of either pass.
@@ -99,10 +93,15 @@ ConstMatrix as_matrix(const std::vector<T>& dense, const ConstMatrix& u) {
 
 template <Activation kKind, typename T>
 void pack_forward(const ActivationPackArgs& args) {
-  auto dense = dense_room<T>(args.u, args.packed_t != nullptr || args.scale != nullptr);
-  pack_along_features(args, args.E, dense, [](int64_t, int64_t, float u) {
-    return from_float<T>(activate<kKind>(u).value);
-  });
+  const auto h = [](int64_t, int64_t, float u) { return from_float<T>(activate<kKind>(u).value); };
+  if (args.scale != nullptr) {
+    const Strided<const T> u = typed<T>(args.u);
+    *args.scale = scale_of(amax_of(args.u.rows, args.u.cols, [=](int64_t r, int64_t c) {
+      return to_float(h(r, c, to_float(u(r, c))));
+    }));
+  }
+  auto dense = dense_room<T>(args.u, args.packed_t != nullptr);
+  pack_along_features(args, args.E, dense, h);
   pack_along_tokens<T>(args, as_matrix(dense, args.u));
 }
 
@@ -112,10 +111,17 @@ void pack_backward(const ActivationPackBackwardArgs& args) {
       args.packed_t != nullptr || args.scale != nullptr || args.tile_sums != nullptr;
   auto dense = dense_room<T>(args.u, wanted);
   const Strided<const T> d_h = typed<T>(args.d_h);
-  pack_along_features(args, nullptr, dense, [=](int64_t token, int64_t feature, float u) {
+  const auto d_u = [=](int64_t token, int64_t feature, float u) {
     return from_float<T>(to_float(d_h(token, feature)) * activate<kKind>(u).slope);
-  });
+  };
   const ConstMatrix pruned = as_matrix(dense, args.u);
+  if (args.scale != nullptr) {
+    prune<T, T>(args.u, {nullptr, nullptr, {1.0f}, dense.data()}, d_u);
+    const Strided<const T> values = typed<T>(pruned);
+    *args.scale = scale_of(amax_of(args.u.rows, args.u.cols,
+                                   [=](int64_t r, int64_t c) { return to_float(values(r, c)); }));
+  }
+  pack_along_features(args, nullptr, dense, d_u);
   if (args.tile_sums != nullptr) sum_tiles(pruned, args.tile_sums);
   pack_along_tokens<T>(args, pruned);
 }

@@ -5,7 +5,7 @@
 //   packed    [tokens, d_ff/2], E for (m = tokens, k = d_ff): h / scale, or d_u / scale, to nearest
 //   packed_t  [d_ff, padded/2], E_t for (m = d_ff, k = padded), seed: of that pruned 16-bit matrix,
 //             with the bits of mvue_pack to e4m3; not wanted where null
-//   scale     one float: that of the pruned matrix, written before all else
+//   scale     one float: that of h, and in backward that of the pruned d_u; written before all else
 //   tile_sums backward: fp32 [ceil(tokens/64), d_ff], tile_sums.cuh
 //
 // Work     A tile is 128 x 128 elements, a thread takes 8 x 8 of them. Pruning is that of
@@ -48,15 +48,18 @@ struct Pack8Memory {
   OctetSums sums[2];
 };
 
+template <typename T>
+__device__ __forceinline__ Patch16 load_patch(const Pack8Params& p, const ConstMatrix& m,
+                                              const PatchPlace& at) {
+  return load_dense<T>(m, p.vectors, at.token(), at.feature(), p.to.features).lines;
+}
+
 /// h or d_u of a thread's patch, pruned: zeros where nothing is kept.
 template <Activation kKind, typename T, bool kBackward>
 __device__ __forceinline__ KeptLines load_pruned(const Pack8Params& p, const PatchPlace& at,
                                                  Patch16& patch) {
-  const auto load = [&](const ConstMatrix& m) {
-    return load_dense<T>(m, p.vectors, at.token(), at.feature(), p.to.features).lines;
-  };
-  const Patch16 u = load(p.u);
-  if constexpr (kBackward) patch = load(p.d_h);
+  const Patch16 u = load_patch<T>(p, p.u, at);
+  if constexpr (kBackward) patch = load_patch<T>(p, p.d_h, at);
   const auto positive = [&](int line, int w) { return positive_pair<T>(u.line[line][w]); };
   const auto result = [&](int line, int w, uint32_t rank) {
     if constexpr (kBackward) return relu_gradient_pair<kKind, T>(patch.line[line][w], rank);
@@ -68,13 +71,25 @@ __device__ __forceinline__ KeptLines load_pruned(const Pack8Params& p, const Pat
   return kept;
 }
 
-/// *scale is raised to the largest finite magnitude of the pruned matrix.
+/// *scale is raised to the largest finite magnitude of h: that is among what is kept. In backward to
+/// that of the pruned d_u.
 template <Activation kKind, typename T, bool kBackward>
 __global__ void __launch_bounds__(kTile8Threads, 3)
     activation_amax_kernel(const __grid_constant__ Pack8Params p) {
   __shared__ uint32_t of_warp[kTile8Threads / 32];
+  const PatchPlace at = patch_place(p.to);
   Patch16 patch;
-  load_pruned<kKind, T, kBackward>(p, patch_place(p.to), patch);
+  if constexpr (kBackward) {
+    load_pruned<kKind, T, kBackward>(p, at, patch);
+  } else {
+    patch = load_patch<T>(p, p.u, at);
+    SP24_UNROLL
+    for (int i = 0; i < kPatch; ++i) {
+      SP24_UNROLL
+      for (int w = 0; w < 4; ++w)
+        patch.line[i][w] = relu_pair<kKind, T>(positive_pair<T>(patch.line[i][w]));
+    }
+  }
   RowQuantizer<T> seen = {1.0f};
   SP24_UNROLL
   for (int i = 0; i < kPatch; ++i) {
@@ -84,8 +99,9 @@ __global__ void __launch_bounds__(kTile8Threads, 3)
   store_amax<kTile8Threads>(float_bits(seen.amax()), p.scale, of_warp);
 }
 
+/// Three blocks an SM hide what loads and the exchange wait for; that spills a word or three.
 template <Activation kKind, typename T, bool kBackward>
-__global__ void __launch_bounds__(kTile8Threads, 2)
+__global__ void __launch_bounds__(kTile8Threads, 3)
     activation_pack8_kernel(const __grid_constant__ Pack8Params p) {
   __shared__ alignas(16) Pack8Memory memory;
   const PatchPlace at = patch_place(p.to);

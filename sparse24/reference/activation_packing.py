@@ -37,11 +37,9 @@ def _packed_along_tokens(pruned: Tensor, seed: Tensor | None) -> tuple[Tensor, T
     return mvue_compress(pruned, seed)
 
 
-def pruned_activation(u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """h = act(u) in u's dtype, 0 at all but `kept_activations`; and those."""
-    kept = kept_activations(u)
-    h = (activation(u, kind) + 0.0).to(u.dtype)  # torch's max(-0, 0) may be -0, which this sum is not
-    return torch.where(kept, h, 0), kept
+def rounded_activation(u: Tensor, kind: str) -> Tensor:
+    """h = act(u) in u's dtype."""
+    return (activation(u, kind) + 0.0).to(u.dtype)  # torch's max(-0, 0) may be -0, which this sum is not
 
 
 def pruned_activation_gradient(dh: Tensor, u: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -54,8 +52,8 @@ def pruned_activation_gradient(dh: Tensor, u: Tensor, kind: str) -> tuple[Tensor
 
 def activation_compress(u: Tensor, kind: str, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """packed and E of h = act(u) with `kept_activations` alone; with a seed packed_t and E_t: `mvue_compress` of it."""
-    h, kept = pruned_activation(u, kind)
-    return *pack_rows(h, kept, u.dtype), *_packed_along_tokens(h, seed)
+    h, kept = rounded_activation(u, kind), kept_activations(u)
+    return *pack_rows(h, kept, u.dtype), *_packed_along_tokens(torch.where(kept, h, 0), seed)
 
 
 def activation_backward_compress(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import E4M3, padded_tokens, round_up
-from .activation_packing import pruned_activation, pruned_activation_gradient
+from .activation_packing import kept_activations, pruned_activation_gradient, rounded_activation
 from .masks import unpack_mask
 from .mvue import mvue_groups, mvue_uniforms
 from .packing import decompress, encode_metadata, pack_rows
@@ -115,19 +115,19 @@ def scale_of(amax: Tensor, margin: float = 2.0, dtype: torch.dtype = E4M3) -> Te
 
 
 def activation_compress(u: Tensor, kind: str, seed: Tensor | None) -> tuple[Tensor, ...]:
-    """packed, E, packed_t, E_t and scale of h = act(u), pruned along features: cast by its own scale."""
-    return _pack_pruned(*pruned_activation(u, kind), seed)
+    """packed, E, packed_t, E_t and scale of h = act(u), pruned along features: cast by the scale of h."""
+    h, kept = rounded_activation(u, kind), kept_activations(u)
+    return _pack_pruned(torch.where(kept, h, 0), kept, scale_of(amax(h)), seed)
 
 
 def activation_backward_compress(dh: Tensor, u: Tensor, kind: str, seed: Tensor | None) -> tuple[Tensor, ...]:
     """packed, packed_t, E_t and scale of du = dh act'(u), pruned as h was; and du itself."""
     du, kept = pruned_activation_gradient(dh, u, kind)
-    packed, _, packed_t, E_t, scale = _pack_pruned(du, kept, seed)
+    packed, _, packed_t, E_t, scale = _pack_pruned(du, kept, scale_of(amax(du)), seed)
     return packed, packed_t, E_t, scale, du
 
 
-def _pack_pruned(pruned: Tensor, kept: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
-    scale = scale_of(amax(pruned))
+def _pack_pruned(pruned: Tensor, kept: Tensor, scale: Tensor, seed: Tensor | None) -> tuple[Tensor, ...]:
     packed, E = pack_rows(to_float8(pruned, scale).view(torch.uint8), kept, torch.uint8, E4M3)
     if seed is None:
         along_tokens = pruned.new_empty(0, dtype=E4M3), E.new_empty(0)

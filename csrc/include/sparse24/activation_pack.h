@@ -20,7 +20,7 @@ namespace sparse24 {
 ///   seed, packed_t, E_t   all or none: the pruned h as mvue_pack packs it, bit for bit; there are the sizes
 ///   packed_dtype  absent: that of u. Float8_e4m3fn: both packed forms and E have its sizes and orders, packed holds
 ///              h / *scale to nearest, packed_t what mvue_pack with this packed_dtype and scale makes of the pruned h
-///   scale      e4m3 only: one float, written first, by a read more: that of the pruned h, as own_scale of QuantizeArgs
+///   scale      e4m3 only: one float, written first, by a read more: that of h, as own_scale of QuantizeArgs
 struct ActivationPackArgs {
   Activation kind = Activation::kSquaredRelu;
   ConstMatrix u;
@@ -38,7 +38,7 @@ SP24_API void activation_pack(const ActivationPackArgs& args, const Context& con
 ///
 ///   d_h        as u
 ///   packed     [tokens, d_ff/2] of u's dtype: d_u at the kept places; its metadata is E of activation_pack
-///   seed, packed_t, E_t, packed_dtype, scale   of the pruned d_u, as there
+///   seed, packed_t, E_t, packed_dtype, scale   of the pruned d_u, as there; its scale is that of what is kept
 ///   tile_sums  optional: fp32 [ceil(tokens/64), d_ff], sums of the pruned d_u, as in MvueArgs
 struct ActivationPackBackwardArgs {
   Activation kind = Activation::kSquaredRelu;

@@ -77,7 +77,7 @@ def activation_compress_float8(u: Tensor, kind: str, seed: Tensor | None = None)
     packed, E      e4m3 (tokens, d_ff/2) and 8-bit metadata for (tokens, d_ff): h / scale to nearest
     packed_t, E_t  e4m3 (d_ff, padded/2), tokens padded to 32, and metadata for (d_ff, padded): what `mvue_quantize`
                    with float8=True packs of the pruned h; empty without a seed
-    scale          one float32: `scale_of` the largest finite magnitude of the pruned h, found by a read of u more
+    scale          one float32: `scale_of` the largest finite h, found by a read of u more
 
     h is rounded to u's dtype, and then cast; equal on CPU and GPU. Raises as `ops.activation_compress`.
     Source: arXiv 2503.16672.
@@ -125,8 +125,8 @@ def activation_backward_compress_float8(
 ) -> tuple[Tensor, ...]:
     """`ops.activation_backward_compress` in e4m3: (packed, packed_t, E_t, scale, db).
 
-    Operands as there; forms, scale and rounding as in `activation_compress_float8`, of the pruned du, whose metadata
-    along features is that of h. db is made of du in u's dtype, before it is cast. Raises as both do.
+    Operands as there; forms and rounding as in `activation_compress_float8`, of the pruned du, whose metadata along
+    features is that of h; scale is `scale_of` its largest finite magnitude. db is made of du in u's dtype, before it is cast. Raises as both do.
     Source: arXiv 2503.16672.
     """
     args = (dh, u, kind, seed, bias_grad)
