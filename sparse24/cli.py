@@ -103,7 +103,8 @@ def bench(
     d_model: Annotated[int | None, typer.Option(help="Width of a layer of your own, instead of the suite.")] = None,
     d_ff: Annotated[int | None, typer.Option(help="Its hidden width.")] = None,
     tokens: Annotated[int, typer.Option(help="Its tokens per forward call: sequences x length.")] = 8192,
-    gated: Annotated[bool, typer.Option("--gated/--plain", help="SwiGLU, or GELU without a gate.")] = True,
+    gated: Annotated[bool | None, typer.Option("--gated/--plain", help="SwiGLU (default), or GELU, no gate.")] = None,
+    operand: Annotated[str, typer.Option(help="Its 2:4 operand: weight, or activation (squared ReLU).")] = "weight",
     master: Annotated[str, typer.Option(help="Its weights: bf16, or fp32 under bf16 autocast.")] = "bf16",
     micro_batches: Annotated[int, typer.Option(help="Its forward calls per optimizer step.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few cases of the suite only.")] = False,
@@ -126,10 +127,11 @@ def bench(
     """Time dense against 2:4 on this machine's GPU; for a layer of your own, also its break-even token count."""
     from pathlib import Path
 
-    from .benchmark import command
+    from .benchmark import activations, command
 
     folder = Path(csv).expanduser() if csv else None
     file = Path(report).expanduser() if report else None
+    command.check_operand(operand, of_own_layer=d_model is not None)
     if distributed:
         if parts or d_model is not None or d_ff is not None or quick or report:
             raise Sparse24Error(
@@ -147,10 +149,8 @@ def bench(
         raise Sparse24Error("--d-model and --d-ff belong together; give both, or neither for the suite")
     if parts:
         raise Sparse24Error("parts of the suite and --d-model exclude each other")
-    labels = {"bf16": "bf16", "fp32": "fp32 master"}
-    if master not in labels:
-        raise Sparse24Error(f"--master must be bf16 or fp32, got {master!r}")
-    command.own_layer(tokens, d_model, d_ff, gated, labels[master], micro_batches, folder, file)
+    own_layer = activations.own_layer if operand == "activation" else command.own_layer
+    own_layer(tokens, d_model, d_ff, gated, command.master_label(master), micro_batches, folder, file)
 
 
 # ---- pretrain ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 from .._library import is_available
 from ..errors import Sparse24Error
 
+OPERANDS = ("weight", "activation")
 PARTS = ("ffn", "tokens", "block", "step")
 LEAST_TOKENS = 256
 
@@ -35,17 +36,29 @@ def check_sizes(tokens: int, d_model: int, d_ff: int, micro_batches: int) -> Non
             raise Sparse24Error(f"--{name} must be positive{multiple}, got {value}")
 
 
+def check_operand(operand: str, *, of_own_layer: bool) -> None:
+    """Raises Sparse24Error for an unknown operand, and for one that the suite does not time."""
+    if operand not in OPERANDS:
+        raise Sparse24Error(f"--operand must be {' or '.join(OPERANDS)}, got {operand!r}")
+    if operand != OPERANDS[0] and not of_own_layer:
+        raise Sparse24Error(f"--operand {operand} is of a layer of your own: give --d-model and --d-ff too")
+
+
 def own_layer(
     tokens: int,
     d_model: int,
     d_ff: int,
-    gated: bool,
+    gated: bool | None,
     master: str,
     micro_batches: int,
     csv: Path | None,
     report: Path | None = None,
 ) -> None:
-    """Measure one layer, and its break-even token count by halving and doubling the tokens."""
+    """Measure one layer, and its break-even token count by halving and doubling the tokens.
+
+    gated  None: it is
+    """
+    gated = gated is not False
     check_sizes(tokens, d_model, d_ff, micro_batches)
     check_gpu()
     from . import suite
@@ -61,8 +74,7 @@ def own_layer(
     table = Table("own", suite.TOKENS_COLUMNS, folder=csv)
     if followed:
         followed.follow(table)
-    counts = [tokens * 2**power for power in range(-3, 2) if tokens * 2**power >= LEAST_TOKENS]
-    suite.tokens_sweep(table, [(shape.name, d_model, d_ff, gated)], [int(c) for c in counts], [master])
+    suite.tokens_sweep(table, [(shape.name, d_model, d_ff, gated)], counts_around(tokens), [master])
     for label, column in (("with MVUE", "speedup"), ("with mvue=False", "speedup mvue=False")):
         points = [(row[2], row[table.columns.index(column)]) for row in table.rows]
         print(f"break-even {label}: {break_even_text(points, suite.break_even(points))}")
@@ -70,6 +82,19 @@ def own_layer(
         print("wrote", csv / "own.csv")
     if report:
         print("wrote", report)
+
+
+def counts_around(tokens: int) -> list[int]:
+    """Numbers of tokens among which the break-even one is sought."""
+    return [int(tokens * 2**power) for power in range(-3, 2) if tokens * 2**power >= LEAST_TOKENS]
+
+
+def master_label(master: str) -> str:
+    """What tables call the weights that `--master` names. Raises Sparse24Error for another name."""
+    labels = {"bf16": "bf16", "fp32": "fp32 master"}
+    if master not in labels:
+        raise Sparse24Error(f"--master must be bf16 or fp32, got {master!r}")
+    return labels[master]
 
 
 def open_report(path: Path | None):
