@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import sparse24
 from sparse24 import Sparse24DtypeError, Sparse24Error, functional, ops
 from sparse24.testing import assert_as_accurate, assert_same_bits
 
@@ -234,3 +235,59 @@ def test_it_says_what_does_not_fit(device, dtype):
         grad.sum().backward()
     with pytest.raises(Sparse24Error, match="torch.func"):
         torch.vmap(lambda x: run(t | {"x": x}))(t["x"])
+
+
+# ---- whole blocks ---------------------------------------------------------------------------------------------------
+
+
+class Block(torch.nn.Module):
+    def __init__(self, width=32, hidden=64):
+        super().__init__()
+        self.up_proj = torch.nn.Linear(width, hidden, bias=False)
+        self.down_proj = torch.nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.relu(self.up_proj(x)).square())
+
+
+#: the ops of a training step of one block: a layer that ran one by one would have none of them
+STEP = {
+    None: {
+        "activation_compress",
+        "sparse_mm_input",
+        "activation_backward_compress",
+        "sparse_mm_grad_input_output",
+        "sparse_mm_grad_weight",
+        "sparse_mm_grad_weight_input",
+    },
+    "fp8": {
+        "activation_compress_float8",
+        "sparse_mm_input_float8",
+        "activation_backward_compress_float8",
+        "grad_weight_float8_",
+        "grad_weight_of_input_float8_",
+    },
+}
+
+
+@pytest.mark.parametrize("precision", STEP)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_block_of_fp32_weights_under_autocast_runs_by_the_sparse_products(device, compiled, precision):
+    """Pruning between layers that run one by one computes the same, densely: only the ops tell."""
+    torch.compiler.reset()
+    model = torch.nn.Sequential(torch.nn.LayerNorm(32), Block()).to(device)
+    sparse24.sparsify(model, operand="activation", backend="sparse", precision=precision)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    x = torch.randn(2, 32, 32, device=device)
+
+    def step():
+        model.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            y = run(x)
+        y.float().sum().backward()
+
+    step()  # compilers are done by then
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    seen = {event.key.removeprefix("sparse24::") for event in profile.key_averages()}
+    assert seen >= STEP[precision]

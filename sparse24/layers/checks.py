@@ -19,6 +19,13 @@ def check_module(value, argument: str = "model") -> None:
         raise Sparse24Error(f"{argument} must be a torch.nn.Module, got {type(value).__name__}")
 
 
+def is_exporting() -> bool:
+    """Whether torch.export is at work. Dynamo before torch 2.13 answers the public function by True in any graph."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting()
+
+
 def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 

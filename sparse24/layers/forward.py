@@ -18,6 +18,7 @@ from ..errors import Sparse24DtypeError, Sparse24Error, Sparse24Warning
 from ..functional.operands import cast_as_autocast_does, computed_dtype
 from ..functional.soft import soft_linear
 from . import float8, packing
+from .checks import is_exporting
 from .parallel import tensor_parallel
 from .state import DECAY, MASK, METADATA, METADATA_T, PACKED, PACKED_T, SOFT, SPARSE, state_of
 from .watch import unseen
@@ -92,7 +93,7 @@ def has_substituted_weight(layer: nn.Module) -> bool:
     packed = state_of(layer).packed_weight
     if packed is None or layer._parameters.get("weight") is packed:
         return False
-    return torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting()
+    return torch.compiler.is_dynamo_compiling() or not is_exporting()
 
 
 def check_input(x: Tensor) -> None:
@@ -108,7 +109,7 @@ def check_input(x: Tensor) -> None:
                 raise Sparse24Error(f"2:4 layers cannot be traced by torch.fx.symbolic_trace{OTHER_WAYS}")
             if not isinstance(x, Tensor):
                 raise Sparse24DtypeError(f"the input of a sparse layer must be a tensor, got {type(x).__name__}")
-    elif torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    elif is_exporting() and torch.onnx.is_in_onnx_export():
         raise Sparse24Error(f"ONNX has no 2:4 products{OTHER_WAYS}")
     if type(x) is not Tensor and packing.is_dtensor(x):
         raise Sparse24Error(

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
+from ..checks import is_exporting
+
 __all__ = ["Child", "Part", "any_global_hook", "child_is_unchanged", "is_bare", "layer_is_plain", "remember"]
 
 _MODULE_KEYS = frozenset(nn.Module().__dict__)
@@ -67,7 +69,7 @@ def child_is_unchanged(block: nn.Module, child: Child) -> bool:
         if cls.forward is not forward or not is_bare(module):
             return False
         # torch.export puts a __call__ of its own on nn.Module while it traces.
-        if cls.__call__ is not call and not torch.compiler.is_exporting():
+        if cls.__call__ is not call and not is_exporting():
             return False
         # Compilers of torch before 2.13 cannot count attributes; those that are known they compare like us.
         if not torch.compiler.is_compiling() and _count(values) != count:

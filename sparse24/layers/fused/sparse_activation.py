@@ -28,7 +28,7 @@ from ...formats import BLOCK, HALF_DTYPES
 from ...functional.operands import computed_dtype
 from ...functional.sparse_activation import kept_activations
 from ...ops.activation_packing import PRUNED_KINDS
-from ..checks import distributed_rank
+from ..checks import distributed_rank, is_exporting
 from ..forward import on_values
 from ..state import HOLDER, is_ours
 from .forward_source import form_kind, read_forward
@@ -209,7 +209,7 @@ def _kernels_take(up: nn.Module, down: nn.Module, x: Tensor, transposed: bool) -
     if any_global_hook() or type(x) is not Tensor or x.is_nested or torch.jit.is_tracing():
         return False
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting():
+        if is_exporting():
             return False
     elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False

@@ -126,7 +126,8 @@ def activation_backward_compress_float8(
     """`ops.activation_backward_compress` in e4m3: (packed, packed_t, E_t, scale, db).
 
     Operands as there; forms and rounding as in `activation_compress_float8`, of the pruned du, whose metadata along
-    features is that of h; scale is `scale_of` its largest finite magnitude. db is made of du in u's dtype, before it is cast. Raises as both do.
+    features is that of h; scale is `scale_of` its largest finite magnitude. db is made of du in u's dtype, before it is
+    cast. Raises as both do.
     Source: arXiv 2503.16672.
     """
     args = (dh, u, kind, seed, bias_grad)
