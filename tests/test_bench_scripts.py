@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from bench import bench_equal_time, bench_step, common
-from sparse24.benchmark import models, suite, timing
+from sparse24.benchmark import float8_dense, models, suite, timing
 
 SMALL = [("gpt2-small", 64, 64, 128)]
 #: script -> what it measures instead of real shapes
@@ -180,8 +180,9 @@ def test_equal_time_measures_dense_and_each_kind_of_sparse_layer(monkeypatch):
     monkeypatch.setattr(bench_equal_time, "feed_forward_arm", on_cpu)
     monkeypatch.setattr(bench_equal_time, "time_hot", call_each)
     steps = bench_equal_time.measure(suite.ffn_shape("small", 64, 64, 256, gated=False))
-    assert {side for side, _ in steps} == {"dense", "2:4", "2:4 mvue=False", "fp8-hybrid", "fp8"} and len(steps) == 20
-    assert all(
-        us == (10 if side == "dense" else 30) for (side, _), us in steps.items()
-    )  # re-packing and decay: 10 each
+    rivals = set(float8_dense.variants())
+    sparse = {"2:4", "2:4 mvue=False", "fp8-hybrid", "fp8"}
+    assert {side for side, _ in steps} == {"dense", *rivals, *sparse} and len(steps) == 20 + len(rivals)
+    # re-packing and decay: 10 each
+    assert all(us == (30 if side in sparse else 10) for (side, _), us in steps.items())
     assert bench_equal_time.equal_width([(1.0, 10), (2.0, 30)], 15) == 1.25

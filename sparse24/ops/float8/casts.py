@@ -9,7 +9,7 @@ from ...formats import as_major
 from ...reference import float8 as reference
 from .._common import define_op, matrix, where
 from ..arguments import names_wrong_types
-from .operands import Cast, check_cast, check_matrix, empty_float8, note, output, written
+from .operands import Cast, check_cast, empty_float8, note, output
 
 
 def _quantize(x, scale, rows, transposed, amax, counts) -> tuple[Tensor, Tensor]:
@@ -72,18 +72,18 @@ def quantize(
 
 
 def _quantize_current(x: Tensor, rows: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    check_matrix(x)
+    check_cast(x, None)
     library, *place = where(x)
     if library is None or x.numel() == 0:
         scale = reference.scale_of(reference.amax(x))
         return *compute_quantize(x, (scale, None, None), rows, transposed), scale
     out, scale, x = empty_float8(x, *x.shape, rows, transposed), x.new_empty(1, dtype=torch.float32), as_major(x)
-    library.quantize(matrix(x), written(*out), scale.data_ptr(), *place)
+    library.quantize(matrix(x), output(*out, (None, None, None), x.numel()), scale.data_ptr(), *place)
     return *out, scale
 
 
 def _quantize_current_fake(x: Tensor, rows: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    check_matrix(x)
+    check_cast(x, None)
     return *empty_float8(x, *x.shape, rows, transposed), x.new_empty(1, dtype=torch.float32)
 
 

@@ -11,8 +11,8 @@ from ...reference import float8 as reference
 from .._common import check_same_device, check_weight_dtype
 from ..arguments import check_writable
 
-#: how a pass casts: scale, amax and counts as in `quantize`
-Cast = tuple[Tensor, Tensor | None, Tensor | None]
+#: how a pass casts: scale, amax and counts as in `quantize`; a pass that finds the scale itself is given none
+Cast = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def output(x8: Tensor, x8_t: Tensor | None, cast: Cast, values: int) -> tuple[int, ...]:
@@ -20,22 +20,12 @@ def output(x8: Tensor, x8_t: Tensor | None, cast: Cast, values: int) -> tuple[in
     flushed; of how many, here.
     """
     scale, amax, counts = cast
-    if counts is not None:
-        counts[2].add_(values)
-    return written(x8, x8_t, scale, amax, counts)
-
-
-def written(
-    x8: Tensor,
-    x8_t: Tensor | None,
-    scale: Tensor | None = None,
-    amax: Tensor | None = None,
-    counts: Tensor | None = None,
-) -> tuple[int, ...]:
-    """The fields of `output`; without a scale those of a pass that finds it itself."""
     rows = (x8.data_ptr(), x8.stride(0)) if x8.numel() else (0, 0)
     columns = (x8_t.data_ptr(), x8_t.stride(0)) if x8_t is not None and x8_t.numel() else (0, 0)
-    return *rows, *columns, *(0 if t is None else t.data_ptr() for t in (scale, amax, counts))
+    if counts is not None:
+        counts[2].add_(values)
+    noted = 0 if amax is None else amax.data_ptr(), 0 if counts is None else counts.data_ptr()
+    return *rows, *columns, 0 if scale is None else scale.data_ptr(), *noted
 
 
 def takes_one_pass(d_ff: int, *operands: Tensor) -> bool:
@@ -101,15 +91,11 @@ def check_packed(packed: Tensor, E: Tensor, scale: Tensor, name: str, m: int, k:
         check_same_device(packed, name, E=E)
 
 
-def check_cast(x: Tensor, cast: Cast) -> None:
-    """A matrix that a pass reads, and how it casts it or what it makes of it."""
-    check_matrix(x)
-    check_scale_and_notes(x, cast)
-
-
-def check_matrix(x: Tensor) -> None:
-    """A matrix that a pass casts."""
+def check_cast(x: Tensor, cast: Cast | None) -> None:
+    """A matrix that a pass reads, and how it casts it or what it makes of it; None: by a scale that the pass finds."""
     if x.dim() != 2:
         raise Sparse24Error(f"x must be 2-D, (tokens, features), got shape {tuple(x.shape)}; flatten it first")
     if x.dtype not in WEIGHT_DTYPES:
         check_weight_dtype(x, "x")
+    if cast is not None:
+        check_scale_and_notes(x, cast)
