@@ -380,7 +380,8 @@ TEST(bad_arguments_are_named) {
   PackArgs bad = packed.args(w, DType::kBFloat16);
   CHECK_THROWS(search_and_pack(&bad, 1, kCpu), "go with a float8 out_dtype, got bfloat16");
   Float8Output to;
-  CHECK_THROWS(quantize({w.const_view(), to}, kCpu), "must be asked for x8, x8_t or amax");
+  CHECK_THROWS(quantize({w.const_view(), to}, kCpu),
+               "must be asked for x8, x8_t, amax or own_scale");
   uint8_t bytes[256];
   to.x8_t = bytes, to.x8_t_ld = 8;
   CHECK_THROWS(quantize({w.const_view(), to}, kCpu), "padded to a multiple of 32, 32, got 8");
