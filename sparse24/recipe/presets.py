@@ -15,7 +15,7 @@ fine-tune   dense weights, sparse weight gradients (`method="mvue"`): no mask, s
     fine-tune                                    1          +0.95 %           -         1
     fine-tune, simulated, 32k tokens a step      1          +0.26 %           -
     fine-tune, simulated, 131k tokens a step     1          +0.14 %           -
-    no recipe: sparsify(operand="activation")   4/3         -0.35 %          0.97       3
+    no recipe: sparsify(operand="activation")   4/3         -0.15 %          0.97       3
 
 Loss and time are over dense of width 1, for a GPT with squared ReLU and 10.6 M parameters besides its embeddings, after
 160 M tokens of fresh text, 32k tokens a step, with the real kernels (docs/results/quality.md). Dense and 2:4
