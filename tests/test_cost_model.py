@@ -77,6 +77,23 @@ def test_estimates_of_pruned_activations_are_near_what_was_measured():
         assert 1 / float(row["of dense"]) >= MARGIN or estimate < MARGIN
 
 
+@pytest.mark.parametrize("side", ["fp8 2:4 activation", "fp8"])
+def test_estimates_in_8_bits_of_plain_layers_are_near_what_was_measured_beside_torchao(side):
+    """Speed over the faster of bf16 and FP8 dense, of layers of a squared ReLU on an H200."""
+    estimate = cost_float8.feed_forward_of_activations if side.endswith("activation") else None
+    part = {(row["layer"], row["side"]): float(row["of dense"]) for row in rows("equal_time") if row["width"] == "1"}
+    layers = [layer for layer, name in part if name == side and layer.endswith("relu2")]
+    assert len(layers) == 4
+    for layer in layers:
+        d_model, d_ff = map(int, layer.removesuffix(" relu2").split(" x "))
+        training = Training(16384, precision="fp8")
+        times = (
+            estimate(d_model, d_ff, training) if estimate else cost_float8.feed_forward(d_model, d_ff, False, training)
+        )
+        measured = min(1.0, part[layer, "FP8 dense tensorwise"]) / part[layer, side]
+        assert times.speedup == pytest.approx(measured, rel=NEAR["."]), layer
+
+
 def test_a_chip_has_the_rates_of_the_measured_one_with_memory_most_like_its_own():
     h200, h100 = cost_model.H200, cost_model.H100
     assert cost_model.rates_for(132, 4.9e12) == h200 and cost_model.rates_for(132, 3.35e12) == h100

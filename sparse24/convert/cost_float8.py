@@ -11,8 +11,8 @@ How long 8-bit products take, compared with 16-bit ones, was measured on an H200
     torch._scaled_mm                                     1.28
 
 The passes around products are estimated by their bytes. What FP8 dense training adds to its products is fitted to
-torchao's tensorwise layers (0.18, compiled, the same GPU): 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for 2048 x 8192
-with 16,384 tokens.
+torchao's tensorwise layers (0.18, compiled, the same GPU): with a gate 7.5 ms at Llama 7B, 18.1 ms at 8B, 6.6 ms for
+2048 x 8192 with 16,384 tokens; plain ones with squared ReLU in bench/results/equal_time.csv.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ from .cost_model import (
 FAST, PROMOTED = 0.484, 0.60
 #: the same ratio for a dense product
 DENSE = 0.488
-#: the bandwidth of torch.compile's casts, as a part of what a pass with one read and one write reaches
-DENSE_CASTS = 0.48
+#: the bandwidth of torch.compile's casts, as a part of what a pass with one read and one write reaches: with a gate,
+#: and in plain layers without biases, where they become one with the activation
+GATED_CASTS, PLAIN_CASTS = 0.48, 1.0
+#: launches of a block that prunes its activation, besides its products: a scale takes two, or with a memset three
+LAUNCHES_OF_ACTIVATIONS = 26
 #: widths of the tiles that promote their sums
 PROMOTED_WIDTHS = (192,)
 
@@ -91,7 +94,7 @@ def linear(out_features: int, in_features: int, training: Training, rates: Rates
     sparse += pass_us((4 if full else 3) * t * k, rates.mvue, rates)
     sparse += pass_us((2 + _gradient_bytes(training)) * t * m, rates.mvue, rates)
     dense16 = _layer_us(dense_product_us, m, k, t, rates)
-    dense8 = _layer_us(_dense8, m, k, t, rates) + _casts_us(t * (m + k) + m * k, rates)
+    dense8 = _layer_us(_dense8, m, k, t, rates) + _casts_us(t * (m + k) + m * k, GATED_CASTS, rates)
     return _whole(dense16, dense8, sparse, m * k, training, rates)
 
 
@@ -110,8 +113,9 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
     activation = sum(pass_us(b * elements, rates.dense_pass, rates) for b in ((6, 10) if gated else (4, 6)))
     dense16 = sum(_layer_us(dense_product_us, m, k, t, rates) for m, k in shapes) + activation
     cast = t * (2 * d_model + (1 + parts) * d_ff) + sum(m * k for m, k in shapes)
-    dense8 = sum(_layer_us(_dense8, m, k, t, rates) for m, k in shapes) + activation / DENSE_CASTS
-    dense8 += _casts_us(cast, rates)
+    casts = GATED_CASTS if gated else PLAIN_CASTS
+    dense8 = sum(_layer_us(_dense8, m, k, t, rates) for m, k in shapes) + activation / casts
+    dense8 += _casts_us(cast, casts, rates)
     return _whole(dense16, dense8, sparse, sum(m * k for m, k in shapes), training, rates)
 
 
@@ -130,13 +134,16 @@ def feed_forward_of_activations(d_model: int, d_ff: int, training: Training, rat
     sparse += pass_us((2 + 4) * 2 * t * d_model + (3 * training.master_bytes + 2) * weights, rates.dense_pass, rates)
     sparse += pass_us((2 + 3.25) * elements, rates.mvue, rates)
     sparse += pass_us((4 + 5.125) * elements, rates.activation_backward_mvue, rates)
+    sparse += LAUNCHES_OF_ACTIVATIONS * rates.launch_us
     between = Times(dense_weight_us(weights, training, rates), sums_us(weights, training, rates))
     return Times(dense, sparse) * training.micro_batches + between
 
 
-def _casts_us(elements: int, rates: Rates) -> float:
-    """Largest magnitude and casts both ways of dense FP8 training: 6 bytes an element at the least."""
-    return pass_us(6 * elements, rates.dense_pass * DENSE_CASTS, rates)
+def _casts_us(elements: int, share: float, rates: Rates) -> float:
+    """Largest magnitude and casts both ways of dense FP8 training: 6 bytes an element at the least, at a share of the
+    bandwidth.
+    """
+    return pass_us(6 * elements, rates.dense_pass * share, rates)
 
 
 def _whole(dense16: float, dense8: float, sparse: float, weights: int, training: Training, rates: Rates) -> Times:
