@@ -33,6 +33,8 @@ KINDS = {
     "plain": (PLAIN_LAYER, "2:4"),
     "plain mvue=False": (PLAIN_LAYER, "2:4 mvue=False"),
     "plain activation": (f"{PLAIN_LAYER} relu2", "2:4 activation"),
+    "plain activation fp8": (f"{PLAIN_LAYER} relu2", "fp8 2:4 activation"),
+    "plain dense fp8": (f"{PLAIN_LAYER} relu2", "FP8 dense tensorwise"),
     "plain fp8": (PLAIN_LAYER, "fp8"),
     "plain fp8-hybrid": (PLAIN_LAYER, "fp8-hybrid"),
     "gated": (GATED_LAYER, "2:4"),
@@ -41,6 +43,8 @@ KINDS = {
     "gated fp8-hybrid": (GATED_LAYER, "fp8-hybrid"),
     "350m plain": ("2048 x 8192 relu2", "2:4"),
     "350m plain activation": ("2048 x 8192 relu2", "2:4 activation"),
+    "350m plain activation fp8": ("2048 x 8192 relu2", "fp8 2:4 activation"),
+    "350m plain dense fp8": ("2048 x 8192 relu2", "FP8 dense tensorwise"),
 }
 #: sizes whose own layers were measured: an arm of another kind of layer has no time
 MEASURED_SIZES = ("350m",)
