@@ -141,6 +141,10 @@ def test_products_say_what_does_not_fit(device):
         float8.sparse_mm_input_float8(packed, E, scale, w, w_scale)
     with pytest.raises(Sparse24DtypeError, match="scale of w8 must be one float32"):
         float8.dense_mm_float8(w8, w_scale, w8, w_scale.double())
+    with pytest.raises(Sparse24Error, match=r"x8 and w8 must have one k, got shapes \(16, 64\) and \(64, 32\)"):
+        float8.dense_mm_float8(w8, w_scale, w8_t, w_scale)
+    with pytest.raises(Sparse24Error, match=r"bias must be floating of shape \(16,\)"):
+        float8.dense_mm_float8(w8, w_scale, w8, w_scale, bias=w_scale)
     with pytest.raises(Sparse24Error, match="out must be .* of shape"):
         float8.grad_weight_of_input_float8_(packed, E, scale, w8_t, w_scale, torch.zeros(3, 3, device=device))
     with pytest.raises(Sparse24Error, match="multiples of 4"):
@@ -313,6 +317,57 @@ def test_infinities_and_nan_survive_and_zeros_do_no_harm(device, dtype):
     y, *made = gradients(zero, torch.zeros_like(dy))
     assert_same_bits(y, t["bias_down"].detach().expand_as(y).contiguous())
     assert all(grad.count_nonzero() == 0 for grad in made)
+
+
+def test_a_pass_without_autograd_casts_x_for_forward_alone(device, dtype, monkeypatch):
+    t, made = make(device, dtype, (33,), 32, 64), []
+    quantize_current = float8.quantize_current
+
+    def noted(x, **forms):
+        made.append(quantize_current(x, **forms))
+        return made[-1]
+
+    monkeypatch.setattr(float8, "quantize_current", noted)
+    y = run(t)
+    assert made[0][1].shape == (32, 64)  # x, transposed for the weight gradient
+    made.clear()
+    with torch.no_grad():
+        assert_same_bits(run(t), y.detach())
+        run(t, training=True)  # as the first pass of reentrant checkpointing
+    assert len(made) == 6 and all(x8_t.numel() == 0 for _, x8_t, _ in made)
+
+
+@pytest.mark.fault(29)
+def test_float64_runs_on_the_cpu_and_gradients_add_up():
+    torch.manual_seed(8)
+    wide = make("cpu", torch.float64, (33,), 32, 64)
+    seed, dy = torch.tensor([[1, 2], [3, 4]]), torch.randn(33, 32, dtype=torch.float64)
+    once = gradients(wide, dy, seed=seed)
+    assert all(grad.dtype == torch.float64 and grad.isfinite().all() for grad in once)
+    for _ in range(2):
+        run(wide, seed=seed).backward(dy)
+    for name, grad in zip(NAMES, once[1:], strict=True):
+        assert_same_bits(wide[name].grad, grad + grad)
+
+
+@pytest.mark.fault(29)
+@pytest.mark.parametrize("name", ["x", "up", "down"])
+def test_what_cannot_be_cast_is_refused_by_its_name(device, dtype, name):
+    t = make(device, dtype, (3,), 32, 64)
+    refused = [torch.float8_e4m3fn] + ([torch.float64] if device == "cuda" else [])
+    for bad in refused:
+        with pytest.raises(Sparse24DtypeError, match=f"^{name} must be float32, .* for precision='fp8', got {bad}"):
+            run(t | {name: t[name].detach().to(bad), "bias_up": None, "bias_down": None})
+
+
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_an_x_of_another_width_is_refused(device, dtype, precision):
+    t = make(device, dtype, (3, 4), 32, 64)
+    x = torch.zeros(3, 4, 16, device=device, dtype=dtype)
+    with pytest.raises(Sparse24Error, match=r"x must have 32 features in its last dimension, as up has, got .*16\)"):
+        run(t | {"x": x}, precision=precision)
+    with pytest.raises(Sparse24DtypeError, match="x must be of floating point, got torch.int64"):
+        run(t | {"x": torch.zeros(3, 32, device=device, dtype=torch.long)}, precision=precision)
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------

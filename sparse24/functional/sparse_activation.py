@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..errors import Sparse24DtypeError, Sparse24Error
-from ..formats import BLOCK, as_rows
+from ..formats import BLOCK, REFERENCE_DTYPES, WEIGHT_DTYPES, as_rows, names
 from ..ops.activation_packing import PRUNED_KINDS
 from ..ops.arguments import names_wrong_types
 from . import accumulation
@@ -122,13 +122,15 @@ def sparse_activation_mlp(
     bytes an element of h, where a dense layer keeps 4, and 2.75 with 8, which keep x in half of its bytes. Not
     differentiable twice.
 
-    Raises Sparse24Error for an activation that makes no zeros, a d_ff that is no multiple of 4, and weights that do
-    not fit one another; Sparse24DtypeError for dtypes that do not.
+    Raises Sparse24Error for an activation that makes no zeros, a d_ff that is no multiple of 4, and an x or weights
+    that do not fit one another; Sparse24DtypeError for dtypes that do not.
     Source: arXiv 2503.16672 and 2404.01847; see the head of the file.
     """
     check_no_transform(x)
     check_pruned_precision(precision)
     _check_operands(x, up, down, activation)
+    if precision is not None:
+        _check_can_be_cast(x=x, up=up, down=down)
     _check_bias(bias_up, "bias_up", up)
     _check_bias(bias_down, "bias_down", down)
     x, bias_up, bias_down = cast_as_autocast_does(x, bias_up, bias_down)
@@ -159,11 +161,25 @@ def _check_operands(x: Tensor, up: Tensor, down: Tensor, activation: str) -> Non
         raise Sparse24Error(
             f"up must be (d_ff, d_model) and down (d_out, d_ff), got {tuple(up.shape)} and {tuple(down.shape)}"
         )
-    for name, weight in (("up", up), ("down", down)):
-        if not weight.is_floating_point():
-            raise Sparse24DtypeError(f"{name} must be of floating point, got {weight.dtype}; cast it first")
-        if weight.device != x.device:
-            raise Sparse24Error(f"{name} is on {weight.device} but x is on {x.device}; move one of them")
+    if x.shape[-1] != up.shape[1]:
+        raise Sparse24Error(
+            f"x must have {up.shape[1]} features in its last dimension, as up has, got shape {tuple(x.shape)}"
+        )
+    for name, t in (("x", x), ("up", up), ("down", down)):
+        if not t.is_floating_point():
+            raise Sparse24DtypeError(f"{name} must be of floating point, got {t.dtype}; cast it first")
+        if t.device != x.device:
+            raise Sparse24Error(f"{name} is on {t.device} but x is on {x.device}; move one of them")
+
+
+def _check_can_be_cast(**operands: Tensor) -> None:
+    """To 8 bits, where they are."""
+    for name, t in operands.items():
+        slow = t.dtype in REFERENCE_DTYPES and t.device.type == "cpu"
+        if t.dtype not in WEIGHT_DTYPES and not slow:
+            raise Sparse24DtypeError(
+                f"{name} must be {names(WEIGHT_DTYPES)} for precision='fp8', got {t.dtype}; cast it first"
+            )
 
 
 def _check_bias(bias: Tensor | None, name: str, weight: Tensor) -> None:

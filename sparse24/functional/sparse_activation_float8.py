@@ -24,10 +24,11 @@ class SparseActivationMLPFloat8(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, down, bias_up, bias_down, kind: str, noise: Noise):
         rows = as_rows(computed(x))
-        x8, x8_t, x_scale = float8.quantize_current(rows, transposed=up.requires_grad)
+        records = noise.input_seed is not None  # else nothing is kept: there will be no backward
+        x8, x8_t, x_scale = float8.quantize_current(rows, transposed=records and up.requires_grad)
         up8, _, up_scale = float8.quantize_current(up)
         u = float8.dense_mm_float8(x8, x_scale, up8, up_scale, bias=bias_up, out_dtype=rows.dtype)
-        seed = noise.input_seed[0] if noise.input_seed is not None and down.requires_grad else None
+        seed = noise.input_seed[0] if records and down.requires_grad else None
         packed_h, E_h, packed_ht, E_ht, h_scale = float8.activation_compress_float8(u, kind, seed)
         down8, _, down_scale = float8.quantize_current(down)
         h = packed_h, E_h, h_scale

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ... import _library
+from ...errors import Sparse24Error
 from ...formats import E4M3, FORMATS
+from .._common import check_same_device
 from ..arguments import names_wrong_types
 from .products import check_dense, check_out_dtype
 
@@ -21,11 +23,13 @@ def dense_mm_float8(
     """y = x W^T + bias of x8 (tokens, k) and w8 (out_features, k), from `quantize`: (tokens, out_features).
 
     On a GPU that has no such product, and for extents that are no multiples of 16, the operands are widened first, to
-    16 bits on a GPU. Raises Sparse24DtypeError for an operand or a scale of another kind.
+    16 bits on a GPU. Raises Sparse24Error for sizes that do not fit and for two devices, Sparse24DtypeError for an
+    operand or a scale of another kind.
     """
     check_dense(x8, x_scale, "x8")
     check_dense(w8, w_scale, "w8")
-    check_out_dtype(out_dtype)
+    _check_sizes(x8, w8, bias)
+    check_out_dtype(out_dtype, x8)
     wide = FORMATS[E4M3].wide_dtype
     if x8.is_cuda and _cublas_takes(x8, w8):
         bias = None if bias is None else bias.to(wide)
@@ -36,6 +40,17 @@ def dense_mm_float8(
     x, w = ((t.to(torch.float32) * scale).to(dtype) for t, scale in ((x8, x_scale), (w8, w_scale)))
     y = torch.nn.functional.linear(x, w, None if bias is None else bias.to(dtype))
     return y if y.dtype == out_dtype else y.to(out_dtype)
+
+
+def _check_sizes(x8: Tensor, w8: Tensor, bias: Tensor | None) -> None:
+    if x8.shape[1] != w8.shape[1]:
+        raise Sparse24Error(f"x8 and w8 must have one k, got shapes {tuple(x8.shape)} and {tuple(w8.shape)}")
+    if bias is not None and (bias.shape != w8.shape[:1] or not bias.is_floating_point()):
+        raise Sparse24Error(
+            f"bias must be floating of shape {(w8.shape[0],)}, got {bias.dtype} of shape {tuple(bias.shape)}"
+        )
+    if w8.device != x8.device or (bias is not None and bias.device != x8.device):
+        check_same_device(x8, "x8", w8=w8, bias=bias)
 
 
 def _cublas_takes(x8: Tensor, w8: Tensor) -> bool:

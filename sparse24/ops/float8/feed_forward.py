@@ -42,7 +42,7 @@ def _check_forward(x, up: Weight, down: Weight, activation, biases, casts) -> in
     check_cast(x, casts[0])
     rows = up[0].shape[0]
     check_weight(x, up, rows, x.shape[1], biases[0])
-    check_out_dtype(x.dtype)
+    check_out_dtype(x.dtype, x)
     d_ff = width_of_h(rows, *activation)
     check_scale_and_notes(x, casts[1])
     check_weight(x, down, down[0].shape[0], d_ff, biases[1])
@@ -123,7 +123,7 @@ def _check_backward(dy, gate_up, inputs, weights, activation, seeds, casts, out_
     """All rules at once; what backward makes of its operands fits by itself. Returns the width of h."""
     (x, h), (up, down) = inputs, weights
     check_cast(dy, casts[0])
-    check_out_dtype(dy.dtype)
+    check_out_dtype(dy.dtype, dy)
     check_cast(gate_up, casts[1])
     d_ff = check_input(gate_up, *activation)
     check_weight(dy, down, d_ff, dy.shape[1], None)
@@ -135,7 +135,7 @@ def _check_backward(dy, gate_up, inputs, weights, activation, seeds, casts, out_
         )
     _check_input(x, "x", dy, up[0].shape[0])
     _check_input(h, "h", dy, d_ff)
-    check_out_dtype(out_dtype)
+    check_out_dtype(out_dtype, dy)
     if seeds is not None:
         check_seeds(seeds, dy)
     return d_ff

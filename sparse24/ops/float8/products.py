@@ -14,6 +14,7 @@ from ...formats import (
     FORMATS,
     FORWARD,
     GRAD_WEIGHT,
+    REFERENCE_DTYPES,
     WEIGHT_DTYPES,
     GemmProblem,
     SparseOperand,
@@ -124,21 +125,26 @@ def check_weight(x: Tensor, weight: Weight, out_features: int, k: int, bias: Ten
         )
 
 
-def check_out_dtype(out_dtype: torch.dtype) -> None:
-    if out_dtype not in WEIGHT_DTYPES:
+def is_written(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products write `dtype`: float64 on the CPU only, where no kernel runs."""
+    return dtype in WEIGHT_DTYPES or (dtype in REFERENCE_DTYPES and device.type == "cpu")
+
+
+def check_out_dtype(out_dtype: torch.dtype, like: Tensor) -> None:
+    if not is_written(out_dtype, like.device):
         raise Sparse24DtypeError(f"out_dtype must be {names(WEIGHT_DTYPES)}, got {out_dtype}")
 
 
 def _check_sparse_mm(x8, x_scale, weight, out_features, bias, out_dtype) -> None:
     check_dense(x8, x_scale, "x8")
     check_weight(x8, weight, out_features, x8.shape[1], bias)
-    check_out_dtype(out_dtype)
+    check_out_dtype(out_dtype, x8)
 
 
 def check_grad_weight(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: Tensor) -> None:
     packed, E, scale = dy
     check_dense(x8_t, x_scale, "x8_t")
-    if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
+    if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or not is_written(out.dtype, out.device):
         raise Sparse24Error(
             f"out must be {names(WEIGHT_DTYPES)} of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
             f"shape {tuple(out.shape)}"
@@ -164,7 +170,7 @@ def compute_sparse_mm_float8(
     y = x8.new_empty(tokens, out_features, dtype=FORMATS[E4M3].wide_dtype if x8.is_cuda else out_dtype)
     if y.numel() == 0:
         return y.to(out_dtype)
-    problem = GemmProblem(FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE[y.dtype])
+    problem = GemmProblem(FORWARD, out_features, tokens, k, DTYPE_CODE[E4M3], DTYPE_CODE.get(y.dtype, -1))
     bias = None if bias is None else bias.to(y.dtype).contiguous()
     packed, E, scale = weight
     lhs = SparseOperand(packed, E, scale=scale)

@@ -24,7 +24,7 @@ from .. import flops
 from .._common import check_same_device, define_op
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
 from .operands import check_packed
-from .products import check_dense, check_out_dtype, launch
+from .products import check_dense, check_out_dtype, is_written, launch
 from .weights import unpack_dense
 
 #: a sparse operand: packed, E and scale
@@ -39,7 +39,7 @@ def _check_input(x: Pruned, w8: Tensor, w_scale: Tensor, bias: Tensor | None, ou
     if packed.dim() != 2:
         raise Sparse24Error(f"packed_x must be 2-D, (tokens, features/2), got shape {tuple(packed.shape)}")
     check_packed(packed, E, scale, "packed_x", packed.shape[0], w8.shape[1])
-    check_out_dtype(out_dtype)
+    check_out_dtype(out_dtype, packed)
     if bias is not None and (tuple(bias.shape) != (w8.shape[0],) or not bias.is_floating_point()):
         raise Sparse24Error(
             f"bias must be floating of shape {(w8.shape[0],)}, got {bias.dtype} of shape {tuple(bias.shape)}"
@@ -102,7 +102,7 @@ def sparse_mm_input_float8(
 def _check_grad_weight(x: Pruned, dy8_t: Tensor, dy_scale: Tensor, out: Tensor) -> None:
     packed, E, scale = x
     check_dense(dy8_t, dy_scale, "dy8_t")
-    if out.dim() != 2 or out.shape[0] != dy8_t.shape[0] or out.dtype not in WEIGHT_DTYPES:
+    if out.dim() != 2 or out.shape[0] != dy8_t.shape[0] or not is_written(out.dtype, out.device):
         raise Sparse24Error(
             f"out must be {names(WEIGHT_DTYPES)} of shape ({dy8_t.shape[0]}, features of x), got {out.dtype} of "
             f"shape {tuple(out.shape)}"
