@@ -121,12 +121,8 @@ def feed_forward(d_model: int, d_ff: int, gated: bool, training: Training, rates
 
 def feed_forward_of_activations(d_model: int, d_ff: int, training: Training, rates: Rates = H200) -> Times:
     """A plain feed-forward layer whose activation is the 2:4 operand, against the faster of bf16 and FP8 dense."""
-    t, elements, weights, once = (
-        training.tokens,
-        training.tokens * d_ff,
-        2 * d_model * d_ff,
-        training.of(micro_batches=1),
-    )
+    t, weights = training.tokens, 2 * d_model * d_ff
+    elements, once = t * d_ff, training.of(micro_batches=1)
     dense = feed_forward(d_model, d_ff, False, once, rates).dense_us - dense_weight_us(weights, once, rates)
     sparse = 2 * _dense8(d_ff, t, d_model, rates) + 2 * _fast(t, d_model, d_ff, rates)
     sparse += 2 * _promoted(d_ff, d_model, t, rates)

@@ -233,7 +233,10 @@ def _kernels_take(up: nn.Module, down: nn.Module, x: Tensor, transposed: bool) -
 
 
 def prune_activations(block: nn.Module, precision: str | None = None) -> None:
-    """Give `block` the forward that prunes its activation. Raises Sparse24Error where `why_not` has a reason."""
+    """Give `block` the forward that prunes its activation; `precision` as in `Found`.
+
+    Raises Sparse24Error where `why_not` has a reason.
+    """
     state = look_at(block, type(block))
     if isinstance(state, str):
         raise Sparse24Error(f"{type(block).__name__} cannot prune its activation: {state}")

@@ -10,7 +10,7 @@ from ...errors import Sparse24Error
 from ...formats import E4M3, FORMATS
 from .._common import check_same_device
 from ..arguments import names_wrong_types
-from .products import check_dense, check_out_dtype
+from .products import check_bias, check_dense, check_out_dtype
 
 _UNIT = 16  # extents that cuBLAS takes are multiples of it
 
@@ -45,10 +45,7 @@ def dense_mm_float8(
 def _check_sizes(x8: Tensor, w8: Tensor, bias: Tensor | None) -> None:
     if x8.shape[1] != w8.shape[1]:
         raise Sparse24Error(f"x8 and w8 must have one k, got shapes {tuple(x8.shape)} and {tuple(w8.shape)}")
-    if bias is not None and (bias.shape != w8.shape[:1] or not bias.is_floating_point()):
-        raise Sparse24Error(
-            f"bias must be floating of shape {(w8.shape[0],)}, got {bias.dtype} of shape {tuple(bias.shape)}"
-        )
+    check_bias(bias, w8.shape[0])
     if w8.device != x8.device or (bias is not None and bias.device != x8.device):
         check_same_device(x8, "x8", w8=w8, bias=bias)
 

@@ -119,6 +119,10 @@ def check_weight(x: Tensor, weight: Weight, out_features: int, k: int, bias: Ten
     check_packed(packed, E, scale, "packed", out_features, k)
     if packed.device != x.device or (bias is not None and bias.device != x.device):
         check_same_device(x, "x8", packed=packed, bias=bias)
+    check_bias(bias, out_features)
+
+
+def check_bias(bias: Tensor | None, out_features: int) -> None:
     if bias is not None and (tuple(bias.shape) != (out_features,) or not bias.is_floating_point()):
         raise Sparse24Error(
             f"bias must be floating of shape {(out_features,)}, got {bias.dtype} of shape {tuple(bias.shape)}"

@@ -24,7 +24,7 @@ from .. import flops
 from .._common import check_same_device, define_op
 from ..arguments import check_no_self_overlap, check_writable, names_wrong_types
 from .operands import check_packed
-from .products import check_dense, check_out_dtype, is_written, launch
+from .products import check_bias, check_dense, check_out_dtype, is_written, launch
 from .weights import unpack_dense
 
 #: a sparse operand: packed, E and scale
@@ -40,10 +40,7 @@ def _check_input(x: Pruned, w8: Tensor, w_scale: Tensor, bias: Tensor | None, ou
         raise Sparse24Error(f"packed_x must be 2-D, (tokens, features/2), got shape {tuple(packed.shape)}")
     check_packed(packed, E, scale, "packed_x", packed.shape[0], w8.shape[1])
     check_out_dtype(out_dtype, packed)
-    if bias is not None and (tuple(bias.shape) != (w8.shape[0],) or not bias.is_floating_point()):
-        raise Sparse24Error(
-            f"bias must be floating of shape {(w8.shape[0],)}, got {bias.dtype} of shape {tuple(bias.shape)}"
-        )
+    check_bias(bias, w8.shape[0])
     if packed.device != w8.device or (bias is not None and bias.device != w8.device):
         check_same_device(packed, "packed_x", w8=w8, bias=bias)
 
