@@ -31,7 +31,7 @@ SEED = (11, 7)
 FUZZ_SEED = os.environ.get("SPARSE24_FUZZ_SEED")
 ONLY = os.environ.get("SPARSE24_FUZZ_CASE")
 #: cases of all tests, as their decorators have them: what SPARSE24_FUZZ_CASES is divided by
-ALL = 4500
+ALL = 4600
 TIMES = int(os.environ.get("SPARSE24_FUZZ_CASES", "0")) / ALL or (1 if FUZZ_SEED is None else 10)
 
 

@@ -21,6 +21,7 @@ from fuzzing import (
 
 from sparse24 import ops, reference
 from sparse24.ops import float8
+from sparse24.ops.activation_packing import PRUNED_KINDS
 from sparse24.reference import float8 as reference8
 
 E4M3 = torch.float8_e4m3fn
@@ -180,3 +181,48 @@ def test_activations_in_8_bits(device, draw):
         of_16_bits = ops.gated_activation_backward if gated else ops.activation_backward
         d = of_16_bits(dh, x, kind)
         same(out, float8.mvue_quantize(d, seed, scale, float8=options["float8"]), "activation_backward_quantize")
+
+
+@fuzz(100)
+def test_pruned_activations(device, draw):
+    """Both packed forms with the reference's bytes, and the products that read them, of values as 8 bits hold them."""
+    kind, cpu_seed = draw.pick(KINDS), draw.usually(torch.tensor(SEED), None, share=0.7)
+    seed = None if cpu_seed is None else cpu_seed.to(device)
+    u = on(device, draw.tensor())
+    valid = is_matrix(u) and kind in PRUNED_KINDS and u.shape[1] % 4 == 0
+    h = attempt(valid, float8.activation_compress_float8, u, kind, seed)
+    if h is None:
+        return
+    same(h, reference8.activation_compress(plain(u), kind, cpu_seed), "activation_compress_float8")
+    dtypes = draw.usually((u.dtype,), DTYPES)
+    dh = on(device, draw.tensor(draw.usually(u.shape, (u.shape[0], u.shape[1] + 4)), dtypes))
+    valid = dh.shape == u.shape and dh.dtype == u.dtype
+    du = attempt(valid, float8.activation_backward_compress_float8, dh, u, kind, seed)
+    if du is not None:
+        *expected, _ = reference8.activation_backward_compress(plain(dh), plain(u), kind, cpu_seed)
+        same(du[:4], expected, "activation_backward_compress_float8")
+    assert_products_of_pruned(draw, device, u.shape, h)
+
+
+def assert_products_of_pruned(draw, device, shape, h):
+    (tokens, features), (packed, E, packed_t, E_t, scale), n = shape, h, draw.pick(EXTENTS)
+    wide, unit = torch.float32 if device == "cpu" else torch.bfloat16, unit_of_sums(device)
+    w = on(device, draw.tensor((n, features), FLOATS))
+    w8, _, w_scale = float8.quantize_current(w)
+    same(w_scale, reference8.scale_of(reference8.amax(plain(w))), "quantize_current")
+    y = float8.sparse_mm_input_float8(packed, E, scale, w8, w_scale, out_dtype=wide)
+    dense, w = float8.decompress_float8(packed, E, scale, tokens, features), w8.float() * w_scale
+    if dense.isfinite().all() and w.isfinite().all():
+        assert_product(y, dense, w.T, unit=unit)
+    x8 = float8.quantize(on(device, draw.tensor((tokens, features), FLOATS)), one(device, 0.5))[0]
+    y = float8.dense_mm_float8(x8, one(device, 0.5), w8, w_scale, out_dtype=wide)
+    if x8.float().isfinite().all() and w.isfinite().all():
+        assert_product(y, x8.float() * 0.5, w.T, unit=unit)
+    if packed_t.numel() == 0:
+        return
+    dy8_t = float8.quantize(on(device, draw.tensor((tokens, n), FLOATS)), one(device), transposed=True)[1]
+    into = torch.zeros(n, features, device=device)
+    float8.grad_weight_of_input_float8_(packed_t, E_t, scale, dy8_t, one(device), into)
+    dense = float8.decompress_float8(packed_t, E_t, scale, features, dy8_t.shape[1])
+    if dense.isfinite().all() and dy8_t.float().isfinite().all():
+        assert_product(into, dy8_t.float(), dense.T, unit=unit)

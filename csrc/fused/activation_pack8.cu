@@ -159,7 +159,7 @@ Pack8Params pack8_params(const Args& args, const ConstMatrix& d_h, uint8_t* E, f
 }
 
 template <Activation kKind, typename T, bool kBackward>
-void launch(const Pack8Params& p, cudaStream_t stream) {
+void find_scale_and_pack(const Pack8Params& p, cudaStream_t stream) {
   const uint32_t tiles = p.to.tile_rows * p.to.tile_cols;
   find_scale(p.scale, stream, [&](float*) {
     activation_amax_kernel<kKind, T, kBackward><<<tiles, kTile8Threads, 0, stream>>>(p);
@@ -171,8 +171,9 @@ template <bool kBackward>
 void launch_any(Activation kind, const Pack8Params& p, cudaStream_t stream) {
   with_packed16(p.u.dtype, [&](auto format) {
     using T = typename decltype(format)::Storage;
-    kind == Activation::kRelu ? launch<Activation::kRelu, T, kBackward>(p, stream)
-                              : launch<Activation::kSquaredRelu, T, kBackward>(p, stream);
+    kind == Activation::kRelu
+        ? find_scale_and_pack<Activation::kRelu, T, kBackward>(p, stream)
+        : find_scale_and_pack<Activation::kSquaredRelu, T, kBackward>(p, stream);
   });
   SP24_CHECK_LAUNCH("activation_pack", kBackward ? "_backward" : "", " to float8 of ",
                     name_of(p.u.dtype), " u [", p.u.rows, ", ", p.u.cols, "]");
