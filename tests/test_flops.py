@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparse24
-from sparse24 import SparseGatedMLP, SparseLinear
+from sparse24 import SparseGatedMLP, SparseLinear, functional
 from sparse24.layers import float8
 
 
@@ -55,6 +55,18 @@ def test_fused_blocks_of_8_bits_count_as_those_of_16(precision):
     for _ in range(2):  # by single ops, and by one op each way once a step has told the scales
         assert flops(block, x, backward=False) == forward and flops(block, x, backward=True) == 3 * forward
         float8.update_scales([layer for layer in block.children() if isinstance(layer, SparseLinear)])
+
+
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_of_the_products_around_a_pruned_activation_four_of_six_count_half(precision):
+    up, down = (torch.randn(shape, requires_grad=True) for shape in ((128, 32), (32, 128)))
+    x, once = torch.randn(64, 32, requires_grad=True), 64 * 32 * 128
+
+    def function(x):
+        return functional.sparse_activation_mlp(x, up, down, precision=precision)
+
+    assert flops(function, x, backward=False) == (2 + 1) * once
+    assert flops(function, x, backward=True) == (2 * 2 + 4) * once
 
 
 def test_masked_densify_counts_as_dense():
