@@ -1,7 +1,9 @@
 """8-bit operands: matrices cast by a scale, weights and gradients packed from them, and their products.
 
-A scale is one float32 on the tensor's device, a power of two, with x ~= scale * x8. It is known before a pass runs, so
-that a pass casts in the same read that does its other work, and notes the largest magnitude for the next scale.
+A scale is one float32 on the tensor's device, a power of two, with x ~= scale * x8. `quantize`, `activation_quantize`,
+`activation_backward_quantize` and `mvue_quantize` are given one: they cast in the same read that does their other work,
+and note the largest magnitude for the next scale. `quantize_current` and the ops of 2:4 activations find their own, by
+a read more.
 Everything is K-major: the tensor cores read 8-bit operands along k only.
 """
 
