@@ -119,7 +119,8 @@ def check_weight(x: Tensor, weight: Weight, out_features: int, k: int, bias: Ten
     check_packed(packed, E, scale, "packed", out_features, k)
     if packed.device != x.device or (bias is not None and bias.device != x.device):
         check_same_device(x, "x8", packed=packed, bias=bias)
-    check_bias(bias, out_features)
+    if bias is not None and (bias.shape != (out_features,) or not bias.is_floating_point()):  # the short way first
+        check_bias(bias, out_features)
 
 
 def check_bias(bias: Tensor | None, out_features: int) -> None:
@@ -135,7 +136,7 @@ def is_written(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def check_out_dtype(out_dtype: torch.dtype, like: Tensor) -> None:
-    if not is_written(out_dtype, like.device):
+    if out_dtype not in WEIGHT_DTYPES and not is_written(out_dtype, like.device):  # the short way first
         raise Sparse24DtypeError(f"out_dtype must be {names(WEIGHT_DTYPES)}, got {out_dtype}")
 
 
@@ -148,7 +149,11 @@ def _check_sparse_mm(x8, x_scale, weight, out_features, bias, out_dtype) -> None
 def check_grad_weight(dy: Weight, x8_t: Tensor, x_scale: Tensor, out: Tensor) -> None:
     packed, E, scale = dy
     check_dense(x8_t, x_scale, "x8_t")
-    if out.dim() != 2 or out.shape[1] != x8_t.shape[0] or not is_written(out.dtype, out.device):
+    if (
+        out.dim() != 2
+        or out.shape[1] != x8_t.shape[0]
+        or (out.dtype not in WEIGHT_DTYPES and not is_written(out.dtype, out.device))
+    ):
         raise Sparse24Error(
             f"out must be {names(WEIGHT_DTYPES)} of shape (features of dy, {x8_t.shape[0]}), got {out.dtype} of "
             f"shape {tuple(out.shape)}"
